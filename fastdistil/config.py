@@ -1,0 +1,335 @@
+"""What a run is: frozen, validated dataclasses. Standard library only, so that errors come before torch.
+
+The command line is made from these fields by tyro; the docstring under a field is its help text. A field that is
+`None` is resolved by preflight.py (from the teacher, the shards or the machine) and saved resolved with the run.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def _check(ok: bool, name: str, wanted: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """The text, as folders written by `python -m fastdistil.prepare`."""
+
+    shards: Path | None = None
+    """Folder of prepared shards to train on."""
+    validation: Path | None = None
+    """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held out."""
+    validation_sequences: int = 1024
+    """Sequences used for validation, from the end of the folder; never trained on. At most a tenth of the training shards."""
+    num_workers: int = 2
+    """Processes that mask and pack ahead of the device; 0 does it in the training process. Never changes results."""
+    verify: bool = True
+    """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.validation_sequences >= 1,
+            "data.validation_sequences",
+            "1 or more",
+            self.validation_sequences,
+        )
+        _check(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """What one update averages over, whatever the number of ranks."""
+
+    size: int = 4000
+    """Sequences (or tokens) an update, about: an update is a whole number of packed micro-batches."""
+    unit: Literal["sequences", "tokens"] = "sequences"
+    """What --batch.size counts."""
+    token_budget: int = 16384
+    """Tokens of one packed micro-batch; a multiple of 64, and at least one whole sequence."""
+
+    def __post_init__(self) -> None:
+        _check(self.size >= 1, "batch.size", "1 or more", self.size)
+        _check(
+            self.token_budget >= 64 and self.token_budget % 64 == 0,
+            "batch.token_budget",
+            "a positive multiple of 64",
+            self.token_budget,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen model that is imitated."""
+
+    path: Path | None = None
+    """Hugging Face folder of a BERT or DistilBERT with a masked-LM head. None trains without a teacher (recipe mlm)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """The model that is trained, and what it starts from."""
+
+    init: str = "teacher"
+    """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder (layers of that)."""
+    num_layers: int | None = None
+    """Layers of the student. None: half of the model it starts from (all of it for a folder without a teacher)."""
+    layers: tuple[int, ...] | None = None
+    """Which layers it takes. None: evenly spread from the first to the last ([0 2 4 7 9 11] for 6 of 12)."""
+    copy_transform: bool = False
+    """Take the dense layer and LayerNorm of the masked-LM head too, not only its bias."""
+    freeze_positions: bool = False
+    """Do not train the position embeddings (the authors' run did not, by accident of a flag)."""
+    hidden_size: int | None = None
+    """Width. None: as the model it starts from, or as the teacher."""
+    num_heads: int | None = None
+    """Attention heads. None: as the model it starts from, or as the teacher."""
+    ffn_size: int | None = None
+    """Width of the feed-forward layer. None: as the source, or 4 x hidden-size."""
+    max_positions: int | None = None
+    """Longest sequence it can read. None: as the source, or the longest sequence of the shards."""
+    token_types: Literal[0, 2] | None = None
+    """Rows of the token-type table: 2 exports a BERT, 0 a DistilBERT. None: 0."""
+    dropout: float = 0.1
+    """Dropout after embeddings, attention and feed-forward."""
+    attention_dropout: float = 0.1
+    """Dropout of the attention probabilities."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_positions"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"student.{name}", "1 or more", value)
+        for name in ("dropout", "attention_dropout"):
+            _check(
+                0 <= getattr(self, name) < 1, f"student.{name}", "in [0, 1)", getattr(self, name)
+            )
+        if self.layers is not None and self.num_layers is not None:
+            _check(
+                len(self.layers) == self.num_layers,
+                "student.layers",
+                f"{self.num_layers} numbers",
+                self.layers,
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """L = kd * T^2 * KL + mlm * cross-entropy + cosine * (1 - cos), each a mean over the whole update."""
+
+    kd: float = 5.0
+    """Weight of the temperature-KL to the teacher, over every real token. Without a teacher it has no effect."""
+    mlm: float = 2.0
+    """Weight of the masked-LM cross-entropy, over the masked tokens."""
+    cosine: float = 1.0
+    """Weight of 1 - cos(student, teacher) of the last hidden states, over every real token."""
+    temperature: float = 2.0
+    """Temperature of the KL; T^2 is part of the term."""
+
+    def __post_init__(self) -> None:
+        for name in ("kd", "mlm", "cosine"):
+            _check(
+                0 <= getattr(self, name) < float("inf"),
+                f"loss.{name}",
+                "0 or more",
+                getattr(self, name),
+            )
+        _check(self.kd + self.mlm + self.cosine > 0, "loss", "at least one weight above 0", 0)
+        _check(0 < self.temperature < float("inf"), "loss.temperature", "above 0", self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskingConfig:
+    """Which tokens are predicted (recipe.md: Masking)."""
+
+    fraction: float = 0.15
+    """Share of the real tokens of a micro-batch that is predicted."""
+    keep: float = 0.1
+    """Of these, the share left as it is."""
+    random: float = 0.1
+    """Of these, the share replaced by a random word piece; the rest becomes [MASK]."""
+    smoothing: float = 0.7
+    """Tokens are drawn with probability ~ max(count, 1)^-smoothing; 0 draws uniformly."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.fraction <= 0.4, "masking.fraction", "in (0, 0.4]", self.fraction)
+        _check(
+            self.keep >= 0 and self.random >= 0,
+            "masking.keep",
+            "0 or more",
+            (self.keep, self.random),
+        )
+        _check(
+            self.keep + self.random <= 1,
+            "masking.keep",
+            "at most 1 together with random",
+            (self.keep, self.random),
+        )
+        _check(self.smoothing >= 0, "masking.smoothing", "0 or more", self.smoothing)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, linear warm-up, linear decay to zero."""
+
+    lr: float = 5e-4
+    """Highest learning rate, reached at the end of the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the two moments."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled; not applied to biases and LayerNorm."""
+    clip_norm: float = 5.0
+    """Global norm that gradients are scaled down to; 0 does not clip."""
+    warmup: float = 0.05
+    """Share of the updates over which the rate rises."""
+    duration: float = 3.0
+    """How long the run is, in --optim.unit."""
+    unit: Literal["epochs", "updates"] = "epochs"
+    """What --optim.duration counts: passes over the shards, or updates."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.lr < 1, "optim.lr", "in (0, 1)", self.lr)
+        _check(
+            all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas
+        )
+        _check(self.eps > 0, "optim.eps", "above 0", self.eps)
+        _check(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
+        _check(self.clip_norm >= 0, "optim.clip_norm", "0 or more", self.clip_norm)
+        _check(0 <= self.warmup < 1, "optim.warmup", "in [0, 1)", self.warmup)
+        _check(0 < self.duration < float("inf"), "optim.duration", "above 0", self.duration)
+        if self.unit == "updates":
+            _check(
+                self.duration == int(self.duration),
+                "optim.duration",
+                "a whole number of updates",
+                self.duration,
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Where and how the arithmetic runs. Nothing here changes the objective."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on CPU. bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage. None: the plain engine for one process, stage 1 for several."""
+    bucket_elements: int = 20_000_000
+    """Elements DeepSpeed reduces or gathers at once (its own default of 5e8 costs 2 GB a rank)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward: slower, and the memory of one layer instead of all."""
+    timeout_s: int = 600
+    """A collective that takes longer than this ends the run."""
+    threads: int | None = None
+    """CPU threads a process. None: the cores of the machine shared between its processes."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.bucket_elements >= 1000,
+            "engine.bucket_elements",
+            "1000 or more",
+            self.bucket_elements,
+        )
+        _check(self.timeout_s >= 1, "engine.timeout_s", "1 or more", self.timeout_s)
+        _check(
+            self.threads is None or self.threads >= 1, "engine.threads", "1 or more", self.threads
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What is reported and kept. Nothing here changes results."""
+
+    every: int = 10
+    """Updates between two lines of metrics."""
+    validate_every: int = 500
+    """Updates between two validations; there is always one at the end."""
+    checkpoint_every: int = 500
+    """Updates between two checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay on disk."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "validate_every", "checkpoint_every", "keep_checkpoints"):
+            _check(getattr(self, name) >= 1, f"log.{name}", "1 or more", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of `fastdistil.pretrain`."""
+
+    recipe: str = "distilbert"
+    """The recipe these values started from."""
+    out: Path = Path("runs/distilbert")
+    """Folder of this run: configuration, metrics, checkpoints."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest checkpoint in the run folder, or start if there is none."""
+    seed: int = 56
+    """Decides order, masks, dropout and random initial weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+
+
+# A run may go on with other values of these: none of them changes which numbers are computed.
+FREE_AT_RESUME = ("out", "resume", "data.num_workers", "data.verify", "engine", "log")
+BOUND_AT_RESUME = ("engine.precision",)  # but this one does
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values; paths as strings, tuples as lists."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result = plain(dataclasses.asdict(config))
+    assert isinstance(result, dict)
+    return result
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields of two `to_json` configurations that differ though a resumed run may not change them."""
+    old, new = flatten(saved), flatten(now)
+
+    def free(name: str) -> bool:
+        return name not in BOUND_AT_RESUME and any(
+            name == f or name.startswith(f + ".") for f in FREE_AT_RESUME
+        )
+
+    return [
+        f"--{name.replace('_', '-')}: was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not free(name)
+    ]

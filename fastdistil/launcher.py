@@ -1,0 +1,29 @@
+"""What the launcher (torchrun) says in the environment; the only reader of it. Standard library only."""
+
+import os
+from typing import NamedTuple
+
+
+class Launched(NamedTuple):
+    """This process's place; without a launcher that of a single process."""
+
+    by_torchrun: bool
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def launched() -> Launched:
+    """What RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say."""
+
+    def number(name: str, default: int) -> int:
+        return int(os.environ.get(name, default))
+
+    return Launched(
+        by_torchrun="RANK" in os.environ,
+        rank=number("RANK", 0),
+        world_size=number("WORLD_SIZE", 1),
+        local_rank=number("LOCAL_RANK", 0),
+        local_world_size=number("LOCAL_WORLD_SIZE", 1),
+    )

@@ -1,0 +1,121 @@
+"""The objective of DistilBERT (arXiv 1910.01108; weights confirmed in transformers#2013).
+
+For the real tokens R and masked tokens M of a whole update (all ranks, all micro-batches), with temperature T:
+
+    L = kd     * T^2/|R| * sum_{r in R} KL(softmax(z_t/T) || softmax(z_s/T))
+      + mlm    / |M|     * sum_{m in M} CE(z_s, original id)
+      + cosine / |R|     * sum_{r in R} (1 - cos(h_s, h_t))
+
+|R| and |M| come from the plan of the update, so each micro-batch contributes its sums divided by them and the parts add up
+exactly: no mean of means, no communication before the backward.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdistil import ops
+from fastdistil.bert import MaskedLM
+from fastdistil.config import LossConfig
+from fastdistil.data import MicroBatch
+
+SUMS = ("kd", "mlm", "cosine", "agree", "correct")
+"""What a micro-batch adds up: three unweighted loss terms (T^2 included), real tokens on which student and teacher
+agree at top 1, masked tokens the student gets right (only counted without a teacher)."""
+
+
+class TeacherOutput(NamedTuple):
+    """What the teacher hands over for one micro-batch; E is its width. Never logits: those are 40 times larger."""
+
+    hidden_NE: Tensor  # last hidden state
+    transformed_NE: Tensor  # input of the vocabulary matrix
+    weight_VE: Tensor
+    bias_V: Tensor
+
+
+class Objective(nn.Module):
+    """The student and its loss as one module: what an engine trains.
+
+    The vocabulary matrix is used inside the head's own forward, which is where ZeRO-3 has it gathered.
+    """
+
+    def __init__(self, student: MaskedLM, loss: LossConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    def forward(
+        self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
+    ) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of the update's loss.
+
+        Args:
+            batch: packed micro-batch on the module's device.
+            teacher: its hidden states for the same masked ids, or None: masked LM alone.
+            num_tokens, num_masked: |R| and |M| of the whole update.
+
+        Returns:
+            The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (5,) fp32
+            detached sums named in SUMS.
+        """
+        layout = ops.sequence_layout(batch.lengths, batch.input_ids.device)
+        hidden_ND = self.student.encoder(batch.input_ids, batch.position_ids, layout)
+        if teacher is None:
+            return self._masked_lm(hidden_ND, batch, num_masked)
+        config = self.loss
+
+        def distil(
+            transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
+        ) -> ops.LinearDistillLoss:
+            return ops.linear_distill_loss(
+                transformed_ND,
+                weight_VD,
+                bias_V,
+                teacher.transformed_NE,
+                teacher.weight_VE,
+                teacher.bias_V,
+                batch.labels,
+                temperature=config.temperature,
+                kd_scale=config.kd / num_tokens,
+                mlm_scale=config.mlm / num_masked,
+                vocab_size=self.student.architecture.vocab_size,
+                num_rows=batch.num_rows,
+            )
+
+        loss, kd_sum, mlm_sum, num_agree = self.student.head(hidden_ND, distil)
+        cosine_sum = hidden_ND.new_zeros((), dtype=torch.float32)
+        if config.cosine:
+            cosine_sum = ops.cosine_loss(hidden_ND, teacher.hidden_NE, num_rows=batch.num_rows)
+            loss = loss + config.cosine / num_tokens * cosine_sum
+        sums = (kd_sum, mlm_sum, cosine_sum.detach(), num_agree, torch.zeros_like(kd_sum))
+        return loss, torch.stack([s.float() for s in sums])
+
+    def _masked_lm(
+        self, hidden_ND: Tensor, batch: MicroBatch, num_masked: int
+    ) -> tuple[Tensor, Tensor]:
+        # only the masked rows need logits: 15 % of the head's work
+        logits_MV = self.student.head(hidden_ND.index_select(0, batch.masked_rows)).float()
+        labels_M = batch.labels.index_select(0, batch.masked_rows)
+        mlm_sum = F.cross_entropy(logits_MV, labels_M, reduction="sum")
+        correct = (logits_MV.detach().argmax(-1) == labels_M).sum()
+        zero = torch.zeros_like(mlm_sum)
+        sums = torch.stack([zero, mlm_sum.detach(), zero, zero, correct.float()])
+        return self.loss.mlm / num_masked * mlm_sum, sums
+
+
+def means(
+    sums: list[float], num_tokens: int, num_masked: int, loss: LossConfig, *, has_teacher: bool
+) -> dict[str, float]:
+    """Reported losses of an update (or a validation) from its sums over all ranks, weighted as the objective is."""
+    kd, mlm, cosine, agree, correct = sums
+    if not has_teacher:
+        return {
+            "loss": loss.mlm * mlm / num_masked,
+            "mlm": mlm / num_masked,
+            "accuracy": correct / num_masked,
+        }
+    parts = {"kd": kd / num_tokens, "mlm": mlm / num_masked, "cosine": cosine / num_tokens}
+    total = loss.kd * parts["kd"] + loss.mlm * parts["mlm"] + loss.cosine * parts["cosine"]
+    return {"loss": total, **parts, "agreement": agree / num_tokens}
