@@ -1,0 +1,183 @@
+"""One packed BERT encoder and MLM head, for teacher and student. Knows no ranks, no masks and no padding.
+
+Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT
+is the same encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the sequence layout
+says where its sequences begin and end, and only the attention needs to know.
+
+LayerNorm computes its statistics in fp32 whatever the dtype: in bf16 an eps of 1e-12 would vanish.
+
+To freeze the positions as DistilBERT's authors did:
+`model.encoder.position_embeddings.requires_grad_(False)`.
+
+Shapes: N tokens of the micro-batch, D hidden width, H heads, V padded vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdistil import ops
+from fastdistil.architecture import INITIALIZER_RANGE, Architecture
+from fastdistil.ops import SequenceLayout
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward layer, each with dropout, residual and LayerNorm: (N, D) -> (N, D)."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, eps = architecture.hidden_size, architecture.layer_norm_eps
+        self.num_heads = architecture.num_heads
+        self.attention_dropout = architecture.attention_dropout
+        self.qkv = nn.Linear(width, 3 * width)  # rows: all heads' queries, then keys, then values
+        self.attention_out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.ffn_in = nn.Linear(width, architecture.ffn_size)
+        self.ffn_out = nn.Linear(architecture.ffn_size, width)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        # transformers' DistilBERT, which the authors trained, drops nothing between attention and residual.
+        self.attention_out_dropout = nn.Dropout(
+            architecture.dropout if architecture.token_types else 0
+        )
+        self.ffn_dropout = nn.Dropout(architecture.dropout)
+
+    def forward(self, hidden_ND: Tensor, layout: SequenceLayout) -> Tensor:
+        qkv_N3HD = self.qkv(hidden_ND).unflatten(1, (3, self.num_heads, -1))
+        dropout_p = self.attention_dropout if self.training else 0.0
+        attended_ND = ops.attention(qkv_N3HD, layout, dropout_p=dropout_p).flatten(1)
+        attended_ND = self.attention_out_dropout(self.attention_out(attended_ND))
+        hidden_ND = self.attention_norm(hidden_ND + attended_ND)
+        ffn_ND = self.ffn_out(F.gelu(self.ffn_in(hidden_ND)))
+        return self.ffn_norm(hidden_ND + self.ffn_dropout(ffn_ND))
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers: token ids to last hidden states."""
+
+    def __init__(
+        self, architecture: Architecture, *, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        width = architecture.hidden_size
+        self.activation_checkpointing = activation_checkpointing
+        # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random replacement.
+        self.word_embeddings = nn.Embedding(
+            architecture.padded_vocab_size, width, padding_idx=architecture.pad_id
+        )
+        self.position_embeddings = nn.Embedding(architecture.max_positions, width)
+        self.token_type_embeddings = (
+            nn.Embedding(architecture.token_types, width) if architecture.token_types else None
+        )
+        self.embedding_norm = nn.LayerNorm(width, eps=architecture.layer_norm_eps)
+        self.dropout = nn.Dropout(architecture.dropout)
+        self.layers = nn.ModuleList(
+            EncoderLayer(architecture) for _ in range(architecture.num_layers)
+        )
+
+    def forward(
+        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout
+    ) -> Tensor:
+        """Last hidden states (N, D), in the dtype of the weights.
+
+        Ids are int32 or int64; positions start at 0 in each sequence and stay below max_positions.
+        With activation checkpointing a layer keeps only its input and is computed again in the backward,
+        with the same dropout.
+        """
+        embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
+        if self.token_type_embeddings is not None:
+            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only there.
+            embedded_ND = embedded_ND + self.token_type_embeddings(
+                torch.zeros_like(input_ids_N[:1])
+            )
+        hidden_ND = self.dropout(self.embedding_norm(embedded_ND))
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden_ND = checkpoint(layer, hidden_ND, layout, use_reentrant=False)
+            else:
+                hidden_ND = layer(hidden_ND, layout)
+        return hidden_ND
+
+
+class VocabHead(nn.Module):
+    """The MLM head: dense, GELU, LayerNorm, then the decoder tied to the word embeddings.
+
+    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that registers
+    it runs its forward. For the same reason a loss that works on weights is handed in as `reduce`.
+    """
+
+    def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.vocab_size = architecture.vocab_size
+        self.dense = nn.Linear(architecture.hidden_size, architecture.hidden_size)
+        self.norm = nn.LayerNorm(architecture.hidden_size, eps=architecture.layer_norm_eps)
+        self.weight = word_embeddings.weight
+        self.bias = nn.Parameter(torch.empty(architecture.padded_vocab_size))
+
+    def forward(
+        self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None
+    ) -> Any:
+        """Logits (N, vocab_size), or `reduce(transformed_ND, weight_VD, bias_V)`, whatever that returns.
+
+        Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it has to leave
+        them out of every softmax and to give them no gradient.
+        """
+        transformed_ND = self.norm(F.gelu(self.dense(hidden_ND)))
+        if reduce is not None:
+            return reduce(transformed_ND, self.weight, self.bias)
+        return F.linear(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]
+
+
+class MaskedLM(nn.Module):
+    """Encoder and MLM head with fresh weights, drawn from `generator` alone (seed 0 if none is given).
+
+    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys are those
+    of named_parameters(); load_state_dict wants the same keys.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        generator: torch.Generator | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.encoder = Encoder(architecture, activation_checkpointing=activation_checkpointing)
+        self.head = VocabHead(architecture, self.encoder.word_embeddings)
+        self.register_state_dict_post_hook(_drop_tied_weight)
+        self.register_load_state_dict_pre_hook(_restore_tied_weight)
+        self._initialise(generator or torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, INITIALIZER_RANGE, generator=generator)
+        self.encoder.word_embeddings.weight[self.architecture.vocab_size :] = 0.0
+        self.encoder.word_embeddings.weight[self.architecture.pad_id] = 0.0
+
+    def forward(
+        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout
+    ) -> Tensor:
+        """Logits (N, vocab_size) of every token."""
+        return self.head(self.encoder(input_ids_N, position_ids_N, layout))
+
+
+def _drop_tied_weight(
+    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    state.pop(f"{prefix}head.weight", None)
+
+
+def _restore_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if f"{prefix}encoder.word_embeddings.weight" in state:
+        state[f"{prefix}head.weight"] = state[f"{prefix}encoder.word_embeddings.weight"]

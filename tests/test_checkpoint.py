@@ -1,0 +1,174 @@
+"""Checkpoints: whole or absent, verified before they are believed, never a pickle."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastdistil import checkpoint, dist
+from tests import launch
+
+PLACE = dist.Place(0, 1, torch.device("cpu"), None)
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    names = ("weight.a", "weight.b", "exp_avg.a", "exp_avg_sq.a")
+    return {n: torch.randn(50, 20, generator=generator) for n in names}
+
+
+def save(run, update, keep=2):
+    return checkpoint.save(run, tensors(update), {"update": update, "tokens": 10 * update}, keep=keep)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    save(tmp_path, 5)
+    loaded = checkpoint.load(tmp_path, PLACE)
+    assert loaded is not None
+    got, state = loaded
+    assert state == {"update": 5, "tokens": 50}
+    assert got.keys() == tensors().keys()
+    assert all(torch.equal(v, got[k]) for k, v in tensors(5).items())
+    weights, _ = checkpoint.load_weights(tmp_path)
+    assert sorted(weights) == ["a", "b"]
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    for update in (5, 10, 15, 100000000):
+        save(tmp_path, update)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["update-00000015", "update-100000000"]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert newest.name == "update-100000000"
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path):
+    assert checkpoint.load(tmp_path, PLACE) is None
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint \(found: none\)"):
+        checkpoint.load_weights(tmp_path)
+    save(tmp_path, 5)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of update 7 \(found: update-00000005\)"):
+        checkpoint.load_weights(tmp_path, 7)
+
+
+@pytest.mark.parametrize("name", [*checkpoint.FILES, "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "link"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage, caplog):
+    save(tmp_path, 5)
+    path = save(tmp_path, 10) / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[:-3])
+    else:
+        path.unlink()
+        if damage == "link":
+            other = tmp_path / "elsewhere"
+            other.write_bytes(content)
+            path.symlink_to(other)
+    if damage == "link" and name == "manifest.json":
+        return  # the content is what it was, and the files it lists are checked
+    newest = checkpoint.newest(tmp_path)
+    assert newest == checkpoint.folder_of(tmp_path, 5)
+    assert "update-00000010" in caplog.text
+    assert name in caplog.text
+    with pytest.raises(ValueError, match="cannot be used"):
+        checkpoint.load_weights(tmp_path, 10)
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    folder = save(tmp_path, 5)
+    rng = torch.Generator().manual_seed(1)
+    for name in checkpoint.FILES:
+        path = folder / name
+        good = path.read_bytes()
+        for at in torch.randint(len(good), (25,), generator=rng).tolist():
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            assert checkpoint.verify(folder) is not None
+        path.write_bytes(good)
+    assert checkpoint.verify(folder) is None
+
+
+def test_nothing_usable_is_an_error_not_a_fresh_start(tmp_path):
+    (save(tmp_path, 5) / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+        checkpoint.load(tmp_path, PLACE)
+
+
+def test_a_renamed_checkpoint_is_passed_over(tmp_path):
+    save(tmp_path, 5)
+    os.rename(checkpoint.folder_of(tmp_path, 5), checkpoint.folder_of(tmp_path, 6))
+    assert "holds update 5" in str(checkpoint.verify(checkpoint.folder_of(tmp_path, 6)))
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"../../x": 1}', "null", '{"weights.safetensors": 1, "optimizer.safetensors": 1, "state.json": 1}'])
+def test_a_forged_manifest_is_refused(tmp_path, manifest):
+    folder = save(tmp_path, 5)
+    (folder / "manifest.json").write_text(manifest)
+    assert checkpoint.verify(folder) is not None
+
+
+def test_a_killed_save_leaves_the_earlier_one(tmp_path):
+    """SIGKILL at each fsync and at the rename of a save: the newest good checkpoint is the old or the new one, whole."""
+    save(tmp_path, 5)
+    script = (
+        "import os, sys, signal\n"
+        "from pathlib import Path\n"
+        "from tests.test_checkpoint import save\n"
+        "countdown = int(sys.argv[2])\n"
+        "def dying(real):\n"
+        "    def call(*args):\n"
+        "        global countdown\n"
+        "        countdown -= 1\n"
+        "        if countdown < 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return real(*args)\n"
+        "    return call\n"
+        "os.fsync, os.rename = dying(os.fsync), dying(os.rename)\n"
+        "save(Path(sys.argv[1]), 10)\n"
+    )
+    seen = set()
+    for countdown in range(0, 9, 2):
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(countdown)], env=launch.ENVIRONMENT, cwd=launch.ROOT)
+        newest = checkpoint.newest(tmp_path)
+        assert newest is not None
+        seen.add((done.returncode, newest.name))
+        if done.returncode == 0:
+            break
+    assert (-9, "update-00000005") in seen
+    assert (0, "update-00000010") in seen
+    assert not list((tmp_path / "checkpoints").glob("*.part"))
+
+
+def test_a_full_disk_is_said_with_path_and_bytes_and_leaves_the_earlier_one(tmp_path):
+    save(tmp_path, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write the checkpoint .*update-00000010 \(16,000 bytes, [0-9,]+ free\)"):
+            save(tmp_path, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 5)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["update-00000005"]
+
+
+def test_too_little_space_is_said_before_work_is_lost(tmp_path):
+    with pytest.raises(OSError, match=r"bytes free, a checkpoint needs 1,000,000,000,000,000,000"):
+        checkpoint.require_space(tmp_path, 10**18)
+
+
+def test_state_json_is_checked_like_the_rest(tmp_path):
+    folder = save(tmp_path, 5)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"update": 9}))
+    assert "state.json" in str(checkpoint.verify(folder))

