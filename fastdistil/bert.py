@@ -1,8 +1,9 @@
-"""One packed BERT encoder and MLM head, for teacher and student. Knows no ranks, no masks and no padding.
+"""One packed BERT encoder and MLM head, for teacher and student. Knows no ranks and no masks.
 
-Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT
-is the same encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the sequence layout
-says where its sequences begin and end, and only the attention needs to know.
+Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A
+DistilBERT is the same encoder without a token-type table and with one dropout less a layer. A
+micro-batch is a flat row of N tokens; the sequence layout says where its sequences begin and end,
+and only the attention needs to know.
 
 LayerNorm computes its statistics in fp32 whatever the dtype: in bf16 an eps of 1e-12 would vanish.
 
@@ -26,7 +27,7 @@ from fastdistil.ops import SequenceLayout
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward layer, each with dropout, residual and LayerNorm: (N, D) -> (N, D)."""
+    """Attention and feed-forward layer, each with residual and LayerNorm: (N, D) -> (N, D)."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class EncoderLayer(nn.Module):
         self.ffn_in = nn.Linear(width, architecture.ffn_size)
         self.ffn_out = nn.Linear(architecture.ffn_size, width)
         self.ffn_norm = nn.LayerNorm(width, eps=eps)
-        # transformers' DistilBERT, which the authors trained, drops nothing between attention and residual.
+        # transformers' DistilBERT, which the authors trained, has no dropout here; BERT has.
         self.attention_out_dropout = nn.Dropout(
             architecture.dropout if architecture.token_types else 0
         )
@@ -64,7 +65,8 @@ class Encoder(nn.Module):
         super().__init__()
         width = architecture.hidden_size
         self.activation_checkpointing = activation_checkpointing
-        # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random replacement.
+        # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random
+        # replacement.
         self.word_embeddings = nn.Embedding(
             architecture.padded_vocab_size, width, padding_idx=architecture.pad_id
         )
@@ -84,12 +86,13 @@ class Encoder(nn.Module):
         """Last hidden states (N, D), in the dtype of the weights.
 
         Ids are int32 or int64; positions start at 0 in each sequence and stay below max_positions.
-        With activation checkpointing a layer keeps only its input and is computed again in the backward,
-        with the same dropout.
+        With activation checkpointing a layer keeps only its input and is computed again in the
+        backward, with the same dropout.
         """
         embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
         if self.token_type_embeddings is not None:
-            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only there.
+            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only
+            # there.
             embedded_ND = embedded_ND + self.token_type_embeddings(
                 torch.zeros_like(input_ids_N[:1])
             )
@@ -105,8 +108,9 @@ class Encoder(nn.Module):
 class VocabHead(nn.Module):
     """The MLM head: dense, GELU, LayerNorm, then the decoder tied to the word embeddings.
 
-    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that registers
-    it runs its forward. For the same reason a loss that works on weights is handed in as `reduce`.
+    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that
+    registers it runs its forward. For the same reason a loss that works on weights is handed in as
+    `reduce`.
     """
 
     def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
@@ -120,10 +124,10 @@ class VocabHead(nn.Module):
     def forward(
         self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None
     ) -> Any:
-        """Logits (N, vocab_size), or `reduce(transformed_ND, weight_VD, bias_V)`, whatever that returns.
+        """Logits (N, vocab_size), or whatever `reduce(transformed_ND, weight_VD, bias_V)` returns.
 
-        Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it has to leave
-        them out of every softmax and to give them no gradient.
+        Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it
+        has to leave them out of every softmax and to give them no gradient.
         """
         transformed_ND = self.norm(F.gelu(self.dense(hidden_ND)))
         if reduce is not None:
@@ -132,10 +136,10 @@ class VocabHead(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """Encoder and MLM head with fresh weights, drawn from `generator` alone (seed 0 if none is given).
+    """Encoder and MLM head with fresh weights, drawn from `generator` alone (without one: seed 0).
 
-    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys are those
-    of named_parameters(); load_state_dict wants the same keys.
+    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys
+    are those of named_parameters(); load_state_dict wants the same keys.
     """
 
     def __init__(
