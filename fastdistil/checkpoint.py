@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,10 @@ log = logging.getLogger("fastdistil")
 FOLDER = "checkpoints"
 FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _NAME = re.compile(r"update-(\d{8,})")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written: the message says where, how many bytes it needs and how many are free."""
 
 
 def folder_of(run: Path, update: int) -> Path:
@@ -51,10 +55,10 @@ def _fsync(path: Path) -> None:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError with path, bytes needed and bytes free where `num_bytes` will not fit on the disk of `folder`."""
+    """Raise CheckpointError with path, bytes needed and bytes free where `num_bytes` will not fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(
+        raise CheckpointError(
             f"{folder} has {free:,} bytes free, a checkpoint needs {num_bytes:,}: free some space, or choose another --out"
         )
 
@@ -66,7 +70,7 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         tensors: an engine's `state()`.
         state: JSON values; "update" is required.
 
-    Raises OSError naming path, bytes needed and free where it cannot be written; earlier checkpoints stay whole.
+    Raises CheckpointError naming path, bytes needed and free where it cannot be written; earlier checkpoints stay whole.
     """
     final = folder_of(run, state["update"])
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,7 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
     except Exception as error:  # safetensors raises its own type on a full disk
         shutil.rmtree(part, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free
-        raise OSError(
+        raise CheckpointError(
             f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. Earlier checkpoints are untouched"
         ) from error
     for old in _all(run)[:-keep]:
@@ -160,8 +164,18 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def load(run: Path, place: dist.Place) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors for `Engine.load`, state) of the newest good checkpoint, on every rank; None where the run has none."""
+class Checkpoint(NamedTuple):
+    """What a run goes on from: full tensors for `Engine.load`, on the CPU, and the JSON values saved with them."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def load(run: Path, place: dist.Place) -> Checkpoint | None:
+    """The newest good checkpoint, on every rank; None where the run has none.
+
+    Raises ValueError, on every rank alike, where there are checkpoints and none can be used.
+    """
     tensors: dict[str, Tensor] = {}
     header: Any = None
     if place.is_main:
@@ -187,7 +201,7 @@ def load(run: Path, place: dist.Place) -> tuple[dict[str, Tensor], dict[str, Any
             else torch.empty(shape, device=place.device)
         )
         tensors[name] = dist.broadcast_tensor(on_device).cpu()  # a sync, once at the start
-    return tensors, state
+    return Checkpoint(tensors, state)
 
 
 def load_weights(run: Path, update: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ of full tensors, whatever the stage and the number of ranks: a checkpoint of one
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -334,6 +335,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 calls old, several times a second
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
         False  # compiling it takes a minute and changes no number
     )

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl (a line an update), TensorBoard, a progress line.
 
-Loss sums stay on the device and cross to the host once every `log.every` updates, for all of these updates at once.
+MFU = real tokens/s x FLOPs a token (teacher forward, student forward and backward; architecture.flops_per_token) / peak FLOP/s
+of all devices. Padding does not count as work.
 """
 
 import json
@@ -54,36 +55,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
         2 * 1024**3 / min(times),
         f"matrix product of 1024 in {str(dtype).removeprefix('torch.')} on {torch.get_num_threads()} threads",
     )
-
-
-class Accumulator:
-    """Loss sums of the updates since the last flush, on the device: no host sync inside a step."""
-
-    def __init__(self, num_sums: int, device: torch.device) -> None:
-        self.sums = torch.zeros(num_sums, device=device)
-        self.updates: list[Tensor] = []
-        self.norms: list[Tensor] = []
-
-    def add(self, sums: Tensor) -> None:
-        """Add the sums of one micro-batch."""
-        self.sums += sums
-
-    def close_update(self, gradient_norm: Tensor) -> None:
-        """End the update: what was added belongs to it."""
-        self.updates.append(self.sums)
-        self.norms.append(gradient_norm)
-        self.sums = torch.zeros_like(self.sums)
-
-    def flush(self) -> list[tuple[list[float], float]]:
-        """(sums over all ranks, gradient norm) of every closed update; a host sync. Every rank must call it."""
-        if not self.updates:
-            return []
-        sums = dist.sum_over_ranks(
-            torch.stack(self.updates)
-        ).tolist()  # the sync, once every log.every updates
-        norms = torch.stack([n.float() for n in self.norms]).tolist()
-        self.updates, self.norms = [], []
-        return list(zip(sums, norms, strict=True))
 
 
 class MetricsWriter:
@@ -140,42 +111,95 @@ def _drop_after(path: Path, update: int) -> None:
     os.replace(part, path)
 
 
-class Clock:
-    """Tokens/s and MFU between two flushes, and the time that is left.
+class Journal:
+    """The record of a run. Loss sums are gathered on the device; `flush` is the one host sync, every log.every updates.
 
-    MFU = real tokens/s x FLOPs a token (teacher forward, student forward and backward; architecture.flops_per_token)
-    / (peak FLOP/s x devices). Padding does not count as work.
+    Every rank must call `flush` equally often; rank 0 writes.
+
+    Args:
+        writer: None on the other ranks.
+        to_means: turns summed losses and an open record into reported losses (losses.means).
+        flops: of one token; peak: FLOP/s of all devices together, None if unknown.
+        num_updates: of the whole run, for the time that is left.
     """
 
     def __init__(
         self,
+        writer: MetricsWriter | None,
         *,
+        num_sums: int,
+        to_means: Callable[[list[float], int, int], dict[str, float]],
         flops: FlopsPerToken,
         peak: float | None,
-        num_devices: int,
-        now: Callable[[], float] = time.perf_counter,
+        num_updates: int,
+        device: torch.device,
     ) -> None:
-        self.flops, self.peak, self.num_devices, self.now = flops.total, peak, num_devices, now
-        self.tokens, self.begin = 0, now()
+        self.writer, self.to_means, self.num_updates = writer, to_means, num_updates
+        self.flops, self.peak = flops.total, peak
+        self.sums = torch.zeros(num_sums, device=device)
+        self.open: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, sums, gradient norm
+        self.begin = time.perf_counter()
 
-    def restart(self) -> None:
-        """Begin anew: what happened since the last lap (a validation, a checkpoint) is not training time."""
-        self.tokens, self.begin = 0, self.now()
+    def add(self, sums: Tensor) -> None:
+        """Add the loss sums of one micro-batch to the open update; no sync."""
+        self.sums += sums
 
-    def lap(self) -> dict[str, float]:
-        """tokens_per_s and, where the peak is known, mfu since the last lap."""
-        speed = self.tokens / max(1e-9, self.now() - self.begin)
-        self.restart()
-        return {"tokens_per_s": speed} | (
-            {"mfu": speed * self.flops / (self.peak * self.num_devices)} if self.peak else {}
-        )
+    def close_update(self, record: dict[str, Any], gradient_norm: Tensor) -> None:
+        """End an update: what was added belongs to it. `record` needs "update", "tokens" and "masked"; no sync."""
+        self.open.append((record, self.sums, gradient_norm))
+        self.sums = torch.zeros_like(self.sums)
+
+    def restart_clock(self) -> None:
+        """What happened since the last flush (a validation, a checkpoint) is not training time."""
+        self.begin = time.perf_counter()
+
+    def flush(self) -> None:
+        """Sum over the ranks, bring to the host, write a line an update and a progress line."""
+        if not self.open:
+            return
+        records, sums, norms = zip(*self.open, strict=True)
+        self.open = []
+        totals = dist.sum_over_ranks(torch.stack(sums)).tolist()  # the sync
+        values = torch.stack([n.float() for n in norms]).tolist()
+        seconds = max(1e-9, time.perf_counter() - self.begin)
+        num_tokens = sum(r["tokens"] for r in records)
+        speed = {"tokens_per_s": num_tokens / seconds}
+        if self.peak:
+            speed["mfu"] = speed["tokens_per_s"] * self.flops / self.peak
+        last: dict[str, Any] = {}
+        for record, total, norm in zip(records, totals, values, strict=True):
+            losses = self.to_means(total, record["tokens"], record["masked"])
+            last = record | losses | {"gradient_norm": norm} | speed
+            self._write(last)
+        if self.writer is not None:
+            left = (self.num_updates - last["update"]) * seconds / len(records)
+            log.info(progress_line(last, num_updates=self.num_updates, seconds_left=left))
+            self.writer.flush()
+        self.restart_clock()
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """Write the losses of a validation."""
+        self._write(record)
+        numbers = (f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float))
+        log.info("validation after update %d  %s", record["update"], "  ".join(numbers))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(record)
+
+    def close(self) -> None:
+        """Write what is open and close the files."""
+        self.flush()
+        if self.writer is not None:
+            self.writer.close()
 
 
-def progress_line(record: dict[str, Any], *, num_updates: int, tokens_left: float) -> str:
+def progress_line(record: dict[str, Any], *, num_updates: int, seconds_left: float) -> str:
     """One line for a person: where the run is, how well and how fast it goes, when it ends."""
     names = ("loss", "kd", "mlm", "cosine", "agreement", "accuracy")
     losses = "  ".join(f"{n} {record[n]:.4g}" for n in names if n in record)
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    seconds = int(tokens_left / max(1.0, record["tokens_per_s"]))
-    eta = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-    return f"update {record['update']}/{num_updates}  {losses}  {record['tokens_per_s']:,.0f} tokens/s{mfu}  ETA {eta}"
+    left = int(seconds_left)
+    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    speed = f"{record['tokens_per_s']:,.0f} tokens/s{mfu}"
+    return f"update {record['update']}/{num_updates}  {losses}  {speed}  ETA {eta}"

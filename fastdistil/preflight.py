@@ -3,14 +3,12 @@
 `resolve` turns a configuration with gaps into what the run will really use, or raises with what was wanted, what was got and what to do.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastdistil import tokenizer
+from fastdistil import run_folder, tokenizer
 from fastdistil.architecture import Architecture, read_architecture
-from fastdistil.config import Config, resume_differences, to_json
+from fastdistil.config import Config
 from fastdistil.shards import Meta, read_meta
 
 
@@ -82,7 +80,7 @@ def resolve(config: Config, *, world_size: int) -> Resolved:
         tokenizer_path=config.data.shards / "tokenizer",
         micro_batches_per_update=_micro_batches(config, meta, world_size),
     )
-    _check_run_folder(resolved)
+    run_folder.check(config)
     return resolved
 
 
@@ -226,6 +224,10 @@ def _student(
     token_types = wanted.token_types
     if token_types is None:  # a teacher in the making stays what it was; a student is a DistilBERT
         token_types = 2 if source is not None and teacher is None and source.token_types else 0
+    if token_types and source is not None and not source.token_types:
+        raise ValueError(
+            "--student.token-types 2 wants a source with a token-type table, and it has none: leave it out, or use --student.init random"
+        )
     student = Architecture(
         vocab_size=meta.vocab_size,
         hidden_size=hidden_size,
@@ -238,6 +240,7 @@ def _student(
         token_types=token_types,
         dropout=wanted.dropout,
         attention_dropout=wanted.attention_dropout,
+        layer_norm_eps=source.layer_norm_eps if source is not None and token_types else 1e-12,
         pad_id=meta.special_ids["pad"],
     )
     return student, layers
@@ -260,41 +263,3 @@ def _micro_batches(config: Config, meta: Meta, world_size: int) -> int:
             f"use --batch.token-budget {max(64, int(tokens / world_size) // 64 * 64)} or less, a larger batch, or fewer ranks"
         )
     return count
-
-
-def _check_run_folder(resolved: Resolved) -> None:
-    run, config = resolved.config.out, resolved.config
-    path = run / "config.json"
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"--out {run} is a file: give a folder")
-    if not path.is_file():
-        if run.is_dir() and any(run.iterdir()):
-            raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
-        return
-    if config.resume == "never":
-        raise ValueError(
-            f"--out {run} already holds a run: use --resume auto to go on with it, or another --out"
-        )
-    differences = resume_differences(read_run(run)["config"], to_json(config))
-    if differences:
-        raise ValueError(
-            f"--out {run} was started with another configuration; {'; '.join(differences)}: use the old values, or another --out"
-        )
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """The contents of RUN/config.json. Raises ValueError where it is none of ours."""
-    path = run / "config.json"
-    try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record["config"], dict) or not isinstance(record["student"], dict):
-            raise ValueError("config and student must be objects")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{run} is not a run folder: wanted {path}, which `python -m fastdistil.pretrain` writes"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a run's configuration ({error}): start another --out"
-        ) from None
-    return record

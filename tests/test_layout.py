@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "engine": {"dist", "config", "data", "losses"},
     "checkpoint": {"dist"},
     "metrics": {"dist", "architecture"},
-    "preflight": {"config", "architecture", "shards", "tokenizer"},
+    "run_folder": {"config"},
+    "preflight": {"config", "architecture", "shards", "tokenizer", "run_folder"},
+    "inputs": {"weights", "bert", "config", "data", "preflight", "shards", "teacher"},
 }
 MODULES = sorted(p for p in (ROOT / "fastdistil").glob("*.py") if p.stem != "__init__")
 

@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# x86-64 Linux without a GPU takes the CPU build of torch, never several GB of CUDA (elsewhere pip's own choice is small);
+# set TORCH to choose another build.
+NEEDS_CPU_BUILD := $(shell test "$$(uname -sm)" = "Linux x86_64" && ! command -v nvidia-smi >/dev/null 2>&1 && echo yes)
+TORCH ?= $(if $(NEEDS_CPU_BUILD),torch==2.13.0+cpu,torch>=2.11)
+export HF_HUB_OFFLINE = 1
+
+.PHONY: setup demo test lint types bench gpu clean
+
+setup: $(VENV)/.installed
+
+# Runs again only when what it depends on changed: seconds otherwise.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel ninja packaging
+	@$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)" || \
+	  { echo "No CPU build of torch was found by pip. Say where it is: PIP_EXTRA_INDEX_URL=<the CPU index of PyTorch's install page> make setup,"; \
+	    echo "or choose a build: make setup TORCH=torch  (on x86-64 Linux that is the CUDA build, several GB)."; exit 1; }
+	@$(BIN)/python -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation "deepspeed>=0.19.8,<0.20"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,eval]"
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+test: setup
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+gpu:
+	bash benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastdistil/*.so

@@ -1,0 +1,130 @@
+"""The main job at a size for two cores: text -> teacher -> student -> Hugging Face -> one table. `make demo` runs it.
+
+Every step is the command a user would type, printed before it runs. A second start goes on where the first one stopped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
+
+RECIPES = {
+    "teacher": "mlm --student.num-layers 4 --student.hidden-size 128 --student.num-heads 4 --student.token-types 2 --optim.duration 260",
+    "student": "quickstart --optim.duration 120",
+    "baseline": "mlm --student.num-layers 2 --student.hidden-size 128 --student.num-heads 4 --optim.duration 120",
+}
+COMMON = (
+    "--optim.unit updates --optim.lr 2e-3 --batch.size 8192 --batch.unit tokens --batch.token-budget 4096 "
+    "--data.validation-sequences 512 --log.every 20 --log.validate-every 1000 --log.checkpoint-every 1000 --resume auto"
+)
+
+
+def run(*words: object) -> None:
+    """Print a command as a user would type it, and run it."""
+    arguments = [str(w) for w in words]
+    print("\n$ python -m " + shlex.join(arguments), flush=True)
+    subprocess.run([sys.executable, "-m", *arguments], check=True)
+
+
+def measure(out: Path) -> dict[str, dict[str, float]]:
+    """Masked-LM loss, top-1 agreement with the teacher, parameters and forward speed of the three exports, by transformers."""
+    import numpy as np
+    import torch
+    import transformers
+
+    from fastdistil import data
+    from fastdistil.config import MaskingConfig
+    from fastdistil.shards import Shards
+
+    shards = Shards(out / "shards")
+    held_out = np.arange(len(shards) - 512, len(shards))
+    plan = data.validation_plan(held_out, shards.lengths, token_budget=4096, mask_fraction=0.15)
+    collator = data.Collator(shards, shards.counts, token_budget=4096, masking=MaskingConfig())
+    names = ("teacher", "student", "baseline")
+    load: Any = transformers.AutoModelForMaskedLM.from_pretrained
+    models = {name: load(out / name).eval() for name in names}
+    sums = {name: {"loss": 0.0, "agree": 0, "seconds": 0.0} for name in names}
+    with torch.inference_mode():
+        for slot in plan.slots:
+            batch = collator(slot)
+            ids, labels = (
+                torch.nn.utils.rnn.pad_sequence(
+                    list(x.split(list(batch.lengths)))[: len(batch.sequences)],
+                    batch_first=True,
+                    padding_value=padding,
+                )
+                for x, padding in ((batch.input_ids, 0), (batch.labels, data.NO_LABEL))
+            )
+            real = ids != 0
+            best = {}
+            for name, model in models.items():
+                begin = time.perf_counter()
+                logits = model(input_ids=ids, attention_mask=real.long()).logits
+                sums[name]["seconds"] += time.perf_counter() - begin
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
+                )
+                sums[name]["loss"] += loss.item()
+                best[name] = logits.argmax(-1)
+            for name in names:
+                sums[name]["agree"] += int((best[name] == best["teacher"])[real].sum())
+    return {
+        name: {
+            "validation MLM loss": s["loss"] / plan.num_masked,
+            "agreement with teacher": s["agree"] / plan.num_tokens,
+            "parameters": sum(p.numel() for p in models[name].parameters()),
+            "forward tokens/s": plan.num_tokens / s["seconds"],
+        }
+        for name, s in sums.items()
+    }
+
+
+def main() -> int:
+    """Exit status 1 if the distilled student does not come out ahead of the one that was trained alone."""
+    cli = argparse.ArgumentParser(description=__doc__)
+    cli.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
+    out: Path = cli.parse_args().out
+    begin = time.perf_counter()
+    prepare = ("docs:", "--tokenizer", "train:8192", "--max-length", "128", "--out", out / "shards")
+    run("fastdistil.prepare", *prepare)
+    for name, recipe in RECIPES.items():
+        extra = ("--teacher.path", out / "teacher") if name == "student" else ()
+        if name == "student":
+            extra = (*extra, "--student.copy-transform")
+        else:
+            extra = (*extra, "--student.init", "random")
+        common = ("--data.shards", out / "shards", "--out", out / f"{name}-run", *COMMON.split())
+        run("fastdistil.pretrain", *recipe.split(), *extra, *common)
+        run("fastdistil.export", out / f"{name}-run", "--out", out / name, "--overwrite")
+    table = measure(out)
+    (out / "table.json").write_text(json.dumps(table, indent=1))
+    columns = list(table["teacher"])
+    print(f"\n{'':<10}" + "".join(f"{c:>24}" for c in columns))
+    for name, row in table.items():
+        loss, agreement, parameters, speed = row.values()
+        print(f"{name:<10}{loss:>24.3f}{agreement:>24.1%}{int(parameters):>24,}{speed:>24,.0f}")
+    print(
+        f"\n{time.perf_counter() - begin:.0f} s; the models are in {out}: AutoModelForMaskedLM.from_pretrained({str(out / 'student')!r})"
+    )
+    student, baseline = table["student"], table["baseline"]
+    ahead = (
+        student["validation MLM loss"] < baseline["validation MLM loss"]
+        and student["agreement with teacher"] > baseline["agreement with teacher"]
+    )
+    print(
+        "the distilled student is ahead of the baseline"
+        if ahead
+        else "the distilled student is NOT ahead of the baseline"
+    )
+    return 0 if ahead else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
