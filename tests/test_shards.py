@@ -130,14 +130,10 @@ def test_the_parts_of_the_hashing_cover_every_file(folder):
     path = folder / "shard-00001.tokens"
     path.write_bytes(path.read_bytes()[::-1])
     Shards(folder, verify=False)
-    caught = 0
-    for rank in range(3):
-        try:
-            Shards(folder, verify_part=(rank, 3))
-        except ValueError as error:
-            assert "was changed" in str(error)
-            caught += 1
-    assert caught == 1
+    for rank in (1, 2):
+        Shards(folder, verify_part=(rank, 3))
+    with pytest.raises(ValueError, match=r"shard-00001\.tokens was changed"):
+        Shards(folder, verify_part=(0, 3))
 
 
 def test_offsets_that_do_not_fit_are_found_without_hashes(folder):
@@ -202,7 +198,7 @@ def test_a_hostile_meta_is_a_value_error_with_file_and_field(folder, message, da
     if not isinstance(damage, bytes):
         damage = json.dumps(damage(json.loads(path.read_bytes()))).encode()
     path.write_bytes(damage)
-    with pytest.raises(ValueError, match="with --overwrite|reads format_version") as error:
+    with pytest.raises(ValueError, match=r"with --overwrite|reads format_version") as error:
         Shards(folder, verify=False)
     assert message in str(error.value) or "counts.npy" in str(error.value)
     assert len(str(error.value)) < 1000

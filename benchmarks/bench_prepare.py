@@ -1,0 +1,87 @@
+"""The speed of `fastdistil.prepare`, from file to finished shards, against `tokenizers` alone.
+
+    python -m benchmarks.bench_prepare [SOURCE] [--tokenizer T] [--rounds 3]
+
+Both sides in turn in one run, on all cores: the whole command with its start, its reading, cutting,
+counting, hashing and writing; and `encode_batch_fast` on the same documents, already in memory. A
+median of MB of UTF-8 text a second each, and the median of the ratios of neighbours: the target is
+0.9. The same ratio of processor seconds says what to expect where other work disturbs the clock.
+`docs:` and data sets are written to a JSONL file first, repeated to some 60 MB: parsing Python,
+fetching and starting are not the point.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fastdistil import sources, tokenizer
+
+RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
+
+
+def _cpu_seconds(who: int) -> float:
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", nargs="?", default="docs:")
+    parser.add_argument("--tokenizer", default="train:30522")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+
+    (source,) = sources.resolve((arguments.source,))
+    documents = list(source.documents(sources.Options()))
+    megabytes = sum(len(text.encode()) for text in documents) / 1e6
+    repeats = 1
+    if source.kind != "files":  # short texts would measure the start of the processes
+        repeats = max(1, round(60 / megabytes))
+        documents, megabytes = documents * repeats, megabytes * repeats
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(arguments.source)
+        if source.kind != "files":
+            path = Path(folder) / "text.jsonl"
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        tokenizer_path = Path(arguments.tokenizer)
+        if arguments.tokenizer.startswith("train:"):
+            tokenizer_path = Path(folder) / "tokenizer"
+            size = int(arguments.tokenizer.removeprefix("train:"))
+            made = tokenizer.train(documents[: len(documents) // repeats], size)
+            tokenizer.save(made, tokenizer_path, names=tokenizer.SPECIAL_TOKENS, max_length=512)
+        peer = tokenizer.load(tokenizer_path)
+        bare, whole, bare_cpu, whole_cpu = [], [], [], []
+        for number in range(arguments.rounds):
+            start, cpu = time.perf_counter(), _cpu_seconds(resource.RUSAGE_SELF)
+            for first in range(0, len(documents), 1000):
+                peer.encode_batch_fast(documents[first : first + 1000], add_special_tokens=False)
+            bare.append(megabytes / (time.perf_counter() - start))
+            bare_cpu.append(_cpu_seconds(resource.RUSAGE_SELF) - cpu)
+            command = [sys.executable, "-m", "fastdistil.prepare", str(path)]
+            command += ["--tokenizer", str(tokenizer_path), "--out", f"{folder}/out{number}"]
+            start, cpu = time.perf_counter(), _cpu_seconds(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, capture_output=True)
+            whole.append(megabytes / (time.perf_counter() - start))
+            whole_cpu.append(_cpu_seconds(resource.RUSAGE_CHILDREN) - cpu)
+    result = {
+        "source": Path(arguments.source).name,
+        "megabytes": round(megabytes, 1),
+        "tokenizers_mb_s": round(statistics.median(bare), 2),
+        "prepare_mb_s": round(statistics.median(whole), 2),
+        "ratio": round(statistics.median(w / b for w, b in zip(whole, bare, strict=True)), 3),
+        "cpu_ratio": round(statistics.median(bare_cpu) / statistics.median(whole_cpu), 3),
+        "rounds": arguments.rounds,
+    }
+    print(json.dumps(result))
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
