@@ -10,6 +10,7 @@ of full tensors, whatever the stage and the number of ranks: a checkpoint of one
 """
 
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -41,7 +42,7 @@ def learning_rate(config: Config, update: int, num_updates: int) -> float:
 
     The first update's rate is 0, as with transformers' schedule in the authors' code.
     """
-    warmup = int(config.optim.warmup * num_updates)
+    warmup = math.ceil(config.optim.warmup * num_updates)
     if update < warmup:
         return config.optim.lr * update / warmup
     return config.optim.lr * (num_updates - update) / max(1, num_updates - warmup)
@@ -171,10 +172,9 @@ class DeepSpeedEngine:
         accumulation: int,
         place: dist.Place,
     ) -> None:
-        if place.host_group is None:
-            raise ValueError(
-                f"--engine.zero-stage {stage} wants a process group and got a single process: start with `torchrun --nproc-per-node N -m fastdistil.pretrain ...`"
-            )
+        assert place.host_group is not None, (
+            "ZeRO wants a process group; preflight refuses it without torchrun"
+        )
         deepspeed = _import_deepspeed(place.device)
         self.place, self.stage = place, stage
         self.objective = objective.to(place.device)

@@ -27,7 +27,7 @@ class Resolved:
     micro_batches_per_update: int
 
 
-def resolve(config: Config, *, world_size: int) -> Resolved:
+def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Resolved:
     """Check the configuration against the files it names. Reads only small files.
 
     Raises ValueError or FileNotFoundError.
@@ -35,6 +35,11 @@ def resolve(config: Config, *, world_size: int) -> Resolved:
     if config.data.shards is None:
         raise ValueError(
             "--data.shards is missing: give a folder written by `python -m fastdistil.prepare`"
+        )
+    if config.engine.zero_stage is not None and not by_torchrun:
+        raise ValueError(
+            f"--engine.zero-stage {config.engine.zero_stage} wants a process group: start with "
+            "`torchrun --nproc-per-node N -m fastdistil.pretrain ...`, or leave it out for the plain engine"
         )
     meta = read_meta(config.data.shards)
     _check_losses(config)

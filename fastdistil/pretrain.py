@@ -45,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
     log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
     config = parse(args, quiet=here.rank != 0)
     try:
-        resolved = resolve(config, world_size=here.world_size)
+        resolved = resolve(config, world_size=here.world_size, by_torchrun=here.by_torchrun)
     except (ValueError, FileNotFoundError) as error:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -54,9 +54,13 @@ def main(args: list[str] | None = None) -> int:
 
     config = resolved.config
     stop = StopRequest()
-    place = dist.init(
-        config.engine.device, timeout_s=config.engine.timeout_s, threads=config.engine.threads
-    )
+    try:
+        place = dist.init(
+            config.engine.device, timeout_s=config.engine.timeout_s, threads=config.engine.threads
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     dtype = engine.compute_dtype(config, place.device)
     text = teacher = student = saved = error = None
     try:

@@ -15,10 +15,25 @@ from tests import launch
 def test_distilbert_is_the_paper():
     c = recipes.distilbert()
     assert (c.loss.kd, c.loss.mlm, c.loss.cosine, c.loss.temperature) == (5.0, 2.0, 1.0, 2.0)
-    assert (c.optim.lr, c.optim.betas, c.optim.eps, c.optim.weight_decay) == (5e-4, (0.9, 0.98), 1e-6, 0.0)
-    assert (c.optim.clip_norm, c.optim.warmup, c.optim.duration, c.optim.unit) == (5.0, 0.05, 3.0, "epochs")
+    assert (c.optim.lr, c.optim.betas, c.optim.eps, c.optim.weight_decay) == (
+        5e-4,
+        (0.9, 0.98),
+        1e-6,
+        0.0,
+    )
+    assert (c.optim.clip_norm, c.optim.warmup, c.optim.duration, c.optim.unit) == (
+        5.0,
+        0.05,
+        3.0,
+        "epochs",
+    )
     assert (c.batch.size, c.batch.unit, c.seed) == (4000, "sequences", 56)
-    assert (c.masking.fraction, c.masking.keep, c.masking.random, c.masking.smoothing) == (0.15, 0.1, 0.1, 0.7)
+    assert (c.masking.fraction, c.masking.keep, c.masking.random, c.masking.smoothing) == (
+        0.15,
+        0.1,
+        0.1,
+        0.7,
+    )
     assert (c.student.init, c.student.dropout, c.student.attention_dropout) == ("teacher", 0.1, 0.1)
     assert (c.student.copy_transform, c.student.freeze_positions) == (False, False)
 
@@ -83,7 +98,9 @@ def test_no_option_of_ours_is_taken_by_torchrun():
     parser = get_args_parser()
     assert isinstance(parser, argparse.ArgumentParser)
     theirs = list(parser._option_string_actions)
-    ours = {"--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.distilbert()))}
+    ours = {
+        "--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.distilbert()))
+    }
     taken = {o for o in ours for t in theirs if t.startswith(o)}
     assert not taken
 
@@ -94,7 +111,12 @@ def seconds_and_output(*args):
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", *args], capture_output=True, text=True, env=launch.ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", *args],
+        capture_output=True,
+        text=True,
+        env=launch.ENVIRONMENT,
+    )
     wall = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -114,7 +136,11 @@ def seconds_and_output(*args):
 )
 def test_help_and_mistakes_come_before_torch(args):
     seconds, done = min((seconds_and_output(*args) for _ in range(3)), key=lambda pair: pair[0])
-    assert "torch" not in {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "torch" not in {
+        line.split("|")[-1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert done.returncode == (0 if "--help" in args else 2)
     assert seconds < 0.75  # half a second, and what -X importtime itself costs
 
@@ -123,11 +149,26 @@ def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
     base = recipes.distilbert()
     saved = config.to_json(base)
     free = parse(
-        ["distilbert", "--resume", "auto", "--log.every", "3", "--data.num-workers", "0", "--engine.zero-stage", "3", "--out", "elsewhere"],
+        [
+            "distilbert",
+            "--resume",
+            "auto",
+            "--log.every",
+            "3",
+            "--data.num-workers",
+            "0",
+            "--engine.zero-stage",
+            "3",
+            "--out",
+            "elsewhere",
+        ],
         quiet=False,
     )
     assert config.resume_differences(saved, config.to_json(free)) == []
-    bound = parse(["distilbert", "--optim.lr", "1e-4", "--seed", "7", "--engine.precision", "bf16"], quiet=False)
+    bound = parse(
+        ["distilbert", "--optim.lr", "1e-4", "--seed", "7", "--engine.precision", "bf16"],
+        quiet=False,
+    )
     assert config.resume_differences(saved, config.to_json(bound)) == [
         "--engine.precision: was 'auto', now 'bf16'",
         "--optim.lr: was 0.0005, now 0.0001",

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "launcher": set(),
     "tokenizer": set(),
     "sources": set(),
+    "sequences": {"tokenizer"},
     "shards": set(),
     "recipes": {"config"},
     "dist": {"launcher"},
@@ -85,7 +86,9 @@ def test_the_environment_is_no_configuration(path):
         assert "environ.get" not in text
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted(ROOT.glob("kernels/*.py"))], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [*MODULES, *sorted(ROOT.glob("kernels/*.py"))], ids=lambda p: p.stem
+)
 def test_no_pickle_and_no_unsafe_load(path):
     """Traps of the file formats: nothing the program reads may run code."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -108,5 +111,7 @@ def test_kernels_is_a_bare_folder():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, fastdistil; print(sorted({'torch', 'numpy', 'triton', 'deepspeed'} & set(sys.modules)))"
-    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    got = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert got.stdout.strip() == "[]"
