@@ -19,7 +19,11 @@ from fastdistil.data import MicroBatch
 
 
 def one_update(
-    teacher_folder: Path, student_folder: Path, batches: Sequence[MicroBatch], *, temperature: float = 2.0,
+    teacher_folder: Path,
+    student_folder: Path,
+    batches: Sequence[MicroBatch],
+    *,
+    temperature: float = 2.0,
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """(unweighted kd, mlm and cosine terms of the update; gradient of the weighted sum by Hugging Face name), in fp64."""
@@ -46,7 +50,11 @@ def one_update(
             real += length
             masked += int((labels >= 0).sum())
             begin += length
-    terms = [torch.stack(kd).sum() / real, torch.stack(mlm).sum() / masked, torch.stack(cosine).sum() / real]
+    terms = [
+        torch.stack(kd).sum() / real,
+        torch.stack(mlm).sum() / masked,
+        torch.stack(cosine).sum() / real,
+    ]
     loss = torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
     loss.backward()
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}

@@ -23,7 +23,14 @@ from tests.test_losses import make_batches, make_student, make_teacher
 BUDGET, UPDATES = 256, 6
 
 
-def make(root: Path, config: Config, stage: int | None, accumulation: int, place: dist.Place, dropout: float) -> Engine:
+def make(
+    root: Path,
+    config: Config,
+    stage: int | None,
+    accumulation: int,
+    place: dist.Place,
+    dropout: float,
+) -> Engine:
     student = make_student(root)
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -51,13 +58,26 @@ def one_update(root: Path, config: Config, stage: int | None, place: dist.Place)
 
         full = {n: safe_get_full_grad(p) for n, p in engine.objective.student.named_parameters()}
     grads = {n: g.float() for n, g in full.items() if g is not None}
-    means = losses.means(dist.sum_over_ranks(sums).tolist(), update.num_tokens, update.num_masked, config.loss, has_teacher=True)
-    return {"means": means, "gradients": hugging_face_state(grads, engine.objective.student.architecture)}
+    means = losses.means(
+        dist.sum_over_ranks(sums).tolist(),
+        update.num_tokens,
+        update.num_masked,
+        config.loss,
+        has_teacher=True,
+    )
+    return {
+        "means": means,
+        "gradients": hugging_face_state(grads, engine.objective.student.architecture),
+    }
 
 
-def train(root: Path, config: Config, engine: Engine, updates: range, place: dist.Place) -> list[list[float]]:
+def train(
+    root: Path, config: Config, engine: Engine, updates: range, place: dist.Place
+) -> list[list[float]]:
     shards = Shards(root / "shards")
-    plan = data.Plan(shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15)
+    plan = data.Plan(
+        shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15
+    )
     collator = data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
     teacher = make_teacher(root)
     teacher.model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
@@ -65,17 +85,24 @@ def train(root: Path, config: Config, engine: Engine, updates: range, place: dis
     for u in updates:
         update = plan.update(u)
         sums = torch.zeros(len(losses.SUMS))
-        for k, slot in enumerate(data.rank_slots(update, rank=place.rank, world_size=place.world_size)):
+        for k, slot in enumerate(
+            data.rank_slots(update, rank=place.rank, world_size=place.world_size)
+        ):
             batch = collator(slot)
             torch.manual_seed(data.seed_of(7, "dropout", u, k * place.world_size + place.rank))
-            sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
+            sums += engine.forward_backward(
+                batch, teacher(batch), update.num_tokens, update.num_masked
+            )
         norm = engine.step(1e-3)
         history.append([*dist.sum_over_ranks(sums).tolist(), norm.item()])
     return history
 
 
 def main(root: Path, out: Path, precision: str) -> None:
-    config = Config(optim=OptimConfig(clip_norm=1.0, weight_decay=0.01), engine=EngineConfig(bucket_elements=10_000))
+    config = Config(
+        optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
+        engine=EngineConfig(bucket_elements=10_000),
+    )
     config = replace(config, engine=replace(config.engine, precision=precision))
     place = dist.init("cpu", timeout_s=120, threads=1)
     results = {}
@@ -92,7 +119,13 @@ def main(root: Path, out: Path, precision: str) -> None:
         second = make(root, config, stage, accumulation, place, 0.1)
         second.load(state, step=UPDATES // 2)
         resumed = train(root, config, second, range(UPDATES // 2, UPDATES), place)
-        result |= {"history": history, "resumed": resumed, "straight_state": straight.state(), "resumed_state": second.state(), "half_state": state}
+        result |= {
+            "history": history,
+            "resumed": resumed,
+            "straight_state": straight.state(),
+            "resumed_state": second.state(),
+            "half_state": state,
+        }
         results[stage] = result
     if place.is_main:
         torch.save(results, out)

@@ -39,7 +39,9 @@ def run(
         env=ENVIRONMENT | (environment or {}), cwd=cwd,
     )  # fmt: skip
     if ok:
-        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        assert done.returncode == 0, (
+            f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        )
     return done
 
 

@@ -22,7 +22,9 @@ def tensors(seed=0):
 
 
 def save(run, update, keep=2):
-    return checkpoint.save(run, tensors(update), {"update": update, "tokens": 10 * update}, keep=keep)
+    return checkpoint.save(
+        run, tensors(update), {"update": update, "tokens": 10 * update}, keep=keep
+    )
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -40,7 +42,10 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_the_last_ones_are_kept(tmp_path):
     for update in (5, 10, 15, 100000000):
         save(tmp_path, update)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["update-00000015", "update-100000000"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "update-00000015",
+        "update-100000000",
+    ]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest.name == "update-100000000"
@@ -51,7 +56,9 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint \(found: none\)"):
         checkpoint.load_weights(tmp_path)
     save(tmp_path, 5)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of update 7 \(found: update-00000005\)"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint of update 7 \(found: update-00000005\)"
+    ):
         checkpoint.load_weights(tmp_path, 7)
 
 
@@ -107,7 +114,16 @@ def test_a_renamed_checkpoint_is_passed_over(tmp_path):
     assert "holds update 5" in str(checkpoint.verify(checkpoint.folder_of(tmp_path, 6)))
 
 
-@pytest.mark.parametrize("manifest", ["[]", "{}", '{"../../x": 1}', "null", '{"weights.safetensors": 1, "optimizer.safetensors": 1, "state.json": 1}'])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{}",
+        '{"../../x": 1}',
+        "null",
+        '{"weights.safetensors": 1, "optimizer.safetensors": 1, "state.json": 1}',
+    ],
+)
 def test_a_forged_manifest_is_refused(tmp_path, manifest):
     folder = save(tmp_path, 5)
     (folder / "manifest.json").write_text(manifest)
@@ -134,7 +150,11 @@ def test_a_killed_save_leaves_the_earlier_one(tmp_path):
     )
     seen = set()
     for countdown in range(0, 9, 2):
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(countdown)], env=launch.ENVIRONMENT, cwd=launch.ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), str(countdown)],
+            env=launch.ENVIRONMENT,
+            cwd=launch.ROOT,
+        )
         newest = checkpoint.newest(tmp_path)
         assert newest is not None
         seen.add((done.returncode, newest.name))
@@ -153,7 +173,10 @@ def test_a_full_disk_is_said_with_path_and_bytes_and_leaves_the_earlier_one(tmp_
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write the checkpoint .*update-00000010 \(16,000 bytes, [0-9,]+ free\)"):
+        with pytest.raises(
+            OSError,
+            match=r"cannot write the checkpoint .*update-00000010 \(16,000 bytes, [0-9,]+ free\)",
+        ):
             save(tmp_path, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

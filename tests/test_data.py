@@ -30,7 +30,9 @@ def make_plan(shards, *, seed=56, micro_batches=4):
 
 
 def make_collator(shards, **masking):
-    return data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig(**masking))
+    return data.Collator(
+        shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig(**masking)
+    )
 
 
 @settings(deadline=None)
@@ -65,7 +67,10 @@ def test_updates_may_be_asked_for_in_any_order(shards):
     plan = make_plan(shards)
     for u in reversed(range(40)):
         again = plan.update(u)
-        assert (again.num_tokens, again.num_masked) == (forward[u].num_tokens, forward[u].num_masked)
+        assert (again.num_tokens, again.num_masked) == (
+            forward[u].num_tokens,
+            forward[u].num_masked,
+        )
         for a, b in zip(again.slots, forward[u].slots, strict=True):
             assert (a.sequences == b.sequences).all()
             assert a.coordinates == b.coordinates
@@ -79,7 +84,10 @@ def test_the_seed_decides_the_order(shards):
 def test_order_is_the_one_that_was_released():
     """Philox words are guaranteed across NumPy versions; if this changes, old runs do not resume exactly."""
     assert data.seed_of(56, "order", 0) == 9135442637613753851
-    assert data.random_words(2, 56, "order", 0).tolist() == [5182073502920544270, 499630438824064292]
+    assert data.random_words(2, 56, "order", 0).tolist() == [
+        5182073502920544270,
+        499630438824064292,
+    ]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -94,7 +102,14 @@ def test_ranks_share_an_update_without_overlap(shards, world_size):
 
 
 def flatten(batch):
-    return [batch.input_ids, batch.position_ids, batch.labels, batch.masked_rows, batch.num_rows, batch.lengths]
+    return [
+        batch.input_ids,
+        batch.position_ids,
+        batch.labels,
+        batch.masked_rows,
+        batch.num_rows,
+        batch.lengths,
+    ]
 
 
 def test_workers_and_ranks_do_not_change_what_an_update_holds(shards):
@@ -219,12 +234,19 @@ def test_masks_differ_between_epochs(shards):
 def test_too_few_tokens_that_may_be_masked_is_an_error_that_names_the_place():
     slot = data.Slot(np.array([3]), ("test",))
     with pytest.raises(ValueError, match=r"masking wants 2 of 10 tokens .* sequences \[3\]"):
-        data.mask(np.full(10, 2), slot, weights=np.array([1.0, 1, 0, 0, 0]), mask_id=4, masking=MaskingConfig())
+        data.mask(
+            np.full(10, 2),
+            slot,
+            weights=np.array([1.0, 1, 0, 0, 0]),
+            mask_id=4,
+            masking=MaskingConfig(),
+        )
 
 
 def test_validation_is_the_same_in_every_run(shards):
     plans = [
-        data.validation_plan(np.arange(50), shards.lengths, token_budget=BUDGET, mask_fraction=0.15) for _ in range(2)
+        data.validation_plan(np.arange(50), shards.lengths, token_budget=BUDGET, mask_fraction=0.15)
+        for _ in range(2)
     ]
     a, b = ([make_collator(shards)(s).labels for s in p.slots] for p in plans)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
