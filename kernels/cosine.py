@@ -1,0 +1,153 @@
+"""Sum over rows of 1 - cos(student, teacher), value and gradient in one pass.
+
+    cos[n] = s.t / sqrt((s.s + eps) * (t.t + eps)),  eps = 1e-12      (as cosine_embedding_loss has it)
+    d (1 - cos) / d s = cos * s / (s.s + eps) - t / sqrt((s.s + eps) * (t.t + eps))
+
+so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved. Memory: two
+reads and one write of (N, D). Over several mapped layers the caller sums several of these; where
+widths differ he projects the student first, with a linear of his own that is trained along.
+
+Shapes: N = rows (tokens), D = width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+
+EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
+MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps
+
+
+def cosine_loss_reference(
+    student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None
+) -> Tensor:
+    """The definition, in fp32 PyTorch (fp64 for fp64 inputs)."""
+    dtype = torch.promote_types(student_ND.dtype, torch.float32)
+    index = torch.arange(student_ND.shape[0], device=student_ND.device)
+    loss = F.cosine_embedding_loss(
+        student_ND.to(dtype),
+        teacher_ND.detach().to(dtype),
+        torch.ones_like(index),
+        reduction="none",
+    )
+    return loss.sum() if num_rows is None else torch.where(index < num_rows, loss, 0.0).sum()
+
+
+@triton.jit
+def _cosine_kernel(
+    s_ptr, t_ptr, num_rows_ptr,  # (N, D) contiguous, 0-dim integer or None
+    out_ptr, ds_ptr,             # (N,) fp32, (N, D)
+    N, D, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    live = (row < N)[:, None] & (column < D)[None, :]
+    real = row < N
+    if num_rows_ptr is not None:
+        real = real & (row < tl.load(num_rows_ptr).to(tl.int64))
+    at = row[:, None] * D + column[None, :]
+    s = tl.load(s_ptr + at, mask=live, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + at, mask=live, other=0.0).to(tl.float32)
+    s_norm2 = tl.sum(s * s, axis=1) + EPS
+    t_norm2 = tl.sum(t * t, axis=1) + EPS
+    inverse = 1.0 / (tl.sqrt(s_norm2) * tl.sqrt(t_norm2))
+    cosine = tl.sum(s * t, axis=1) * inverse
+    tl.store(out_ptr + row, tl.where(real, 1.0 - cosine, 0.0), mask=row < N)
+    ds = s * (cosine / s_norm2)[:, None] - t * inverse[:, None]
+    ds = tl.where(real[:, None], ds, 0.0).to(ds_ptr.dtype.element_ty)
+    tl.store(ds_ptr + at, ds, mask=live)
+
+
+def tile(width: int) -> dict[str, int]:
+    """Kernel settings for a width: a CTA takes rows until it has 2,048 elements of a model.
+
+    That is 16 a thread; 32 spilled on sm_80.
+    """
+    block = triton.next_power_of_2(width)
+    return {"ROWS": max(1, 2048 // block), "BLOCK_D": block, "num_warps": max(4, block // 512)}
+
+
+@torch.library.custom_op("fastdistil::cosine_rows", mutates_args=(), device_types=TRITON_DEVICES)
+def cosine_rows(student: Tensor, teacher: Tensor, num_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(N,) fp32 of 1 - cos, and (N, D) their gradient for the student. Inputs contiguous."""
+    N, D = student.shape
+    rows, dstudent = student.new_empty(N, dtype=torch.float32), torch.empty_like(student)
+    settings = tile(D)
+    if N > 0:
+        _cosine_kernel[(triton.cdiv(N, settings["ROWS"]),)](
+            student, teacher, num_rows, rows, dstudent, N, D, EPS=EPS,
+            **settings, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+    return rows, dstudent
+
+
+@cosine_rows.register_fake
+def _(student, teacher, num_rows):
+    rows = student.new_empty(student.shape[0], dtype=torch.float32)
+    return rows, torch.empty_like(student)
+
+
+def cosine_rows_torch(student: Tensor, teacher: Tensor, num_rows: Tensor | None):
+    """`cosine_rows` in plain PyTorch: serves CPU tensors where csrc/ is not built."""
+    s, t = student.float(), teacher.float()
+    s_norm2, t_norm2 = s.square().sum(1, True) + EPS, t.square().sum(1, True) + EPS
+    inverse = (s_norm2.sqrt() * t_norm2.sqrt()).reciprocal()
+    cosine = (s * t).sum(1, True) * inverse
+    rows, ds = 1 - cosine[:, 0], s * (cosine / s_norm2) - t * inverse
+    if num_rows is not None:
+        real = torch.arange(s.shape[0]) < num_rows
+        rows, ds = torch.where(real, rows, 0.0), torch.where(real[:, None], ds, 0.0)
+    return rows, ds.to(student.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_rows, _grad_dstudent):
+    (dstudent,) = ctx.saved_tensors
+    return (grad_rows[:, None] * dstudent).to(dstudent.dtype), None, None
+
+
+cosine_rows.register_autograd(_backward, setup_context=_setup_context)
+
+
+def cosine_loss(
+    student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None
+) -> Tensor:
+    """0-dim fp32: the sum over rows of 1 - cos(student, teacher). Divide by the tokens that count.
+
+    Args:
+        student_ND: hidden states, fp32, bf16 or fp16, D up to 8,192. Gets a gradient.
+        teacher_ND: of the same shape; converted to the student's dtype. Gets no gradient.
+        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for
+            nothing and get gradient 0. All rows by default.
+
+    Raises:
+        ValueError: on shapes or dtypes that do not fit.
+    """
+    if student_ND.ndim != 2 or student_ND.shape != teacher_ND.shape:
+        raise ValueError(
+            f"cosine_loss wants two (N, D) tensors of one shape, got student "
+            f"{tuple(student_ND.shape)} and teacher {tuple(teacher_ND.shape)}: where widths differ, "
+            f"project the student first"
+        )
+    if student_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"cosine_loss wants fp32, bf16 or fp16, got {student_ND.dtype}")
+    if not 1 <= student_ND.shape[1] <= MAX_WIDTH:
+        raise ValueError(
+            f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[1]}"
+        )
+    if num_rows is not None and (num_rows.ndim or num_rows.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"cosine_loss wants num_rows as a 0-dim int32 or int64 tensor, got {num_rows.dtype} of "
+            f"shape {tuple(num_rows.shape)}"
+        )
+    teacher = teacher_ND.detach().to(student_ND.dtype).contiguous()
+    rows, _ = cosine_rows(student_ND.contiguous(), teacher, num_rows)
+    return rows.sum()

@@ -1,0 +1,394 @@
+"""Distillation loss of rows of logits and its gradient, in one pass over memory.
+
+With student logits z, teacher logits y, temperature T, p = softmax(y / T), q = softmax(z / T):
+
+    kd[n]  = T^2 * sum_v p[v] * (log p[v] - log q[v])          KL(p || q) (Hinton et al. 2015, sec. 2)
+    mlm[n] = logsumexp(z) - z[label]                           at temperature 1, rows with a label >= 0
+    loss   = kd_scale * sum_n kd[n] + mlm_scale * sum_n mlm[n]
+    d loss / d z = kd_scale * T * (q - p) + mlm_scale * (softmax(z) - onehot(label))
+
+Since sum p = sum q = 1, kd is also T^2 * sum_v (p log(p/q) - p + q), whose every term is >= 0 and is
+exactly 0 where the two rows agree. The kernels sum that form and clamp each term's rounding error at
+0: identical rows cost exactly 0, and no row less. Everything is computed in fp32; the difference
+q - p is taken before it is rounded to the dtype of the logits, in which it would cancel.
+
+Each row is read twice, a pair of BERT rows being 122 KB in bf16: from memory for the two maxima and
+normalisers, then from L2 for loss and gradient, which is written over the student's logits if the
+caller gives that buffer. 6 bytes an element in bf16. Nothing is saved for a backward but the gradient.
+
+Agreement: a row agrees where some column is the largest of both models (in bf16 ties are common).
+
+Shapes: N = rows (tokens), V = columns, of which the first `vocab_size` are the vocabulary. The others
+(padding to a multiple of 64, so that Triton loads 16 bytes a thread) count in no sum and get 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+
+# 16 warps a row: two CTAs fill an SM, and the rows of all CTAs in flight (32 MB on an H100) stay in L2.
+NUM_WARPS = 16
+# Columns a thread takes in one 16-byte load, by size of the element.
+COLUMNS_PER_LOAD = {2: 8, 4: 4}
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Stands for "no column" in masked lanes. Finite, so that the difference of two of them is not NaN.
+NO_COLUMN = tl.constexpr(-1e30)
+
+
+class DistillLoss(NamedTuple):
+    """0-dim fp32 tensors on the device of the inputs. Sums over rows: the caller knows what to divide by."""
+
+    loss: Tensor
+    """kd_scale * kd_sum + mlm_scale * mlm_sum; the only one with a gradient."""
+    kd_sum: Tensor
+    """Sum over real rows of T^2 KL(teacher || student), nats."""
+    mlm_sum: Tensor
+    """Sum over labelled rows of the cross-entropy at temperature 1, nats."""
+    num_agree: Tensor
+    """Real rows in which one column is the largest of both models."""
+
+
+def distill_loss_reference(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    labels_N: Tensor,
+    *,
+    temperature: float,
+    kd_scale: float,
+    mlm_scale: float,
+    vocab_size: int | None = None,
+    num_rows: Tensor | None = None,
+) -> DistillLoss:
+    """The definition, in fp32 PyTorch (fp64 for fp64 inputs). Tests and benchmarks compare to this."""
+    dtype = torch.promote_types(student_NV.dtype, torch.float32)
+    student = student_NV[:, :vocab_size].to(dtype)
+    teacher = teacher_NV[:, :vocab_size].detach().to(dtype)
+    real = _real_rows(student, num_rows, first_row=0)
+    log_q = torch.log_softmax(student / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    kd = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    labels = torch.where(real, labels_N, -100).clamp(min=-100)
+    mlm = F.cross_entropy(student, torch.where(labels < 0, -100, labels), reduction="none")
+    agree = (student == student.amax(-1, True)) & (teacher == teacher.amax(-1, True))
+    kd_sum, mlm_sum = torch.where(real, kd, 0.0).sum(), mlm.sum()
+    loss = kd_scale * kd_sum + mlm_scale * mlm_sum
+    return DistillLoss(
+        loss, kd_sum.detach(), mlm_sum.detach(), (agree.any(-1) & real).sum().float()
+    )
+
+
+def _real_rows(rows: Tensor, num_rows: Tensor | None, first_row: int) -> Tensor:
+    index = first_row + torch.arange(rows.shape[0], device=rows.device)
+    return torch.ones_like(index, dtype=torch.bool) if num_rows is None else index < num_rows
+
+
+@triton.jit
+def _load_logits(row_ptr, columns, width, vocab_size, eviction: tl.constexpr):
+    # Masked by the padded width, which keeps loads 16 bytes wide; by the vocabulary only afterwards.
+    z = tl.load(row_ptr + columns, mask=columns < width, other=0.0, eviction_policy=eviction)
+    return tl.where(columns < vocab_size, z.to(tl.float32), NO_COLUMN)
+
+
+@triton.jit
+def _include(z, largest, total, c):
+    """One step of an online softmax in each lane, base 2: no lane waits for another one."""
+    new_largest = tl.maximum(largest, tl.max(z, axis=1))
+    powers = tl.exp2((z - new_largest[:, None]) * c)
+    return new_largest, total * tl.exp2((largest - new_largest) * c) + tl.sum(powers, axis=1)
+
+
+@triton.jit
+def _distill_kernel(
+    s_ptr, t_ptr, label_ptr, num_rows_ptr,  # (N, V) logits, (N,) int64, 0-dim integer or None
+    ds_ptr,                                 # (N, V) gradient, may be s_ptr; or None
+    out_ptr,                                # (3, N) fp32: kd, mlm, agree
+    s_stride, t_stride, ds_stride,          # elements between rows
+    N, first_row, width, vocab_size, temperature, kd_scale, mlm_scale,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # int64: N * V passes 2^31 at 70k tokens of BERT vocabulary
+    s_row = s_ptr + row * s_stride
+    t_row = t_ptr + row * t_stride
+    step: tl.constexpr = LANES * VECTOR
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+    real = True
+    if num_rows_ptr is not None:
+        real = first_row + row < tl.load(num_rows_ptr).to(tl.int64)
+    if not real:
+        if ds_ptr is not None:
+            for start in range(0, width, step):
+                columns = start + lanes
+                zero = tl.zeros((LANES, VECTOR), ds_ptr.dtype.element_ty)
+                tl.store(ds_ptr + row * ds_stride + columns, zero, mask=columns < width)
+        tl.store(out_ptr + row, 0.0)
+        tl.store(out_ptr + N + row, 0.0)
+        tl.store(out_ptr + 2 * N + row, 0.0)
+        return
+
+    label = tl.load(label_ptr + row)
+    labelled = label >= 0
+    # Read before any thread of this CTA writes a gradient over it. A label outside the vocabulary
+    # makes the loss NaN: raising would cost a synchronisation.
+    inside = labelled & (label < vocab_size)
+    z_label = tl.load(s_row + label, mask=inside, other=float("nan")).to(tl.float32)
+
+    c = LOG2E / temperature
+    s_max, t_max = (
+        tl.full((LANES,), NO_COLUMN, tl.float32),
+        tl.full((LANES,), NO_COLUMN, tl.float32),
+    )
+    s_total, t_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    for start in range(0, width, step):
+        z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last")
+        y = _load_logits(t_row, start + lanes, width, vocab_size, "evict_last")
+        s_max, s_total = _include(z, s_max, s_total, c)
+        t_max, t_total = _include(y, t_max, t_total, c)
+    s_top, t_top = tl.max(s_max, axis=0), tl.max(t_max, axis=0)
+    s_log2 = tl.log2(tl.sum(s_total * tl.exp2((s_max - s_top) * c), axis=0))
+    t_log2 = tl.log2(tl.sum(t_total * tl.exp2((t_max - t_top) * c), axis=0))
+
+    mlm = 0.0
+    s1_log2 = 0.0
+    if labelled:  # the student's softmax at temperature 1; 15 % of the rows, read from L2
+        s1_total = tl.zeros((LANES,), tl.float32)
+        for start in range(0, width, step):
+            z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last")
+            s1_total += tl.sum(tl.exp2((z - s_top) * LOG2E), axis=1)
+        s1_log2 = tl.log2(tl.sum(s1_total, axis=0))
+        mlm = (s1_log2 - (z_label - s_top) * LOG2E) * LN2
+
+    slope = kd_scale * temperature
+    kd = tl.zeros((LANES,), tl.float32)
+    nearest = tl.full((LANES,), NO_COLUMN, tl.float32)
+    for start in range(0, width, step):
+        columns = start + lanes
+        z = _load_logits(s_row, columns, width, vocab_size, "evict_first") - s_top
+        y = _load_logits(t_row, columns, width, vocab_size, "evict_first") - t_top
+        nearest = tl.maximum(nearest, tl.max(z + y, axis=1))  # 0 where a column is the top of both
+        log2_q, log2_p = z * c - s_log2, y * c - t_log2
+        q, p = tl.exp2(log2_q), tl.exp2(log2_p)
+        # An ordinary maximum would turn the NaN of a broken logit into a loss of 0.
+        term = tl.maximum(p * ((log2_p - log2_q) * LN2) + (q - p), 0.0, tl.PropagateNan.ALL)
+        kd += tl.sum(term, axis=1)
+        if ds_ptr is not None:
+            dz = slope * (q - p)
+            if labelled:
+                q1 = tl.exp2(z * LOG2E - s1_log2)
+                dz += mlm_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
+            dz = dz.to(ds_ptr.dtype.element_ty)
+            tl.store(ds_ptr + row * ds_stride + columns, dz, mask=columns < width)
+    tl.store(out_ptr + row, temperature * temperature * tl.sum(kd, axis=0))
+    tl.store(out_ptr + N + row, mlm)
+    tl.store(out_ptr + 2 * N + row, tl.where(tl.max(nearest, axis=0) == 0.0, 1.0, 0.0))
+
+
+@torch.library.custom_op(
+    "fastdistil::distill_rows", mutates_args=("dstudent",), device_types=TRITON_DEVICES
+)
+def distill_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    num_rows: Tensor | None,
+    dstudent: Tensor | None,
+    first_row: int,
+    temperature: float,
+    kd_scale: float,
+    mlm_scale: float,
+    vocab_size: int,
+) -> Tensor:
+    """(3, N) fp32: kd, mlm and agreement (0 or 1) of each row; the gradient goes to `dstudent`.
+
+    The inner operator, without autograd. `dstudent` may be `student` itself, or None for values only.
+    Rows must be contiguous. `first_row` is the index of row 0 as `num_rows` counts.
+    """
+    N, width = student.shape
+    rows = student.new_empty((3, N), dtype=torch.float32)
+    _distill_kernel[(N,)](
+        student, teacher, labels, num_rows, dstudent, rows,
+        student.stride(0), teacher.stride(0), 0 if dstudent is None else dstudent.stride(0),
+        N, first_row, width, vocab_size, temperature, kd_scale, mlm_scale,
+        LANES=32 * NUM_WARPS, VECTOR=COLUMNS_PER_LOAD[student.element_size()],
+        **{"num_warps": NUM_WARPS}, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    return rows
+
+
+@distill_rows.register_fake
+def _(student, teacher, labels, num_rows, dstudent, first_row, temperature, kd_scale, mlm_scale, vocab_size):  # fmt: skip
+    return student.new_empty((3, student.shape[0]), dtype=torch.float32)
+
+
+def distill_rows_torch(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    num_rows: Tensor | None,
+    dstudent: Tensor | None,
+    first_row: int,
+    temperature: float,
+    kd_scale: float,
+    mlm_scale: float,
+    vocab_size: int,
+) -> Tensor:
+    """`distill_rows` in plain PyTorch: serves CPU tensors where csrc/ is not built."""
+    z, y = student[:, :vocab_size].float(), teacher[:, :vocab_size].float()
+    real = _real_rows(student, num_rows, first_row)
+    log_q, log_p = (torch.log_softmax(x / temperature, dim=-1) for x in (z, y))
+    q, p = log_q.exp(), log_p.exp()
+    kd = temperature**2 * (p * (log_p - log_q) + (q - p)).clamp_(min=0).sum(-1)
+    labels = torch.where(real & (labels >= 0), labels, -100)
+    log_q1 = torch.log_softmax(z, dim=-1)
+    mlm = F.nll_loss(log_q1, labels, reduction="none")
+    agree = ((z == z.amax(-1, True)) & (y == y.amax(-1, True))).any(-1)
+    if dstudent is not None:
+        dz = torch.where(real[:, None], kd_scale * temperature * (q - p), 0.0)
+        (labelled,) = torch.nonzero(labels >= 0, as_tuple=True)
+        d_mlm = log_q1[labelled].exp_()
+        d_mlm[torch.arange(len(labelled)), labels[labelled]] -= 1
+        dz[labelled] += mlm_scale * d_mlm
+        dstudent.zero_()[:, :vocab_size] = dz
+    return torch.where(real, torch.stack((kd, mlm, agree.float())), 0.0)
+
+
+@torch.library.custom_op("fastdistil::distill", mutates_args=())
+def _distill(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    num_rows: Tensor | None,
+    temperature: float,
+    kd_scale: float,
+    mlm_scale: float,
+    vocab_size: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
+    dstudent = student.new_empty(student.shape if needs_grad else 0)
+    rows = distill_rows(
+        student, teacher, labels.contiguous(), num_rows, dstudent if needs_grad else None, 0,
+        temperature, kd_scale, mlm_scale, vocab_size,
+    )  # fmt: skip
+    return *weighted_sums(rows, kd_scale, mlm_scale), dstudent
+
+
+@_distill.register_fake
+def _(student, teacher, labels, num_rows, temperature, kd_scale, mlm_scale, vocab_size, needs_grad):
+    loss = student.new_empty((), dtype=torch.float32)
+    dstudent = student.new_empty(student.shape if needs_grad else 0)
+    return loss, student.new_empty(3, dtype=torch.float32), dstudent
+
+
+def weighted_sums(rows_3N: Tensor, kd_scale: float, mlm_scale: float) -> tuple[Tensor, Tensor]:
+    """The loss, 0-dim, and (3,) the sums of kd, mlm and agreement, both fp32."""
+    sums = rows_3N.sum(1)
+    return kd_scale * sums[0] + mlm_scale * sums[1], sums
+
+
+def _setup_context(ctx, inputs, output):
+    _, sums, dstudent = output
+    ctx.mark_non_differentiable(sums, dstudent)
+    ctx.save_for_backward(dstudent)
+
+
+def _backward(ctx, grad_loss, _grad_sums, _grad_dstudent):
+    (dstudent,) = ctx.saved_tensors
+    return (grad_loss * dstudent, *[None] * 8)
+
+
+_distill.register_autograd(_backward, setup_context=_setup_context)
+
+
+def distill_loss(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    labels_N: Tensor,
+    *,
+    temperature: float,
+    kd_scale: float,
+    mlm_scale: float,
+    vocab_size: int | None = None,
+    num_rows: Tensor | None = None,
+) -> DistillLoss:
+    """Weighted distillation loss of rows of logits; the student's gradient is made in the forward.
+
+    Args:
+        student_NV: finite logits, fp32, bf16 or fp16. Gets a gradient, and is left as it is: the operator
+            that writes over it works on the private buffers of `linear_distill_loss` only.
+        teacher_NV: logits of the same shape and dtype. Gets none.
+        labels_N: int64, the original id of a masked token; negative where there is none. A label
+            outside the vocabulary raises IndexError on the CPU and gives a loss of NaN on CUDA.
+        temperature: > 0, of the KD term.
+        kd_scale, mlm_scale: weights of the two sums; 1 / (number of tokens) belongs here. Inside
+            torch.compile they are constants of the graph: another value compiles it anew.
+        vocab_size: columns that exist, the others being padding; all of them by default.
+        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for
+            nothing and get gradient 0. All rows by default.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or scalars that do not fit.
+    """
+    vocab_size = student_NV.shape[-1] if vocab_size is None else vocab_size
+    if student_NV.ndim != 2 or student_NV.shape != teacher_NV.shape:
+        raise ValueError(
+            f"distill_loss wants two (N, V) tensors of one shape, got "
+            f"student {tuple(student_NV.shape)} and teacher {tuple(teacher_NV.shape)}"
+        )
+    check_operands("distill_loss", student_NV, labels_N, temperature, vocab_size, num_rows)
+    if not student_NV.dtype == teacher_NV.dtype:
+        raise ValueError(
+            f"distill_loss wants logits of one dtype, got student {student_NV.dtype} and teacher "
+            f"{teacher_NV.dtype}: convert one of them"
+        )
+    if vocab_size > student_NV.shape[1]:
+        raise ValueError(
+            f"distill_loss: vocab_size {vocab_size} is more than the {student_NV.shape[1]} columns"
+        )
+    needs_grad = torch.is_grad_enabled() and student_NV.requires_grad
+    loss, sums, _ = _distill(
+        student_NV, teacher_NV.detach(), labels_N, num_rows, float(temperature), float(kd_scale),
+        float(mlm_scale), vocab_size, needs_grad,
+    )  # fmt: skip
+    return DistillLoss(loss, *sums.unbind())
+
+
+def check_operands(
+    op: str,
+    student: Tensor,
+    labels: Tensor,
+    temperature: float,
+    vocab_size: int,
+    num_rows: Tensor | None,
+) -> None:
+    """Raises ValueError naming `op` unless what the two public losses share fits together."""
+    if student.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{op} wants fp32, bf16 or fp16, got {student.dtype}")
+    if student.shape[0] == 0:
+        raise ValueError(f"{op} wants at least one row, got none")
+    if labels.shape != student.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"{op} wants int64 labels of shape ({student.shape[0]},), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
+    if vocab_size < 1:
+        raise ValueError(f"{op}: vocab_size must be 1 or more, got {vocab_size}")
+    if num_rows is not None and (num_rows.ndim or num_rows.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"{op} wants num_rows as a 0-dim int32 or int64 tensor, got {num_rows.dtype} of shape "
+            f"{tuple(num_rows.shape)}"
+        )
+    for name, tensor in (("labels", labels), ("num_rows", num_rows)):
+        if tensor is not None and tensor.device != student.device:
+            raise ValueError(
+                f"{op} wants everything on {student.device}, got {name} on {tensor.device}"
+            )
