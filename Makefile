@@ -26,9 +26,12 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 demo: setup
 	$(BIN)/python -m benchmarks.demo
 
+# The same operator tests three times: C++ as this processor runs it, C++ for AVX2, and the Triton kernels in the interpreter.
+OPERATORS := tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py
+	$(BIN)/python -m pytest -q
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(OPERATORS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(OPERATORS) tests/test_kernel_properties.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -38,10 +41,11 @@ types: setup
 	$(BIN)/pyright
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m pytest benchmarks/bench_distill.py benchmarks/bench_linear_distill.py benchmarks/bench_cosine.py -q -s
+	$(BIN)/python -m benchmarks._harness
 
 gpu:
-	bash benchmarks/gpu.sh
+	sh benchmarks/gpu.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastdistil/*.so

@@ -16,13 +16,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
 
 RECIPES = {
-    "teacher": "mlm --student.num-layers 4 --student.hidden-size 128 --student.num-heads 4 --student.token-types 2 --optim.duration 260",
-    "student": "quickstart --optim.duration 120",
-    "baseline": "mlm --student.num-layers 2 --student.hidden-size 128 --student.num-heads 4 --optim.duration 120",
+    "teacher": "mlm --student.num-layers 4 --student.hidden-size 128 --student.num-heads 4 --student.token-types 2 --optim.duration 400",
+    "student": "quickstart --optim.duration 150",
+    "baseline": "mlm --student.num-layers 2 --student.hidden-size 128 --student.num-heads 4 --optim.duration 150",
 }
 COMMON = (
-    "--optim.unit updates --optim.lr 2e-3 --batch.size 8192 --batch.unit tokens --batch.token-budget 4096 "
-    "--data.validation-sequences 512 --log.every 20 --log.validate-every 1000 --log.checkpoint-every 1000 --resume auto"
+    "--optim.unit updates --optim.lr 2e-3 --batch.size 4096 --batch.unit tokens --batch.token-budget 4096 "
+    "--data.validation-sequences 512 --log.every 25 --log.validate-every 1000 --log.checkpoint-every 1000 --resume auto"
 )
 
 
@@ -92,7 +92,7 @@ def main() -> int:
     cli.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
     out: Path = cli.parse_args().out
     begin = time.perf_counter()
-    prepare = ("docs:", "--tokenizer", "train:8192", "--max-length", "128", "--out", out / "shards")
+    prepare = ("docs:", "--tokenizer", "train:4096", "--max-length", "128", "--out", out / "shards")
     run("fastdistil.prepare", *prepare)
     for name, recipe in RECIPES.items():
         extra = ("--teacher.path", out / "teacher") if name == "student" else ()

@@ -3,7 +3,7 @@
 # machine that has torch, triton, transformers, numpy, pytest and pytest-benchmark. Exit status: of the tests, else of the
 # benchmarks.
 export PYTHONPATH=. HF_HUB_OFFLINE=1
-python -m pytest tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py \
+python -m pytest tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py tests/test_losses.py \
   -q -p no:cacheprovider
 tests=$?
 python -m pytest benchmarks/bench_distill.py benchmarks/bench_linear_distill.py benchmarks/bench_cosine.py \

@@ -108,7 +108,9 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         raise CheckpointError(
             f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. Earlier checkpoints are untouched"
         ) from error
-    for old in _all(run)[:-keep]:
+    # newer ones were passed over as damaged when the run went on from an older one: they must not push this one out
+    not_newer = [p for p in _all(run) if _update_of(p) <= state["update"]]
+    for old in not_newer[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -121,7 +123,11 @@ def _all(run: Path) -> list[Path]:
         if folder.is_dir()
         else []
     )
-    return sorted(found, key=lambda p: int(p.name.removeprefix("update-")))
+    return sorted(found, key=_update_of)
+
+
+def _update_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("update-"))
 
 
 def verify(checkpoint: Path) -> str | None:

@@ -31,7 +31,7 @@ def one_update(
     teacher = load(teacher_folder, attn_implementation="eager").double().eval()
     student = load(student_folder, attn_implementation="eager").double().eval()
     kd, mlm, cosine, real, masked = [], [], [], 0, 0
-    for batch in batches:
+    for batch in (b.to(torch.device("cpu")) for b in batches):
         begin = 0
         for length in batch.lengths:
             if begin >= batch.num_tokens:
@@ -69,6 +69,6 @@ def worst_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> 
     for name, exact in theirs.items():
         if name.endswith(("k_lin.bias", "key.bias")):
             continue
-        error = (ours[name].double() - exact).norm() / exact.norm()
+        error = (ours[name].double().cpu() - exact).norm() / exact.norm()
         worst = max(worst, (float(error), name))
     return worst

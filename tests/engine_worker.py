@@ -21,6 +21,7 @@ from fastdistil.weights import hugging_face_state
 from tests.test_losses import make_batches, make_student, make_teacher
 
 BUDGET, UPDATES = 256, 6
+CPU = torch.device("cpu")
 
 
 def make(
@@ -31,7 +32,7 @@ def make(
     place: dist.Place,
     dropout: float,
 ) -> Engine:
-    student = make_student(root)
+    student = make_student(root, CPU)
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -43,9 +44,9 @@ def make(
 
 def one_update(root: Path, config: Config, stage: int | None, place: dist.Place) -> dict:
     """Loss terms and full gradients of one update of 4 micro-batches, as hugging_face_state names them."""
-    update, batches = make_batches(root, 4)
+    update, batches = make_batches(root, 4, CPU)
     accumulation = 4 // place.world_size
-    engine, teacher = make(root, config, stage, accumulation, place, 0.0), make_teacher(root)
+    engine, teacher = make(root, config, stage, accumulation, place, 0.0), make_teacher(root, CPU)
     teacher.model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
     sums = torch.zeros(len(losses.SUMS))
     for k in range(accumulation):
@@ -79,7 +80,7 @@ def train(
         shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15
     )
     collator = data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
-    teacher = make_teacher(root)
+    teacher = make_teacher(root, CPU)
     teacher.model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
     history = []
     for u in updates:

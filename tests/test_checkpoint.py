@@ -102,6 +102,14 @@ def test_every_flipped_byte_is_found(tmp_path):
     assert checkpoint.verify(folder) is None
 
 
+def test_a_damaged_newer_one_does_not_push_out_what_follows_it(tmp_path):
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "weights.safetensors").unlink()
+    save(tmp_path, 6, keep=1)  # the run went on from 5
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 6)
+    assert not checkpoint.folder_of(tmp_path, 5).exists()
+
+
 def test_nothing_usable_is_an_error_not_a_fresh_start(tmp_path):
     (save(tmp_path, 5) / "weights.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):

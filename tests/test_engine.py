@@ -26,7 +26,7 @@ def results(request, folder, tmp_path_factory):  # noqa: F811
 def test_one_update_equals_the_authors(results):
     """Trap 13: gradients of the global batch, accumulated in fp32, with no hidden division by steps or ranks."""
     root, precision, by_stage = results
-    _, batches = make_batches(root, 4)
+    _, batches = make_batches(root, 4, torch.device("cpu"))
     terms, exact = authors.one_update(root / "teacher", root / "student", batches)
     for stage, result in by_stage.items():
         for name, value in terms.items():
@@ -108,7 +108,7 @@ def test_bf16_arithmetic_accumulates_in_fp32():
 
 
 def test_tied_weights_stay_tied_in_bf16(folder):  # noqa: F811
-    student = make_student(folder)
+    student = make_student(folder, torch.device("cpu"))
     seen = []
     student.head.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
     student.encoder.word_embeddings.register_forward_pre_hook(lambda m, _: seen.append(m.weight))

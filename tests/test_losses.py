@@ -20,6 +20,10 @@ from fastdistil.weights import (
 )
 from tests import authors, toy
 
+DEVICE = torch.device(
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # CUDA runs the Triton kernels
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -34,7 +38,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def make_student(root: Path) -> MaskedLM:
+def make_student(root: Path, device: torch.device = DEVICE) -> MaskedLM:
     architecture = toy.architecture(num_layers=2, token_types=0, dropout=0.0, attention_dropout=0.0)
     teacher = load_masked_lm(root / "teacher", need_head=True)
     return student_from_teacher(
@@ -43,10 +47,10 @@ def make_student(root: Path) -> MaskedLM:
         architecture,
         copy_transform=False,
         generator=torch.Generator().manual_seed(5),
-    )
+    ).to(device)
 
 
-def make_batches(root: Path, micro_batches: int):
+def make_batches(root: Path, micro_batches: int, device: torch.device = DEVICE):
     shards = Shards(root / "shards")
     budget = 1024 // micro_batches
     plan = data.Plan(
@@ -58,20 +62,20 @@ def make_batches(root: Path, micro_batches: int):
     )
     collator = data.Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
     update = plan.update(0)
-    return update, [collator(s) for s in update.slots]
+    return update, [collator(s).to(device) for s in update.slots]
 
 
-def make_teacher(root: Path) -> Teacher:
+def make_teacher(root: Path, device: torch.device = DEVICE) -> Teacher:
     return Teacher(
         load_masked_lm(root / "teacher", need_head=True),
-        device=torch.device("cpu"),
+        device=device,
         dtype=torch.float32,
     )
 
 
 def ours(root: Path, update, batches, config: LossConfig):
     objective, teacher = Objective(make_student(root), config), make_teacher(root)
-    sums = torch.zeros(len(losses.SUMS))
+    sums = torch.zeros(len(losses.SUMS), device=DEVICE)
     total = 0.0
     for batch in batches:
         loss, part = objective(batch, teacher(batch), update.num_tokens, update.num_masked)
@@ -143,7 +147,7 @@ def test_padding_counts_for_nothing(folder):
         collator = data.Collator(
             shards, shards.counts, token_budget=budget, masking=MaskingConfig()
         )
-        batch = collator(slot)
+        batch = collator(slot).to(DEVICE)
         objective = Objective(make_student(folder), LossConfig())
         loss, sums = objective(batch, make_teacher(folder)(batch), 200, 30)
         loss.backward()
@@ -177,11 +181,11 @@ def test_vocabulary_padding_gets_no_gradient(folder):
 
 def test_identical_models_have_no_kl_in_bf16(folder):
     """Trap 4: the KL of identical logits is 0 and never negative, in bf16 too."""
-    model = load_masked_lm(folder / "teacher", need_head=True).bfloat16().eval()
+    model = load_masked_lm(folder / "teacher", need_head=True).bfloat16().eval().to(DEVICE)
     objective = Objective(model, LossConfig())
     teacher = Teacher(
         load_masked_lm(folder / "teacher", need_head=True),
-        device=torch.device("cpu"),
+        device=DEVICE,
         dtype=torch.bfloat16,
     )
     _, batches = make_batches(folder, 1)
