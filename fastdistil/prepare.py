@@ -12,6 +12,7 @@ reads (and hashes, in case the text has changed) up to there and goes on.
 Nothing heavy is imported before the arguments have been checked.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -365,10 +366,17 @@ def _fill(
 def main() -> None:
     """The command."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    config = tyro.cli(Config, prog="python -m fastdistil.prepare")
     try:
-        prepare(tyro.cli(Config, prog="python -m fastdistil.prepare"))
+        prepare(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            free = shutil.disk_usage(config.out).free
+            print(
+                f"{config.out} has {free:,} bytes free: make room, and the same command goes on",
+                file=sys.stderr,
+            )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("prepare: interrupted; the same command goes on where it stopped")

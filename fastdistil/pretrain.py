@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> int:
     config = parse(args, quiet=here.rank != 0)
     try:
         resolved = resolve(config, world_size=here.world_size, by_torchrun=here.by_torchrun)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -305,6 +305,8 @@ def say_what_runs(
         f"{text.num_updates:,} updates of {count} micro-batches of {plan.token_budget:,} tokens; "
         f"the first: {sequences:,} sequences, {first.num_tokens / (count * plan.token_budget):.1%} real tokens"
     )
+    if count > plan.micro_batches_through(0):
+        log.warning("an update is longer than the whole text: lower --batch.size, or prepare more")
     idle = -count % place.world_size
     if idle:
         log.warning(

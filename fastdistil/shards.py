@@ -103,7 +103,7 @@ def read_meta(folder: str | Path) -> Meta:
     path = Path(folder) / META_FILE
     try:
         record = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path} does not exist: {folder} holds no finished preparation; make one with "
             "`python -m fastdistil.prepare` (the same command goes on where it was interrupted)"

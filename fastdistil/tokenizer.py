@@ -289,7 +289,8 @@ def save(tokenizer: "Tokenizer", folder: Path, *, names: dict[str, str], max_len
         }
     else:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # not tokenizer.save, which raises a bare Exception on a full disk
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     for file_name, value in (
         ("tokenizer_config.json", config),
         ("special_tokens_map.json", specials),

@@ -72,6 +72,7 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
     [
         ({"data": {"shards": None}}, r"--data.shards is missing: give a folder written by"),
         ({"data": {"shards": Path("nowhere")}}, r"nowhere.meta.json does not exist"),
+        ({"data": {"shards": Path(__file__)}}, r"meta.json does not exist"),
         ({"teacher": {"path": None}}, r"imitates a teacher and --teacher.path is missing.*mlm recipe"),
         ({"teacher": {"path": Path("nowhere")}}, r"not a Hugging Face folder: wanted config.json in nowhere"),
         ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect"),

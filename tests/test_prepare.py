@@ -421,3 +421,18 @@ def test_one_document_of_many_megabytes(tmp_path):
     meta = read_meta(out)
     assert meta.num_tokens - 2 * meta.num_sequences == 2_000_000
     assert peak < 1000  # one Encoding of it would take gigabytes
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(corpus, tmp_path):
+    out = tmp_path / "out"
+    words = command(*arguments(corpus), "--out", out)
+    limited = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4; trap '' XFSZ; exec {' '.join(map(str, words))}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert limited.returncode == 2
+    assert f"{out} has" in limited.stderr
+    assert "bytes free: make room" in limited.stderr
+    assert not (out / "meta.json").exists()
+    prepare(*arguments(corpus), "--out", out)
+    assert (out / "meta.json").is_file()
