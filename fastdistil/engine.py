@@ -362,6 +362,7 @@ def _deepspeed_config(
         },
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # sums over ranks are not rounded to bf16 either
         "steps_per_print": 10**9,
     }
 

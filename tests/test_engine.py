@@ -34,7 +34,7 @@ def test_one_update_equals_the_authors(results):
                 value, rel=1e-4 if precision == "fp32" else 0.05
             ), (stage, name)
         error, where = authors.worst_relative_error(result["gradients"], exact)
-        assert error < (1e-4 if precision == "fp32" else 0.1), (stage, where)
+        assert error < (1e-4 if precision == "fp32" else 0.03), (stage, where)  # bf16 arithmetic
 
 
 def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(results):
@@ -53,13 +53,13 @@ def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(results):
 
 def test_all_engines_agree(results):
     """After six updates with dropout, clipping and weight decay: the same weights and moments, whatever the stage."""
-    _, precision, by_stage = results
+    _, _, by_stage = results
     first = next(iter(by_stage.values()))["straight_state"]
     for stage, result in by_stage.items():
         for name, value in result["straight_state"].items():
-            # bf16 rounds sums in the order of the reduction; fp32 differs by the last bits
-            bound = 2e-5 if precision == "fp32" else 0.1
-            assert (value - first[name]).norm() <= bound * first[name].norm() + 1e-7, (stage, name)
+            # in bf16 too: sums over micro-batches and ranks are fp32, and every engine sees the same rounded weights
+            bound = 2e-5 * first[name].norm() + 1e-7
+            assert (value - first[name]).norm() <= bound, (stage, name)
 
 
 def test_training_went_somewhere(results):
