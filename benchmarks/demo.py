@@ -16,13 +16,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
 
 RECIPES = {
-    "teacher": "mlm --student.num-layers 4 --student.hidden-size 128 --student.num-heads 4 --student.token-types 2 --optim.duration 400",
-    "student": "quickstart --optim.duration 150",
-    "baseline": "mlm --student.num-layers 2 --student.hidden-size 128 --student.num-heads 4 --optim.duration 150",
+    "teacher": "mlm --student.num-layers 4 --student.hidden-size 128 --student.num-heads 4 --student.token-types 2 --optim.duration 640",
+    "student": "quickstart --optim.duration 240",
+    "baseline": "mlm --student.num-layers 2 --student.hidden-size 128 --student.num-heads 4 --optim.duration 240",
 }
 COMMON = (
-    "--optim.unit updates --optim.lr 2e-3 --batch.size 4096 --batch.unit tokens --batch.token-budget 4096 "
-    "--data.validation-sequences 512 --log.every 25 --log.validate-every 1000 --log.checkpoint-every 1000 --resume auto"
+    "--optim.unit updates --optim.lr 2e-3 --batch.size 2048 --batch.unit tokens --batch.token-budget 2048 "
+    "--data.validation-sequences 512 --log.every 40 --log.validate-every 1000 --log.checkpoint-every 1000 --resume auto"
 )
 
 
