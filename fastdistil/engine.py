@@ -97,7 +97,7 @@ class PlainEngine:
         self.optimizer = make_optimizer(objective, config)
         self.clip_norm = config.optim.clip_norm
         self.description = "plain engine"
-        self.run: nn.Module = (
+        self.compute: nn.Module = (
             objective if compute_dtype(config, device) == torch.float32 else Bf16Compute(objective)
         )
 
@@ -105,7 +105,7 @@ class PlainEngine:
         self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
     ) -> Tensor:
         """Add one micro-batch's gradient; returns its (5,) loss sums (losses.SUMS)."""
-        loss, sums = self.run(batch, teacher, num_tokens, num_masked)
+        loss, sums = self.compute(batch, teacher, num_tokens, num_masked)
         loss.backward()
         return sums
 
@@ -123,7 +123,7 @@ class PlainEngine:
         """(5,) loss sums of a validation micro-batch; no gradient, no dropout."""
         self.objective.eval()
         with torch.no_grad():
-            _, sums = self.run(batch, teacher, 1, 1)
+            _, sums = self.compute(batch, teacher, 1, 1)
         self.objective.train()
         return sums
 
@@ -184,10 +184,10 @@ class DeepSpeedEngine:
         }
         bf16 = compute_dtype(config, place.device) == torch.bfloat16
         # DeepSpeed has no stage 0 with bf16 arithmetic and fp32 accumulation: there it gets the fp32 module that casts itself
-        self.run: nn.Module = Bf16Compute(objective) if bf16 and stage == 0 else objective
-        self.optimizer = make_optimizer(self.run, config)
+        module = Bf16Compute(objective) if bf16 and stage == 0 else objective
+        self.optimizer = make_optimizer(module, config)
         self.engine, *_ = deepspeed.initialize(
-            model=self.run,
+            model=module,
             optimizer=self.optimizer,
             dist_init_required=False,
             config=_deepspeed_config(

@@ -136,7 +136,8 @@ class Journal:
     ) -> None:
         self.writer, self.to_means, self.num_updates = writer, to_means, num_updates
         self.flops, self.peak = flops.total, peak
-        self.sums = torch.zeros(num_sums, device=device)
+        # fp64, in which sums of fp32 numbers are exact: the order of micro-batches, ranks and flushes leaves no trace
+        self.sums = torch.zeros(num_sums, device=device, dtype=torch.float64)
         self.open: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, sums, gradient norm
         self.begin = time.perf_counter()
 

@@ -142,7 +142,10 @@ def train(
         board = config.log.tensorboard
         writer = metrics.MetricsWriter(config.out, resumed_at=update, tensorboard=board)
     say_what_runs(resolved, text, place, dtype, trainer.description)
-    log.info("%.1f MFLOP a token; MFU against %s", flops.total / 1e6, peak_source)
+    log.info(
+        f"MFU = real tokens/s x {flops.total / 1e6:,.1f} MFLOP (teacher forward, student forward and backward) / "
+        f"{place.world_size} x {(peak or 0) / 1e9:,.0f} GFLOP/s ({peak_source})"
+    )
     to_means = partial(losses.means, loss=config.loss, has_teacher=teacher is not None)
     journal = metrics.Journal(
         writer,
@@ -215,7 +218,7 @@ def validate(
 
     from fastdistil import data, dist, losses
 
-    sums = torch.zeros(len(losses.SUMS), device=place.device)
+    sums = torch.zeros(len(losses.SUMS), device=place.device, dtype=torch.float64)  # as Journal's
     for slot in data.rank_slots(text.validation, rank=place.rank, world_size=place.world_size):
         batch = text.validation_collator(slot).to(place.device)
         sums += trainer.evaluate(batch, teacher(batch) if teacher else None)

@@ -76,7 +76,7 @@ def test_what_a_run_says_and_leaves(root, quiet):
         "student: 23,653 parameters (2 layers, 32 wide) from layers 0 3 of",
         "text: 12,248 tokens in 400 sequences, 40 held out",
         "12 updates of 3 micro-batches of 256 tokens",
-        "MFU against matrix product of 1024 in float32",
+        "(matrix product of 1024 in float32 on",
         "update 12/12  loss",
         "ETA 0:00:00",
     ):
@@ -103,18 +103,26 @@ def test_workers_change_nothing(root, quiet, tmp_path):
     assert same(tensors(tmp_path / "run", 12), tensors(quiet[0], 12))
 
 
-@pytest.mark.parametrize("ranks", [None, 2], ids=["plain", "zero-2-ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [
+        (None, {}),
+        (2, {"engine__zero_stage": 2}),
+        # three ranks divide neither the update nor the parameters
+        (3, {"engine__zero_stage": 3, "engine__precision": "bf16", "batch__size": 40}),
+    ],
+    ids=["plain", "zero-2-of-2-ranks", "zero-3-of-3-ranks-bf16"],
+)
 def test_stopped_by_a_signal_and_resumed_is_bitwise_the_run_that_never_stopped(
-    root, tmp_path, ranks, quiet
+    root, tmp_path, ranks, extra, quiet
 ):
     """Stopped mid-epoch at an update that is no multiple of anything; dropout on; metrics, weights and moments bitwise."""
-    extra = {} if ranks is None else {"engine__zero_stage": 2}
     straight = quiet[0]
     if ranks:
         straight = tmp_path / "straight"
         launch.run(*arguments(root, straight, **extra), ranks=ranks)
     run = tmp_path / "run"
-    extra |= {"log__every": 1}
+    extra = extra | {"log__every": 1}
     command = launch.command(*arguments(root, run, **extra), ranks=ranks)
     process = subprocess.Popen(
         command, env=launch.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,0 +1,15 @@
+"""What the summary says about this machine: nothing is silently left out."""
+
+import torch
+
+
+def pytest_terminal_summary(terminalreporter):
+    from fastdistil import ops
+
+    terminalreporter.section("where the operators ran")
+    if torch.cuda.is_available():
+        terminalreporter.write_line(f"on {torch.cuda.get_device_name()} by Triton")
+    else:
+        terminalreporter.write_line(
+            f"on the CPU by {ops.CPU_BACKEND}. Not run: the same tests on a GPU, since there is none (make gpu)"
+        )
