@@ -5,7 +5,7 @@ tensors.
 """
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,20 +161,6 @@ def _refuse_what_is_not_computed(path: Path, config: dict[str, Any]) -> None:
         raise ValueError(
             f"{path}: tie_word_embeddings is false: the MLM decoder must be the word embeddings"
         )
-
-
-def student_of(
-    teacher: Architecture, *, num_layers: int, dropout: float = 0.1, attention_dropout: float = 0.1
-) -> Architecture:
-    """DistilBERT's student of a teacher: the same widths, fewer layers, no token types."""
-    return replace(
-        teacher,
-        num_layers=num_layers,
-        token_types=0,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        layer_norm_eps=1e-12,  # DistilBERT's is fixed: its config.json has no field for another
-    )
 
 
 class FlopsPerToken(NamedTuple):

@@ -59,12 +59,10 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Embeddings and layers: token ids to last hidden states."""
 
-    def __init__(
-        self, architecture: Architecture, *, activation_checkpointing: bool = False
-    ) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         width = architecture.hidden_size
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing = False  # set by whoever trains: it changes no weight
         # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random
         # replacement.
         self.word_embeddings = nn.Embedding(
@@ -147,11 +145,10 @@ class MaskedLM(nn.Module):
         architecture: Architecture,
         *,
         generator: torch.Generator | None = None,
-        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.architecture = architecture
-        self.encoder = Encoder(architecture, activation_checkpointing=activation_checkpointing)
+        self.encoder = Encoder(architecture)
         self.head = VocabHead(architecture, self.encoder.word_embeddings)
         self.register_state_dict_post_hook(_drop_tied_weight)
         self.register_load_state_dict_pre_hook(_restore_tied_weight)

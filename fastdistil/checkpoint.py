@@ -146,9 +146,12 @@ def verify(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {wanted}"
         if _sha256(path) != wanted.get("sha256"):
             return f"{name} differs from its SHA-256 in the manifest"
-    state = json.loads((checkpoint / FILES[2]).read_bytes())
-    if folder_of(checkpoint.parent.parent, state["update"]) != checkpoint:
-        return f"it holds update {state['update']}, which its name does not say"
+    try:
+        update = json.loads((checkpoint / FILES[2]).read_bytes())["update"]
+        if folder_of(checkpoint.parent.parent, update) != checkpoint:
+            return f"it holds update {update}, which its name does not say"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"state.json is not a checkpoint's ({error!r})"
     return None
 
 

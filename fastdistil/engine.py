@@ -137,14 +137,15 @@ class PlainEngine:
 
 
 def _replicated_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    # copies, since the next step writes into the live ones; a sync, once a checkpoint
     result: State = {}
     for name, p in module.named_parameters():
-        result[f"weight.{name}"] = p.detach().float().cpu()
+        result[f"weight.{name}"] = p.detach().to("cpu", torch.float32, copy=True)
         if p.requires_grad:
             for moment in MOMENTS:
                 value = optimizer.state[p][moment] if p in optimizer.state else torch.zeros_like(p)
-                result[f"{moment}.{name}"] = value.detach().cpu()
-    return {k: v.clone() for k, v in result.items()}  # the next step writes into the live ones
+                result[f"{moment}.{name}"] = value.detach().to("cpu", copy=True)
+    return result
 
 
 def _load_replicated(
@@ -246,7 +247,7 @@ class DeepSpeedEngine:
             if self.place.is_main:
                 for kind, value in full.items():
                     value = torch.zeros_like(result[f"weight.{name}"]) if value is None else value
-                    result[f"{kind}.{name}"] = value.float().cpu().clone()
+                    result[f"{kind}.{name}"] = value.to("cpu", torch.float32, copy=True)  # a sync
         return result
 
     def load(self, state: State, step: int) -> None:

@@ -161,7 +161,7 @@ class Journal:
         records, sums, norms = zip(*self.open, strict=True)
         self.open = []
         totals = dist.sum_over_ranks(torch.stack(sums)).tolist()  # the sync
-        values = torch.stack([n.float() for n in norms]).tolist()
+        values = torch.stack([n.float() for n in norms]).tolist()  # the same one
         seconds = max(1e-9, time.perf_counter() - self.begin)
         num_tokens = sum(r["tokens"] for r in records)
         speed = {"tokens_per_s": num_tokens / seconds}

@@ -34,7 +34,7 @@ log = logging.getLogger("fastdistil")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0: finished, or stopped by a signal with a checkpoint. 2: the command line or what it names is wrong."""
+    """Exit status 0: finished, or stopped by a signal with a checkpoint. 1: a checkpoint could not be written. 2: bad input."""
     here = launched()
     logging.basicConfig(
         stream=sys.stdout,

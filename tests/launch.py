@@ -45,6 +45,26 @@ def run(
     return done
 
 
+def start_until(text: str, words: Sequence[str]) -> subprocess.Popen[str]:
+    """A running command that has just printed `text`; its output can be read on from there."""
+    process = subprocess.Popen(
+        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return process
+    raise AssertionError(f"ended with {process.wait()} and without {text!r}")
+
+
+def rest_of(process: subprocess.Popen[str]) -> str:
+    """What the command still prints, to its end. Not `communicate`, which would lose lines read ahead."""
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    process.wait(timeout=60)
+    return rest
+
+
 def options(**values: object) -> Sequence[str]:
     """{"optim__lr": 1} -> ["--optim.lr", "1"]; a tuple gives several words."""
     words: list[str] = []

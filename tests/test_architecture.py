@@ -7,8 +7,9 @@ import sys
 import pytest
 import transformers
 
-from fastdistil.architecture import Architecture, flops_per_token, read_architecture, student_of
+from fastdistil.architecture import Architecture, flops_per_token, read_architecture
 from tests.models import MINILM
+from tests.toy import student_of
 
 BERT_BASE = Architecture(
     vocab_size=30522,

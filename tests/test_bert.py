@@ -243,7 +243,8 @@ def test_parameter_count_is_the_architectures():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_activation_checkpointing_changes_nothing(training):
-    plain, saving = _model().train(training), _model(activation_checkpointing=True).train(training)
+    plain, saving = _model().train(training), _model().train(training)
+    saving.encoder.activation_checkpointing = True
     ids, positions, layout = packed([6, 3], 101)
     results = []
     for model in (plain, saving):

@@ -198,6 +198,19 @@ def test_too_little_space_is_said_before_work_is_lost(tmp_path):
         checkpoint.require_space(tmp_path, 10**18)
 
 
+@pytest.mark.parametrize("state", ["[]", "{}", "not JSON", '{"update": "x"}'])
+def test_a_forged_state_with_its_own_hash_is_passed_over(tmp_path, state):
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    (folder / "state.json").write_text(state)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = checkpoint._sha256(folder / "state.json")
+    manifest["state.json"] = {"bytes": len(state), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "state.json is not a checkpoint's" in str(checkpoint.verify(folder))
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 5)
+
+
 def test_state_json_is_checked_like_the_rest(tmp_path):
     folder = save(tmp_path, 5)
     state = json.loads((folder / "state.json").read_text())

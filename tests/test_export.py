@@ -13,12 +13,13 @@ import torch
 import transformers
 
 from fastdistil import checkpoint
-from fastdistil.architecture import Architecture, student_of
+from fastdistil.architecture import Architecture
 from fastdistil.bert import MaskedLM
 from fastdistil.config import to_json
 from fastdistil.export import ExportConfig, export
 from fastdistil.recipes import distilbert, mlm
 from tests.models import MINILM, one_by_one, packed
+from tests.toy import student_of
 
 TEACHER = Architecture(
     vocab_size=30522,
@@ -56,7 +57,7 @@ def _make_run(folder: Path, recipe=distilbert, teacher: Architecture | None = TE
         shutil.copyfile(MINILM / name, folder / "tokenizer" / name)
     config = to_json(recipe())
     if teacher is not None:
-        config["teacher"]["path"] = "/home/someone/models/tiny-bert"
+        config["teacher"]["path"] = "/data/someone/models/tiny-bert"
     record = {
         "config": config,
         "student": asdict(student_of(TEACHER, num_layers=2)),
@@ -65,7 +66,7 @@ def _make_run(folder: Path, recipe=distilbert, teacher: Architecture | None = TE
             "num_sequences": 1234,
             "num_tokens": 56789,
             "tokenizer_sha256": "abc123",
-            "sources": ["/home/someone/wiki.txt"],
+            "sources": ["/data/someone/wiki.txt"],
         },
         "versions": {"torch": "2.13.0"},
     }
@@ -134,7 +135,7 @@ def test_model_card(run, tmp_path):
         "| optim.lr | `0.0005` |",
     ):
         assert wanted in card
-    assert "/home/someone" not in card
+    assert "/data/someone" not in card
     assert "tokens_per_s" not in card
 
 

@@ -124,16 +124,9 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_the_run_that_never_stopped(
     run = tmp_path / "run"
     extra = extra | {"log__every": 1}
     command = launch.command(*arguments(root, run, **extra), ranks=ranks)
-    process = subprocess.Popen(
-        command, env=launch.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "update 7/12" in line:
-            break
+    process = launch.start_until("update 7/12", command)
     process.send_signal(signal.SIGTERM)
-    rest = process.stdout.read()
-    process.wait(timeout=60)
+    rest = launch.rest_of(process)
     assert "--resume auto goes on" in rest
     stopped = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["update"]
     assert 7 <= stopped < 12
@@ -153,14 +146,8 @@ def test_killed_and_resumed_on_another_number_of_ranks(root, quiet, tmp_path):
     """SIGKILL after the checkpoint of update 5; on with two ranks and ZeRO-3: the same sequences, losses within 1e-5."""
     run = tmp_path / "run"
     command = launch.command(*arguments(root, run, log__every=1))
-    process = subprocess.Popen(
-        command, env=launch.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "update 7/12" in line:
-            process.kill()
-            break
+    process = launch.start_until("update 7/12", command)
+    process.kill()
     process.wait(timeout=60)
     launch.run(*arguments(root, run, resume="auto", engine__zero_stage=3), ranks=2)
     got, wanted = losses(run), losses(quiet[0])
@@ -327,17 +314,10 @@ class TestMistakes:
 
 def test_a_second_signal_ends_at_once(root, tmp_path):
     command = launch.command(*arguments(root, tmp_path / "run", log__every=1, optim__duration=5000))
-    process = subprocess.Popen(
-        command, env=launch.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "update 2/5000" in line:
-            break
+    process = launch.start_until("update 2/5000", command)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()
-    process.stdout.read()
-    process.wait(timeout=60)
+    launch.rest_of(process)
     assert process.returncode in (0, -signal.SIGTERM)  # 0 where the update ended between the two
     assert time.monotonic() - begin < 30

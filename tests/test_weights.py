@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from fastdistil.architecture import student_of
 from fastdistil.bert import MaskedLM
 from fastdistil.weights import (
     hugging_face_class,
@@ -21,6 +20,7 @@ from fastdistil.weights import (
     write_hugging_face_folder,
 )
 from tests.models import MINILM, one_by_one, packed, random_model, save_random
+from tests.toy import student_of
 
 CLASSES = [
     "BertModel",

@@ -1,5 +1,6 @@
 """Small shards and models that tests make in a second: a vocabulary of 101 words, sequences of 12 to 48 tokens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,17 @@ def make_teacher(
         model.state_dict(), model.architecture, shards_folder / "tokenizer", folder
     )
     return folder
+
+
+def student_of(
+    teacher: Architecture, *, num_layers: int, dropout: float = 0.1, attention_dropout: float = 0.1
+) -> Architecture:
+    """DistilBERT's student of a teacher: the same widths, fewer layers, no token types."""
+    return replace(
+        teacher,
+        num_layers=num_layers,
+        token_types=0,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        layer_norm_eps=1e-12,  # DistilBERT's is fixed: its config.json has no field for another
+    )
