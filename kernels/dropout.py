@@ -1,0 +1,208 @@
+"""Dropout whose mask is a function of (seed, stream, head, row, column), not of launch or device.
+
+    keep[h, r, c] = mix(row_key[h, r] ^ column_key[h, c]) >= p * 2^32        out = keep ? x / (1 - p) : 0
+    row_key[h, r] = Philox4x32-10(counter (r, h, stream, 0), key seed)[0];  column_key: (c, h, stream, 1)
+    mix(x)        = ((x * 0x7feb352d) ^ ((x * 0x7feb352d) >> 15)) * 0x846ca68b         (all modulo 2^32)
+
+Philox: Salmon et al. 2011; the multipliers: Wellons' lowbias32, without its first and last shifts (keys are uniform already,
+and a comparison reads the high bits). So a backward draws its mask again instead of reading it, in any order of tiles, also
+transposed, where a generator that gives one thread four neighbours would have to move them: six integer instructions
+an element, against about 60 of a Philox call each. `row ^ column` alone, or with one multiplication, shows as correlated rows;
+with two, the pairs of rows of a 4,096 x 4,096 mask correlate as those of a true random one, their mean square within 0.2 %
+(tests/test_dropout.py repeats this on a smaller mask).
+
+A stream is one place of dropout in the model: layers and places differ in it, steps and ranks in the seed.
+
+Shapes: H heads, R rows, C columns, B blocks that follow one another in the index of rows and of columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+
+ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
+BLOCK_ROWS, BLOCK_COLUMNS = 8, 256  # of the plain dropout kernel: 16 elements a thread
+
+
+def dropout_seed(device: torch.device | str) -> Tensor:
+    """0-dim int64 on the device from torch's default generator there: draw one for each micro-batch. No sync."""
+    return torch.randint(2**63 - 1, (), device=device)
+
+
+def threshold(dropout_p: float) -> int:
+    """An element is kept if its 32 random bits are not below this."""
+    return round(dropout_p * 2**32)
+
+
+def keys_reference(seed: Tensor, stream: int, side: int, heads: Tensor, index: Tensor) -> Tensor:
+    """The definition of the keys: (H, R) int64 of 32 random bits for each head and row (side 0) or column (side 1)."""
+    low = 0xFFFFFFFF
+    c0, c1 = torch.broadcast_tensors(index.to(torch.int64)[None, :], heads.to(torch.int64)[:, None])
+    c2, c3 = torch.full_like(c0, stream), torch.full_like(c0, side)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap modulo 2^64, which keeps both halves right
+        c0, c1 = ((b >> 32) & low) ^ c1 ^ k0, b & low
+        c2, c3 = ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0
+
+
+def keep_reference(
+    seed: Tensor, stream: int, dropout_p: float, heads: Tensor, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """The definition of the mask: (H, R, C) bool, True where an element is kept, for these indices."""
+    low = 0xFFFFFFFF
+    row_HR = keys_reference(seed, stream, 0, heads, rows)
+    column_HC = keys_reference(seed, stream, 1, heads, columns)
+    x = ((row_HR[:, :, None] ^ column_HC[:, None, :]) * 0x7FEB352D) & low
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
+    return x >= threshold(dropout_p)
+
+
+@triton.jit
+def keys(seed, stream, side: tl.constexpr, head, index):
+    """uint32 keys of a block of row or column indices; `seed` is the value, not the pointer."""
+    c0 = index.to(tl.uint32)
+    zero = c0 * 0
+    # tl.philox's own default of ten rounds
+    key, _, _, _ = tl.philox(seed, c0, zero + head, zero + stream, zero + side)
+    return key
+
+
+@triton.jit
+def keep(row_key, column_key, threshold):
+    """Mask of broadcastable keys: the callers shape them, [:, None] and [None, :] or transposed."""
+    x = (row_key ^ column_key) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _keys_kernel(seed_ptr, out_ptr, N, stream, H: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    seed = tl.load(seed_ptr)
+    at = out_ptr + head.to(tl.int64) * N + index
+    tl.store(
+        at, keys(seed, stream, ROW_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N
+    )
+    at += H * N.to(tl.int64)
+    tl.store(
+        at, keys(seed, stream, COLUMN_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N
+    )
+
+
+def row_and_column_keys(seed: Tensor, stream: int, num_heads: int, num_tokens: int) -> Tensor:
+    """(2, H, N) int32 keys, for kernels that would draw each many times: attention, where every tile of a head needs them."""
+    out = seed.new_empty((2, num_heads, num_tokens), dtype=torch.int32)
+    _keys_kernel[(triton.cdiv(num_tokens, 256), num_heads)](
+        seed, out, num_tokens, stream, H=num_heads, BLOCK=256, **LAUNCH_OPTIONS
+    )
+    return out
+
+
+@triton.jit
+def _dropout_kernel(
+    x_ptr, seed_ptr,  # (B, H, R, C) contiguous, changed in place
+    H, R, C, first, stream, threshold, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)  # of B * H matrices
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    b, head = block // H, block % H
+    seed = tl.load(seed_ptr)
+    row_key = keys(seed, stream, ROW_SIDE, head, first + b * R + row)
+    column_key = keys(seed, stream, COLUMN_SIDE, head, first + b * C + column)
+    at = (block.to(tl.int64) * R + row[:, None]) * C + column[None, :]
+    live = (row < R)[:, None] & (column < C)[None, :]
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    kept = keep(row_key[:, None], column_key[None, :], threshold)
+    tl.store(x_ptr + at, tl.where(kept, x * scale, 0.0).to(x_ptr.dtype.element_ty), mask=live)
+
+
+@torch.library.custom_op("fastdistil::dropout_", mutates_args=("x",), device_types=TRITON_DEVICES)
+def dropout_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
+    """Drops elements of x (B, H, R, C), contiguous, in place; its first row and its first column have index `first`."""
+    B, H, R, C = x.shape
+    if x.numel() > 0:
+        grid = (B * H, triton.cdiv(R, BLOCK_ROWS), triton.cdiv(C, BLOCK_COLUMNS))
+        _dropout_kernel[grid](
+            x, seed, H, R, C, first, stream, threshold(dropout_p), 1 / (1 - dropout_p),
+            ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+
+
+def dropout_torch_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
+    """`dropout_` in plain PyTorch: serves CPU tensors where csrc/ is not built."""
+    B, H, R, C = x.shape
+    heads = torch.arange(H, device=x.device)
+    for b in range(B):
+        rows = first + b * R + torch.arange(R, device=x.device)
+        columns = first + b * C + torch.arange(C, device=x.device)
+        kept = keep_reference(seed, stream, dropout_p, heads, rows, columns)
+        x[b].mul_(1 / (1 - dropout_p)).masked_fill_(~kept, 0)
+
+
+@torch.library.custom_op("fastdistil::dropout", mutates_args=())
+def _dropout(x: Tensor, seed: Tensor, stream: int, dropout_p: float) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    torch.ops.fastdistil.dropout_(out[None, None], seed, stream, 0, dropout_p)
+    return out
+
+
+@_dropout.register_fake
+def _(x, seed, stream, dropout_p):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    _, seed, ctx.stream, ctx.dropout_p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx, grad):
+    (seed,) = ctx.saved_tensors
+    return _dropout(grad, seed, ctx.stream, ctx.dropout_p), None, None, None
+
+
+_dropout.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float) -> Tensor:
+    """x with elements dropped at rate dropout_p and the others scaled by 1 / (1 - dropout_p), in its own dtype.
+
+    Args:
+        x_ND: fp32, bf16 or fp16. Gets a gradient, through the same mask.
+        seed: of `dropout_seed`, on the same device. Without one, or at dropout_p = 0, x itself comes back.
+        stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
+        dropout_p: probability in [0, 1).
+
+    Raises:
+        ValueError: on a shape, a seed or a probability that does not fit.
+    """
+    if x_ND.ndim != 2:
+        raise ValueError(f"dropout wants an (N, D) tensor, got {tuple(x_ND.shape)}")
+    check_dropout("dropout", x_ND, seed, stream, dropout_p)
+    if seed is None or dropout_p == 0:
+        return x_ND
+    return _dropout(x_ND, seed, stream, dropout_p)
+
+
+def check_dropout(
+    operator: str, x: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+) -> None:
+    """ValueError if the arguments of an operator with dropout do not fit."""
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{operator}: dropout_p must be at least 0 and below 1, got {dropout_p}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"{operator}: stream must be in [0, 2^31), got {stream}")
+    if seed is not None and (seed.ndim or seed.dtype != torch.int64 or seed.device != x.device):
+        raise ValueError(
+            f"{operator} wants seed as a 0-dim int64 tensor on {x.device}, got {seed.dtype} of shape "
+            f"{tuple(seed.shape)} on {seed.device}: use dropout_seed(device)"
+        )
