@@ -24,7 +24,7 @@ else:
         ext_modules=[
             CppExtension(
                 f"fastdistil._C_{name}",
-                ["csrc/bindings.cpp", "csrc/distill.cpp", "csrc/cosine.cpp"],
+                ["csrc/bindings.cpp", "csrc/distill.cpp", "csrc/cosine.cpp", "csrc/dropout.cpp"],
                 depends=["csrc/lanes.h"],
                 # The capability macros choose at::vec's lanes and the namespace they live in.
                 extra_compile_args=[
