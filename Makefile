@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo
 
 # The same operator tests three times: C++ as this processor runs it, C++ for AVX2, and the Triton kernels in the interpreter.
-OPERATORS := tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py
+OPERATORS := $(addprefix tests/test_,$(addsuffix .py,distill linear_distill cosine dropout attention layernorm gelu))
 test: setup
 	$(BIN)/python -m pytest -q
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(OPERATORS)
@@ -41,8 +41,10 @@ types: setup
 	$(BIN)/pyright
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks/bench_distill.py benchmarks/bench_linear_distill.py benchmarks/bench_cosine.py -q -s
+	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s
 	$(BIN)/python -m benchmarks._harness
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --precision bf16
 
 gpu:
 	sh benchmarks/gpu.sh

@@ -1,14 +1,17 @@
 #!/bin/sh
-# Everything of the fused losses that needs a GPU: tests, benchmarks, one short table. From the root of the repository, on a
-# machine that has torch, triton, transformers, numpy, pytest and pytest-benchmark. Exit status: of the tests, else of the
-# benchmarks.
+# Everything that needs a GPU: tests of the operators, their benchmarks, one short table, the whole step. From the root of the
+# repository, on a machine that has torch, triton, transformers, numpy, pytest and pytest-benchmark. Exit status: of the tests,
+# else of the first benchmark that failed.
 export PYTHONPATH=. HF_HUB_OFFLINE=1
-python -m pytest tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py tests/test_losses.py \
-  -q -p no:cacheprovider
+python -m pytest tests/test_distill.py tests/test_linear_distill.py tests/test_cosine.py tests/test_dropout.py \
+  tests/test_attention.py tests/test_layernorm.py tests/test_gelu.py tests/test_losses.py -q -p no:cacheprovider
 tests=$?
-python -m pytest benchmarks/bench_distill.py benchmarks/bench_linear_distill.py benchmarks/bench_cosine.py \
+python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py \
   -q -s -p no:cacheprovider --benchmark-columns=median,min,rounds
 benchmarks=$?
 python -m benchmarks._harness
+python -m benchmarks.step
+step=$?
 [ "$tests" -ne 0 ] && exit "$tests"
-exit "$benchmarks"
+[ "$benchmarks" -ne 0 ] && exit "$benchmarks"
+exit "$step"

@@ -5,7 +5,7 @@ DistilBERT is the same encoder without a token-type table and with one dropout l
 micro-batch is a flat row of N tokens; the sequence layout says where its sequences begin and end,
 and only the attention needs to know.
 
-LayerNorm computes its statistics in fp32 whatever the dtype: in bf16 an eps of 1e-12 would vanish.
+The operators compute in fp32 inside whatever the dtype: in bf16 an eps of 1e-12 would vanish.
 
 To freeze the positions as DistilBERT's authors did:
 `model.encoder.position_embeddings.requires_grad_(False)`.
@@ -23,37 +23,84 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistil import ops
 from fastdistil.architecture import INITIALIZER_RANGE, Architecture
-from fastdistil.ops import SequenceLayout
+from fastdistil.ops import AttentionBackend, SequenceLayout
+
+
+class LinearGelu(nn.Linear):
+    """gelu(x @ W.T + b), exact erf."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear_gelu(input, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x)), or LayerNorm(x) without a residual.
+
+    A module for its two parameters, because ZeRO-3 gathers them only while it runs.
+    """
+
+    def __init__(
+        self, architecture: Architecture, *, dropout_p: float = 0.0, stream: int = 0
+    ) -> None:
+        super().__init__(architecture.hidden_size, eps=architecture.layer_norm_eps)
+        self.dropout_p, self.stream = dropout_p, stream
+
+    def forward(
+        self, input: Tensor, residual_ND: Tensor | None = None, dropout_seed: Tensor | None = None
+    ) -> Tensor:
+        if residual_ND is None:
+            return ops.layernorm(input, self.weight, self.bias, eps=self.eps)
+        return ops.dropout_add_layernorm(
+            input,
+            residual_ND,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            dropout_p=self.dropout_p,
+            seed=dropout_seed,
+            stream=self.stream,
+        )
 
 
 class EncoderLayer(nn.Module):
     """Attention and feed-forward layer, each with residual and LayerNorm: (N, D) -> (N, D)."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, index: int) -> None:
         super().__init__()
-        width, eps = architecture.hidden_size, architecture.layer_norm_eps
+        width, dropout_p = architecture.hidden_size, architecture.dropout
         self.num_heads = architecture.num_heads
         self.attention_dropout = architecture.attention_dropout
+        # Places of dropout in the model: 0 is the embeddings', then three a layer.
+        self.stream = 1 + 3 * index
         self.qkv = nn.Linear(width, 3 * width)  # rows: all heads' queries, then keys, then values
         self.attention_out = nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
-        self.ffn_in = nn.Linear(width, architecture.ffn_size)
-        self.ffn_out = nn.Linear(architecture.ffn_size, width)
-        self.ffn_norm = nn.LayerNorm(width, eps=eps)
         # transformers' DistilBERT, which the authors trained, has no dropout here; BERT has.
-        self.attention_out_dropout = nn.Dropout(
-            architecture.dropout if architecture.token_types else 0
+        self.attention_norm = LayerNorm(
+            architecture,
+            dropout_p=dropout_p if architecture.token_types else 0.0,
+            stream=self.stream + 1,
         )
-        self.ffn_dropout = nn.Dropout(architecture.dropout)
+        self.ffn_in = LinearGelu(width, architecture.ffn_size)
+        self.ffn_out = nn.Linear(architecture.ffn_size, width)
+        self.ffn_norm = LayerNorm(architecture, dropout_p=dropout_p, stream=self.stream + 2)
 
-    def forward(self, hidden_ND: Tensor, layout: SequenceLayout) -> Tensor:
-        qkv_N3HD = self.qkv(hidden_ND).unflatten(1, (3, self.num_heads, -1))
-        dropout_p = self.attention_dropout if self.training else 0.0
-        attended_ND = ops.attention(qkv_N3HD, layout, dropout_p=dropout_p).flatten(1)
-        attended_ND = self.attention_out_dropout(self.attention_out(attended_ND))
-        hidden_ND = self.attention_norm(hidden_ND + attended_ND)
-        ffn_ND = self.ffn_out(F.gelu(self.ffn_in(hidden_ND)))
-        return self.ffn_norm(hidden_ND + self.ffn_dropout(ffn_ND))
+    def forward(
+        self,
+        hidden_ND: Tensor,
+        layout: SequenceLayout,
+        dropout_seed: Tensor | None,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        attended_ND = ops.attention(
+            self.qkv(hidden_ND).unflatten(1, (3, self.num_heads, -1)),
+            layout,
+            dropout_p=self.attention_dropout,
+            seed=dropout_seed,
+            stream=self.stream,
+            backend=backend,
+        ).flatten(1)
+        hidden_ND = self.attention_norm(self.attention_out(attended_ND), hidden_ND, dropout_seed)
+        return self.ffn_norm(self.ffn_out(self.ffn_in(hidden_ND)), hidden_ND, dropout_seed)
 
 
 class Encoder(nn.Module):
@@ -62,7 +109,9 @@ class Encoder(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         width = architecture.hidden_size
-        self.activation_checkpointing = False  # set by whoever trains: it changes no weight
+        # Set by whoever runs the model; neither changes a weight.
+        self.activation_checkpointing = False
+        self.attention_backend: AttentionBackend = "auto"
         # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random
         # replacement.
         self.word_embeddings = nn.Embedding(
@@ -72,10 +121,10 @@ class Encoder(nn.Module):
         self.token_type_embeddings = (
             nn.Embedding(architecture.token_types, width) if architecture.token_types else None
         )
-        self.embedding_norm = nn.LayerNorm(width, eps=architecture.layer_norm_eps)
-        self.dropout = nn.Dropout(architecture.dropout)
+        self.embedding_norm = LayerNorm(architecture)
+        self.dropout_p = architecture.dropout
         self.layers = nn.ModuleList(
-            EncoderLayer(architecture) for _ in range(architecture.num_layers)
+            EncoderLayer(architecture, index) for index in range(architecture.num_layers)
         )
 
     def forward(
@@ -84,9 +133,11 @@ class Encoder(nn.Module):
         """Last hidden states (N, D), in the dtype of the weights.
 
         Ids are int32 or int64; positions start at 0 in each sequence and stay below max_positions.
-        With activation checkpointing a layer keeps only its input and is computed again in the
-        backward, with the same dropout.
+        In training mode, one number from torch's default generator of the device seeds the dropout
+        of all layers. With activation checkpointing a layer keeps only its input and is computed
+        again in the backward, with the same dropout.
         """
+        dropout_seed = ops.dropout_seed(input_ids_N.device) if self.training else None
         embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
         if self.token_type_embeddings is not None:
             # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only
@@ -94,12 +145,15 @@ class Encoder(nn.Module):
             embedded_ND = embedded_ND + self.token_type_embeddings(
                 torch.zeros_like(input_ids_N[:1])
             )
-        hidden_ND = self.dropout(self.embedding_norm(embedded_ND))
+        hidden_ND = ops.dropout(
+            self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p
+        )
         for layer in self.layers:
+            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_ND = checkpoint(layer, hidden_ND, layout, use_reentrant=False)
+                hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                hidden_ND = layer(hidden_ND, layout)
+                hidden_ND = layer(*arguments)
         return hidden_ND
 
 
@@ -114,8 +168,8 @@ class VocabHead(nn.Module):
     def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.vocab_size = architecture.vocab_size
-        self.dense = nn.Linear(architecture.hidden_size, architecture.hidden_size)
-        self.norm = nn.LayerNorm(architecture.hidden_size, eps=architecture.layer_norm_eps)
+        self.dense = LinearGelu(architecture.hidden_size, architecture.hidden_size)
+        self.norm = LayerNorm(architecture)
         self.weight = word_embeddings.weight
         self.bias = nn.Parameter(torch.empty(architecture.padded_vocab_size))
 
@@ -127,7 +181,7 @@ class VocabHead(nn.Module):
         Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it
         has to leave them out of every softmax and to give them no gradient.
         """
-        transformed_ND = self.norm(F.gelu(self.dense(hidden_ND)))
+        transformed_ND = self.norm(self.dense(hidden_ND))
         if reduce is not None:
             return reduce(transformed_ND, self.weight, self.bias)
         return F.linear(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]

@@ -218,6 +218,8 @@ class EngineConfig:
     """auto: CUDA where there is a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU. bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    attention: Literal["auto", "fused", "sdpa", "flash-attn"] = "auto"
+    """Backend of the attention. auto: what measured fastest on the device; fused: our kernels; sdpa: PyTorch's; flash-attn: that package, where installed. They draw different dropout masks."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage. None: the plain engine for one process, stage 1 for several."""
     bucket_elements: int = 20_000_000
@@ -290,7 +292,7 @@ class Config:
 
 # A run may go on with other values of these: none of them changes which numbers are computed.
 FREE_AT_RESUME = ("out", "resume", "data.num_workers", "data.verify", "engine", "log")
-BOUND_AT_RESUME = ("engine.precision",)  # but this one does
+BOUND_AT_RESUME = ("engine.precision", "engine.attention")  # but these do
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -81,6 +81,9 @@ def load_models(
     )
     student = _student(resolved, teacher)
     student.encoder.activation_checkpointing = config.engine.activation_checkpointing
+    for model in (student, teacher):
+        if model is not None:
+            model.encoder.attention_backend = config.engine.attention
     student.encoder.position_embeddings.weight.requires_grad_(not config.student.freeze_positions)
     return Teacher(teacher, device=device, dtype=dtype) if teacher else None, student
 

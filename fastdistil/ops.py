@@ -13,9 +13,13 @@ import torch
 
 from fastdistil.kernels._triton import INTERPRET
 from fastdistil.kernels.attention import (
+    AttentionBackend,
     SequenceLayout,
     attention,
+    attention_backward_torch,
+    attention_forward_torch,
     attention_reference,
+    resolve_backend,
     sequence_layout,
 )
 from fastdistil.kernels.cosine import (
@@ -31,6 +35,26 @@ from fastdistil.kernels.distill import (
     distill_rows,
     distill_rows_torch,
 )
+from fastdistil.kernels.dropout import dropout, dropout_, dropout_seed, dropout_torch_
+from fastdistil.kernels.flash import attention_backward, attention_forward
+from fastdistil.kernels.gelu import (
+    bias_gelu,
+    bias_gelu_reference,
+    gelu_backward,
+    gelu_backward_torch,
+    gelu_forward,
+    gelu_forward_torch,
+    linear_gelu,
+)
+from fastdistil.kernels.layernorm import (
+    dropout_add_layernorm,
+    dropout_add_layernorm_reference,
+    layernorm,
+    layernorm_backward,
+    layernorm_backward_torch,
+    layernorm_forward,
+    layernorm_forward_torch,
+)
 from fastdistil.kernels.linear_distill import (
     LinearDistillLoss,
     linear_distill_loss,
@@ -39,17 +63,27 @@ from fastdistil.kernels.linear_distill import (
 
 __all__ = [
     "CPU_BACKEND",
+    "AttentionBackend",
     "DistillLoss",
     "LinearDistillLoss",
     "SequenceLayout",
     "attention",
     "attention_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
     "cosine_loss",
     "cosine_loss_reference",
     "distill_loss",
     "distill_loss_reference",
+    "dropout",
+    "dropout_add_layernorm",
+    "dropout_add_layernorm_reference",
+    "dropout_seed",
+    "layernorm",
     "linear_distill_loss",
     "linear_distill_loss_reference",
+    "linear_gelu",
+    "resolve_backend",
     "sequence_layout",
 ]
 
@@ -58,6 +92,13 @@ def _register_cpu_kernels() -> str:
     """Gives every operator its CPU kernel and returns the backend's name."""
     if INTERPRET:
         return "triton-interpreter"
+    # On CPUs the encoder's operators are PyTorch's own, put together; only their dropout is in csrc/.
+    attention_forward.register_kernel("cpu")(attention_forward_torch)
+    attention_backward.register_kernel("cpu")(attention_backward_torch)
+    layernorm_forward.register_kernel("cpu")(layernorm_forward_torch)
+    layernorm_backward.register_kernel("cpu")(layernorm_backward_torch)
+    gelu_forward.register_kernel("cpu")(gelu_forward_torch)
+    gelu_backward.register_kernel("cpu")(gelu_backward_torch)
     # "AVX512", "AVX2", "DEFAULT", ...: what PyTorch's own kernels run with; ATEN_CPU_CAPABILITY lowers it.
     capability = torch.backends.cpu.get_cpu_capability().lower()
     extension = f"fastdistil._C_{capability}"
@@ -66,6 +107,7 @@ def _register_cpu_kernels() -> str:
         return f"cpp-{capability}"
     distill_rows.register_kernel("cpu")(distill_rows_torch)
     cosine_rows.register_kernel("cpu")(cosine_rows_torch)
+    dropout_.register_kernel("cpu")(dropout_torch_)
     if not torch.cuda.is_available():
         logging.getLogger(__name__).warning(
             "The CPU kernels of csrc/ are not built for %s: the losses run in plain PyTorch, many times slower. "

@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> int:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    from fastdistil import checkpoint, dist, engine, inputs
+    from fastdistil import checkpoint, dist, engine, inputs, ops
 
     config = resolved.config
     stop = StopRequest()
@@ -64,6 +64,7 @@ def main(args: list[str] | None = None) -> int:
     dtype = engine.compute_dtype(config, place.device)
     text = teacher = student = saved = error = None
     try:
+        ops.resolve_backend(config.engine.attention, place.device, dtype=dtype)
         text = inputs.load_text(resolved, rank=place.rank, world_size=place.world_size)
         teacher, student = inputs.load_models(resolved, device=place.device, dtype=dtype)
     except (ValueError, OSError) as caught:
@@ -294,6 +295,7 @@ def say_what_runs(
     )
     log.info("fastdistil %s, torch %s, %s", __version__, torch.__version__, engine)
     log.info("%d x %s, %s", place.world_size, device, arithmetic)
+    log.info("attention: %s", ", ".join(_attention_backends(resolved, place, dtype)))
     if teacher is not None:
         log.info("teacher: %s from %s", _size(teacher), config.teacher.path)
     layers = f"layers {' '.join(map(str, resolved.layers))} of {resolved.source_path}"
@@ -316,6 +318,19 @@ def say_what_runs(
             f"{place.world_size} ranks do not divide {count} micro-batches: {idle} of {count + idle} places in an update stay "
             f"empty; {count + idle} micro-batches (--batch.size, --batch.token-budget) would fill them"
         )
+
+
+def _attention_backends(resolved: Resolved, place: Place, dtype: torch.dtype) -> list[str]:
+    from fastdistil import ops
+
+    rates = {"student": resolved.student.attention_dropout} | (
+        {"teacher": 0.0} if resolved.teacher else {}
+    )
+    asked = resolved.config.engine.attention
+    return [
+        f"{ops.resolve_backend(asked, place.device, dropout_p=p, dtype=dtype)} ({name})"
+        for name, p in rates.items()
+    ]
 
 
 def _size(architecture: Architecture) -> str:

@@ -7,25 +7,45 @@ For the rows a..b-1 of one sequence and one head (Vaswani et al. 2017, eq. 1):
 No row sees another sequence, so the trailing pad sequence needs no mask: it attends to itself, and
 since no loss counts its rows, nothing flows back from it.
 
-The backend is PyTorch's `scaled_dot_product_attention`, called once per run of neighbouring
-sequences of one length, on views of the packed tensor. Measured on two CPU cores (4,096 tokens, 12
-heads of 32 and of 64, forward and backward, with and without dropout, fp32 and bf16): against
-gathering the sequences into groups of exactly one length this is 1.0 to 1.6 times as fast on
-lengths like Wikipedia's (20 sequences) and 0.9 to 1.3 times on 12 to 128 tokens. Lengths rounded up
-to 16, 32 or 64, with a key mask, gain 12 % at most (16, short sequences) and lose up to a factor of
-2.9 (64, the same). So there are no gather indices.
+Backends behind the one function:
 
-Shapes: N tokens of the micro-batch, H heads, Dh width of a head, S sequences, L tokens of one
-sequence.
+    fused       kernels/flash.py: Triton on CUDA; on the CPU the PyTorch kernels below
+    sdpa        PyTorch's scaled_dot_product_attention, one call for each run of equal lengths
+    flash-attn  flash_attn_varlen_qkvpacked_func of that package (CUDA, bf16 and fp16)
+
+The dropout masks of fused are those of kernels/dropout.py, with a token's row in the micro-batch as its index, so that
+they do not depend on tiles or backends of it; sdpa and flash-attn draw from torch's generator.
+
+`sdpa`, measured on two CPU cores (4,096 tokens, 12 heads of 32 and of 64, forward and backward, with and without
+dropout, fp32 and bf16): against gathering the sequences into groups of exactly one length one call a run is 1.0 to 1.6
+times as fast on lengths like Wikipedia's (20 sequences) and 0.9 to 1.3 times on 12 to 128 tokens. Lengths rounded up
+to 16, 32 or 64, with a key mask, gain 12 % at most (16, short sequences) and lose up to a factor of 2.9 (64, the
+same). So there are no gather indices.
+
+Shapes: N tokens of the micro-batch, H heads, Dh width of a head, S sequences, L tokens of one sequence, T tiles.
 """
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from itertools import pairwise
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._triton import INTERPRET
+from .dropout import check_dropout, keep_reference
+from .flash import LOG2_E, TILE_ROWS, attention_forward
+from .flash_tiles import MAX_HEAD_DIM
+
+AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
+CHUNK_SCORES = (
+    2**18
+)  # 1 MiB of fp32, a core's L2: 2^16 to 2^22 differ by less than this machine's noise
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +54,9 @@ class SequenceLayout:
 
     cu_seqlens: Tensor
     """(S + 1,) int32 on the device: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]."""
+    tiles: Tensor
+    """(T, 3) int32 on the device: start and end of a sequence, first of the up to 128 rows of a tile. A tile never
+    crosses a boundary; longest sequences come first, so that the last programs to run are short ones."""
     max_length: int
     """Tokens of the longest sequence."""
     num_tokens: int
@@ -43,34 +66,128 @@ class SequenceLayout:
 
 
 def sequence_layout(lengths: Sequence[int], device: torch.device | str) -> SequenceLayout:
-    """The layout of sequences of `lengths` tokens, in order and the trailing pad included.
+    """The layout of sequences of `lengths` tokens, in order and the trailing pad included. One copy to the device.
 
     Raises ValueError if there is no sequence or one without a token.
     """
-    lengths = [int(length) for length in lengths]
-    if not lengths or min(lengths) < 1:
+    length_S = np.asarray(lengths, dtype=np.int64)
+    if length_S.size == 0 or length_S.min() < 1:
         raise ValueError(
-            f"sequence_layout wants at least one sequence, each of 1 token or more, got {lengths}: "
-            "leave an empty trailing pad sequence out"
+            "sequence_layout wants at least one sequence, each of 1 token or more, got "
+            f"{length_S.tolist()}: leave an empty trailing pad sequence out"
         )
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    bounds = np.concatenate([[0], length_S.cumsum()])
+    order = np.argsort(-length_S, kind="stable")
+    num_tiles = -(-length_S[order] // TILE_ROWS)
+    sequence_T = np.repeat(order, num_tiles)
+    place_T = np.arange(sequence_T.size) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
+    start_T = bounds[sequence_T]
+    tile_T3 = np.stack([start_T, bounds[sequence_T + 1], start_T + TILE_ROWS * place_T], axis=1)
+    # The tiles first: so their address is a multiple of 16 whatever their number, which Triton compiles for.
+    both = torch.from_numpy(np.concatenate([tile_T3.ravel(), bounds]).astype(np.int32))
+    both = both.to(device, non_blocking=True)
+    changes = np.flatnonzero(np.diff(length_S, prepend=-1))  # first sequence of every run
+    counts = np.diff(changes, append=length_S.size)
     return SequenceLayout(
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
-        max_length=max(lengths),
-        num_tokens=sum(lengths),
-        runs=tuple((len(list(run)), length) for length, run in groupby(lengths)),
+        cu_seqlens=both[tile_T3.size :],
+        tiles=both[: tile_T3.size].view(-1, 3),
+        max_length=int(length_S.max()),
+        num_tokens=int(bounds[-1]),
+        runs=tuple(zip(counts.tolist(), length_S[changes].tolist(), strict=True)),
     )
 
 
-def attention_reference(qkv_N3HD: Tensor, layout: SequenceLayout) -> Tensor:
-    """The definition, in fp32 PyTorch, without dropout: (N, H, Dh) fp32."""
-    bounds = layout.cu_seqlens.tolist()
+def attention_reference(
+    qkv_N3HD: Tensor,
+    layout: SequenceLayout,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """The definition, in fp32 PyTorch (fp64 for fp64 inputs): (N, H, Dh) in that dtype."""
+    qkv = qkv_N3HD.to(torch.promote_types(qkv_N3HD.dtype, torch.float32))
+    heads = torch.arange(qkv.shape[2], device=qkv.device)
     outputs = []
-    for start, end in pairwise(bounds):
-        q_HLD, k_HLD, v_HLD = qkv_N3HD[start:end].float().permute(1, 2, 0, 3)
-        scores_HLL = q_HLD @ k_HLD.transpose(1, 2) * q_HLD.shape[-1] ** -0.5
-        outputs.append((torch.softmax(scores_HLL, dim=-1) @ v_HLD).transpose(0, 1))
+    bounds = layout.cu_seqlens.tolist()
+    parts = qkv.split([end - start for start, end in pairwise(bounds)])
+    for part, (start, end) in zip(parts, pairwise(bounds), strict=True):
+        q_HLD, k_HLD, v_HLD = part.permute(1, 2, 0, 3)
+        weight_HLL = torch.softmax(q_HLD @ k_HLD.mT * q_HLD.shape[-1] ** -0.5, dim=-1)
+        if seed is not None and dropout_p > 0:
+            row = torch.arange(start, end, device=qkv.device)
+            kept_HLL = keep_reference(seed, stream, dropout_p, heads, row, row)
+            weight_HLL = torch.where(kept_HLL, weight_HLL / (1 - dropout_p), 0.0)
+        outputs.append((weight_HLL @ v_HLD).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _chunks(tiles: Tensor, num_heads: int) -> Iterator[tuple[int, int, int]]:
+    """(first row, B sequences, their length L) of neighbours of one length, with up to CHUNK_SCORES scores, in order."""
+    whole = tiles[tiles[:, 0] == tiles[:, 2]]  # the first tile of every sequence
+    whole = whole[whole[:, 0].argsort()]
+    lengths, counts = torch.unique_consecutive(whole[:, 1] - whole[:, 0], return_counts=True)
+    first = 0
+    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+        most = max(1, CHUNK_SCORES // (num_heads * length**2))
+        for done in range(0, count, most):
+            batch = min(most, count - done)
+            yield first, batch, length
+            first += batch * length
+
+
+def _by_head(rows: Tensor, batch: int) -> Tensor:
+    """(B L, ..., H, D) -> (..., B H, L, D) fp32, which bmm wants: bf16 would round the scores."""
+    H, D = rows.shape[-2:]
+    split = rows.view(batch, rows.shape[0] // batch, -1, H, D).permute(2, 0, 3, 1, 4).float()
+    return split.reshape(split.shape[0], batch * H, -1, D)
+
+
+def attention_forward_torch(
+    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward` in PyTorch: serves CPU tensors. Scores exist for CHUNK_SCORES at a time."""
+    N, _, H, D = qkv.shape
+    out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
+    for first, B, L in _chunks(tiles, H):
+        rows = slice(first, first + B * L)
+        q, k, v = _by_head(qkv[rows], B)
+        weight = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=D**-0.5)
+        top = weight.amax(2, keepdim=True)
+        total = weight.sub_(top).exp_().sum(2, keepdim=True)
+        chunk_lse = (top + total.log()) * LOG2_E
+        lse[:, rows].view(H, B, L).copy_(chunk_lse.view(B, H, L).transpose(0, 1))
+        if seed is not None:
+            torch.ops.fastdistil.dropout_(weight.view(B, H, L, L), seed, stream, first, dropout_p)
+        chunk_out = torch.bmm(weight, v).div_(total)
+        out[rows].view(B, L, H, D).copy_(chunk_out.view(B, H, L, D).transpose(1, 2))
+    return out, lse
+
+
+def attention_backward_torch(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    seed: Tensor | None, stream: int, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """`attention_backward` in PyTorch: serves CPU tensors. The gradient as flash.py derives it."""
+    _, _, H, D = qkv.shape
+    dqkv = torch.empty_like(qkv)
+    for first, B, L in _chunks(tiles, H):
+        rows = slice(first, first + B * L)
+        q, k, v = _by_head(qkv[rows], B)
+        (chunk_out,), (chunk_dout,) = _by_head(out[rows], B), _by_head(dout[rows], B)
+        delta = (chunk_dout * chunk_out).sum(2, keepdim=True)
+        chunk_lse = lse[:, rows].view(H, B, L).transpose(0, 1).reshape(B * H, L, 1)
+        weight = torch.baddbmm(chunk_lse * (-1 / LOG2_E), q, k.mT, alpha=D**-0.5).exp_()
+        kept = weight
+        if seed is not None:
+            kept = weight.clone()
+            torch.ops.fastdistil.dropout_(kept.view(B, H, L, L), seed, stream, first, dropout_p)
+        dv = torch.bmm(kept.mT, chunk_dout)
+        dscore = torch.bmm(chunk_dout, v.mT).mul_(kept).addcmul_(weight, delta, value=-1)
+        dq, dk = torch.bmm(dscore, k).mul_(D**-0.5), torch.bmm(dscore.mT, q).mul_(D**-0.5)
+        chunk = torch.stack([dq, dk, dv]).view(3, B, H, L, D).permute(1, 3, 0, 2, 4)
+        dqkv[rows].view(B, L, 3, H, D).copy_(chunk)
+    return dqkv
 
 
 # The runs differ from one micro-batch to the next: traced, every new layout would recompile the
@@ -91,19 +208,83 @@ def _sdpa_by_run(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> 
     return torch.cat(outputs)
 
 
-def attention(qkv_N3HD: Tensor, layout: SequenceLayout, *, dropout_p: float = 0.0) -> Tensor:
+@torch.compiler.disable()  # a package of its own, with operators of its own
+def _flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_qkvpacked_func(
+        qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p
+    )
+
+
+def resolve_backend(
+    backend: AttentionBackend,
+    device: torch.device | str,
+    *,
+    dropout_p: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Literal["fused", "sdpa", "flash-attn"]:
+    """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
+
+    auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and fused
+    with: PyTorch's flash kernel for CPUs has no dropout, so that sdpa then writes whole score matrices and draws for each
+    element. Time of sdpa over that of fused, forward and backward, one thread of a busy AVX-512 machine, 1,024 tokens, 12
+    heads of 32 / of 64:
+
+        lengths             dropout 0, fp32    bf16           dropout 0.1, fp32    bf16
+        all 128             1.02 / 1.03        1.54 / 1.38    1.63 / 1.58          1.80 / 1.61
+        all 512             0.48 / 0.69        0.69 / 0.87    1.10 / 1.51          1.41 / 1.46
+        like Wikipedia's    0.61 / 0.81        0.66 / 0.83    1.69 / 1.53          1.65 / 1.47
+
+    Raises:
+        ValueError: if the backend is unknown, or cannot serve the device or, where it is given, the dtype.
+    """
+    device_type = torch.device(device).type
+    if backend == "auto":
+        return "sdpa" if device_type == "cpu" and dropout_p == 0 else "fused"
+    if backend not in ("fused", "sdpa", "flash-attn"):
+        raise ValueError(
+            f"attention wants backend auto, fused, sdpa or flash-attn, got {backend!r}"
+        )
+    if backend == "flash-attn":
+        if device_type != "cuda" or dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"attention backend flash-attn wants bf16 or fp16 on CUDA, got "
+                f"{dtype or 'a tensor'} on {device_type}: use backend auto"
+            )
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(
+                "attention backend flash-attn wants the package flash-attn, which is not installed: "
+                "use backend auto, or pip install flash-attn --no-build-isolation"
+            )
+    return backend
+
+
+def attention(
+    qkv_N3HD: Tensor,
+    layout: SequenceLayout,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    backend: AttentionBackend = "auto",
+) -> Tensor:
     """Attention of every token to all tokens of its own sequence, scaled by 1/sqrt(Dh).
 
     Args:
-        qkv_N3HD: contiguous; queries, keys and values of all heads. fp32, bf16 or fp16. Gets a
-            gradient.
+        qkv_N3HD: queries, keys and values of all heads. fp32, bf16 or fp16. Gets a gradient.
         layout: of the N tokens.
-        dropout_p: probability in [0, 1) that an attention weight is dropped, drawn from torch's
-            default generator of the device; 0 draws nothing. The caller passes 0 in evaluation.
+        dropout_p: probability in [0, 1) that an attention weight is dropped.
+        seed: of `dropout_seed`, on the same device; without one nothing is dropped, whatever dropout_p. Backends
+            other than fused draw from torch's default generator of the device instead.
+        stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
+        backend: see `resolve_backend`.
 
     Returns:
-        (N, H, Dh) in the dtype of the input. Raises ValueError where shapes or dropout_p do not
-        fit.
+        (N, H, Dh) in the dtype of the input.
+
+    Raises:
+        ValueError: where shapes, dropout or the backend do not fit.
     """
     if qkv_N3HD.ndim != 4 or qkv_N3HD.shape[1] != 3:
         raise ValueError(
@@ -115,6 +296,23 @@ def attention(qkv_N3HD: Tensor, layout: SequenceLayout, *, dropout_p: float = 0.
             f"attention: the layout holds {layout.num_tokens} tokens, the tensor {qkv_N3HD.shape[0]}: "
             "count the trailing pad sequence in the layout's lengths"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"attention: dropout_p must be at least 0 and below 1, got {dropout_p}")
-    return _sdpa_by_run(qkv_N3HD, layout, dropout_p)
+    check_dropout("attention", qkv_N3HD, seed, stream, dropout_p)
+    if seed is None or dropout_p == 0:
+        seed, dropout_p = None, 0.0
+    dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
+    chosen = resolve_backend(backend, device, dropout_p=dropout_p, dtype=dtype)
+    if chosen == "sdpa":
+        return _sdpa_by_run(qkv_N3HD, layout, dropout_p)
+    if chosen == "flash-attn":
+        return _flash_attn(qkv_N3HD, layout, dropout_p)
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"attention wants fp32, bf16 or fp16, got {dtype}: convert it, or use backend sdpa"
+        )
+    by_triton = device.type == "cuda" or INTERPRET
+    if by_triton and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"attention backend fused wants heads of at most {MAX_HEAD_DIM}, got {qkv_N3HD.shape[3]}: use backend sdpa"
+        )
+    out_NHD, _ = attention_forward(qkv_N3HD.contiguous(), layout.tiles, seed, stream, dropout_p)
+    return out_NHD

@@ -11,6 +11,7 @@ from torch import nn
 from fastdistil import ops
 from fastdistil.architecture import Architecture
 from fastdistil.bert import MaskedLM
+from fastdistil.kernels.dropout import keep_reference
 from fastdistil.weights import hugging_face_state, load_masked_lm
 from tests.models import MINILM, one_by_one, packed, random_model, save_random
 
@@ -95,17 +96,58 @@ def test_every_gradient_equals_transformers(class_name, tmp_path):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
 @pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
-def test_dropout_is_where_transformers_has_it(class_name, tmp_path):
-    """In training mode too: for one sequence both draw the same random numbers in the same order."""
-    theirs = save_random(class_name, tmp_path).train()
-    ours = load_masked_lm(tmp_path, need_head=True).train()
-    ids, positions, layout = packed([24], 101)
+def test_equals_transformers_with_each_attention_backend(class_name, backend, tmp_path):
+    theirs = save_random(class_name, tmp_path)
+    ours = load_masked_lm(tmp_path, need_head=True).eval()
+    ours.encoder.attention_backend = backend
+    lengths = [1, 33, 2, 17, 17]
+    ids, positions, layout = packed(lengths, 101)
+    _, logits = one_by_one(theirs, ids, lengths)
     with torch.no_grad():
-        torch.manual_seed(0)
+        torch.testing.assert_close(ours(ids, positions, layout), logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+def test_dropout_is_where_transformers_has_it(class_name, tmp_path, monkeypatch):
+    """Their model with our masks in the order of its dropouts gives our logits and gradients in training mode."""
+    theirs = save_random(class_name, tmp_path, attn_implementation="eager").train()
+    ours = load_masked_lm(tmp_path, need_head=True).train()
+    ours.encoder.attention_backend = "fused"
+    is_bert = class_name == "BertForMaskedLM"
+    # Streams as bert.py numbers them; a DistilBERT has no dropout after the attention's projection.
+    streams = [0] + [
+        s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2
+    ]
+    ids, positions, layout = packed([24], 101)
+    torch.manual_seed(0)
+    seed = ops.dropout_seed("cpu")
+    calls = iter(streams)
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        stream, four = next(calls), x if x.ndim == 4 else x[None]
+        index = torch.arange(four.shape[2])
+        columns = torch.arange(four.shape[3])
+        heads = torch.arange(four.shape[1])
+        assert p == 0.1
+        assert training
+        kept = keep_reference(seed, stream, p, heads, index, columns)
+        return x * kept.view(x.shape) / (1 - p)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "dropout", dropout)
         wanted = theirs(input_ids=ids[None]).logits[0]
-        torch.manual_seed(0)
-        torch.testing.assert_close(ours(ids, positions, layout), wanted, rtol=0, atol=2e-5)
+    assert next(calls, None) is None
+    F.cross_entropy(wanted, ids).backward()
+    torch.manual_seed(0)
+    got = ours(ids, positions, layout)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+    F.cross_entropy(got, ids).backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    for name, gradient in hugging_face_state(gradients, ours.architecture).items():
+        exact = dict(theirs.named_parameters())[name].grad
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=2e-6, msg=name)
 
 
 def test_layer_norm_eps_and_its_statistics():
@@ -292,6 +334,22 @@ def test_frozen_positions():
     model(ids, positions, layout).sum().backward()
     assert model.encoder.position_embeddings.weight.grad is None
     assert model.encoder.word_embeddings.weight.grad is not None
+
+
+def test_training_with_fused_attention_is_one_graph():
+    model = _model().train()
+    model.encoder.attention_backend = "fused"
+    compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
+    batch = packed([5, 5, 7, 3], 101)
+    results = []
+    for encoder in (model.encoder, compiled):
+        model.zero_grad()
+        torch.manual_seed(0)
+        hidden = encoder(*batch)
+        hidden.square().sum().backward()
+        results.append([hidden, *(p.grad for p in model.encoder.parameters())])
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
 
 
 def test_compiles_once_for_all_layouts():

@@ -166,10 +166,21 @@ def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
     )
     assert config.resume_differences(saved, config.to_json(free)) == []
     bound = parse(
-        ["distilbert", "--optim.lr", "1e-4", "--seed", "7", "--engine.precision", "bf16"],
+        [
+            "distilbert",
+            "--optim.lr",
+            "1e-4",
+            "--seed",
+            "7",
+            "--engine.precision",
+            "bf16",
+            "--engine.attention",
+            "sdpa",
+        ],
         quiet=False,
     )
     assert config.resume_differences(saved, config.to_json(bound)) == [
+        "--engine.attention: was 'auto', now 'sdpa'",
         "--engine.precision: was 'auto', now 'bf16'",
         "--optim.lr: was 0.0005, now 0.0001",
         "--seed: was 56, now 7",

@@ -77,6 +77,7 @@ def test_what_a_run_says_and_leaves(root, quiet):
         "text: 12,248 tokens in 400 sequences, 40 held out",
         "12 updates of 3 micro-batches of 256 tokens",
         "(matrix product of 1024 in float32 on",
+        "attention: fused (student), sdpa (teacher)",
         "update 12/12  loss",
         "ETA 0:00:00",
     ):
@@ -298,6 +299,14 @@ class TestMistakes:
             pytest.skip("this machine has a GPU")
         message = self.refused(*arguments(root, tmp_path / "run", engine__device="cuda"))
         assert "wants a GPU" in message
+
+    def test_flash_attn_on_a_cpu(self, root, tmp_path):
+        run = arguments(
+            root, tmp_path / "run", engine__attention="flash-attn", engine__device="cpu"
+        )
+        assert "flash-attn wants bf16 or fp16 on CUDA, got torch.float32 on cpu" in self.refused(
+            *run
+        )
 
     def test_a_full_disk_leaves_the_run_as_it_was(self, root, tmp_path):
         """A file size limit of 64 kB stops the checkpoint of update 5: said in one line, no half a checkpoint."""

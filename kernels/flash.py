@@ -1,0 +1,399 @@
+"""Flash attention over packed sequences in Triton, forward and backward, with dropout inside.
+
+For one head and one sequence of L rows, c = log2(e) / sqrt(Dh), Z[r, j] = keep[r, j] / (1 - p) (Dao 2023, alg. 1 and 2):
+
+    s = q k.T      lse[r] = log2 sum_j 2^(c s[r, j])      P = 2^(c s - lse)      out = (Z P) v
+
+    dv = (Z P).T dout      dP = Z (dout v.T)      ds = P (dP - delta)      delta[r] = sum_d dout[r, d] out[r, d]
+    dq = ds k / sqrt(Dh)   dk = ds.T q / sqrt(Dh)
+
+delta is sum_j P dP: the softmax's own term, and out holds the same sum after v was applied. The kernels leave 1 / (1 - p)
+out of ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics and sums are fp32; P and ds are
+rounded to the input's dtype before they meet a tensor core, as in the paper.
+
+Saved: qkv, out, lse. Masks are drawn again from the keys of dropout.py, one for each head and row and one for each head
+and column, which a small kernel draws before: 8 H N bytes.
+
+The backward is two kernels, dq by rows and dk with dv by columns, each of which computes s and dP: 7 products of
+2 L^2 Dh FLOP where 5 would do if tiles added to one dq. That is the price of a sum in one order, without atomics: a step
+is the same to the last bit each time. FLOP a head and sequence: 4 L^2 Dh forward, 14 L^2 Dh backward (10 is what
+benchmarks count). Bytes: forward reads qkv and writes out; backward reads qkv and dout twice, out once, writes dqkv. A
+sequence's rows are read again by every tile of it, from L2: that is why a tile has 128 rows where registers allow.
+
+One program has one tile and one head, heads running fastest: the programs that run together read the same rows of qkv,
+and long sequences start first for all heads.
+
+Shapes: N tokens, H heads, D width of a head, T tiles, M and N in BLOCK_M and BLOCK_N rows of queries and of keys.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES
+from .dropout import keep, row_and_column_keys, threshold
+from .flash_tiles import NUM_STAGES, Tile, block_d, tiles_for
+
+TILE_ROWS = 128  # of the layout's tiles; a program takes all of them or an even part
+LOG2_E = 1.4426950408889634
+INTERPRETED = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def _dot(a, b, acc=None):
+    """a @ b + acc in fp32: on tensor cores for bf16 and fp16, in full fp32 for fp32."""
+    if INTERPRETED:  # whose dot takes the bits of bf16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _rows(ptr, at, num_left, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at ptr + at, zero from row num_left and from column D on; no mask where neither can be."""
+    R: tl.constexpr = at.shape[0]
+    C: tl.constexpr = at.shape[1]
+    if MASKED:
+        live = (tl.arange(0, R) < num_left)[:, None]
+        if D < C:
+            live = live & (tl.arange(0, C) < D)[None, :]
+        x = tl.load(ptr + at, mask=live, other=0.0)
+    elif D < C:
+        x = tl.load(ptr + at, mask=(tl.arange(0, C) < D)[None, :], other=0.0)
+    else:
+        x = tl.load(ptr + at)
+    return x
+
+
+@triton.jit
+def _store_rows(ptr, at, x, num_left, D: tl.constexpr):
+    live = (tl.arange(0, x.shape[0]) < num_left)[:, None]
+    if x.shape[1] > D:
+        live = live & (tl.arange(0, x.shape[1]) < D)[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _numbers(ptr, index, num_left, other, MASKED: tl.constexpr):
+    return (
+        tl.load(ptr + index, mask=index < num_left, other=other) if MASKED else tl.load(ptr + index)
+    )
+
+
+@triton.jit
+def _keys(ptr, index, num_left, MASKED: tl.constexpr):
+    return _numbers(ptr, index, num_left, 0, MASKED).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _tile(tile_ptr, H: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, sequence start, sequence end and first row of this program; a block may lie past the end."""
+    program, block = tl.program_id(0), tl.program_id(0) // H
+    tile = tile_ptr + (block // (TILE // BLOCK)) * 3
+    first = tl.load(tile + 2) + block % (TILE // BLOCK) * BLOCK
+    return program % H, tl.load(tile), tl.load(tile + 1), first
+
+
+@triton.jit
+def _forward_step(
+    acc, total, top, q, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, at.shape[0])
+    k = _rows(k_ptr, at, num_left, D, MASKED)
+    s = _dot(q, tl.trans(k))
+    if MASKED:
+        s = tl.where((column < num_left)[None, :], s, -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * scale2)
+    p = tl.exp2(s * scale2 - new_top[:, None])
+    alpha = tl.exp2(top - new_top)
+    total = total * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        column_key = _keys(key_ptr, column, num_left, MASKED)
+        # A zero that the compiler does not know: a constant one it would move behind the rounding of p, and unpack and
+        # pack pairs of bf16 for it: two instructions a score.
+        p = tl.where(keep(row_key[:, None], column_key[None, :], threshold), p, scale2 * 0.0)
+    v = _rows(v_ptr, at, num_left, D, MASKED)
+    acc = _dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["N"])
+def _forward_kernel(
+    qkv_ptr, tile_ptr, key_ptr,  # (N, 3, H, D) contiguous, (T, 3) int32, (2, H, N) int32 or None
+    out_ptr, lse_ptr,            # (N, H, D), (H, N) fp32
+    N, scale2, threshold, keep_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
+    if first >= end:
+        return
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
+    STRIDE: tl.constexpr = 3 * H * D
+    # Scalars carry what may pass 2^31, blocks hold int32: half the registers.
+    q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
+    k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
+    v_ptr = k_ptr + H * D
+    number = head.to(tl.int64) * N
+    q = _rows(q_ptr, row[:, None] * STRIDE + column[None, :], end - first, D, True)
+    row_key, column_key_ptr = row, key_ptr
+    if DROPOUT:
+        row_key = _keys(key_ptr + number + first, row, end - first, True)
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + start
+    at = tl.arange(0, BLOCK_N)[:, None] * STRIDE + column[None, :]
+    length = end - start
+    full = length // BLOCK_N * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for _ in range(0, full, BLOCK_N):
+        acc, total, top = _forward_step(
+            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, scale2, threshold,
+            D, DROPOUT, False,
+        )  # fmt: skip
+        k_ptr, v_ptr = k_ptr + BLOCK_N * STRIDE, v_ptr + BLOCK_N * STRIDE
+        if DROPOUT:
+            column_key_ptr += BLOCK_N
+    if full < length:
+        acc, total, top = _forward_step(
+            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full,
+            scale2, threshold, D, DROPOUT, True,
+        )  # fmt: skip
+    tl.store(lse_ptr + number + first + row, top + tl.log2(total), mask=row < end - first)
+    out_ptr += first.to(tl.int64) * (H * D) + head * D
+    acc *= (keep_scale / total)[:, None]
+    _store_rows(out_ptr, row[:, None] * (H * D) + column[None, :], acc, end - first, D)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, at.shape[0])
+    k = _rows(k_ptr, at, num_left, D, MASKED)
+    s = _dot(q, tl.trans(k))
+    if MASKED:
+        s = tl.where((column < num_left)[None, :], s, -float("inf"))
+    p = tl.exp2(s * scale2 - lse[:, None])
+    v = _rows(v_ptr, at, num_left, D, MASKED)
+    dp = _dot(dout, tl.trans(v))
+    if DROPOUT:
+        column_key = _keys(key_ptr, column, num_left, MASKED)
+        dp = tl.where(keep(row_key[:, None], column_key[None, :], threshold), dp, 0.0)
+    ds = p * (dp - delta[:, None])
+    return _dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _dq_kernel(
+    qkv_ptr, tile_ptr, key_ptr, out_ptr, dout_ptr, lse_ptr,
+    dqkv_ptr, delta_ptr,  # the queries' part; (H, N) fp32, times 1 - p: read by _dkdv_kernel
+    N, scale2, threshold, keep_p, dq_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
+    if first >= end:
+        return
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
+    STRIDE: tl.constexpr = 3 * H * D
+    q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
+    k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
+    v_ptr = k_ptr + H * D
+    number = head.to(tl.int64) * N
+    at_q = row[:, None] * STRIDE + column[None, :]
+    at_out = row[:, None] * (H * D) + column[None, :]
+    out_offset = first.to(tl.int64) * (H * D) + head * D
+    left = end - first
+    out = _rows(out_ptr + out_offset, at_out, left, D, True).to(tl.float32)
+    dout = _rows(dout_ptr + out_offset, at_out, left, D, True)
+    delta = tl.sum(out * dout.to(tl.float32), 1) * keep_p
+    tl.store(delta_ptr + number + first + row, delta, mask=row < left)
+    q = _rows(q_ptr, at_q, left, D, True)
+    lse = _numbers(lse_ptr + number + first, row, left, 0.0, True)
+    row_key, column_key_ptr = row, key_ptr
+    if DROPOUT:
+        row_key = _keys(key_ptr + number + first, row, left, True)
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + start
+    at = tl.arange(0, BLOCK_N)[:, None] * STRIDE + column[None, :]
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    length = end - start
+    full = length // BLOCK_N * BLOCK_N
+    for _ in range(0, full, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, scale2,
+            threshold, D, DROPOUT, False,
+        )  # fmt: skip
+        k_ptr, v_ptr = k_ptr + BLOCK_N * STRIDE, v_ptr + BLOCK_N * STRIDE
+        if DROPOUT:
+            column_key_ptr += BLOCK_N
+    if full < length:
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full,
+            scale2, threshold, D, DROPOUT, True,
+        )  # fmt: skip
+    dq_ptr = dqkv_ptr + first.to(tl.int64) * STRIDE + head * D
+    _store_rows(dq_ptr, at_q, dq * dq_scale, left, D)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key, key_ptr,
+    num_left, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, at_q.shape[0])
+    q = _rows(q_ptr, at_q, num_left, D, MASKED)
+    # Rows past the end have probability 0 by their infinite lse: no mask on the scores.
+    lse = _numbers(lse_ptr, row, num_left, float("inf"), MASKED)
+    p = tl.exp2(_dot(k, tl.trans(q)) * scale2 - lse[None, :])
+    dout = _rows(dout_ptr, at_out, num_left, D, MASKED)
+    dp = _dot(v, tl.trans(dout))
+    kept_p = p
+    if DROPOUT:
+        row_key = _keys(key_ptr, row, num_left, MASKED)
+        kept = keep(row_key[None, :], column_key[:, None], threshold)
+        kept_p = tl.where(kept, p, scale2 * 0.0)
+    dv = _dot(kept_p.to(dout.dtype), dout, dv)
+    delta = _numbers(delta_ptr, row, num_left, 0.0, MASKED)
+    ds = kept_p * dp - p * delta[None, :]
+    dk = _dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["N"])
+def _dkdv_kernel(
+    qkv_ptr, tile_ptr, key_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dqkv_ptr,  # the keys' and the values' part
+    N, scale2, threshold, dk_scale, dv_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_N)
+    if first >= end:
+        return
+    row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
+    STRIDE: tl.constexpr = 3 * H * D
+    offset = first.to(tl.int64) * STRIDE + (H + head) * D
+    at = row[:, None] * STRIDE + column[None, :]
+    left = end - first
+    k = _rows(qkv_ptr + offset, at, left, D, True)
+    v = _rows(qkv_ptr + offset + H * D, at, left, D, True)
+    number = head.to(tl.int64) * N
+    column_key, row_key_ptr = row, key_ptr
+    if DROPOUT:
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + first
+        column_key = _keys(column_key_ptr, row, left, True)
+        row_key_ptr = key_ptr + number + start
+    q_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + head * D
+    dout_ptr += start.to(tl.int64) * (H * D) + head * D
+    lse_ptr, delta_ptr = lse_ptr + number + start, delta_ptr + number + start
+    at_q = tl.arange(0, BLOCK_M)[:, None] * STRIDE + column[None, :]
+    at_out = tl.arange(0, BLOCK_M)[:, None] * (H * D) + column[None, :]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    length = end - start
+    full = length // BLOCK_M * BLOCK_M
+    for _ in range(0, full, BLOCK_M):
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
+            row_key_ptr, 0, scale2, threshold, D, DROPOUT, False,
+        )  # fmt: skip
+        q_ptr, dout_ptr = q_ptr + BLOCK_M * STRIDE, dout_ptr + BLOCK_M * H * D
+        lse_ptr, delta_ptr = lse_ptr + BLOCK_M, delta_ptr + BLOCK_M
+        if DROPOUT:
+            row_key_ptr += BLOCK_M
+    if full < length:
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
+            row_key_ptr, length - full, scale2, threshold, D, DROPOUT, True,
+        )  # fmt: skip
+    _store_rows(dqkv_ptr + offset, at, dk * dk_scale, left, D)
+    _store_rows(dqkv_ptr + offset + H * D, at, dv * dv_scale, left, D)
+
+
+def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor, *arguments: Any):
+    H, D = qkv.shape[2:]
+    kernel[(tiles.shape[0] * (TILE_ROWS // block_rows) * H,)](
+        qkv, tiles, *arguments, H=H, D=D, BLOCK_D=block_d(D), TILE=TILE_ROWS,
+        num_stages=NUM_STAGES, **tile._asdict(), **LAUNCH_OPTIONS,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES
+)
+def attention_forward(
+    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """(N, H, D) attention and (H, N) fp32 log-sum-exp of the scores, to base 2. qkv (N, 3, H, D) contiguous."""
+    N, _, H, D = qkv.shape
+    out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
+    keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
+    tile = tiles_for(qkv).forward if seed is None else tiles_for(qkv).forward_dropout
+    scale2, keep_scale = D**-0.5 * LOG2_E, 1 / (1 - dropout_p)
+    _launch(
+        _forward_kernel, tile, tile.BLOCK_M, tiles, qkv,
+        keys, out, lse, N, scale2, threshold(dropout_p), keep_scale,
+    )  # fmt: skip
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(qkv, tiles, seed, stream, dropout_p):
+    N, _, H, D = qkv.shape
+    return qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fastdistil::attention_backward", mutates_args=(), device_types=TRITON_DEVICES
+)
+def attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    seed: Tensor | None, stream: int, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """dqkv (N, 3, H, D). All contiguous."""
+    N, _, H, D = qkv.shape
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
+    scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
+    _, _, dq, dkdv = tiles_for(qkv)
+    _launch(
+        _dq_kernel, dq, dq.BLOCK_M, tiles, qkv,
+        keys, out, dout, lse, dqkv, delta, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
+    )  # fmt: skip
+    _launch(
+        _dkdv_kernel, dkdv, dkdv.BLOCK_N, tiles, qkv,
+        keys, dout, lse, delta, dqkv, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
+    )  # fmt: skip
+    return dqkv
+
+
+@attention_backward.register_fake
+def _(dout, qkv, out, lse, tiles, seed, stream, dropout_p):
+    return torch.empty_like(qkv)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, tiles, seed, ctx.stream, ctx.dropout_p = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, tiles, seed)
+
+
+def _backward(ctx, dout, _dlse):
+    qkv, out, lse, tiles, seed = ctx.saved_tensors
+    dqkv = attention_backward(
+        dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p
+    )
+    return dqkv, None, None, None, None
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)

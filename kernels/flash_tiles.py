@@ -1,0 +1,84 @@
+"""What blocks the attention kernels of flash.py work in: data, no tuning at start-up."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+MAX_HEAD_DIM = (
+    128  # two accumulators and two operands of a wider head leave no registers on any of the GPUs
+)
+# The next block's loads fly while one computes. A third stage takes shared memory and changes nothing else in the code.
+NUM_STAGES = 2
+
+
+class Tile(NamedTuple):
+    """Queries and keys that a program holds at once, and its warps."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+
+
+class Tiles(NamedTuple):
+    """Of the three kernels; the forward's depends on dropout."""
+
+    forward: Tile
+    forward_dropout: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+# For bf16 and fp16, by compute capability and head width (next power of two). Chosen by the compiled code
+# (python -m benchmarks.aot), Triton 3.6.0 and 3.9.0: no spill with or without dropout, then two CTAs an SM, so that one's
+# softmax runs beside the other's products, then fewest instructions a score. 128 rows of queries halve the reads of keys
+# and values from L2, which at 64 would take as long as the forward itself; 64 keys, since with 128 one CTA fits.
+TILES: dict[int, dict[int, Tiles]] = {
+    80: {  # mma.sync: operands live in registers, which decide everything
+        # 128 x 64 at width 16 makes ptxas spill for a third CTA.
+        16: Tiles(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+        32: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+        64: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(128, 32, 4), Tile(32, 64, 4)),
+        # dkdv: the only shape of ten tried without a spill.
+        128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8)),
+    },
+    90: {  # wgmma: products of 64 rows by a warpgroup, keys and values from shared memory
+        16: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 64, 4)),
+        32: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 64, 4)),
+        # With dropout 128 rows spill (3.6.0), and integer instructions hide the reads from L2. dq: 4 warps spill.
+        64: Tiles(Tile(128, 64, 4), Tile(64, 64, 4), Tile(128, 64, 8), Tile(64, 64, 4)),
+        128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 64, 8), Tile(32, 128, 8)),
+    },
+    100: {  # tcgen05: 128 rows a product, accumulators in tensor memory, of which two CTAs may take 256 columns each
+        16: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 128, 8)),
+        32: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 128, 8)),
+        # dkdv: 4 warps spill with dropout (3.6.0).
+        64: Tiles(Tile(128, 64, 4), Tile(64, 64, 4), Tile(128, 64, 4), Tile(32, 128, 8)),
+        128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 128, 8)),
+    },
+}
+# Products of fp32 run on the FP32 units, with operands in registers: every block that tl.dot takes spills at width 64 in one
+# of the kernels, so this is for tests and for fp32 runs that can wait (or for backend sdpa).
+FP32_TILES = Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4))
+
+
+def block_d(head_dim: int) -> int:
+    """Columns of a block: tl.dot wants a power of two, 16 or more."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@lru_cache
+def _architecture(device: torch.device) -> int:
+    """The row of TILES for a GPU: 8.x and 12.x both have mma.sync."""
+    if device.type != "cuda":
+        return 90  # the interpreter: any would do
+    return {9: 90, 10: 100, 11: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
+
+
+def tiles_for(qkv: Tensor) -> Tiles:
+    """The tiles that qkv (N, 3, H, D) runs with on its device."""
+    if qkv.dtype == torch.float32:
+        return FP32_TILES
+    return TILES[_architecture(qkv.device)][block_d(qkv.shape[3])]
