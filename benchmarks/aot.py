@@ -10,7 +10,6 @@ narrow hot load.
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdistil.kernels import cosine, distill, flash, flash_tiles
 from fastdistil.kernels._triton import LAUNCH_OPTIONS
 
 ARCHITECTURES = (80, 90, 100)
@@ -58,6 +56,8 @@ class Variant:
     """Where the launchers use it."""
     min_ctas: int = 2
     """CTAs that have to fit an SM, for one's loads to run beside the other's arithmetic."""
+    tensor_cores: bool = False
+    """Whether its products have to be tensor-core instructions."""
     may_spill: bool = False
     max_narrow_loads: int = 3
     """Loads of less than 128 bits that may be: scalars and numbers of a row."""
@@ -155,113 +155,9 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
-    signature = {
-        "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "label_ptr": "*i64",
-        "num_rows_ptr": "*i32" if num_rows else "constexpr",
-        "ds_ptr": f"*{dtype}" if gradient else "constexpr", "out_ptr": "*fp32",
-        "s_stride": "i32", "t_stride": "i32", "ds_stride": "i32" if gradient else "constexpr",
-        "N": "i32", "first_row": "i32", "width": "i32", "vocab_size": "i32",
-        "temperature": "fp32", "kd_scale": "fp32", "mlm_scale": "fp32",
-        "LANES": "constexpr", "VECTOR": "constexpr",
-    }  # fmt: skip
-    absent = {} if num_rows else {"num_rows_ptr": None}
-    absent |= {} if gradient else {"ds_ptr": None, "ds_stride": 0}
-    tile = {
-        "LANES": 32 * distill.NUM_WARPS,
-        "VECTOR": distill.COLUMNS_PER_LOAD[TRITON_DTYPES[dtype]],
-    }
-    return Variant(
-        name=f"distill {dtype}" + " gradient" * gradient + " num_rows" * num_rows,
-        kernel=distill._distill_kernel,
-        signature=signature,
-        constexprs=absent | tile,
-        divisible=("s_stride", "t_stride", "ds_stride", "width"),
-        num_warps=distill.NUM_WARPS,
-    )
-
-
-def _cosine_variant(dtype: str, width: int) -> Variant:
-    settings = cosine.tile(width)
-    signature = {
-        "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "num_rows_ptr": "*i32",
-        "out_ptr": "*fp32", "ds_ptr": f"*{dtype}", "N": "i32", "D": "i32",
-        "EPS": "constexpr", "ROWS": "constexpr", "BLOCK_D": "constexpr",
-    }  # fmt: skip
-    num_warps = settings.pop("num_warps")
-    return Variant(
-        name=f"cosine {dtype} D={width}",
-        kernel=cosine._cosine_kernel,
-        signature=signature,
-        constexprs={"EPS": cosine.EPS, **settings},
-        divisible=("D",),
-        num_warps=num_warps,
-    )
-
-
-def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool) -> Variant:
-    by_width = flash_tiles.TILES[arch][head_dim]
-    tiles = flash_tiles.FP32_TILES if dtype == "fp32" else by_width
-    tile = {
-        "forward": tiles.forward_dropout if dropout else tiles.forward,
-        "dq": tiles.dq,
-        "dkdv": tiles.dkdv,
-    }[kernel]
-    pointers, scalars = {
-        "forward": ("out_ptr lse_ptr", "keep_scale"),
-        "dq": ("out_ptr dout_ptr lse_ptr dqkv_ptr delta_ptr", "keep_p dq_scale"),
-        "dkdv": ("dout_ptr lse_ptr delta_ptr dqkv_ptr", "dk_scale dv_scale"),
-    }[kernel]
-    constexprs = {
-        "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": flash.TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
-    }  # fmt: skip
-    statistics = ("lse_ptr", "delta_ptr")
-    signature = {
-        "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32" if dropout else "constexpr",
-        **{name: "*fp32" if name in statistics else f"*{dtype}" for name in pointers.split()},
-        "N": "i32", "scale2": "fp32", "threshold": "i32",
-        **dict.fromkeys(scalars.split(), "fp32"),
-        **dict.fromkeys(constexprs, "constexpr"),
-    }  # fmt: skip
-    return Variant(
-        name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout,
-        kernel={
-            "forward": flash._forward_kernel,
-            "dq": flash._dq_kernel,
-            "dkdv": flash._dkdv_kernel,
-        }[kernel],
-        signature=signature,
-        constexprs=constexprs | ({} if dropout else {"key_ptr": None}),
-        num_warps=tile.num_warps,
-        num_stages=flash_tiles.NUM_STAGES,
-        archs=(arch,),
-        min_ctas=1,
-        # Outside the tensor cores Triton keeps whole operands in registers: no block that tl.dot takes fits.
-        may_spill=dtype == "fp32",
-        # lse, delta and keys of every row that a thread holds, 32 bits each: 20 to 109, but up to 398 with Triton 3.6.0.
-        max_narrow_loads=400,
-    )
-
-
-def variants() -> Iterator[Variant]:
-    """Every kernel in every dtype and tile that the launchers use."""
-    for dtype in TRITON_DTYPES:
-        yield _distill_variant(dtype, gradient=True, num_rows=True)
-        yield _distill_variant(dtype, gradient=True, num_rows=False)
-        yield _distill_variant(dtype, gradient=False, num_rows=True)
-        for width in (384, 768, 1024, 8192):
-            yield _cosine_variant(dtype, width)
-    for arch in ARCHITECTURES:
-        for kernel in ("forward", "dq", "dkdv"):
-            for dropout in (False, True):
-                for head_dim in flash_tiles.TILES[arch]:
-                    yield _attention_variant("bf16", head_dim, kernel, arch, dropout)
-                yield _attention_variant("fp16", 64, kernel, arch, dropout)
-                yield _attention_variant("fp32", 64, kernel, arch, dropout)
-
-
 def main() -> None:
+    from benchmarks.aot_variants import variants  # which imports this module
+
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':<40}{'arch':>5}{'registers':>10}{'CTAs':>5}{'spills':>7}{'stack':>6}{'shared':>7}"

@@ -33,8 +33,8 @@ def dropout_seed(device: torch.device | str) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """An element is kept if its 32 random bits are not below this."""
-    return round(dropout_p * 2**32)
+    """An element is kept if its 32 random bits are not below this; at most the largest of them."""
+    return min(round(dropout_p * 2**32), 2**32 - 1)
 
 
 def keys_reference(seed: Tensor, stream: int, side: int, heads: Tensor, index: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def keep(row_key, column_key, threshold):
     """Mask of broadcastable keys: the callers shape them, [:, None] and [None, :] or transposed."""
     x = (row_key ^ column_key) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
-    return x >= threshold.to(tl.uint32)
+    return x >= tl.cast(threshold, tl.uint32)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _keys_kernel(seed_ptr, out_ptr, N, stream, H: tl.constexpr, BLOCK: tl.conste
     tl.store(
         at, keys(seed, stream, ROW_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N
     )
-    at += H * N.to(tl.int64)
+    at += H * tl.cast(N, tl.int64)
     tl.store(
         at, keys(seed, stream, COLUMN_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N
     )
@@ -111,8 +111,8 @@ def _dropout_kernel(
     H, R, C, first, stream, threshold, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)  # of B * H matrices
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)  # of B * H matrices
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     b, head = block // H, block % H
     seed = tl.load(seed_ptr)
@@ -130,7 +130,7 @@ def dropout_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float)
     """Drops elements of x (B, H, R, C), contiguous, in place; its first row and its first column have index `first`."""
     B, H, R, C = x.shape
     if x.numel() > 0:
-        grid = (B * H, triton.cdiv(R, BLOCK_ROWS), triton.cdiv(C, BLOCK_COLUMNS))
+        grid = (triton.cdiv(R, BLOCK_ROWS), B * H, triton.cdiv(C, BLOCK_COLUMNS))
         _dropout_kernel[grid](
             x, seed, H, R, C, first, stream, threshold(dropout_p), 1 / (1 - dropout_p),
             ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, **LAUNCH_OPTIONS,
@@ -187,6 +187,8 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
     """
     if x_ND.ndim != 2:
         raise ValueError(f"dropout wants an (N, D) tensor, got {tuple(x_ND.shape)}")
+    if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dropout wants fp32, bf16 or fp16, got {x_ND.dtype}")
     check_dropout("dropout", x_ND, seed, stream, dropout_p)
     if seed is None or dropout_p == 0:
         return x_ND

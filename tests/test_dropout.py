@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import aot, aot_encoder_dropout
+from benchmarks import aot, aot_variants
 from fastdistil import ops
 from fastdistil.kernels import dropout as module
 from tests.precision import DEVICE, DTYPES, INTERPRETED
@@ -280,7 +280,7 @@ def test_a_seed_and_its_use_do_not_read_the_device():
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
 @pytest.mark.parametrize(
-    "variant", list(aot_encoder_dropout.specialised_variants()), ids=lambda variant: variant.name
+    "variant", list(aot_variants.specialised_variants()), ids=lambda variant: variant.name
 )
 def test_kernels_compile_where_an_argument_is_one(variant):
     """Triton makes an integer argument of 1 a Python constant, which has not a tensor's methods."""

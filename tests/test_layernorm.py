@@ -13,7 +13,7 @@ from fastdistil.kernels import layernorm as module
 from fastdistil.kernels.dropout import keep_reference
 from tests.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
 
-# Rows of a program: 32; of a block: 2,048 down to 1. Widths that are no multiple of 16, of a block, of a warp.
+# Rows of a program: 32; of a block: 1,024 down to 1. Widths that are no multiple of 16, of a block, of a warp.
 SHAPES = [(1, 2), (5, 31), (33, 384), (67, 65), (3, 768), (2, 769), (1, 4096)]
 SEED = torch.tensor(2**62 + 12345, device=DEVICE)
 OPTIONS = {"plain": {}, "dropout": {"dropout_p": 0.3, "seed": SEED, "stream": 5}}

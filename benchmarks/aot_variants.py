@@ -1,0 +1,237 @@
+"""What the launchers of kernels/ compile: every Triton kernel in the dtypes and tiles that are used, for benchmarks/aot.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.aot import ARCHITECTURES, TRITON_DTYPES, Variant
+from fastdistil.kernels import cosine, distill, dropout, flash, flash_tiles, gelu, layernorm
+
+
+def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
+    signature = {
+        "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "label_ptr": "*i64",
+        "num_rows_ptr": "*i32" if num_rows else "constexpr",
+        "ds_ptr": f"*{dtype}" if gradient else "constexpr", "out_ptr": "*fp32",
+        "s_stride": "i32", "t_stride": "i32", "ds_stride": "i32" if gradient else "constexpr",
+        "N": "i32", "first_row": "i32", "width": "i32", "vocab_size": "i32",
+        "temperature": "fp32", "kd_scale": "fp32", "mlm_scale": "fp32",
+        "LANES": "constexpr", "VECTOR": "constexpr",
+    }  # fmt: skip
+    absent = {} if num_rows else {"num_rows_ptr": None}
+    absent |= {} if gradient else {"ds_ptr": None, "ds_stride": 0}
+    tile = {
+        "LANES": 32 * distill.NUM_WARPS,
+        "VECTOR": distill.COLUMNS_PER_LOAD[TRITON_DTYPES[dtype]],
+    }
+    return Variant(
+        name=f"distill {dtype}" + " gradient" * gradient + " num_rows" * num_rows,
+        kernel=distill._distill_kernel,
+        signature=signature,
+        constexprs=absent | tile,
+        divisible=("s_stride", "t_stride", "ds_stride", "width"),
+        num_warps=distill.NUM_WARPS,
+    )
+
+
+def _cosine_variant(dtype: str, width: int) -> Variant:
+    settings = cosine.tile(width)
+    signature = {
+        "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "num_rows_ptr": "*i32",
+        "out_ptr": "*fp32", "ds_ptr": f"*{dtype}", "N": "i32", "D": "i32",
+        "EPS": "constexpr", "ROWS": "constexpr", "BLOCK_D": "constexpr",
+    }  # fmt: skip
+    num_warps = settings.pop("num_warps")
+    return Variant(
+        name=f"cosine {dtype} D={width}",
+        kernel=cosine._cosine_kernel,
+        signature=signature,
+        constexprs={"EPS": cosine.EPS, **settings},
+        divisible=("D",),
+        num_warps=num_warps,
+    )
+
+
+def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool) -> Variant:
+    by_width = flash_tiles.TILES[arch][head_dim]
+    tiles = flash_tiles.FP32_TILES if dtype == "fp32" else by_width
+    tile = {
+        "forward": tiles.forward_dropout if dropout else tiles.forward,
+        "dq": tiles.dq,
+        "dkdv": tiles.dkdv,
+    }[kernel]
+    pointers, scalars = {
+        "forward": ("out_ptr lse_ptr", "keep_scale"),
+        "dq": ("out_ptr dout_ptr lse_ptr dqkv_ptr delta_ptr", "keep_p dq_scale"),
+        "dkdv": ("dout_ptr lse_ptr delta_ptr dqkv_ptr", "dk_scale dv_scale"),
+    }[kernel]
+    constexprs = {
+        "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": flash.TILE_ROWS,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+    }  # fmt: skip
+    statistics = ("lse_ptr", "delta_ptr")
+    signature = {
+        "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32" if dropout else "constexpr",
+        **{name: "*fp32" if name in statistics else f"*{dtype}" for name in pointers.split()},
+        "N": "i32", "scale2": "fp32", "threshold": "i32",
+        **dict.fromkeys(scalars.split(), "fp32"),
+        **dict.fromkeys(constexprs, "constexpr"),
+    }  # fmt: skip
+    return Variant(
+        name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout,
+        kernel={
+            "forward": flash._forward_kernel,
+            "dq": flash._dq_kernel,
+            "dkdv": flash._dkdv_kernel,
+        }[kernel],
+        signature=signature,
+        constexprs=constexprs | ({} if dropout else {"key_ptr": None}),
+        num_warps=tile.num_warps,
+        num_stages=flash_tiles.NUM_STAGES,
+        archs=(arch,),
+        # Heads of 32 and 64, which BERT models have: two warps for each of an SM's four schedulers.
+        min_ctas=8 // tile.num_warps if head_dim in (32, 64) and dtype != "fp32" else 1,
+        tensor_cores=dtype != "fp32",
+        # Outside the tensor cores Triton keeps whole operands in registers: no block that tl.dot takes fits.
+        may_spill=dtype == "fp32",
+        # lse, delta and keys of every row that a thread holds, 32 bits each: 20 to 109, but up to 398 with Triton 3.6.0.
+        max_narrow_loads=400,
+    )
+
+
+def _layernorm_variant(
+    dtype: str, width: int, *, backward: bool, dropout: bool, residual: bool, **ones: Any
+) -> Variant:
+    settings = layernorm.tile(width, TRITON_DTYPES[dtype])
+    x, absent = f"*{dtype}", {}
+    signature = {"x_ptr": x, "residual_ptr": x, "weight_ptr": x}
+    if backward:
+        signature = {"dout_ptr": x} | signature
+        signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
+        signature |= {"dy_ptr": x, "dx_ptr": x, "partial_ptr": "*fp32", "N": "i32", "D": "i32"}
+    else:
+        signature |= {"bias_ptr": x, "seed_ptr": "*i64", "out_ptr": x}
+        signature |= {
+            "mean_ptr": "*fp32",
+            "rstd_ptr": "*fp32",
+            "N": "i32",
+            "D": "i32",
+            "eps": "fp32",
+        }
+    signature |= {"stream": "i32", "threshold": "i32", "scale": "fp32", "rows_per_program": "i32"}
+    signature |= {"ROWS": "constexpr", "BLOCK_D": "constexpr"}
+    for name, given in (("residual_ptr", residual), ("seed_ptr", dropout), ("dx_ptr", dropout)):
+        if name in signature and not given:
+            absent[name] = None
+            signature[name] = "constexpr"
+    num_warps = settings.pop("num_warps")
+    return Variant(
+        name=f"layernorm {'backward' if backward else 'forward'} {dtype} D={width}"
+        + " residual" * residual
+        + " dropout" * dropout,
+        kernel=layernorm._backward_kernel if backward else layernorm._forward_kernel,
+        signature=signature | dict.fromkeys(ones, "constexpr"),
+        constexprs=absent | settings | ones,
+        divisible=("rows_per_program",) if "D" in ones else ("D", "rows_per_program"),
+        num_warps=num_warps,
+        min_ctas=1 if width > 2048 else 2,  # 16 warps are half an SM's
+        max_narrow_loads=24,  # the seed, and mean and rstd of each row
+    )
+
+
+def _gelu_variant(dtype: str, *, backward: bool) -> Variant:
+    x, tile = f"*{dtype}", dict(gelu.TILE)
+    num_warps = tile.pop("num_warps")
+    signature = {"x_ptr": x, "bias_ptr": x, "out_ptr": x, "N": "i32", "F": "i32"}
+    if backward:
+        signature = {"dout_ptr": x, "x_ptr": x, "bias_ptr": x, "dx_ptr": x}
+        signature |= {"partial_ptr": "*fp32", "N": "i32", "F": "i32", "strip_rows": "i32"}
+    return Variant(
+        name=f"gelu {'backward' if backward else 'forward'} {dtype}",
+        kernel=gelu._backward_kernel if backward else gelu._forward_kernel,
+        signature=signature | dict.fromkeys(tile, "constexpr"),
+        constexprs=tile,
+        divisible=("F", "N", "strip_rows"),
+        num_warps=num_warps,
+    )
+
+
+def _dropout_variant(dtype: str, **ones: Any) -> Variant:
+    """`ones`: integers that are 1 at a launch, which Triton makes constants."""
+    signature = {
+        "x_ptr": f"*{dtype}", "seed_ptr": "*i64",
+        "H": "i32", "R": "i32", "C": "i32", "first": "i32", "stream": "i32",
+        "threshold": "i32", "scale": "fp32", "ROWS": "constexpr", "COLUMNS": "constexpr",
+    }  # fmt: skip
+    tile = {"ROWS": dropout.BLOCK_ROWS, "COLUMNS": dropout.BLOCK_COLUMNS}
+    return Variant(
+        name=f"dropout {dtype}" + "".join(f" {name}=1" for name in ones),
+        kernel=dropout._dropout_kernel,
+        signature=signature | dict.fromkeys(ones, "constexpr"),
+        constexprs=tile | ones,
+        divisible=() if "C" in ones else ("C",),
+    )
+
+
+def _keys_variant(**ones: Any) -> Variant:
+    signature = {
+        "seed_ptr": "*i64", "out_ptr": "*i32", "N": "i32", "stream": "i32",
+        "H": "constexpr", "BLOCK": "constexpr",
+    }  # fmt: skip
+    return Variant(
+        name="dropout keys" + "".join(f" {name}=1" for name in ones),
+        kernel=dropout._keys_kernel,
+        signature=signature | dict.fromkeys(ones, "constexpr"),
+        constexprs={"H": 12, "BLOCK": 256} | ones,
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in every tile that the launchers use, in bf16 (attention without dropout at the common widths); less of the
+    other dtypes: fp16 compiles as bf16 does."""
+    for dtype in TRITON_DTYPES:
+        yield _distill_variant(dtype, gradient=True, num_rows=True)
+        yield _distill_variant(dtype, gradient=True, num_rows=False)
+        yield _distill_variant(dtype, gradient=False, num_rows=True)
+        for width in (384, 768, 1024, 8192):
+            yield _cosine_variant(dtype, width)
+        yield _dropout_variant(dtype)
+        for backward in (False, True):
+            yield _gelu_variant(dtype, backward=backward)
+            for width in (384, 768, 1024, 4096) if dtype == "bf16" else (768,):
+                yield _layernorm_variant(
+                    dtype, width, backward=backward, dropout=True, residual=True
+                )
+            for residual in (False, True):
+                yield _layernorm_variant(
+                    dtype, 768, backward=backward, dropout=False, residual=residual
+                )
+    for arch in ARCHITECTURES:
+        for kernel in ("forward", "dq", "dkdv"):
+            for head_dim in flash_tiles.TILES[arch]:
+                yield _attention_variant("bf16", head_dim, kernel, arch, True)
+                if head_dim in (32, 64):
+                    yield _attention_variant("bf16", head_dim, kernel, arch, False)
+            yield _attention_variant("fp32", 64, kernel, arch, True)
+
+
+def specialised_variants() -> Iterator[Variant]:
+    """Launches with a 1 in their arguments, which Triton makes a constant: one head, one token, a rate of 2^-32.
+
+    No wide loads to ask of these.
+    """
+    yield _dropout_variant("fp32", H=1, R=1, C=1, first=1, stream=1)
+    yield _dropout_variant("fp32", threshold=1)
+    yield _keys_variant()
+    yield _keys_variant(N=1, stream=1)
+    for backward in (False, True):
+        yield _layernorm_variant(
+            "fp32",
+            1,
+            backward=backward,
+            dropout=True,
+            residual=True,
+            N=1,
+            D=1,
+            stream=1,
+            threshold=1,
+        )
