@@ -4,6 +4,7 @@ python -m pytest benchmarks/bench_layernorm.py -s
 """
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_layernorm(benchmark, num_rows, width, dtype, dropout_p, backward):
 
         return run
 
-    providers = {
+    providers: dict[str, Callable[[], object]] = {
         OURS: timed(ours),
         "eager PyTorch": timed(eager),
         "torch.compile": timed(torch.compile(eager)),

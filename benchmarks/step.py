@@ -251,7 +251,7 @@ def energy_joules() -> Callable[[], float] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     on_gpu = DEVICE == "cuda"
     parser.add_argument("--size", choices=SIZES, default="bert-base" if on_gpu else "minilm")
     parser.add_argument(

@@ -40,20 +40,12 @@ from fastdistil.kernels.flash import attention_backward, attention_forward
 from fastdistil.kernels.gelu import (
     bias_gelu,
     bias_gelu_reference,
-    gelu_backward,
-    gelu_backward_torch,
-    gelu_forward,
-    gelu_forward_torch,
     linear_gelu,
 )
 from fastdistil.kernels.layernorm import (
     dropout_add_layernorm,
     dropout_add_layernorm_reference,
     layernorm,
-    layernorm_backward,
-    layernorm_backward_torch,
-    layernorm_forward,
-    layernorm_forward_torch,
 )
 from fastdistil.kernels.linear_distill import (
     LinearDistillLoss,
@@ -92,13 +84,9 @@ def _register_cpu_kernels() -> str:
     """Gives every operator its CPU kernel and returns the backend's name."""
     if INTERPRET:
         return "triton-interpreter"
-    # On CPUs the encoder's operators are PyTorch's own, put together; only their dropout is in csrc/.
+    # Put together from PyTorch's own; only its dropout is in csrc/.
     attention_forward.register_kernel("cpu")(attention_forward_torch)
     attention_backward.register_kernel("cpu")(attention_backward_torch)
-    layernorm_forward.register_kernel("cpu")(layernorm_forward_torch)
-    layernorm_backward.register_kernel("cpu")(layernorm_backward_torch)
-    gelu_forward.register_kernel("cpu")(gelu_forward_torch)
-    gelu_backward.register_kernel("cpu")(gelu_backward_torch)
     # "AVX512", "AVX2", "DEFAULT", ...: what PyTorch's own kernels run with; ATEN_CPU_CAPABILITY lowers it.
     capability = torch.backends.cpu.get_cpu_capability().lower()
     extension = f"fastdistil._C_{capability}"

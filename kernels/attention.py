@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._triton import INTERPRET
+from ._triton import TRITON_DEVICES
 from .dropout import check_dropout, keep_reference
 from .flash import LOG2_E, TILE_ROWS, attention_forward
 from .flash_tiles import MAX_HEAD_DIM
@@ -228,13 +228,13 @@ def resolve_backend(
 
     auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and fused
     with: PyTorch's flash kernel for CPUs has no dropout, so that sdpa then writes whole score matrices and draws for each
-    element. Time of sdpa over that of fused, forward and backward, one thread of a busy AVX-512 machine, 1,024 tokens, 12
-    heads of 32 / of 64:
+    element. Time of sdpa over that of fused, two threads of a quiet AVX-512 machine, 12 heads of 32 / of 64, fp32 (bf16:
+    0.8 to 1.3 times these ratios); at 1,024 tokens, in brackets at 4,096:
 
-        lengths             dropout 0, fp32    bf16           dropout 0.1, fp32    bf16
-        all 128             1.02 / 1.03        1.54 / 1.38    1.63 / 1.58          1.80 / 1.61
-        all 512             0.48 / 0.69        0.69 / 0.87    1.10 / 1.51          1.41 / 1.46
-        like Wikipedia's    0.61 / 0.81        0.66 / 0.83    1.69 / 1.53          1.65 / 1.47
+        lengths             forward, dropout 0           forward and backward, dropout 0.1
+        all 128             0.69 / 0.88 (0.74 / 0.87)    2.07 / 1.75 (1.89 / 1.59)
+        all 512             0.76 / 0.71 (0.58 / 0.70)    1.99 / 1.89 (3.18 / 2.48)
+        like Wikipedia's    0.58 / 0.73 (0.59 / 0.74)    1.90 / 1.63 (2.40 / 2.03)
 
     Raises:
         ValueError: if the backend is unknown, or cannot serve the device or, where it is given, the dtype.
@@ -309,7 +309,7 @@ def attention(
         raise ValueError(
             f"attention wants fp32, bf16 or fp16, got {dtype}: convert it, or use backend sdpa"
         )
-    by_triton = device.type == "cuda" or INTERPRET
+    by_triton = device.type in TRITON_DEVICES
     if by_triton and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
             f"attention backend fused wants heads of at most {MAX_HEAD_DIM}, got {qkv_N3HD.shape[3]}: use backend sdpa"

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._triton import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES
+from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
 
 SQRT_HALF, INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
 # 256 columns are a warp of 16-byte loads in bf16 and divide 768, 1,536 and 3,072; 16 rows make 32 elements a thread.
@@ -100,17 +100,6 @@ def _(dout, x, bias):
     return torch.empty_like(x), torch.empty_like(bias)
 
 
-def gelu_forward_torch(x: Tensor, bias: Tensor) -> Tensor:
-    """`gelu_forward` by PyTorch's own GELU: serves CPU tensors."""
-    return F.gelu(x + bias)
-
-
-def gelu_backward_torch(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu_backward` by PyTorch's own."""
-    dx = torch.ops.aten.gelu_backward(dout, x + bias)
-    return dx, dx.sum(0, dtype=torch.float32).to(bias.dtype)
-
-
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -142,11 +131,13 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
         raise ValueError(
             f"bias_gelu wants a bias of dtype {x_NF.dtype}, got {bias_F.dtype}: convert the module to the dtype of its input"
         )
+    if x_NF.device.type not in TRITON_DEVICES:
+        return F.gelu(x_NF + bias_F)  # PyTorch's own, which also keeps the sum
     return gelu_forward(x_NF.contiguous(), bias_F)
 
 
 def linear_gelu(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
     """gelu(x @ weight.T + bias), (N, F). On the CPU, where a GEMM adds its bias for nothing, by PyTorch's own."""
-    if x_ND.device.type == "cpu" and not INTERPRET:
+    if x_ND.device.type not in TRITON_DEVICES:
         return F.gelu(F.linear(x_ND, weight_FD, bias_F))
     return bias_gelu(F.linear(x_ND, weight_FD), bias_F)

@@ -24,7 +24,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
-from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, keep, keep_reference, keys, threshold
+from .dropout import (
+    COLUMN_SIDE,
+    ROW_SIDE,
+    check_dropout,
+    dropout,
+    keep,
+    keep_reference,
+    keys,
+    threshold,
+)
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
 ROWS_PER_PROGRAM = 32  # a program draws its column keys once for them; 512 programs at 16,384 rows
@@ -227,37 +236,6 @@ def _(dout, x, residual, weight, mean, rstd, seed, stream, dropout_p):
     return torch.empty_like(x), dx, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _sum_torch(x: Tensor, residual: Tensor | None, seed: Tensor | None, stream: int, p: float):
-    if seed is not None:
-        x = x.clone()
-        torch.ops.fastdistil.dropout_(x[None, None], seed, stream, 0, p)
-    return x if residual is None else x + residual
-
-
-def layernorm_forward_torch(x, residual, weight, bias, eps, seed, stream, dropout_p):
-    """`layernorm_forward` by PyTorch's own LayerNorm: serves CPU tensors."""
-    y = _sum_torch(x, residual, seed, stream, dropout_p)
-    out, mean, rstd = torch.native_layer_norm(y, y.shape[1:], weight, bias, eps)
-    return out, mean[:, 0].float(), rstd[:, 0].float()
-
-
-def layernorm_backward_torch(
-    dout, x, residual, weight, mean, rstd, seed, stream, dropout_p
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`layernorm_backward` by PyTorch's own."""
-    y = _sum_torch(x, residual, seed, stream, dropout_p)
-    # It keeps statistics in the dtype of x, and of the bias it only wants to know that there is one.
-    mean, rstd = (s[:, None].to(y.dtype) for s in (mean, rstd))
-    dy, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dout, y, y.shape[1:], mean, rstd, weight, weight, [True] * 3
-    )
-    dx = dy[:0].clone()
-    if seed is not None:
-        dx = dy.clone()
-        torch.ops.fastdistil.dropout_(dx[None, None], seed, stream, 0, dropout_p)
-    return dy, dx, dweight, dbias
-
-
 def _setup_context(ctx, inputs, output):
     x, residual, weight, _, _, seed, ctx.stream, ctx.dropout_p = inputs
     _, mean, rstd = output
@@ -329,6 +307,10 @@ def _layernorm(x, residual, weight, bias, eps, seed, stream, dropout_p) -> Tenso
                 f"layernorm wants a {name} of shape ({x.shape[1]},) and dtype {x.dtype}, got "
                 f"{tuple(parameter.shape)} {parameter.dtype}: convert the module to the dtype of its input"
             )
+    if x.device.type not in TRITON_DEVICES:
+        # On the CPU PyTorch's own is the faster one: at 4,096 x 768 adding the sum again cost more than keeping it.
+        y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
+        return F.layer_norm(y if residual is None else residual + y, x.shape[1:], weight, bias, eps)
     residual = None if residual is None else residual.contiguous()
     out, _, _ = layernorm_forward(
         x.contiguous(), residual, weight, bias, eps, seed, stream, dropout_p

@@ -68,6 +68,7 @@ def test_extremes():
     F.gelu(exact).sum().backward()
     torch.testing.assert_close(out.double(), F.gelu(exact), rtol=1e-6, atol=1e-6)
     assert x.grad is not None
+    assert exact.grad is not None
     assert x.grad.isfinite().all()
     torch.testing.assert_close(x.grad[0, 1:6].double(), exact.grad[0, 1:6], rtol=1e-6, atol=1e-6)
 
@@ -107,6 +108,9 @@ def test_no_rows():
     assert not got["dbias_F"].any()
 
 
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
+)
 def test_registration():
     leaves = make_leaves((5, 48))
     torch.library.opcheck(
@@ -117,8 +121,7 @@ def test_registration():
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((5, 48))
     loss = judged(ops.bias_gelu)
-    backend = "aot_eager" if INTERPRETED else "inductor"
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = results(compiled, leaves)
     for name, value in results(loss, leaves).items():
         torch.testing.assert_close(got[name], value, msg=name)

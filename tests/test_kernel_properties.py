@@ -1,9 +1,9 @@
-"""The fused losses over any shape, stride and dtype. A file of its own: the GPU machines have no hypothesis."""
+"""The fused operators over any shape, stride and dtype. A file of its own: the GPU machines have no hypothesis."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import test_cosine, test_distill, test_linear_distill
+from tests import test_attention, test_cosine, test_distill, test_layernorm, test_linear_distill
 from tests.precision import DTYPES, INTERPRETED
 
 
@@ -56,3 +56,27 @@ def test_linear_distill_of_any_shape(num_tokens, widths, num_columns, chunk_toke
     vocab_size = data.draw(st.integers(1, num_columns))
     leaves["labels_N"].clamp_(max=vocab_size - 1)
     test_linear_distill.check(leaves, chunk_tokens=chunk_tokens, vocab_size=vocab_size)
+
+
+@settings(max_examples=6 if INTERPRETED else 40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 140), min_size=1, max_size=2 if INTERPRETED else 6),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 128),
+    dtype=st.sampled_from(DTYPES),
+    dropout=st.booleans(),
+)
+def test_attention_of_any_lengths_and_heads(lengths, heads, width, dtype, dropout):
+    leaves = test_attention.make_leaves(lengths, dtype, heads=heads, width=width)
+    test_attention.check(lengths, leaves, **(test_attention.dropout() if dropout else {}))
+
+
+@settings(max_examples=10 if INTERPRETED else 40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(16, 300)),  # three values may be nearly equal
+    dtype=st.sampled_from(DTYPES),
+    options=st.sampled_from(list(test_layernorm.OPTIONS.values())),
+    seed=st.integers(0, 10),
+)
+def test_layernorm_of_any_shape(shape, dtype, options, seed):
+    test_layernorm.check(test_layernorm.make_leaves(shape, dtype, seed), **options)

@@ -156,6 +156,9 @@ def test_no_rows():
     assert not got["dweight_D"].any()
 
 
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
+)
 def test_registration():
     leaves = make_leaves((5, 48))
     x, residual, weight, bias = list(leaves.values())[:4]
@@ -167,9 +170,7 @@ def test_registration():
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((5, 48))
     loss = judged(ops_layernorm, **OPTIONS["dropout"])
-    compiled = torch.compile(
-        loss, fullgraph=True, backend="inductor" if not INTERPRETED else "aot_eager"
-    )
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = results(compiled, leaves)
     for name, value in results(loss, leaves).items():
         torch.testing.assert_close(got[name], value, msg=name)
