@@ -133,7 +133,7 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
         )
     if x_NF.device.type not in TRITON_DEVICES:
         return F.gelu(x_NF + bias_F)  # PyTorch's own, which also keeps the sum
-    return gelu_forward(x_NF.contiguous(), bias_F)
+    return gelu_forward(x_NF.contiguous(), bias_F.contiguous())
 
 
 def linear_gelu(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:

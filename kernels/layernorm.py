@@ -11,8 +11,8 @@ With g = dout * weight and means over a row:
 fp32 arithmetic, one rounding. Saved: x, residual, mean and rstd. The backward adds the sum and draws the mask again, which is
 exact and costs no store in the forward. Memory: forward two reads and one write of (N, D), backward three and two (without
 dropout one write, dx being dresidual). Every program sums dweight and dbias of its rows into a row of its own and one
-reduction adds the programs up: no atomics, the same bits every time; 2 rows of fp32 for 32 of the input, 4 % of the traffic in
-bf16.
+reduction adds the programs up: no atomics, the same bits every time; 2 rows of fp32 for 32 of the input, 5 % of the backward's
+traffic in bf16.
 
 Shapes: N = rows (tokens), D = width.
 """
@@ -271,7 +271,8 @@ def dropout_add_layernorm(
     Args:
         x_ND: output of a sublayer; fp32, bf16 or fp16, D up to 4,096. Gets a gradient.
         residual_ND: input of that sublayer, of the same shape and dtype. Gets a gradient.
-        weight_D, bias_D: of the same dtype. Get gradients, summed in fp32.
+        weight_D, bias_D: of the same dtype. Get gradients, summed in fp32; but on the CPU as PyTorch sums them, in the
+            dtype of x: in bf16 they are 3 % off at 1,024 rows and 5 % at 4,096.
         eps: added to the variance.
         dropout_p: probability in [0, 1) that an element of x is dropped.
         seed: of `dropout_seed`, on the same device; without one nothing is dropped.
@@ -311,8 +312,7 @@ def _layernorm(x, residual, weight, bias, eps, seed, stream, dropout_p) -> Tenso
         # On the CPU PyTorch's own is the faster one: at 4,096 x 768 adding the sum again cost more than keeping it.
         y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
         return F.layer_norm(y if residual is None else residual + y, x.shape[1:], weight, bias, eps)
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    out, _, _ = layernorm_forward(
-        x.contiguous(), residual, weight, bias, eps, seed, stream, dropout_p
-    )
+    out, _, _ = layernorm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
     return out

@@ -47,7 +47,8 @@ def assert_no_worse_than_pytorch(
     """Every value and gradient of `ours` errs at most SLACK times as much as `reference` does in the same dtype."""
     floor = FLOOR
     if INTERPRETED:  # a truncation of its own, which PyTorch may happen to be spared: one unit of the largest value
-        floor = max(torch.finfo(x.dtype).eps for x in leaves.values() if x.is_floating_point())
+        kinds = {x.dtype for x in leaves.values() if x.is_floating_point()}
+        floor = max(FLOOR, *(torch.finfo(kind).eps for kind in kinds))
     truth = results(reference, fp64(leaves))
     mine, theirs = results(ours, leaves), results(reference, leaves)
     for name, exact in truth.items():

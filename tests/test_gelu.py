@@ -102,6 +102,28 @@ def test_linear_gelu_is_linear_then_gelu():
         torch.testing.assert_close(a, b)
 
 
+def test_strided_inputs():
+    """A slice and a transposed gradient: the kernels want both contiguous."""
+    leaves = make_leaves((6, 80))
+    bias, dout = leaves["bias_F"].detach()[::2], torch.randn(40, 6, device=DEVICE).T
+    given = leaves["x_NF"].detach()[:, ::2].requires_grad_()
+    copied = given.detach().contiguous().requires_grad_()
+    got, wanted = ops.bias_gelu(given, bias), ops.bias_gelu(copied, bias.contiguous())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    gradients = torch.autograd.grad(got, given, dout), torch.autograd.grad(wanted, copied, dout)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_bias_gradient_is_summed_in_fp32():
+    """Strips of 128.25 and -128 leave 0.25, of which bf16 sums would keep nothing. At 50 the derivative is 1."""
+    x = torch.full((256, 1), 50.0, dtype=torch.bfloat16, device=DEVICE)
+    bias = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    dout = torch.ones_like(x)
+    dout[0], dout[128:] = 1.25, -1.0
+    (dbias,) = torch.autograd.grad(ops.bias_gelu(x, bias), bias, dout)
+    assert dbias.item() == 0.25
+
+
 def test_no_rows():
     got = results(judged(ops.bias_gelu), make_leaves((0, 40)))
     assert got["dx_NF"].shape == (0, 40)

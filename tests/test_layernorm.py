@@ -95,8 +95,30 @@ def test_without_a_residual(dtype):
 
 def test_more_rows_than_programs(monkeypatch):
     """Beyond MAX_PROGRAMS a program takes more rows, also where they do not divide."""
+    for num_rows in (1, 130, 10**6 + 1):
+        rows = module._rows_per_program(num_rows, 4)
+        assert rows % 4 == 0
+        assert -(-num_rows // rows) <= module.MAX_PROGRAMS
     monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
     check(make_leaves((130, 40)), **OPTIONS["dropout"])
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="PyTorch's LayerNorm for CPUs sums them in bf16"
+)
+def test_parameter_gradients_are_summed_in_fp32():
+    """Programs of 256.25 and -256 leave 0.25, of which bf16 sums would keep nothing. xhat is 1 and -1."""
+    x = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16, device=DEVICE).repeat(64, 32)
+    weight, bias = (
+        torch.full((64,), value, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        for value in (1.0, 0.0)
+    )
+    dout = torch.full_like(x, 8.0)
+    dout[0], dout[32:] = 8.25, -8.0
+    out = ops.layernorm(x, weight, bias)
+    dweight, dbias = torch.autograd.grad(out, (weight, bias), dout)
+    assert torch.equal(dweight, 0.25 * x[0])
+    assert torch.equal(dbias, torch.full_like(bias, 0.25))
 
 
 def test_equal_values_and_large_offsets():
@@ -147,6 +169,15 @@ def test_strided_input_and_frozen_parameters():
     whole = wide.detach()[:, ::2].contiguous().requires_grad_()
     ops_layernorm(whole, *arguments).backward(leaves["dout_ND"])
     torch.testing.assert_close(wide.grad[:, ::2], whole.grad, rtol=0, atol=0)
+
+
+def test_strided_parameters():
+    leaves, wide = make_leaves((6, 40)), torch.randn(2, 80, device=DEVICE)
+    weight, bias = wide[:, ::2]
+    for operator in (ops.layernorm, lambda x, *p: ops_layernorm(x, leaves["residual_ND"], *p)):
+        got = operator(leaves["x_ND"], weight, bias)
+        wanted = operator(leaves["x_ND"], weight.contiguous(), bias.contiguous())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_no_rows():
