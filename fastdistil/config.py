@@ -67,6 +67,20 @@ class TeacherConfig:
 
     path: Path | None = None
     """Hugging Face folder of a BERT or DistilBERT with a masked-LM head. None trains without a teacher (recipe mlm)."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Arithmetic of the teacher. auto: as --engine.precision; fp8: on GPUs of compute capability 8.9 and newer."""
+    max_drift: float = 0.01
+    """Largest mean KL, in nats a token of validation text, of the teacher's distribution in --teacher.precision from its own in fp32; beyond it the run is refused."""
+    overlap: bool = True
+    """On CUDA, infer the next micro-batch on a side stream while the student trains on this one. Never changes results."""
+    device: Literal["same", "second"] = "same"
+    """second: on another GPU than the student's, local rank + processes of this machine."""
+    ranks: int = 0
+    """Set aside the last so many ranks for teachers, which send hidden states to the others. 0: every rank infers for itself."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_drift > 0, "teacher.max_drift", "above 0", self.max_drift)
+        _check(self.ranks >= 0, "teacher.ranks", "0 or more", self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +240,8 @@ class EngineConfig:
     """Elements DeepSpeed reduces or gathers at once (its own default of 5e8 costs 2 GB a rank)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward: slower, and the memory of one layer instead of all."""
+    compile: bool = False
+    """Run teacher and student through torch.compile. Off until it is measured to gain (benchmarks/step.py)."""
     timeout_s: int = 600
     """A collective that takes longer than this ends the run."""
     threads: int | None = None
@@ -276,6 +292,12 @@ class Config:
     """auto: go on from the newest checkpoint in the run folder, or start if there is none."""
     seed: int = 56
     """Decides order, masks, dropout and random initial weights."""
+    profile: str | None = None
+    """Updates to profile, counted from 1, e.g. 10:13 for 10, 11 and 12: writes RUN/profile/ with a Chrome trace, a memory snapshot and a table of where a step's time goes."""
+    dry_run: bool = False
+    """Say what the run will be (memory, updates, tokens, FLOPs, checkpoint size) and stop. Needs neither GPUs nor torchrun."""
+    world_size: int | None = None
+    """With --dry-run: the number of ranks of the run that is meant."""
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -291,8 +313,22 @@ class Config:
 
 
 # A run may go on with other values of these: none of them changes which numbers are computed.
-FREE_AT_RESUME = ("out", "resume", "data.num_workers", "data.verify", "engine", "log")
-BOUND_AT_RESUME = ("engine.precision", "engine.attention")  # but these do
+FREE_AT_RESUME = (
+    "out",
+    "resume",
+    "profile",
+    "dry_run",
+    "world_size",
+    "data.num_workers",
+    "data.verify",
+    "teacher.max_drift",
+    "teacher.overlap",
+    "teacher.device",
+    "teacher.ranks",
+    "engine",
+    "log",
+)
+BOUND_AT_RESUME = ("engine.precision", "engine.attention", "engine.compile")  # but these do
 
 
 def to_json(config: Config) -> dict[str, Any]:
