@@ -26,6 +26,13 @@ from fastdistil.architecture import INITIALIZER_RANGE, Architecture
 from fastdistil.ops import AttentionBackend, SequenceLayout
 
 
+class Linear(nn.Linear):
+    """x @ W.T + b, on the CPU by oneDNN."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
 class LinearGelu(nn.Linear):
     """gelu(x @ W.T + b), exact erf."""
 
@@ -72,8 +79,8 @@ class EncoderLayer(nn.Module):
         self.attention_dropout = architecture.attention_dropout
         # Places of dropout in the model: 0 is the embeddings', then three a layer.
         self.stream = 1 + 3 * index
-        self.qkv = nn.Linear(width, 3 * width)  # rows: all heads' queries, then keys, then values
-        self.attention_out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)  # rows: all heads' queries, then keys, then values
+        self.attention_out = Linear(width, width)
         # transformers' DistilBERT, which the authors trained, has no dropout here; BERT has.
         self.attention_norm = LayerNorm(
             architecture,
@@ -81,7 +88,7 @@ class EncoderLayer(nn.Module):
             stream=self.stream + 1,
         )
         self.ffn_in = LinearGelu(width, architecture.ffn_size)
-        self.ffn_out = nn.Linear(architecture.ffn_size, width)
+        self.ffn_out = Linear(architecture.ffn_size, width)
         self.ffn_norm = LayerNorm(architecture, dropout_p=dropout_p, stream=self.stream + 2)
 
     def forward(

@@ -55,9 +55,8 @@ def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    on_cuda = trained[0].is_cuda
     return torch.optim.AdamW(
-        groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=on_cuda
+        groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
 
 

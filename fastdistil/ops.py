@@ -13,6 +13,7 @@ import torch
 
 from fastdistil.kernels._triton import INTERPRET
 from fastdistil.kernels.attention import (
+    TILE_ROWS,
     AttentionBackend,
     SequenceLayout,
     attention,
@@ -47,14 +48,17 @@ from fastdistil.kernels.layernorm import (
     dropout_add_layernorm_reference,
     layernorm,
 )
+from fastdistil.kernels.linear import linear
 from fastdistil.kernels.linear_distill import (
     LinearDistillLoss,
+    default_chunk_tokens,
     linear_distill_loss,
     linear_distill_loss_reference,
 )
 
 __all__ = [
     "CPU_BACKEND",
+    "TILE_ROWS",
     "AttentionBackend",
     "DistillLoss",
     "LinearDistillLoss",
@@ -65,6 +69,7 @@ __all__ = [
     "bias_gelu_reference",
     "cosine_loss",
     "cosine_loss_reference",
+    "default_chunk_tokens",
     "distill_loss",
     "distill_loss_reference",
     "dropout",
@@ -72,6 +77,7 @@ __all__ = [
     "dropout_add_layernorm_reference",
     "dropout_seed",
     "layernorm",
+    "linear",
     "linear_distill_loss",
     "linear_distill_loss_reference",
     "linear_gelu",

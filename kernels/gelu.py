@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from .linear import linear
 
 SQRT_HALF, INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
 # 256 columns are a warp of 16-byte loads in bf16 and divide 768, 1,536 and 3,072; 16 rows make 32 elements a thread.
@@ -139,5 +140,5 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
 def linear_gelu(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
     """gelu(x @ weight.T + bias), (N, F). On the CPU, where a GEMM adds its bias for nothing, by PyTorch's own."""
     if x_ND.device.type not in TRITON_DEVICES:
-        return F.gelu(F.linear(x_ND, weight_FD, bias_F))
+        return F.gelu(linear(x_ND, weight_FD, bias_F))
     return bias_gelu(F.linear(x_ND, weight_FD), bias_F)

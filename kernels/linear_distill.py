@@ -28,6 +28,7 @@ from .distill import (
     distill_rows,
     weighted_sums,
 )
+from .linear import linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
 
@@ -56,15 +57,17 @@ def linear_distill_loss_reference(
     return distill_loss_reference(student, teacher, labels_N, **options)
 
 
-def default_chunk_tokens(num_columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of a chunk, from the shapes and the device's total memory.
+def default_chunk_tokens(
+    num_columns: int, dtype: torch.dtype, device: torch.device, *, total_memory: int | None = None
+) -> int:
+    """Tokens of a chunk, from the shapes and the device's total memory (`total_memory` for one that is not here).
 
     Not from what happens to be free: the order of the sums, hence the last bits of dweight, depends on
     the chunks, and a resumed run must give the same bits.
     """
     budget, longest = CPU_BUFFER_BYTES, 1024
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+        total = total_memory or torch.cuda.get_device_properties(device).total_memory
         budget, longest = total * CUDA_MEMORY_SHARE, CUDA_CHUNK_TOKENS
     affordable = int(budget / (2 * num_columns * dtype.itemsize))
     return max(256, min(longest, affordable // 256 * 256))
@@ -95,7 +98,7 @@ def _linear_distill(
         weight, bias = student_weight.to(student.dtype), student_bias.to(student.dtype)
         teacher_weight = teacher_weight.to(teacher.dtype)
         teacher_bias = teacher_bias.to(teacher.dtype)
-        z_buffer, y_buffer = student.new_empty(chunk, V), teacher.new_empty(chunk, V)
+        z_buffer, y_buffer = _buffer(student, chunk, V), _buffer(teacher, chunk, V)
         dstudent, dweight, dbias = _empty_gradients(
             student, student_weight, student_bias, needs_grad
         )
@@ -107,20 +110,35 @@ def _linear_distill(
         for start in range(0, N, chunk):
             tokens = slice(start, min(start + chunk, N))
             hidden = student[tokens]
-            z, y = z_buffer[: hidden.shape[0]], y_buffer[: hidden.shape[0]]
-            torch.addmm(bias, hidden, weight.t(), out=z)
-            torch.addmm(teacher_bias, teacher[tokens], teacher_weight.t(), out=y)
+            z = _logits(hidden, weight, bias, z_buffer)
+            y = _logits(teacher[tokens], teacher_weight, teacher_bias, y_buffer)
             chunk_rows = distill_rows(
                 z, y.to(z.dtype), labels[tokens], num_rows, z if needs_grad else None, start,
                 temperature, kd_scale, mlm_scale, vocab_size,
             )  # fmt: skip
             rows.append(chunk_rows)
+            del y
             if needs_grad:  # z is dz now
-                torch.mm(z, weight, out=dstudent[tokens])
+                if runs_on_onednn(z):
+                    dstudent[tokens] = linear_product(z, weight.t(), None)
+                else:
+                    torch.mm(z, weight, out=dstudent[tokens])
                 _accumulate_product(dweight_sum, z.t(), hidden, first=start == 0)
                 _accumulate_rows(dbias_sum, z, first=start == 0)
+            del z  # before the next chunk's are made
         loss, sums = weighted_sums(torch.cat(rows, dim=1), kd_scale, mlm_scale)
         return loss, sums, dstudent, dweight_sum.to(dweight.dtype), dbias_sum.to(dbias.dtype)
+
+
+def _buffer(hidden: Tensor, chunk: int, num_columns: int) -> Tensor | None:
+    """Where all chunks' logits are written in turn. oneDNN's products have no `out`: malloc gives the same memory again."""
+    return None if runs_on_onednn(hidden) else hidden.new_empty(chunk, num_columns)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, buffer: Tensor | None) -> Tensor:
+    if buffer is None:
+        return linear_product(hidden, weight, bias)
+    return torch.addmm(bias, hidden, weight.t(), out=buffer[: hidden.shape[0]])
 
 
 def _accumulate_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -166,8 +184,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_grad_others):
-    dstudent, dweight, dbias = (grad_loss * x for x in ctx.saved_tensors)
-    return (dstudent, dweight, dbias, *[None] * 11)
+    gradients = ctx.saved_tensors
+    # The trainer's loss is the end of its graph, and reading a CPU tensor costs nothing: dweight is not multiplied by 1.
+    # What stands for a tensor while a graph is traced has a type of its own.
+    if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1):
+        gradients = [grad_loss * x for x in gradients]
+    return (*gradients, *[None] * 11)
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)
