@@ -172,6 +172,8 @@ def main() -> None:
     for path in sorted(RESULTS.glob(_results_file("*").name)):
         for case, kept in json.loads(path.read_text()).items():
             rows = {k: row for k, row in kept["providers"].items() if "median_ms" in row}
+            if OURS not in rows:
+                continue  # step and data print tables of their own
             ours, floor = rows[OURS], rows.get("floor")
             peers = {k: v for k, v in rows.items() if k != "floor" and not k.startswith(OURS)}
             best = min(peers, key=lambda k: peers[k]["median_ms"], default=None)

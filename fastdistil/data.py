@@ -11,8 +11,11 @@ Random numbers are raw 64-bit words of Philox, whose stream NumPy guarantees acr
 import hashlib
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fastdistil import ops
 from fastdistil.config import MaskingConfig
 from fastdistil.shards import Shards
 
 NO_LABEL = -100  # PyTorch's ignore_index
+ON_DEVICE = ("input_ids", "position_ids", "labels", "masked_rows", "num_rows", "layout")
 
 
 def seed_of(*coordinates: int | str) -> int:
@@ -39,36 +44,43 @@ def random_words(n: int, *coordinates: int | str) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """N = token budget. Sequences one after the other, then padding, cut into pad sequences no longer than a real one."""
+    """N = token budget. Sequences one after the other, then padding, cut into pad sequences no longer than a real one.
+
+    All tensors of all micro-batches of a run have the same shapes, but for about one in 10^9 (`Collator`).
+    """
 
     input_ids: Tensor  # (N,) int64, masked
     position_ids: Tensor  # (N,) int64, 0 on padding
     labels: Tensor  # (N,) int64, the original id where it is predicted, else -100
-    masked_rows: Tensor  # (M,) int64, where labels are
+    masked_rows: (
+        Tensor  # (num_masked(N),) int64, where labels are, then the first row that has none
+    )
     num_rows: (
         Tensor  # () int32, real tokens R, for operators that skip the padding without a host sync
     )
     lengths: tuple[int, ...]  # of all sequences, padding included; they sum to N
+    layout: ops.SequenceLayout  # of the same
     num_tokens: int  # R
-    num_masked: int  # M
+    num_masked: int  # labels
     sequences: tuple[int, ...]  # indices into the shards
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on `device`, copied asynchronously where memory is pinned."""
-        names = ("input_ids", "position_ids", "labels", "masked_rows", "num_rows")
-        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in names})
+        return replace(
+            self, **{n: getattr(self, n).to(device, non_blocking=True) for n in ON_DEVICE}
+        )
 
     def pin_memory(self) -> "MicroBatch":
         """Called by the DataLoader."""
-        names = ("input_ids", "position_ids", "labels", "masked_rows", "num_rows")
-        return replace(self, **{n: getattr(self, n).pin_memory() for n in names})
+        return replace(self, **{n: getattr(self, n).pin_memory() for n in ON_DEVICE})
 
 
 def one_token(device: torch.device) -> MicroBatch:
     """The smallest micro-batch: one sequence of one predicted token."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     one = torch.tensor(1, dtype=torch.int32, device=device)
-    return MicroBatch(zero, zero, zero, zero, one, (1,), 1, 1, ())
+    layout = ops.sequence_layout([1], device)
+    return MicroBatch(zero, zero, zero, zero, one, (1,), layout, 1, 1, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +108,15 @@ def num_masked(num_tokens: int, fraction: float) -> int:
 def cut(lengths: NDArray[np.int32], token_budget: int) -> NDArray[np.int64]:
     """Boundaries of runs of consecutive sequences that fit the budget: starts with 0, ends with len(lengths).
 
-    Waste is about half a mean sequence a micro-batch. One binary search a micro-batch: a second for 4 B tokens.
+    Waste is about half a mean sequence a micro-batch.
     """
+    assert lengths.max(initial=0) <= token_budget, "preflight refuses longer sequences"
     ends = np.cumsum(lengths, dtype=np.int64)
-    boundaries, start, consumed = [0], 0, 0
-    while start < len(lengths):
-        start = int(np.searchsorted(ends, consumed + token_budget, side="right"))
-        assert start > boundaries[-1], (
-            "a sequence longer than the token budget; preflight refuses these"
-        )
-        consumed = int(ends[start - 1])
-        boundaries.append(start)
+    # for every place where a run could start, so that almost all the work is one call that holds no lock of Python's
+    next_start = np.searchsorted(ends, ends - lengths + token_budget, side="right")
+    boundaries = [0]
+    while boundaries[-1] < len(lengths):
+        boundaries.append(int(next_start[boundaries[-1]]))
     return np.asarray(boundaries)
 
 
@@ -132,16 +142,25 @@ class Plan:
         self.lengths, self.seed, self.token_budget = lengths, seed, token_budget
         self.micro_batches_per_update, self.mask_fraction = micro_batches_per_update, mask_fraction
         self._ends: list[int] = []  # micro-batches in epochs 0..e, for every e seen so far
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._epochs: dict[int, Future[tuple[NDArray[np.int64], NDArray[np.int64]]]] = {}
+
+    def _begin(self, epoch: int) -> Future[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """(order, boundaries) of an epoch, in the making; the last two asked for are kept (8 bytes a sequence each)."""
+        if epoch not in self._epochs:
+            self._epochs = {e: v for e, v in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = self._thread.submit(self._make, epoch)
+        return self._epochs[epoch]
+
+    def _make(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        words = random_words(len(self.lengths), self.seed, "order", epoch)
+        # PyTorch's radix sort takes a quarter of the time of NumPy's; the flipped bit orders int64 as it does uint64
+        signed = torch.from_numpy((words ^ np.uint64(1 << 63)).view(np.int64))
+        order = signed.argsort(stable=True).numpy()
+        return order, cut(self.lengths[order], self.token_budget)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(order, boundaries) of an epoch; the last two used are kept (12 bytes a sequence)."""
-        if epoch not in self._epochs:
-            words = random_words(len(self.lengths), self.seed, "order", epoch)
-            order = np.argsort(words, kind="stable")
-            self._epochs = {e: v for e, v in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = order, cut(self.lengths[order], self.token_budget)
-        return self._epochs[epoch]
+        return self._begin(epoch).result()
 
     def micro_batches_through(self, epoch: int) -> int:
         """How many micro-batches epochs 0..epoch hold together."""
@@ -169,6 +188,8 @@ class Plan:
                 epoch += 1
             local = index - (self._ends[epoch - 1] if epoch else 0)
             order, boundaries = self._epoch(epoch)
+            if local == len(boundaries) // 2:
+                self._begin(epoch + 1)  # seconds for ten million sequences: not when it is due
             slots.append(
                 Slot(
                     order[boundaries[local] : boundaries[local + 1]],
@@ -251,8 +272,24 @@ def mask(
     return masked, chosen
 
 
+def usual_most(
+    amounts: NDArray[np.integer], lengths: NDArray[np.integer], token_budget: int
+) -> int:
+    """What no micro-batch of sequences drawn at random exceeds, but for about one in 10^9, if each has such an amount.
+
+    Mean and six standard deviations of a renewal-reward process (Cox 1962, ch. 8), and the padding's own.
+    """
+    per_token = amounts.mean() / lengths.mean()
+    deviation = math.sqrt(token_budget / lengths.mean()) * (amounts - per_token * lengths).std()
+    return math.ceil(per_token * token_budget + 6 * deviation + amounts.max())
+
+
 class Collator:
-    """Slot -> MicroBatch. Runs in worker processes; holds no state but the memory-mapped shards."""
+    """Slot -> MicroBatch. Runs in worker processes; holds no state but the memory-mapped shards.
+
+    Layouts are filled up to what a micro-batch of these shards may usually have of sequences and tiles, so that a step
+    compiled or captured once serves all. A micro-batch with more, of text that is not in a random order, has twice that.
+    """
 
     def __init__(
         self,
@@ -267,6 +304,9 @@ class Collator:
         self.pad_id, self.mask_id = meta.special_ids["pad"], meta.special_ids["mask"]
         self.max_length = meta.max_length
         self.weights = masking_weights(counts, list(meta.special_ids.values()), masking.smoothing)
+        lengths = shards.lengths
+        self.sequence_step = usual_most(np.ones_like(lengths), lengths, token_budget)
+        self.tile_step = usual_most(-(-lengths // ops.TILE_ROWS), lengths, token_budget)
 
     def __call__(self, slot: Slot) -> MicroBatch:
         real = [self.shards.sequence(int(i)) for i in slot.sequences]
@@ -283,6 +323,10 @@ class Collator:
         starts = np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64)
         labels = np.full(self.token_budget, NO_LABEL, np.int64)
         labels[chosen] = ids[chosen]
+        masked_rows = np.full(
+            num_masked(self.token_budget, self.masking.fraction), (labels == NO_LABEL).argmax()
+        )
+        masked_rows[: len(chosen)] = chosen
         position_ids = np.zeros(self.token_budget, np.int64)
         position_ids[: len(ids)] = np.arange(len(ids)) - np.repeat(starts, lengths)
         return MicroBatch(
@@ -291,9 +335,12 @@ class Collator:
             ),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
-            masked_rows=torch.from_numpy(chosen),
+            masked_rows=torch.from_numpy(masked_rows),
             num_rows=torch.tensor(len(ids), dtype=torch.int32),
             lengths=(*lengths, *pads),
+            layout=ops.sequence_layout(
+                [*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step
+            ),
             num_tokens=len(ids),
             num_masked=len(chosen),
             sequences=tuple(slot.sequences.tolist()),
@@ -348,10 +395,17 @@ def micro_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
     )
     return iter(loader)
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    # Through the pipe instead of shared memory, of which each tensor takes a handshake with the worker that made it: the
+    # training process spends a quarter of the processor time, and no /dev/shm is too small.
+    ForkingPickler.register(Tensor, _by_value)
+
+
+def _by_value(tensor: Tensor) -> tuple[Any, ...]:
+    return torch.from_numpy, (tensor.numpy(),)

@@ -27,7 +27,7 @@ Shapes: N tokens of the micro-batch, H heads, Dh width of a head, S sequences, L
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -50,13 +50,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceLayout:
-    """Where the sequences of a packed micro-batch begin and end. Made once for all layers."""
+    """Where the sequences of a packed micro-batch begin and end. Made once, on the host, for all layers."""
 
     cu_seqlens: Tensor
-    """(S + 1,) int32 on the device: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]."""
+    """(S + 1,) int32: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]. Trailing ones may be empty."""
     tiles: Tensor
-    """(T, 3) int32 on the device: start and end of a sequence, first of the up to 128 rows of a tile. A tile never
-    crosses a boundary; longest sequences come first, so that the last programs to run are short ones."""
+    """(T, 3) int32: start and end of a sequence, first of the up to 128 rows of a tile. A tile never crosses a boundary;
+    longest sequences come first, so that the last programs to run are short ones, and tiles of nothing, all 0, last."""
     max_length: int
     """Tokens of the longest sequence."""
     num_tokens: int
@@ -64,9 +64,29 @@ class SequenceLayout:
     runs: tuple[tuple[int, int], ...]
     """(number of neighbouring sequences, their common length), in order: one SDPA call each."""
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SequenceLayout":
+        """The same layout with its tensors on `device`."""
+        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return replace(
+            self, cu_seqlens=cu_seqlens, tiles=self.tiles.to(device, non_blocking=non_blocking)
+        )
 
-def sequence_layout(lengths: Sequence[int], device: torch.device | str) -> SequenceLayout:
-    """The layout of sequences of `lengths` tokens, in order and the trailing pad included. One copy to the device.
+    def pin_memory(self) -> "SequenceLayout":
+        """The same layout in pinned memory, from which copies to a GPU are asynchronous."""
+        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory(), tiles=self.tiles.pin_memory())
+
+
+def sequence_layout(
+    lengths: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    sequence_step: int = 1,
+    tile_step: int = 1,
+) -> SequenceLayout:
+    """The layout of sequences of `lengths` tokens, in order and the trailing pad included.
+
+    The numbers of sequences and tiles are rounded up to a multiple of their step, with empty ones: a step that is rarely
+    exceeded keeps the shapes of all micro-batches the same, for torch.compile and CUDA graphs.
 
     Raises ValueError if there is no sequence or one without a token.
     """
@@ -82,19 +102,21 @@ def sequence_layout(lengths: Sequence[int], device: torch.device | str) -> Seque
     sequence_T = np.repeat(order, num_tiles)
     place_T = np.arange(sequence_T.size) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
     start_T = bounds[sequence_T]
-    tile_T3 = np.stack([start_T, bounds[sequence_T + 1], start_T + TILE_ROWS * place_T], axis=1)
-    # The tiles first: so their address is a multiple of 16 whatever their number, which Triton compiles for.
-    both = torch.from_numpy(np.concatenate([tile_T3.ravel(), bounds]).astype(np.int32))
-    both = both.to(device, non_blocking=True)
+    tile_T3 = np.zeros((-(-sequence_T.size // tile_step) * tile_step, 3), np.int32)
+    tile_T3[: sequence_T.size] = np.stack(
+        [start_T, bounds[sequence_T + 1], start_T + TILE_ROWS * place_T], axis=1
+    )
+    cu_seqlens = np.pad(bounds.astype(np.int32), (0, -length_S.size % sequence_step), mode="edge")
     changes = np.flatnonzero(np.diff(length_S, prepend=-1))  # first sequence of every run
     counts = np.diff(changes, append=length_S.size)
-    return SequenceLayout(
-        cu_seqlens=both[tile_T3.size :],
-        tiles=both[: tile_T3.size].view(-1, 3),
+    layout = SequenceLayout(
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        tiles=torch.from_numpy(tile_T3),
         max_length=int(length_S.max()),
         num_tokens=int(bounds[-1]),
         runs=tuple(zip(counts.tolist(), length_S[changes].tolist(), strict=True)),
     )
+    return layout.to(device)
 
 
 def attention_reference(
@@ -124,7 +146,8 @@ def attention_reference(
 
 def _chunks(tiles: Tensor, num_heads: int) -> Iterator[tuple[int, int, int]]:
     """(first row, B sequences, their length L) of neighbours of one length, with up to CHUNK_SCORES scores, in order."""
-    whole = tiles[tiles[:, 0] == tiles[:, 2]]  # the first tile of every sequence
+    # the first tile of every sequence that is not empty
+    whole = tiles[(tiles[:, 0] == tiles[:, 2]) & (tiles[:, 0] < tiles[:, 1])]
     whole = whole[whole[:, 0].argsort()]
     lengths, counts = torch.unique_consecutive(whole[:, 1] - whole[:, 0], return_counts=True)
     first = 0

@@ -351,6 +351,32 @@ def test_layout():
     assert (layout.max_length, layout.num_tokens, layout.runs) == (4, 14, ((2, 4), (1, 2), (1, 4)))
 
 
+def test_layout_is_filled_up_to_a_step():
+    layout = ops.sequence_layout([130, 2, 2], DEVICE, sequence_step=4, tile_step=3)
+    assert layout.cu_seqlens.tolist() == [0, 130, 132, 134, 134]
+    real = [[0, 130, 0], [0, 130, 128], [130, 132, 130], [132, 134, 132]]
+    assert layout.tiles.tolist() == [*real, [0, 0, 0], [0, 0, 0]]
+    assert layout.runs == ((1, 130), (2, 2))
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa", "reference"])
+def test_empty_sequences_and_tiles_change_nothing(backend):
+    lengths = [33, 9, 9, 130]
+    operator = {"reference": ops.attention_reference}.get(
+        backend, functools.partial(ops.attention, backend=backend)
+    )
+    options = {} if backend == "sdpa" else dropout()  # whose masks are drawn anew in every call
+    plain, filled = (
+        results(
+            judged(operator, ops.sequence_layout(lengths, DEVICE, **steps), **options),
+            make_leaves(lengths),
+        )
+        for steps in ({}, {"sequence_step": 7, "tile_step": 8})
+    )
+    for name, value in plain.items():
+        assert torch.equal(value, filled[name]), name
+
+
 @pytest.mark.parametrize("lengths", [[], [3, 0], [-1]], ids=str)
 def test_layout_refuses_empty_sequences(lengths):
     with pytest.raises(ValueError, match="at least one sequence, each of 1 token or more"):

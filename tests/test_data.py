@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil import data
+from fastdistil import data, ops
 from fastdistil.config import MaskingConfig
 from fastdistil.shards import Shards
 from tests import toy
@@ -59,7 +59,19 @@ def test_an_epoch_holds_every_sequence_once_and_the_next_in_another_order(shards
     for order in epochs:
         assert sorted(order) == list(range(len(shards)))
     assert (epochs[0] != epochs[1]).any()
-    assert (epochs[0] != np.arange(len(shards))).any()
+    words = [data.random_words(len(shards), 56, "order", epoch) for epoch in (0, 1)]
+    assert [list(order) for order in epochs] == [np.argsort(w).tolist() for w in words]
+
+
+def test_the_next_epoch_is_made_while_this_one_is_half_way(shards):
+    plan = make_plan(shards, micro_batches=1)
+    half = plan.micro_batches_through(0) // 2
+    for update in range(half):
+        plan.update(update)
+    assert list(plan._epochs) == [0]
+    plan.update(half)
+    plan.update(half + 1)
+    assert list(plan._epochs) == [0, 1]
 
 
 def test_updates_may_be_asked_for_in_any_order(shards):
@@ -108,6 +120,8 @@ def flatten(batch):
         batch.labels,
         batch.masked_rows,
         batch.num_rows,
+        batch.layout.cu_seqlens,
+        batch.layout.tiles,
         batch.lengths,
     ]
 
@@ -135,6 +149,17 @@ def test_workers_and_ranks_do_not_change_what_an_update_holds(shards):
                 assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
+def test_workers_send_tensors_by_value(shards):
+    """Shared memory would cost the training process a handshake for each tensor."""
+    updates = iter([make_plan(shards).update(0)])
+    for batch in data.micro_batches(
+        updates, make_collator(shards), rank=0, world_size=1, num_workers=1, pin_memory=False
+    ):
+        tensors = [x for x in flatten(batch) if isinstance(x, torch.Tensor)]
+        assert not any(x.is_shared() for x in tensors)
+        tensors[0].zero_()  # and they may be written to
+
+
 def test_micro_batch_is_what_was_stored(shards):
     slot = make_plan(shards).update(0).slots[1]
     batch = make_collator(shards)(slot)
@@ -147,7 +172,67 @@ def test_micro_batch_is_what_was_stored(shards):
     assert (batch.labels[len(real) :] == data.NO_LABEL).all()
     positions = [p for i in slot.sequences for p in range(len(shards.sequence(int(i))))]
     assert batch.position_ids[: len(real)].tolist() == positions
-    assert torch.equal(batch.masked_rows, (batch.labels >= 0).nonzero().flatten())
+    rows, filled = batch.masked_rows.split(
+        [batch.num_masked, data.num_masked(BUDGET, 0.15) - batch.num_masked]
+    )
+    assert torch.equal(rows, (batch.labels >= 0).nonzero().flatten())
+    assert (batch.labels[filled] == data.NO_LABEL).all()
+    layout = ops.sequence_layout(batch.lengths)
+    assert torch.equal(batch.layout.tiles[: len(layout.tiles)], layout.tiles)
+    assert torch.equal(batch.layout.cu_seqlens[: len(layout.cu_seqlens)], layout.cu_seqlens)
+    assert batch.layout.runs == layout.runs
+
+
+@pytest.mark.parametrize("budget", [48, BUDGET, 1000])
+def test_all_micro_batches_have_the_same_shapes(shards, budget):
+    """So that a step is compiled or captured once: three epochs, the empty micro-batch and the validation."""
+    plan = data.Plan(
+        shards.lengths, seed=1, token_budget=budget, micro_batches_per_update=1, mask_fraction=0.15
+    )
+    collator = data.Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
+    slots = [plan.update(u).slots[0] for u in range(plan.micro_batches_through(2))]
+    slots += data.rank_slots(plan.update(0), rank=1, world_size=2)
+    slots += data.validation_plan(
+        np.arange(50), shards.lengths, token_budget=budget, mask_fraction=0.15
+    ).slots
+    batches = [collator(slot) for slot in slots]
+    assert len({len(b.lengths) for b in batches}) > 1  # or there was nothing to even out
+    assert len({b.num_masked for b in batches}) > 1
+    shapes = {tuple(x.shape for x in flatten(b) if isinstance(x, torch.Tensor)) for b in batches}
+    assert len(shapes) == 1
+
+
+def test_a_micro_batch_of_unusually_many_sequences_has_twice_their_places(shards):
+    collator = make_collator(shards)
+    shortest = np.argsort(shards.lengths, kind="stable")[: BUDGET // 14]
+    layout = collator(data.Slot(shortest, ("test",))).layout
+    assert len(shortest) > collator.sequence_step
+    assert len(layout.cu_seqlens) - 1 == 2 * collator.sequence_step
+    assert len(layout.tiles) == 2 * collator.tile_step
+
+
+def test_usual_most_of_equal_sequences_is_what_fits_and_a_pad():
+    lengths = np.full(10, 48, np.int32)
+    assert data.usual_most(np.ones(10, int), lengths, 480) == 11
+    assert data.usual_most(np.full(10, 3), lengths, 480) == 33
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_usual_most_is_not_exceeded_and_not_far_away(exponent):
+    """Skewed lengths of 12 to 512 tokens: 3,000 micro-batches or more of a random order."""
+    rng = np.random.default_rng(0)
+    lengths = (12 * (512 / 12) ** (rng.random(100_000) ** exponent)).astype(np.int32)
+    boundaries = data.cut(lengths, 4096)
+    counts = np.diff(boundaries)
+    most = data.usual_most(np.ones_like(lengths), lengths, 4096)
+    assert counts.max() < most < counts.mean() + 9 * counts.std()
+
+
+def test_all_tensors_travel(shards, monkeypatch):
+    batch = make_collator(shards)(make_plan(shards).update(0).slots[0])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.to("meta"))  # which wants a GPU
+    for moved in (batch.to(torch.device("meta")), batch.pin_memory()):
+        assert {x.device.type for x in flatten(moved) if isinstance(x, torch.Tensor)} == {"meta"}
 
 
 def test_denominators_are_known_before_anything_is_computed(shards):
@@ -157,15 +242,16 @@ def test_denominators_are_known_before_anything_is_computed(shards):
         update = plan.update(u)
         batches = [collator(s) for s in update.slots]
         assert update.num_tokens == sum(b.num_tokens for b in batches)
-        assert update.num_masked == sum(len(b.masked_rows) for b in batches)
-        assert all(len(b.masked_rows) == math.ceil(0.15 * b.num_tokens) for b in batches)
+        assert update.num_masked == sum(int((b.labels >= 0).sum()) for b in batches)
+        assert all(b.num_masked == math.ceil(0.15 * b.num_tokens) for b in batches)
 
 
 def test_an_empty_micro_batch_is_all_padding(shards):
     slot = data.rank_slots(make_plan(shards, micro_batches=1).update(0), rank=1, world_size=2)[0]
     batch = make_collator(shards)(slot)
     assert batch.num_tokens == 0
-    assert len(batch.masked_rows) == 0
+    assert batch.num_masked == 0
+    assert (batch.labels == data.NO_LABEL).all()
     assert max(batch.lengths) <= toy.MAX_LENGTH
     assert sum(batch.lengths) == BUDGET
 
