@@ -5,6 +5,7 @@ The command line is made from these fields by tyro; the docstring under a field 
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -310,6 +311,16 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+        if self.profile is not None:
+            ok = re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", self.profile) is not None
+            ok = ok and 1 <= int(self.profile.split(":")[0]) < int(self.profile.split(":")[1])
+            _check(ok, "profile", "FIRST:END, two updates counted from 1", self.profile)
+
+    @property
+    def profile_window(self) -> range:
+        """The updates to profile, counted from 0; empty without --profile."""
+        first, end = map(int, (self.profile or "1:1").split(":"))
+        return range(first - 1, end - 1)
 
 
 # A run may go on with other values of these: none of them changes which numbers are computed.

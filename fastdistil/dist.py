@@ -7,14 +7,17 @@ their input.
 import ctypes
 import os
 import sys
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastdistil.launcher import launched
 
@@ -96,10 +99,10 @@ def init(
     if here.by_torchrun:
         timeout = timedelta(seconds=timeout_s)
         backend = "nccl" if device == "cuda" else "gloo"
-        store, *_ = next(torch_dist.rendezvous("env://", timeout=timeout))
+        store, *_ = next(rendezvous("env://", timeout=timeout))
         if teacher_ranks:
             link = TeacherLink(
-                torch_dist.PrefixStore("teachers", store),
+                PrefixStore("teachers", store),
                 here.rank,
                 num_students,
                 teacher_ranks,
@@ -109,7 +112,7 @@ def init(
         if here.rank < num_students:
             torch_dist.init_process_group(
                 backend,
-                store=torch_dist.PrefixStore("students", store),
+                store=PrefixStore("students", store),
                 rank=here.rank,
                 world_size=num_students,
                 timeout=timeout,
@@ -123,7 +126,7 @@ def init(
     return Place(here.rank, num_students, place_device, host_group, second, link)
 
 
-Question = tuple[int, int]  # (which stream of micro-batches, number in it)
+Question = tuple[int, int]  # (which sequence of micro-batches, number in it)
 
 
 class TeacherLink:
@@ -149,37 +152,45 @@ class TeacherLink:
         self.num_teachers = num_teachers
         self.students = [r for r in range(num_students) if num_students + r % num_teachers == rank]
         self.teacher = num_students + rank % num_teachers  # of a student
-        self.host = torch_dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.host: Any = torch_dist.ProcessGroupGloo(store, rank, size, timeout)
         self.device: Any = self.host
         if backend == "nccl":
             options = torch_dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            store = torch_dist.PrefixStore("nccl", store)
+            store = PrefixStore("nccl", store)
             self.device = torch_dist.ProcessGroupNCCL(store, rank, size, options)
-        self.open: deque[tuple[Any, Any]] = deque()  # (question, answer) on their way, oldest first
+        self.open: list[tuple[Any, Any]] = []  # (question, answer) on their way
 
-    def ask(self, question: Question, answer: Tensor) -> None:
-        """A student: have `answer` filled; returns at once. The host group's own threads deliver the question."""
+    def ask(self, question: Question, answer: Tensor) -> Callable[[], None]:
+        """A student: have `answer` filled, without waiting: the host group's own threads deliver the question.
+
+        The result waits until it is filled; with NCCL it is the current stream that waits, not the host.
+        """
         asked = self.host.send([torch.tensor(question)], self.teacher, 0)
-        self.open.append((asked, self.device.recv([answer], self.teacher, 0)))
+        works = asked, self.device.recv([answer], self.teacher, 0)
+        self.open.append(works)
 
-    def wait(self) -> None:
-        """A student: until the oldest open answer is there; with NCCL the current stream waits, not the host."""
-        for work in self.open.popleft():
-            work.wait()
+        def wait() -> None:
+            for work in works:
+                work.wait()
+            self.open.remove(works)
+
+        return wait
 
     def stop(self) -> None:
         """A student: no more questions."""
-        while self.open:
-            self.wait()
+        for work in chain.from_iterable(self.open):  # asked ahead and not used
+            work.wait()
+        if self.device is not self.host:  # a sync, once a run: STOP must not overtake an answer
+            torch.cuda.synchronize()
         self.host.send([torch.tensor(self.STOP)], self.teacher, 0).wait()
 
     def next_question(self, student: int) -> Question:
         """A teacher: wait for what a student asks."""
         question = torch.empty(2, dtype=torch.int64)
         self.host.recv([question], student, 0).wait()
-        stream, number = question.tolist()  # a CPU tensor
-        return stream, number
+        split, number = question.tolist()  # a CPU tensor
+        return split, number
 
     def reply(self, student: int, answer: Tensor) -> None:
         """A teacher: fill the oldest open answer of a student."""

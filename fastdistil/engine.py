@@ -23,6 +23,7 @@ from fastdistil import dist
 from fastdistil.config import Config
 from fastdistil.data import MicroBatch, one_token
 from fastdistil.losses import Objective, TeacherOutput
+from fastdistil.profiling import span
 
 log = logging.getLogger("fastdistil")
 
@@ -35,6 +36,13 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.engine.precision]
+
+
+def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What the teacher's tensors are in, which are bf16 around FP8 products; as the engine, unless the configuration says."""
+    if config.teacher.precision == "auto":
+        return compute_dtype(config, device)
+    return torch.float32 if config.teacher.precision == "fp32" else torch.bfloat16
 
 
 def learning_rate(config: Config, update: int, num_updates: int) -> float:
@@ -95,7 +103,7 @@ class PlainEngine:
         self.objective = objective.to(device)
         self.optimizer = make_optimizer(objective, config)
         self.clip_norm = config.optim.clip_norm
-        self.description = "plain engine"
+        self.description, self.num_shards = "plain engine", 1
         self.compute: nn.Module = (
             objective if compute_dtype(config, device) == torch.float32 else Bf16Compute(objective)
         )
@@ -105,17 +113,19 @@ class PlainEngine:
     ) -> Tensor:
         """Add one micro-batch's gradient; returns its (5,) loss sums (losses.SUMS)."""
         loss, sums = self.compute(batch, teacher, num_tokens, num_masked)
-        loss.backward()
+        with span("backward"):
+            loss.backward()
         return sums
 
     def step(self, lr: float) -> Tensor:
         """Clip, update, clear the gradients. Returns the gradient norm before clipping, 0-dim on the device (no sync)."""
         parameters = list(_trained(self.objective.student).values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with span("optimiser"):
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def evaluate(self, batch: MicroBatch, teacher: TeacherOutput | None) -> Tensor:
@@ -195,6 +205,7 @@ class DeepSpeedEngine:
             ),
         )
         self.description = f"DeepSpeed {deepspeed.__version__} ZeRO stage {stage}"
+        self.num_shards = place.world_size if stage else 1  # of the moments
         if stage and bf16:
             self._set_masters(masters)  # DeepSpeed made its own from the weights rounded to bf16
 
@@ -204,7 +215,8 @@ class DeepSpeedEngine:
         """Add one micro-batch's gradient; returns its (5,) loss sums (losses.SUMS). Communicates as the stage needs."""
         loss, sums = self.engine(batch, teacher, num_tokens, num_masked)
         # DeepSpeed averages over ranks and we want the sum; denominators are counted over the update, so no division by steps either
-        self.engine.backward(loss * self.place.world_size, scale_wrt_gas=False)
+        with span("backward"):
+            self.engine.backward(loss * self.place.world_size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the micro-batch
         return sums
@@ -213,7 +225,8 @@ class DeepSpeedEngine:
         """As PlainEngine.step, after the last micro-batch of the update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.engine.step()
+        with span("optimiser"):
+            self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(
             0.0 if norm is None else norm, dtype=torch.float32, device=self.place.device

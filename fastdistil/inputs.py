@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastdistil import weights
-from fastdistil.bert import MaskedLM
+from fastdistil import fp8, weights
+from fastdistil.bert import Encoder, MaskedLM
 from fastdistil.config import Config
 from fastdistil.data import Collator, Plan, UpdatePlan, seed_of, validation_plan
+from fastdistil.dist import Place
 from fastdistil.preflight import Resolved
 from fastdistil.shards import Shards
-from fastdistil.teacher import Teacher
+from fastdistil.teacher import RemoteTeacher, Teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,12 @@ def load_text(resolved: Resolved, *, rank: int, world_size: int) -> Text:
 
 
 def load_models(
-    resolved: Resolved, *, device: torch.device, dtype: torch.dtype
-) -> tuple[Teacher | None, MaskedLM]:
-    """(frozen teacher on `device` in `dtype`, student in fp32 on the CPU with its first weights).
+    resolved: Resolved, *, place: Place, dtype: torch.dtype
+) -> tuple[Teacher | RemoteTeacher | None, MaskedLM]:
+    """(frozen teacher in `dtype` where its place is, student in fp32 on the CPU with its first weights).
 
-    Raises ValueError where a folder does not hold what its config.json says, e.g. no MLM head.
+    Raises ValueError where a folder does not hold what its config.json says, e.g. no MLM head, and where FP8 is asked for
+    and cannot be had.
     """
     config = resolved.config
     teacher = (
@@ -84,8 +86,30 @@ def load_models(
     for model in (student, teacher):
         if model is not None:
             model.encoder.attention_backend = config.engine.attention
+            if config.engine.compile:
+                compile_encoder(model.encoder)
     student.encoder.position_embeddings.weight.requires_grad_(not config.student.freeze_positions)
-    return Teacher(teacher, device=device, dtype=dtype) if teacher else None, student
+    if teacher is None:
+        return None, student
+    if place.teacher_link is not None and not place.is_teacher:
+        link = place.teacher_link
+        return RemoteTeacher(teacher, link, device=place.device, dtype=dtype), student
+    elsewhere = place.second_device
+    frozen = Teacher(teacher, device=place.device, dtype=dtype, encoder_device=elsewhere)
+    if config.teacher.precision == "fp8":
+        fp8.require_device(frozen.encoder_device)
+        fp8.quantise(frozen.model.encoder)
+    return frozen, student
+
+
+def compile_encoder(encoder: Encoder, mode: str | None = None) -> None:
+    """Have torch.compile run this encoder from its first call on, under the same parameter names; `mode` is torch.compile's.
+
+    One graph for all layouts of a token budget; some a layer where sdpa or flash-attn, which are not traced, cut it up.
+    """
+    # The layers' places of dropout are constants of their graphs, of which Dynamo makes 8 before it runs the rest eagerly.
+    torch._dynamo.config.recompile_limit = 64
+    encoder.compile(mode=mode)
 
 
 def _student(resolved: Resolved, teacher: MaskedLM | None) -> MaskedLM:

@@ -20,6 +20,7 @@ from fastdistil import ops
 from fastdistil.bert import MaskedLM
 from fastdistil.config import LossConfig
 from fastdistil.data import MicroBatch
+from fastdistil.profiling import span
 
 SUMS = ("kd", "mlm", "cosine", "agree", "correct")
 """What a micro-batch adds up: three unweighted loss terms (T^2 included), real tokens on which student and teacher
@@ -60,10 +61,21 @@ class Objective(nn.Module):
             The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (5,) fp32
             detached sums named in SUMS.
         """
-        layout = ops.sequence_layout(batch.lengths, batch.input_ids.device)
-        hidden_ND = self.student.encoder(batch.input_ids, batch.position_ids, layout)
-        if teacher is None:
-            return self._masked_lm(hidden_ND, batch, num_masked)
+        with span("student forward"):
+            hidden_ND = self.student.encoder(batch.input_ids, batch.position_ids, batch.layout)
+        with span("loss"):
+            if teacher is None:
+                return self._masked_lm(hidden_ND, batch, num_masked)
+            return self._distillation(hidden_ND, batch, teacher, num_tokens, num_masked)
+
+    def _distillation(
+        self,
+        hidden_ND: Tensor,
+        batch: MicroBatch,
+        teacher: TeacherOutput,
+        num_tokens: int,
+        num_masked: int,
+    ) -> tuple[Tensor, Tensor]:
         config = self.loss
 
         def distil(

@@ -38,6 +38,7 @@ from fastdistil.kernels.distill import (
 )
 from fastdistil.kernels.dropout import dropout, dropout_, dropout_seed, dropout_torch_
 from fastdistil.kernels.flash import attention_backward, attention_forward
+from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
 from fastdistil.kernels.gelu import (
     bias_gelu,
     bias_gelu_reference,
@@ -81,6 +82,8 @@ __all__ = [
     "linear_distill_loss",
     "linear_distill_loss_reference",
     "linear_gelu",
+    "quantise_rows",
+    "quantise_rows_reference",
     "resolve_backend",
     "sequence_layout",
 ]

@@ -36,10 +36,24 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         raise ValueError(
             "--data.shards is missing: give a folder written by `python -m fastdistil.prepare`"
         )
-    if config.engine.zero_stage is not None and not by_torchrun:
+    if config.world_size is not None:
+        if not config.dry_run:
+            raise ValueError(
+                f"--world-size {config.world_size} has no effect without --dry-run: torchrun says how many ranks a run has"
+            )
+        if config.world_size < 1:
+            raise ValueError(f"--world-size must be 1 or more, got {config.world_size}")
+        world_size = config.world_size
+    if config.engine.zero_stage is not None and not (by_torchrun or config.dry_run):
         raise ValueError(
             f"--engine.zero-stage {config.engine.zero_stage} wants a process group: start with "
             "`torchrun --nproc-per-node N -m fastdistil.pretrain ...`, or leave it out for the plain engine"
+        )
+    _check_teacher_ranks(config, world_size, by_torchrun=by_torchrun or config.dry_run)
+    if config.engine.compile and config.engine.zero_stage == 3:
+        raise ValueError(
+            "--engine.compile does not go with --engine.zero-stage 3, which gathers parameters in hooks that a compiled encoder "
+            "does not run: use stage 2 or lower, or leave --engine.compile out"
         )
     meta = read_meta(config.data.shards)
     _check_losses(config)
@@ -83,10 +97,25 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         student=student,
         meta=meta,
         tokenizer_path=config.data.shards / "tokenizer",
-        micro_batches_per_update=_micro_batches(config, meta, world_size),
+        micro_batches_per_update=_micro_batches(config, meta, world_size - config.teacher.ranks),
     )
     run_folder.check(config)
     return resolved
+
+
+def _check_teacher_ranks(config: Config, world_size: int, *, by_torchrun: bool) -> None:
+    ranks = config.teacher.ranks
+    if not ranks:
+        return
+    if not by_torchrun or ranks >= world_size:
+        raise ValueError(
+            f"--teacher.ranks {ranks} wants {ranks + 1} ranks or more, of which one trains, got {world_size}: "
+            f"start with `torchrun --nproc-per-node {ranks + 1} -m fastdistil.pretrain ...`, or leave it out"
+        )
+    if config.teacher.path is None or config.teacher.device == "second":
+        raise ValueError(
+            f"--teacher.ranks {ranks} wants a teacher, on the devices of those ranks: give a --teacher.path and leave --teacher.device out"
+        )
 
 
 def _check_losses(config: Config) -> None:

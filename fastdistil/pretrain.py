@@ -20,15 +20,18 @@ from fastdistil.preflight import Resolved, resolve
 from fastdistil.recipes import RECIPES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from fastdistil.architecture import Architecture
     from fastdistil.bert import MaskedLM
     from fastdistil.checkpoint import Checkpoint
+    from fastdistil.data import MicroBatch
     from fastdistil.dist import Place
     from fastdistil.engine import Engine
     from fastdistil.inputs import Text
-    from fastdistil.teacher import Teacher
+    from fastdistil.teacher import Feed, RemoteTeacher, Split, Teacher
 
 log = logging.getLogger("fastdistil")
 
@@ -46,30 +49,60 @@ def main(args: list[str] | None = None) -> int:
     config = parse(args, quiet=here.rank != 0)
     try:
         resolved = resolve(config, world_size=here.world_size, by_torchrun=here.by_torchrun)
+        if config.dry_run:
+            from fastdistil import dry_run
+
+            world_size = config.world_size or here.world_size
+            print(dry_run.report(resolved, world_size=world_size))
+            return 0
     except (ValueError, OSError) as error:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    from fastdistil import checkpoint, dist, engine, inputs, ops
+    from fastdistil import checkpoint, dist, drift, engine, footprint, inputs, ops
+    from fastdistil.teacher import Split, Teacher, serve
 
     config = resolved.config
     stop = StopRequest()
     try:
         place = dist.init(
-            config.engine.device, timeout_s=config.engine.timeout_s, threads=config.engine.threads
+            config.engine.device,
+            timeout_s=config.engine.timeout_s,
+            threads=config.engine.threads,
+            teacher_ranks=config.teacher.ranks,
+            second_device=config.teacher.device == "second",
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    dtype = engine.compute_dtype(config, place.device)
-    text = teacher = student = saved = error = None
+    dtypes = engine.compute_dtype(config, place.device), engine.teacher_dtype(config, place.device)
+    text = teacher = student = saved = needed = error = None
     try:
-        ops.resolve_backend(config.engine.attention, place.device, dtype=dtype)
-        text = inputs.load_text(resolved, rank=place.rank, world_size=place.world_size)
-        teacher, student = inputs.load_models(resolved, device=place.device, dtype=dtype)
+        for dtype in dtypes:
+            ops.resolve_backend(config.engine.attention, place.device, dtype=dtype)
+        needed = footprint.check(resolved, place, local_world_size=here.local_world_size)
+        text = inputs.load_text(resolved, rank=here.rank, world_size=here.world_size)
+        if config.profile_window.stop > text.num_updates:
+            raise ValueError(
+                f"--profile {config.profile} goes beyond the run's {text.num_updates} updates: profile earlier ones"
+            )
+        teacher, student = inputs.load_models(resolved, place=place, dtype=dtypes[1])
     except (ValueError, OSError) as caught:
         error = str(caught)
     error = dist.first_error(error, place)  # one damaged file on one rank ends all of them
+    serving = place.teacher_link if error is None else None
+    if serving and place.is_teacher:
+        assert text is not None
+        assert isinstance(teacher, Teacher)
+        serve(teacher, serving, partial(micro_batches, resolved, text, place))
+        return 0
+    if error is None and teacher is not None:
+        assert text is not None
+        held_out = micro_batches(resolved, text, place, place.rank, Split.VALIDATION, 0)
+        try:  # fails alike on every rank
+            drift.require(teacher, config.teacher, held_out, place)
+        except ValueError as caught:
+            error = str(caught)
     if error is None and config.resume == "auto":
         try:  # fails alike on every rank
             saved = checkpoint.load(config.out, place)
@@ -82,13 +115,17 @@ def main(args: list[str] | None = None) -> int:
     if error is None:
         assert text is not None
         assert student is not None
+        assert needed is not None
         try:
             train(resolved, text, teacher, student, saved, place, stop)
+            footprint.say_measured(needed, place)
         except checkpoint.CheckpointError as caught:  # on rank 0; torchrun ends the others
             print(f"error: {caught}", file=sys.stderr)
             return 1
     elif place.is_main:
         print(f"error: {error}", file=sys.stderr)
+    if serving:
+        serving.stop()
     dist.shutdown()
     return 2 if error else 0
 
@@ -106,7 +143,7 @@ def parse(args: list[str] | None, *, quiet: bool) -> Config:
 def train(
     resolved: Resolved,
     text: Text,
-    teacher: Teacher | None,
+    teacher: Teacher | RemoteTeacher | None,
     student: MaskedLM,
     saved: Checkpoint | None,
     place: Place,
@@ -115,8 +152,9 @@ def train(
     """The job itself, from the first update or a checkpoint to the last update or a signal."""
     import torch
 
-    from fastdistil import checkpoint, data, dist, engine, losses, metrics, run_folder
+    from fastdistil import checkpoint, data, dist, engine, losses, metrics, profiling, run_folder
     from fastdistil.architecture import flops_per_token
+    from fastdistil.teacher import Feed, Split
 
     config, plan, num_updates = resolved.config, text.plan, text.num_updates
     rounds = -(-resolved.micro_batches_per_update // place.world_size)  # micro-batches a rank
@@ -145,7 +183,7 @@ def train(
     say_what_runs(resolved, text, place, dtype, trainer.description)
     log.info(
         f"MFU = real tokens/s x {flops.total / 1e6:,.1f} MFLOP (teacher forward, student forward and backward) / "
-        f"{place.world_size} x {(peak or 0) / 1e9:,.0f} GFLOP/s ({peak_source})"
+        f"{place.num_devices} x {(peak or 0) / 1e9:,.0f} GFLOP/s ({peak_source})"
     )
     to_means = partial(losses.means, loss=config.loss, has_teacher=teacher is not None)
     journal = metrics.Journal(
@@ -153,34 +191,48 @@ def train(
         num_sums=len(losses.SUMS),
         to_means=to_means,
         flops=flops,
-        peak=peak and peak * place.world_size,
+        peak=peak and peak * place.num_devices,
         num_updates=num_updates,
         device=place.device,
     )
 
-    # --- the loop
-    batches = data.micro_batches(
-        (plan.update(u) for u in range(update, num_updates)),
-        text.collator,
-        rank=place.rank,
-        world_size=place.world_size,
-        num_workers=config.data.num_workers,
-        pin_memory=place.device.type == "cuda",
+    profile = profiling.Profile(
+        config.profile_window,
+        config.out / "profile" if place.is_main else None,
+        place.device,
+        lambda: profiling.floors(
+            resolved.teacher,
+            resolved.student,
+            text.mean_attended_length,
+            head_fraction=head_fraction,
+            num_tokens=step.num_tokens / place.num_devices,
+            num_stepped=resolved.student.num_parameters // trainer.num_shards,
+            peak=peak,
+            device=place.device,
+        ),
     )
+
+    # --- the loop
+    feed = Feed(teacher, place.device, overlap=config.teacher.overlap)
+    first = update * rounds
+    batches = micro_batches(resolved, text, place, place.rank, Split.TRAIN, first)
+    with_hints = feed.ahead(batches, Split.TRAIN, first)
     objective.train()
     journal.restart_clock()
     while update < num_updates:
+        profile.begin_update(update)
         step = plan.update(update)
-        for k in range(rounds):
-            batch = next(batches).to(place.device)
-            # dropout, too, depends on the place in the run alone, not on ranks or restarts
-            micro_batch = k * place.world_size + place.rank
-            torch.manual_seed(data.seed_of(config.seed, "dropout", update, micro_batch))
-            hints = teacher(batch) if teacher else None
-            sums = trainer.forward_backward(batch, hints, step.num_tokens, step.num_masked)
-            journal.add(sums)
         lr = engine.learning_rate(config, update, num_updates)
-        gradient_norm = trainer.step(lr)
+        with feed.update():
+            for k in range(rounds):
+                batch, hints = next(with_hints)
+                # dropout, too, depends on the place in the run alone, not on ranks or restarts
+                micro_batch = k * place.world_size + place.rank
+                torch.manual_seed(data.seed_of(config.seed, "dropout", update, micro_batch))
+                sums = trainer.forward_backward(batch, hints, step.num_tokens, step.num_masked)
+                journal.add(sums)
+            gradient_norm = trainer.step(lr)
+        profile.end_update()
         record = {"split": "train", "update": update + 1, "epoch": plan.epoch_of(update), "lr": lr}
         counts = {"tokens": step.num_tokens, "masked": step.num_masked}
         journal.close_update(record | counts, gradient_norm)
@@ -192,7 +244,7 @@ def train(
             journal.flush()
         if update % config.log.validate_every == 0 or last:
             journal.flush()
-            found = to_means(*validate(trainer, teacher, text, place))
+            found = to_means(*validate(trainer, feed, resolved, text, place))
             journal.validation({"split": "validation", "update": update, **found})
             journal.restart_clock()
         if update % config.log.checkpoint_every == 0 or last or stopping:
@@ -208,21 +260,44 @@ def train(
         if stopping:
             log.info("stopped after update %d of %d: --resume auto goes on", update, num_updates)
             break
+    profile.close()
     journal.close()
 
 
+def micro_batches(
+    resolved: Resolved, text: Text, place: Place, rank: int, split: Split, first: int
+) -> Iterator[MicroBatch]:
+    """Those of a rank from number `first` on: of the whole training, where `first` begins an update, or of one validation."""
+    from fastdistil import data
+    from fastdistil.teacher import Split
+
+    if split == Split.VALIDATION:
+        slots = data.rank_slots(text.validation, rank=rank, world_size=place.world_size)
+        return map(text.validation_collator, slots[first:])
+    update = first // -(-resolved.micro_batches_per_update // place.world_size)
+    return data.micro_batches(
+        (text.plan.update(u) for u in range(update, text.num_updates)),
+        text.collator,
+        rank=rank,
+        world_size=place.world_size,
+        num_workers=resolved.config.data.num_workers,
+        pin_memory=place.device.type == "cuda",
+    )
+
+
 def validate(
-    trainer: Engine, teacher: Teacher | None, text: Text, place: Place
+    trainer: Engine, feed: Feed, resolved: Resolved, text: Text, place: Place
 ) -> tuple[list[float], int, int]:
     """(loss sums, real tokens, masked tokens) of the validation text, dropout off, dealt to the ranks like an update."""
     import torch
 
-    from fastdistil import data, dist, losses
+    from fastdistil import dist, losses
+    from fastdistil.teacher import Split
 
     sums = torch.zeros(len(losses.SUMS), device=place.device, dtype=torch.float64)  # as Journal's
-    for slot in data.rank_slots(text.validation, rank=place.rank, world_size=place.world_size):
-        batch = text.validation_collator(slot).to(place.device)
-        sums += trainer.evaluate(batch, teacher(batch) if teacher else None)
+    batches = micro_batches(resolved, text, place, place.rank, Split.VALIDATION, 0)
+    for batch, hints in feed.ahead(batches, Split.VALIDATION):
+        sums += trainer.evaluate(batch, hints)
     totals = dist.sum_over_ranks(sums).tolist()  # a sync, once a validation
     return totals, text.validation.num_tokens, text.validation.num_masked
 
@@ -294,7 +369,7 @@ def say_what_runs(
         f"{str(dtype).removeprefix('torch.')}, {'triton' if on_cuda else ops.CPU_BACKEND} operators"
     )
     log.info("fastdistil %s, torch %s, %s", __version__, torch.__version__, engine)
-    log.info("%d x %s, %s", place.world_size, device, arithmetic)
+    log.info("%d x %s, %s", place.num_devices, device, arithmetic)
     log.info("attention: %s", ", ".join(_attention_backends(resolved, place, dtype)))
     if teacher is not None:
         log.info("teacher: %s from %s", _size(teacher), config.teacher.path)
@@ -321,15 +396,15 @@ def say_what_runs(
 
 
 def _attention_backends(resolved: Resolved, place: Place, dtype: torch.dtype) -> list[str]:
-    from fastdistil import ops
+    from fastdistil import engine, ops
 
-    rates = {"student": resolved.student.attention_dropout} | (
-        {"teacher": 0.0} if resolved.teacher else {}
-    )
+    models = {"student": (resolved.student.attention_dropout, dtype)}
+    if resolved.teacher:
+        models["teacher"] = 0.0, engine.teacher_dtype(resolved.config, place.device)
     asked = resolved.config.engine.attention
     return [
-        f"{ops.resolve_backend(asked, place.device, dropout_p=p, dtype=dtype)} ({name})"
-        for name, p in rates.items()
+        f"{ops.resolve_backend(asked, place.device, dropout_p=p, dtype=d)} ({name})"
+        for name, (p, d) in models.items()
     ]
 
 

@@ -23,15 +23,18 @@ MAY_IMPORT = {
     "ops": {"kernels"},
     "bert": {"ops", "architecture"},
     "weights": {"bert", "architecture"},
-    "data": {"config", "shards"},
-    "losses": {"ops", "bert", "config", "data"},
-    "teacher": {"ops", "bert", "data", "losses"},
-    "engine": {"dist", "config", "data", "losses"},
+    "data": {"ops", "config", "shards"},
+    "losses": {"ops", "bert", "config", "data", "profiling"},
+    "teacher": {"bert", "data", "dist", "losses", "profiling"},
+    "engine": {"dist", "config", "data", "losses", "profiling"},
     "checkpoint": {"dist"},
     "metrics": {"dist", "architecture"},
+    "profiling": {"architecture"},
     "run_folder": {"config"},
     "preflight": {"config", "architecture", "shards", "tokenizer", "run_folder"},
-    "inputs": {"weights", "bert", "config", "data", "preflight", "shards", "teacher"},
+    "footprint": {"architecture", "dist", "engine", "ops", "preflight"},
+    "dry_run": {"architecture", "data", "engine", "footprint", "inputs", "metrics", "preflight"},
+    "inputs": {"weights", "bert", "config", "data", "dist", "preflight", "shards", "teacher"},
 }
 MODULES = sorted(p for p in (ROOT / "fastdistil").glob("*.py") if p.stem != "__init__")
 

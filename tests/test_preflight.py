@@ -84,6 +84,7 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ({"student": {"init": "random", "layers": (0,)}}, r"--student.layers has no effect with --student.init random"),
         ({"student": {"init": "random", "max_positions": 20}}, r"up to 48 tokens, the student reads 20: prepare with --max-length 20"),
         ({"student": {"init": "nowhere"}}, r"not a Hugging Face folder"),
+        ({"engine": {"compile": True, "zero_stage": 3}}, r"--engine.compile does not go with --engine.zero-stage 3.*use stage 2 or lower"),
         ({"batch": {"size": 3}}, r"is 1 micro-batch\(es\) of 256, which 2 ranks cannot divide: use --batch.token-budget 64 or less"),
     ],
 )  # fmt: skip
