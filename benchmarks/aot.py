@@ -25,6 +25,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TRITON_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # and their bytes
 SHARED_BYTES = {
     80: 164 * 1024,
+    89: 100 * 1024,
     90: 228 * 1024,
     100: 228 * 1024,
 }  # of an SM; the driver takes 1 KiB of it a CTA
@@ -134,10 +135,10 @@ def compile_variant(variant: Variant, arch: int) -> Report:
 
 
 def _ctas(arch: int, num_warps: int, registers: int, metadata: Any) -> int:
-    """CTAs that an SM holds at once: 65,536 registers given out by 8 a thread, 64 warps, 512 columns of tensor memory."""
+    """CTAs that an SM holds at once: 65,536 registers given out by 8 a thread, 64 warps (Ada: 48), 512 columns of tensor memory."""
     limits = [
         65536 // (-(-registers // 8) * 8 * 32 * num_warps),
-        64 // num_warps,
+        (48 if arch == 89 else 64) // num_warps,
         SHARED_BYTES[arch] // (metadata.shared + 1024),
     ]
     if columns := getattr(metadata, "tmem_size", 0):

@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.aot import ARCHITECTURES, TRITON_DTYPES, Variant
-from fastdistil.kernels import cosine, distill, dropout, flash, flash_tiles, gelu, layernorm
+from fastdistil.kernels import (
+    cosine,
+    distill,
+    dropout,
+    flash,
+    flash_tiles,
+    fp8_rows,
+    gelu,
+    layernorm,
+)
 
 
 def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
@@ -155,6 +164,24 @@ def _gelu_variant(dtype: str, *, backward: bool) -> Variant:
     )
 
 
+def _quantise_variant(dtype: str, width: int, *, gelu: bool) -> Variant:
+    settings = fp8_rows.tile(width)
+    num_warps = settings.pop("num_warps")
+    bias = f"*{dtype}" if gelu else "constexpr"
+    return Variant(
+        name=f"quantise rows {dtype} D={width}" + " gelu" * gelu,
+        kernel=fp8_rows._quantise_kernel,
+        signature={
+            "x_ptr": f"*{dtype}", "bias_ptr": bias, "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32",
+            "D": "i32", "BLOCK_D": "constexpr",
+        },
+        constexprs=settings | ({} if gelu else {"bias_ptr": None}),
+        divisible=("D",),
+        num_warps=num_warps,
+        archs=(89, 90, 100),  # e4m3 begins there
+    )  # fmt: skip
+
+
 def _dropout_variant(dtype: str, **ones: Any) -> Variant:
     """`ones`: integers that are 1 at a launch, which Triton makes constants."""
     signature = {
@@ -195,6 +222,9 @@ def variants() -> Iterator[Variant]:
         for width in (384, 768, 1024, 8192):
             yield _cosine_variant(dtype, width)
         yield _dropout_variant(dtype)
+        for width in (384, 768, 1024, 3072, 4096) if dtype == "bf16" else ():
+            yield _quantise_variant(dtype, width, gelu=False)
+            yield _quantise_variant(dtype, width, gelu=True)
         for backward in (False, True):
             yield _gelu_variant(dtype, backward=backward)
             for width in (384, 768, 1024, 4096) if dtype == "bf16" else (768,):

