@@ -28,7 +28,7 @@ demo: setup
 
 # The same operator tests three times: as this processor runs them, what is C++ for AVX2, and the Triton kernels in the interpreter.
 IN_CPP := $(addprefix tests/test_,$(addsuffix .py,distill linear_distill cosine dropout))
-OPERATORS := $(IN_CPP) $(addprefix tests/test_,$(addsuffix .py,attention layernorm gelu))
+OPERATORS := $(IN_CPP) $(addprefix tests/test_,$(addsuffix .py,attention layernorm gelu fp8_rows))
 test: setup
 	$(BIN)/python -m pytest -q
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(IN_CPP)
@@ -44,6 +44,7 @@ types: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s
 	$(BIN)/python -m benchmarks._harness
+	$(BIN)/python -m benchmarks.bench_data
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step --precision bf16
 
