@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GPUS_A_NODE = 8
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -139,18 +139,15 @@ def worker(stage: str) -> None:
     place = dist.init("cpu", timeout_s=120, threads=1)
 
     def model(layers: int) -> MaskedLM:
-        return MaskedLM(
-            Architecture(vocab_size=VOCAB, hidden_size=WIDTH, num_layers=layers, num_heads=4, ffn_size=4 * WIDTH)
-        )  # fmt: skip
+        sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_heads": 4, "ffn_size": 4 * WIDTH}
+        return MaskedLM(Architecture(**sizes, num_layers=layers, max_positions=64, token_types=0))
 
     from benchmarks.step import synthetic_batch
 
     generator = torch.Generator().manual_seed(place.rank)
     batch = synthetic_batch(TOKENS, 64, place.rank)
     ids = torch.randint(5, VOCAB, (TOKENS,), generator=generator)
-    batch = data.replace(
-        batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, data.NO_LABEL)
-    )
+    batch = replace(batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, data.NO_LABEL))
     teacher = Teacher(model(2 * LAYERS), device=place.device, dtype=torch.float32)
 
     def timed(trainer: engine.Engine, steps: int) -> list[float]:
@@ -265,7 +262,9 @@ def main() -> None:
     elif args.check:
         check()
     elif args.tokens_per_s is None:
-        parser.error("--tokens-per-s is missing: no GPU has been measured yet (make gpu); or --check")
+        parser.error(
+            "--tokens-per-s is missing: no GPU has been measured yet (make gpu); or --check"
+        )
     else:
         rows = predict(
             args.tokens_per_s,

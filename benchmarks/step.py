@@ -4,20 +4,31 @@
     python -m benchmarks.step --shards wiki        the packed micro-batches of prepared text
     python -m benchmarks.step --precision bf16
 
-A step is teacher forward, student forward, loss, backward and AdamW. The peers get the same sequences with the same masks,
-sorted by length and padded to the longest of each batch, scaled_dot_product_attention, fused AdamW and, in bf16, autocast over
-fp32 weights with a bf16 teacher. Before anything is timed, all providers must agree on the loss without dropout. MFU counts
-real tokens, the teacher's forward included (metrics.py).
+A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and AdamW. The
+peers get the same sequences with the same masks, sorted by length and padded to the longest of each batch,
+scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything is timed,
+all providers must agree on the loss without dropout.
+
+Every provider has a process of its own and they take turns: ours as the trainer sets one up (dist.init keeps the CPU memory that
+is freed), a peer's as PyTorch leaves it. torch.compile may not compile again once the rounds begin. MFU counts real tokens, the
+teacher's forward included (metrics.py). Peak memory is all that a process holds in an update: of the GPU's memory what is
+allocated, on a CPU what is resident, its libraries' included.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +38,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import DEVICE, OURS, RESULTS, device_name, peak_mib, stamp, time_call
-from fastdistil import data, engine, metrics, recipes, shards, weights
+from benchmarks._harness import DEVICE, OURS, _results_file, device_name, stamp, time_call
+from fastdistil import data, dist, engine, inputs, losses, metrics, ops, recipes, shards, weights
 from fastdistil.architecture import Architecture, flops_per_token
 from fastdistil.bert import MaskedLM
 from fastdistil.losses import Objective
-from fastdistil.teacher import Teacher
+from fastdistil.teacher import Feed, Teacher
 
 PAPER_TOKENS = 13e9
 VOCAB = 30522
+ENERGY_S = 2.0  # NVML's counter moves some ten times a second
 
 
 def architecture(num_layers: int, width: int, token_types: int) -> Architecture:
@@ -68,9 +80,10 @@ def synthetic_batch(num_tokens: int, length: int, seed: int) -> data.MicroBatch:
         masked_rows=chosen.sort().values,
         num_rows=torch.tensor(num_tokens, dtype=torch.int32),
         lengths=tuple(lengths),
+        layout=ops.sequence_layout(lengths),
         num_tokens=num_tokens,
         num_masked=len(chosen),
-        sequences=(),
+        sequences=tuple(range(len(lengths))),
     )
 
 
@@ -89,42 +102,68 @@ def packed_batches(folder: Path, num_tokens: int, count: int) -> list[data.Micro
     return [collator(plan.update(u).slots[0]) for u in range(count)]
 
 
+def real_lengths(batches: list[data.MicroBatch]) -> list[int]:
+    """Of the sequences, without the padding that ends a micro-batch."""
+    return [n for b in batches for n in b.lengths[: len(b.sequences)]]
+
+
 class Ours:
-    def __init__(self, teacher: MaskedLM, student: MaskedLM, precision: str) -> None:
+    """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `overlap` --teacher.overlap."""
+
+    def __init__(
+        self,
+        batches: list[data.MicroBatch],
+        args: argparse.Namespace,
+        *,
+        compile_mode: str | None = None,
+        overlap: bool = True,
+    ) -> None:
         config = recipes.distilbert()
         config = dataclasses.replace(
-            config, engine=dataclasses.replace(config.engine, precision=precision)
+            config, engine=dataclasses.replace(config.engine, precision=args.precision)
         )
-        device = torch.device(DEVICE)
+        device = dist.init(DEVICE, timeout_s=config.engine.timeout_s, threads=None).device
+        teacher, student = models(args.size)
+        for model in (teacher, student) if compile_mode else ():
+            inputs.compile_encoder(model.encoder, compile_mode)
         dtype = engine.compute_dtype(config, device)
         self.teacher = Teacher(teacher, device=device, dtype=dtype)
         self.engine = engine.PlainEngine(Objective(student, config.loss), config, device=device)
         self.loss = config.loss
-
-    def load(self, batches: list[data.MicroBatch]) -> None:
-        self.batches = [b.to(torch.device(DEVICE)) for b in batches]
+        self.num_tokens = sum(b.num_tokens for b in batches)
+        self.num_masked = sum(b.num_masked for b in batches)
+        self.padding = 1 - self.num_tokens / sum(len(b.input_ids) for b in batches)
+        self.batches = [b.to(device) for b in batches]
+        feed = Feed(self.teacher, device, overlap=overlap)
+        self.pairs = feed.ahead(itertools.cycle(self.batches))
 
     def evaluate(self) -> float:
-        total = 0.0
-        for b in self.batches:
-            kd, mlm, cosine, *_ = self.engine.evaluate(b, self.teacher(b)).tolist()
-            kd, cosine = (x / b.num_tokens for x in (kd, cosine))
-            total += 5 * kd + 2 * mlm / b.num_masked + cosine
-        return total / len(self.batches)
+        sums = sum(self.engine.evaluate(b, self.teacher(b)) for b in self.batches)
+        assert isinstance(sums, Tensor)
+        found = losses.means(
+            sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True
+        )
+        return found["loss"]
 
     def run(self) -> None:
-        for b in self.batches:
-            self.engine.forward_backward(b, self.teacher(b), b.num_tokens, b.num_masked)
-            self.engine.step(1e-5)
+        for batch, hints in itertools.islice(self.pairs, len(self.batches)):
+            self.engine.forward_backward(batch, hints, self.num_tokens, self.num_masked)
+        self.engine.step(1e-5)
 
 
 class HuggingFace:
-    """transformers' models and PyTorch's losses; `wrap` is torch.compile or nothing, `liger` its chunked loss."""
+    """transformers' models and PyTorch's losses, under torch.compile or not, or with Liger's chunked loss."""
 
     def __init__(
-        self, teacher: MaskedLM, student: MaskedLM, precision: str, *, compiled: bool, liger: bool
+        self,
+        batches: list[data.MicroBatch],
+        args: argparse.Namespace,
+        *,
+        compiled: bool = False,
+        liger: bool = False,
     ) -> None:
-        self.bf16, self.liger = precision == "bf16", liger
+        teacher, student = models(args.size)
+        self.bf16, self.liger = args.precision == "bf16", liger
         self.teacher = _hugging_face(teacher).eval().requires_grad_(False)
         if self.bf16:
             self.teacher = self.teacher.bfloat16()
@@ -143,16 +182,14 @@ class HuggingFace:
             self.chunked = LigerFusedLinearJSDLoss(
                 weight_hard_loss=2 / 7, weight_soft_loss=5 / 7, beta=0.0, temperature=2.0
             )
+        self._load(batches)
 
-    def load(self, batches: list[data.MicroBatch]) -> None:
+    def _load(self, batches: list[data.MicroBatch]) -> None:
         """Cuts the packed rows into sequences again, sorts them by length and pads batches of about the same size."""
         sequences = []
         for b in batches:
+            lengths = real_lengths([b])
             ids, labels = b.input_ids[: b.num_tokens], b.labels[: b.num_tokens]
-            lengths = []
-            for length in b.lengths:  # the trailing ones are padding
-                if sum(lengths) < b.num_tokens:
-                    lengths.append(length)
             sequences += zip(ids.split(lengths), labels.split(lengths), strict=True)
         sequences.sort(key=lambda s: len(s[0]))
         budget, groups, group = len(batches[0].input_ids), [], []
@@ -172,6 +209,9 @@ class HuggingFace:
             mask = None if real.all() else real
             tensors = [ids, labels, *([] if mask is None else [mask])]
             self.batches.append([x.to(DEVICE) for x in tensors] + ([None] if mask is None else []))
+        self.num_tokens = sum(b.num_tokens for b in batches)
+        self.num_masked = sum(b.num_masked for b in batches)
+        self.padding = 1 - self.num_tokens / sum(b[0].numel() for b in self.batches)
 
     def _loss(self, ids: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
         with torch.no_grad():
@@ -179,21 +219,25 @@ class HuggingFace:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
             s = self.student(input_ids=ids, attention_mask=real, output_hidden_states=True)
 
-        def rows(x: Tensor) -> Tensor:
-            return x.flatten(0, 1) if real is None else x[real]
+        # Padding is weighted away, not cut out: neither a copy of the logits nor a break of the compiled graph.
+        def real_sum(x: Tensor) -> Tensor:
+            return x.sum() if real is None else (x * real.flatten()).sum()
 
-        s_logits, t_logits, labels = rows(s.logits), rows(t.logits), rows(labels)
-        s_hidden, t_hidden = rows(s.hidden_states[-1]), rows(t.hidden_states[-1])
-        num_tokens, num_masked = len(labels), (labels >= 0).sum()
+        s_logits, t_logits, labels = (
+            s.logits.flatten(0, 1),
+            t.logits.flatten(0, 1),
+            labels.flatten(),
+        )
+        s_hidden, t_hidden = (x.hidden_states[-1].flatten(0, 1).float() for x in (s, t))
         kd = F.kl_div(
             F.log_softmax(s_logits.float() / 2, dim=-1),
             F.softmax(t_logits.float() / 2, dim=-1),
-            reduction="sum",
-        )
+            reduction="none",
+        ).sum(-1)
         mlm = F.cross_entropy(s_logits.float(), labels, reduction="sum")
         ones = torch.ones_like(labels)
-        cosine = F.cosine_embedding_loss(s_hidden.float(), t_hidden.float(), ones, reduction="sum")
-        return (5 * 4 * kd + cosine) / num_tokens + 2 * mlm / num_masked
+        cosine = F.cosine_embedding_loss(s_hidden, t_hidden, ones, reduction="none")
+        return real_sum(5 * 4 * kd + cosine) / self.num_tokens + 2 * mlm / self.num_masked
 
     def _liger_loss(self, ids: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
         """Without cosine and T^2, which changes no cost worth naming; not compared for its value."""
@@ -216,15 +260,15 @@ class HuggingFace:
         with torch.no_grad():
             total = sum(float(self._loss(*b)) for b in self.batches)
         self.student.train()
-        return total / len(self.batches)
+        return total
 
     def run(self) -> None:
         for b in self.batches:
             loss = self._liger_loss(*b) if self.liger else self.compute(*b)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def _hugging_face(model: MaskedLM) -> Any:
@@ -239,15 +283,82 @@ def _hugging_face(model: MaskedLM) -> Any:
     return theirs.to(DEVICE)
 
 
-def energy_joules() -> Callable[[], float] | None:
-    """A counter of the GPU's energy in joules (NVML), or None."""
+PROVIDERS: dict[str, Callable[..., Any]] = {
+    OURS: Ours,
+    f"{OURS}, compiled": partial(Ours, compile_mode="default"),
+    f"{OURS}, CUDA graphs": partial(Ours, compile_mode="reduce-overhead", overlap=False),
+    f"{OURS}, teacher first": partial(Ours, overlap=False),
+    "HF eager": HuggingFace,
+    "HF torch.compile": partial(HuggingFace, compiled=True),
+    "HF + Liger chunked loss": partial(HuggingFace, liger=True),
+}
+ON_GPU_ONLY = (f"{OURS}, CUDA graphs", f"{OURS}, teacher first", "HF + Liger chunked loss")
+
+
+def models(size: str) -> tuple[MaskedLM, MaskedLM]:
+    """(teacher, student), the same in every process."""
+    teacher_layers, student_layers, width = SIZES[size]
+    teacher = MaskedLM(architecture(teacher_layers, width, 2))
+    layers = [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
+    small = architecture(student_layers, width, 0)
+    return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
+
+
+def make_batches(args: argparse.Namespace) -> list[data.MicroBatch]:
+    if args.shards:
+        return packed_batches(args.shards, args.tokens, args.batches)
+    return [synthetic_batch(args.tokens, args.length, seed) for seed in range(args.batches)]
+
+
+def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
+    """A provider's process: what it starts with, then a round's seconds or joules as often as it is asked."""
+    try:
+        provider = PROVIDERS[name](make_batches(args), args)
+        loss = provider.evaluate()
+        provider.run()  # compiles, allocates the moments
+        commands = {"seconds": time_call, "joules": joules}
+        with torch.compiler.set_stance("fail_on_recompile"):
+            connection.send((loss, provider.padding, peak_mib(provider.run)))
+            while True:
+                connection.send(commands[connection.recv()](provider.run))
+    except EOFError:
+        pass  # no more questions
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {str(error)[:200]}")
+
+
+def peak_mib(call: Callable[[], object]) -> float | None:
+    """MiB that this process holds at its peak during a call, on the GPU or resident; None where nobody counts."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform != "linux":
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    call()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak[1]) / 2**10 if peak else None
+
+
+def joules(call: Callable[[], object]) -> float | None:
+    """The GPU's energy for one call (NVML), from as many as fill some seconds; None where nobody counts."""
     if DEVICE != "cuda" or not importlib.util.find_spec("pynvml"):
         return None
     import pynvml  # pyright: ignore[reportMissingImports]
 
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    before, begin, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.monotonic(), 0
+    while time.monotonic() - begin < ENERGY_S:
+        time_call(call)  # which waits for the GPU
+        calls += 1
+    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
+
+
+def ask(connection: Connection, command: str) -> Any:
+    connection.send(command)
+    return connection.recv()
 
 
 def main() -> None:
@@ -263,102 +374,90 @@ def main() -> None:
         "--shards", type=Path, help="prepared text, instead of sequences of one length"
     )
     parser.add_argument(
-        "--batches", type=int, default=4 if on_gpu else 1, help="micro-batches a round"
+        "--batches",
+        type=int,
+        help="micro-batches a round; more of them give the peers less padding to sort out",
     )
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
-    parser.add_argument("--only", help="substring of the providers to run")
+    parser.add_argument("--only", help="substring of the providers to run; keeps no results")
     args = parser.parse_args()
+    args.batches = args.batches or (4 if on_gpu or args.shards else 1)
 
-    teacher_layers, student_layers, width = SIZES[args.size]
-    torch.manual_seed(0)
-    teacher = MaskedLM(architecture(teacher_layers, width, 2))
-    layers = [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
-    student = weights.student_from_teacher(
-        teacher, layers, architecture(student_layers, width, 0), copy_transform=True
-    )
-    if args.shards:
-        batches = packed_batches(args.shards, args.tokens, args.batches)
-    else:
-        batches = [synthetic_batch(args.tokens, args.length, seed) for seed in range(args.batches)]
-    num_tokens = sum(b.num_tokens for b in batches)
-
-    makers: dict[str, Callable[[], Any]] = {
-        OURS: lambda: Ours(copy_of(teacher), copy_of(student), args.precision),
-    }
-    peers = {"HF eager": (False, False), "HF torch.compile": (True, False)}
-    if importlib.util.find_spec("liger_kernel") and on_gpu:
-        peers["HF + Liger chunked loss"] = (False, True)
-    for name, (compiled, liger) in peers.items():
-        makers[name] = lambda c=compiled, li=liger: HuggingFace(
-            teacher, student, args.precision, compiled=c, liger=li
-        )
-    providers, losses = {}, {}
-    for name, make in makers.items():
-        if args.only and args.only not in name:
+    # --- a process each, one after the other: compiling takes both time and cores
+    started, rows = {}, {}
+    context = multiprocessing.get_context("spawn")
+    for name in PROVIDERS:
+        if (args.only and args.only not in name) or (name in ON_GPU_ONLY and not on_gpu):
             continue
-        providers[name] = make()
-        providers[name].load(batches)
-        losses[name] = providers[name].evaluate()
-    print("loss without dropout:", ", ".join(f"{k} {v:.5f}" for k, v in losses.items()))
-    # Batches of the peers hold other sequences together, so means of means differ a little on mixed lengths.
-    tolerance = 2e-2 if args.shards or args.precision == "bf16" else 1e-4
-    first = next(iter(losses.values()))
-    assert all(abs(v / first - 1) < tolerance for v in losses.values()), losses
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(there, name, args), daemon=True).start()
+        there.close()
+        ready = here.recv()
+        if isinstance(ready, str):  # a peer that fails is reported and left out; ours must not fail
+            assert name != OURS, ready
+            rows[name] = {"error": ready}
+        else:
+            started[name] = here, *ready
+    agreed = {name: loss for name, (_, loss, _, _) in started.items()}
+    print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in agreed.items()))
+    first = next(iter(agreed.values()))
+    tolerance = 5e-3 if args.precision == "bf16" else 1e-5
+    assert all(abs(v / first - 1) < tolerance for v in agreed.values()), agreed
 
-    joules = energy_joules()
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    energy: dict[str, float] = dict.fromkeys(providers, 0.0)
-    peak = {}
-    for name, provider in providers.items():
-        provider.run()  # compiles, allocates the moments
-        peak[name] = peak_mib(provider.run)
+    # --- in turn
+    times: dict[str, list[float]] = {name: [] for name in started}
     for _ in range(args.rounds):
-        for name, provider in providers.items():
-            time.sleep(0.02)  # idle threads of another pool spin: not in this one's time
-            before = joules() if joules else 0.0
-            times[name].append(time_call(provider.run))
-            energy[name] += (joules() if joules else 0.0) - before
+        for name, (connection, *_) in started.items():
+            time.sleep(0.05)  # idle threads of another process spin: not in this one's time
+            times[name].append(ask(connection, "seconds"))
+    energy = {name: ask(connection, "joules") for name, (connection, *_) in started.items()}
 
-    attended = sum(n * n for b in batches for n in b.lengths) / sum(
-        len(b.input_ids) for b in batches
-    )
-    flops = flops_per_token(teacher.architecture, student.architecture, attended).total
+    # --- the table
+    batches = make_batches(args)
+    num_tokens, lengths = sum(b.num_tokens for b in batches), real_lengths(batches)
+    attended = sum(n * n for n in lengths) / num_tokens
+    teacher, student = (model.architecture for model in models(args.size))
+    flops = flops_per_token(teacher, student, attended).total
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     ceiling, source = metrics.peak_flops(torch.device(DEVICE), dtype)
     what = f"{args.size} {args.precision}, {args.batches} x {args.tokens:,} tokens, " + (
         "packed text" if args.shards else f"sequences of {args.length}"
     )
-    print(f"\n{what}; {device_name()}; MFU against {(ceiling or 0) / 1e9:,.0f} GFLOP/s ({source})")
     print(
-        f"{'':<26}{'tokens/s':>10}{'MFU':>7}{'x ours':>8}{'peak MiB':>10}{'mJ/token':>10}{'hours for 13 B':>16}"
+        f"\n{what}; {device_name()}; MFU of {flops / 1e6:,.1f} MFLOP a token "
+        f"against {(ceiling or 0) / 1e9:,.0f} GFLOP/s ({source})"
     )
-    rows = {}
+    print(
+        f"{'':<26}{'tokens/s':>10}{'MFU':>7}{'x ours':>8}{'padding':>9}{'peak MiB':>10}{'mJ/token':>10}"
+        f"{'hours for 13 B':>16}"
+    )
     for name, seconds in times.items():
+        _, _, padding, peak = started[name]
         speed = num_tokens / statistics.median(seconds)
+        # The ratio of a round to ours of the same round: what a machine with other work to do disturbs least.
         base = times.get(OURS, seconds)
         ratio = statistics.median(x / y for x, y in zip(seconds, base, strict=True))
         mfu = speed * flops / ceiling if ceiling else float("nan")
-        millijoules = 1e3 * energy[name] / args.rounds / num_tokens if joules else None
+        millijoules = None if energy[name] is None else 1e3 * energy[name] / num_tokens
         rows[name] = {
-            "tokens_per_s": speed, "mfu": mfu, "times_ours": ratio, "peak_mib": peak[name],
+            "tokens_per_s": speed, "mfu": mfu, "times_ours": ratio, "padding": padding, "peak_mib": peak,
             "mj_per_token": millijoules, "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
             "seconds": seconds,
         }  # fmt: skip
-        shown = [f"{x:.0f}" if x is not None else "" for x in (peak[name], millijoules)]
+        shown = [f"{x:.0f}" if x is not None else "" for x in (peak, millijoules)]
         print(
-            f"{name:<26}{speed:>10,.0f}{mfu:>7.1%}{ratio:>8.2f}{shown[0]:>10}{shown[1]:>10}"
+            f"{name:<26}{speed:>10,.0f}{mfu:>7.1%}{ratio:>8.2f}{padding:>9.1%}{shown[0]:>10}{shown[1]:>10}"
             f"{PAPER_TOKENS / speed / 3600:>16,.1f}"
         )
-    path = RESULTS / f"step.{'cpu' if not on_gpu else device_name().lower().replace(' ', '-')}.json"
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name:<26}{row['error']}")
+    if args.only:
+        return
+    path = _results_file("step")
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[what] = stamp() | {"providers": rows, "peak_flops": ceiling}
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-
-
-def copy_of(model: MaskedLM) -> MaskedLM:
-    other = MaskedLM(model.architecture)
-    other.load_state_dict(model.state_dict())
-    return other
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

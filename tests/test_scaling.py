@@ -45,7 +45,9 @@ def test_an_update_by_hand():
     seconds = update_s(
         num_ranks=4, num_micro_batches=10, micro_batch_s=5.0, optimiser_s=0.5, sent=sent, link=link
     )
-    assert seconds == 3 * (5 + 3 * (1 + 1)) + 0.5 + 3 * (1 + 2)  # ten on four: the slowest has three
+    assert seconds == 3 * (5 + 3 * (1 + 1)) + 0.5 + 3 * (
+        1 + 2
+    )  # ten on four: the slowest has three
 
 
 def test_predictions_are_sane():
@@ -60,4 +62,6 @@ def test_predictions_are_sane():
         assert all(by[n, stage]["efficiency"] <= 1 + 1e-9 for n in (2, 4, 8, 16, 32))
         assert by[16, stage]["updates_per_s"] < by[32, stage]["updates_per_s"]
     assert by[8, 1]["updates_per_s"] > by[8, 2]["updates_per_s"]
-    assert by[32, 1]["efficiency"] < 60 / 64  # 60 micro-batches on 32 ranks: 4 places of 64 stay empty
+    assert (
+        by[32, 1]["efficiency"] < 60 / 64
+    )  # 60 micro-batches on 32 ranks: 4 places of 64 stay empty
