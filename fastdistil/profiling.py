@@ -246,7 +246,9 @@ def floors(
         "loss": with_heads.total - without.total,
         "backward": without.student * 2 / 3,
     }
-    return found | {part: f * num_tokens / peak for part, f in flops.items()}
+    for part, f in flops.items():
+        found[part] = f * num_tokens / peak
+    return found
 
 
 def _copy_bytes_per_s(device: torch.device) -> float:
