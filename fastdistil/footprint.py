@@ -110,8 +110,9 @@ def predict(
         held, handed, inference = _teacher_bytes(resolved, s)
         if config.teacher.ranks or config.teacher.device == "second":
             held, inference = teacher.padded_vocab_size * teacher.hidden_size * s, 0
-        elif on_cuda and config.teacher.overlap:  # a side stream's memory serves no other
-            held, inference = held + inference + handed, 0
+        elif on_cuda and config.teacher.overlap:
+            # a side stream's memory serves no other; hints are in the loop's hands, made, and in the making
+            held, inference = held + inference + 2 * handed, 0
 
     update = {"gradients": summed - standing, "teacher": handed}
     moments = {

@@ -125,6 +125,10 @@ def _check_losses(config: Config) -> None:
             f"recipe {config.recipe} imitates a teacher and --teacher.path is missing: give a Hugging Face folder with a masked-LM head "
             "(the mlm recipe trains one), or train without a teacher by the mlm recipe"
         )
+    if config.teacher.path is None and config.teacher.precision != "auto":
+        raise ValueError(
+            f"--teacher.precision {config.teacher.precision} has no effect without --teacher.path: leave it out"
+        )
     if config.teacher.path is not None and not distils:
         raise ValueError(
             "--teacher.path has no effect with --loss.kd 0 and --loss.cosine 0: leave it out, or give one of them a weight"

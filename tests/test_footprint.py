@@ -146,7 +146,7 @@ class TestTeacher:
     def test_on_a_side_stream_its_memory_is_its_own(self):
         alone, beside = on_cuda(overlap=False).parts, on_cuda(overlap=True).parts
         hidden = 16384 * 768 * 2
-        assert beside["teacher"] - alone["teacher"] == (12 + 2) * hidden
+        assert beside["teacher"] - alone["teacher"] == (12 + 2 * 2) * hidden
 
 
 class TestRefusal:

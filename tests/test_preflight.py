@@ -76,6 +76,7 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ({"teacher": {"path": None}}, r"imitates a teacher and --teacher.path is missing.*mlm recipe"),
         ({"teacher": {"path": Path("nowhere")}}, r"not a Hugging Face folder: wanted config.json in nowhere"),
         ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect"),
+        ({"teacher": {"path": None, "precision": "bf16"}, "loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.precision bf16 has no effect"),
         ({"student": {"layers": (0, 4)}}, r"--student.layers 0 4 wants layers that the source with 0..3 does not have"),
         ({"student": {"num_layers": 5}}, r"wants layers that the source with 0..3 does not have"),
         ({"student": {"hidden_size": 16}}, r"--student.hidden-size 16 differs from the 32 of the model it starts from"),
