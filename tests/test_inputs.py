@@ -9,11 +9,10 @@ from fastdistil.bert import Encoder, MaskedLM
 from tests import toy
 
 
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
 def test_a_compiled_encoder_computes_the_same_in_every_layer_and_mode(monkeypatch):
     """Ten layers, whose attention in evaluation cuts the graph up, are more than Dynamo compiles by itself."""
     monkeypatch.setattr(Encoder, "compile", partialmethod(Encoder.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back afterwards
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.utils.counters.clear()
     encoder = MaskedLM(toy.architecture(num_layers=10)).encoder
     names = list(encoder.state_dict())
