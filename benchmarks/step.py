@@ -9,8 +9,9 @@ peers get the same sequences with the same masks, sorted by length and padded to
 scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything is timed,
 all providers must agree on the loss without dropout.
 
-Every provider has a process of its own and they take turns: ours as the trainer sets one up (dist.init keeps the CPU memory that
-is freed), a peer's as PyTorch leaves it. torch.compile may not compile again once the rounds begin. MFU counts real tokens, the
+Every provider has a process of its own and they take turns: ours as the trainer sets one up, a peer's as PyTorch leaves it. On a
+CPU the trainer keeps the memory that it frees (dist.keep_freed_memory); "memory kept" are the peers if they did the same, which says
+how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU counts real tokens, the
 teacher's forward included (metrics.py). Peak memory is all that a process holds in an update: of the GPU's memory what is
 allocated, on a CPU what is resident, its libraries' included.
 """
@@ -178,7 +179,10 @@ class HuggingFace:
         *,
         compiled: bool = False,
         liger: bool = False,
+        keep_memory: bool = False,
     ) -> None:
+        if keep_memory:
+            dist.keep_freed_memory()
         teacher, student = models(args.size)
         self.bf16, self.liger = args.precision == "bf16", liger
         self.teacher = _hugging_face(teacher).eval().requires_grad_(False)
@@ -309,8 +313,11 @@ PROVIDERS: dict[str, Callable[..., Any]] = {
     FP8: partial(Ours, fp8_teacher=True),
     "HF eager": HuggingFace,
     "HF torch.compile": partial(HuggingFace, compiled=True),
+    "HF eager, memory kept": partial(HuggingFace, keep_memory=True),
+    "HF compiled, memory kept": partial(HuggingFace, compiled=True, keep_memory=True),
     "HF + Liger chunked loss": partial(HuggingFace, liger=True),
 }
+ON_CPU_ONLY = ("HF eager, memory kept", "HF compiled, memory kept")
 ON_GPU_ONLY = (f"{OURS}, CUDA graphs", f"{OURS}, teacher first", FP8, "HF + Liger chunked loss")
 
 
@@ -406,7 +413,8 @@ def main() -> None:
     started, rows = {}, {}
     context = multiprocessing.get_context("spawn")
     for name in PROVIDERS:
-        if (args.only and args.only not in name) or (name in ON_GPU_ONLY and not on_gpu):
+        elsewhere = ON_CPU_ONLY if on_gpu else ON_GPU_ONLY
+        if name in elsewhere or (args.only and args.only not in name):
             continue
         here, there = context.Pipe()
         context.Process(target=serve, args=(there, name, args), daemon=True).start()
