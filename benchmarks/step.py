@@ -126,7 +126,6 @@ class Ours:
 
     def __init__(
         self,
-        batches: list[data.MicroBatch],
         args: argparse.Namespace,
         *,
         compile_mode: str | None = None,
@@ -137,7 +136,9 @@ class Ours:
         config = dataclasses.replace(
             config, engine=dataclasses.replace(config.engine, precision=args.precision)
         )
+        # before the first tensor, or no memory comes in large pages
         device = dist.init(DEVICE, timeout_s=config.engine.timeout_s, threads=None).device
+        batches = make_batches(args)
         teacher, student = models(args.size)
         for model in (teacher, student) if compile_mode else ():
             inputs.compile_encoder(model.encoder, compile_mode)
@@ -174,7 +175,6 @@ class HuggingFace:
 
     def __init__(
         self,
-        batches: list[data.MicroBatch],
         args: argparse.Namespace,
         *,
         compiled: bool = False,
@@ -203,7 +203,7 @@ class HuggingFace:
             self.chunked = LigerFusedLinearJSDLoss(
                 weight_hard_loss=2 / 7, weight_soft_loss=5 / 7, beta=0.0, temperature=2.0
             )
-        self._load(batches)
+        self._load(make_batches(args))
 
     def _load(self, batches: list[data.MicroBatch]) -> None:
         """Cuts the packed rows into sequences again, sorts them by length and pads batches of about the same size."""
@@ -339,7 +339,7 @@ def make_batches(args: argparse.Namespace) -> list[data.MicroBatch]:
 def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
     """A provider's process: what it starts with, then a round's seconds or joules as often as it is asked."""
     try:
-        provider = PROVIDERS[name](make_batches(args), args)
+        provider = PROVIDERS[name](args)
         loss = provider.evaluate()
         provider.run()  # compiles, allocates the moments
         commands = {"seconds": time_call, "joules": joules}
