@@ -205,7 +205,7 @@ def train(
             resolved.student,
             text.mean_attended_length,
             head_fraction=head_fraction,
-            num_tokens=step.num_tokens / place.num_devices,
+            num_tokens=step.num_tokens / place.world_size,
             num_stepped=resolved.student.num_parameters // trainer.num_shards,
             peak=peak,
             device=place.device,
@@ -220,10 +220,9 @@ def train(
     objective.train()
     journal.restart_clock()
     while update < num_updates:
-        profile.begin_update(update)
         step = plan.update(update)
         lr = engine.learning_rate(config, update, num_updates)
-        with feed.update():
+        with profile.update(update), feed.update():
             for k in range(rounds):
                 batch, hints = next(with_hints)
                 # dropout, too, depends on the place in the run alone, not on ranks or restarts
@@ -232,7 +231,6 @@ def train(
                 sums = trainer.forward_backward(batch, hints, step.num_tokens, step.num_masked)
                 journal.add(sums)
             gradient_norm = trainer.step(lr)
-        profile.end_update()
         record = {"split": "train", "update": update + 1, "epoch": plan.epoch_of(update), "lr": lr}
         counts = {"tokens": step.num_tokens, "masked": step.num_masked}
         journal.close_update(record | counts, gradient_norm)

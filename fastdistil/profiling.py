@@ -4,24 +4,32 @@
     memory.pickle on CUDA, allocations with their stacks for pytorch.org/memory_viz; on a CPU they are in the trace
     table.json    what is logged as a table: milliseconds an update, share, and floor of every part
 
-The parts are the spans that the code is marked with. A span is timed by the clock on a CPU and by events on its own stream on
-CUDA, so that a teacher on its side stream has its own time and the parts add up to more than the update takes. Communication
-happens inside the backward and the optimiser: its time, that of the collectives the profiler saw, is taken out of theirs.
+The parts are the spans that the code is marked with. An update is its own span: validations, checkpoints and lines of the log are
+in none. Communication happens inside other parts, and includes the wait for other ranks.
 
-Floors: matrix products at the peak that MFU is measured against (architecture.flops_per_token; student forward : backward = 1 : 2,
-and the loss has both heads, forward and gradient); the optimiser's 32 bytes a parameter, or its share of one, at the speed of a
-copy measured here: AdamW reads weight, gradient and moments and writes all but the gradient, clipping reads the gradient.
+    CPU     Spans are timed by the clock. The time in which a collective runs is taken out of the part around it, so that the parts
+            add up to the update.
+    CUDA    Spans are timed by events on the stream they are on. A teacher on its side stream and NCCL's kernels overlap the rest:
+            they have their own time, what is waited for them is in the part that waits, and the parts may add up to more than
+            the update. "other" is what the student's stream spends outside every part.
+
+Floors: matrix products at the peak that MFU is measured against, an FP8 teacher's too (architecture.flops_per_token; student
+forward : backward = 1 : 2; the loss of distillation has both heads, forward and gradient); the optimiser's 32 bytes a parameter, or
+its share of one, at the speed of a copy measured here: AdamW reads weight, gradient and moments and writes all but the gradient,
+clipping reads the gradient. A teacher on ranks of its own is waited for; its floor is what this device would take instead.
 """
 
+import atexit
 import json
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
@@ -33,21 +41,17 @@ Part = Literal[
     "waiting for data", "teacher", "student forward", "loss", "backward", "optimiser", "communication"
 ]  # fmt: skip
 PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
-COLLECTIVES = ("gloo:", "nccl:")  # what PyTorch's process groups call their work in a profile
+UPDATE = "update"
 BYTES_A_PARAMETER = 32
 Item = TypeVar("Item")
 
+_OFF = nullcontext()
 _recorder: "_Recorder | None" = None
 
 
-@contextmanager
-def span(part: Part) -> Iterator[None]:
-    """Marks the work inside as `part` while an update is profiled; otherwise half a microsecond."""
-    if _recorder is None:
-        yield
-        return
-    with record_function(part), _recorder.timed(part):
-        yield
+def span(part: Part) -> AbstractContextManager[None]:
+    """Marks the work inside as `part` while an update is profiled; otherwise 0.3 microseconds."""
+    return _OFF if _recorder is None else _recorder.timed(part)
 
 
 def spanned(items: Iterable[Item], part: Part) -> Iterator[Item]:
@@ -66,8 +70,11 @@ class _Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
-        self.spans: list[tuple[Part, Any, Any]] = []
-        self.begin, self.num_updates = self._synchronised(), 0
+        self.home = self._stream()
+        self.spans: list[tuple[str, Any, Any, bool]] = []  # name, begin, end, on the home stream
+
+    def _stream(self) -> Any:
+        return torch.cuda.current_stream() if self.on_cuda else None
 
     def _now(self) -> Any:
         if not self.on_cuda:
@@ -76,24 +83,28 @@ class _Recorder:
         event.record()
         return event
 
-    def _synchronised(self) -> float:
-        if self.on_cuda:
-            torch.cuda.synchronize()  # twice in a profile
-        return time.perf_counter()
-
     @contextmanager
-    def timed(self, part: Part) -> Iterator[None]:
-        begin = self._now()
-        yield
-        self.spans.append((part, begin, self._now()))
+    def timed(self, name: str) -> Iterator[None]:
+        with record_function(name):
+            begin = self._now()
+            yield
+            self.spans.append((name, begin, self._now(), self._stream() == self.home))
 
-    def seconds(self) -> tuple[float, dict[str, float]]:
-        """(an update, each part of it)."""
-        total = self._synchronised() - self.begin
+    @property
+    def num_updates(self) -> int:
+        return sum(name == UPDATE for name, *_ in self.spans)
+
+    def seconds(self) -> tuple[dict[str, float], float]:
+        """(in each kind of span, on the home stream in an update but in none of its parts), all updates together."""
+        if self.on_cuda:
+            torch.cuda.synchronize()  # once a profile
         sums: dict[str, float] = defaultdict(float)
-        for part, begin, end in self.spans:
-            sums[part] += begin.elapsed_time(end) / 1e3 if self.on_cuda else end - begin
-        return total / self.num_updates, {k: v / self.num_updates for k, v in sums.items()}
+        other = 0.0
+        for name, begin, end, at_home in self.spans:
+            seconds = begin.elapsed_time(end) / 1e3 if self.on_cuda else end - begin
+            sums[name] += seconds
+            other += seconds * at_home * (1 if name == UPDATE else -1)
+        return sums, other
 
 
 class Profile:
@@ -112,107 +123,130 @@ class Profile:
         floors: Callable[[], dict[Part, float]],
     ) -> None:
         self.window, self.folder, self.device, self.floors = window, folder, device, floors
-        self.profiler: profile | None = None
+        self.on_cuda = device.type == "cuda"
+        self.recorder, self.profiler = _Recorder(device), None
+        self.closed = False
 
-    def begin_update(self, update: int) -> None:
-        """Before every update. The profiler itself warms up in the one before the window."""
+    @contextmanager
+    def update(self, update: int) -> Iterator[None]:
+        """Around the work of every update. The profiler itself warms up in the one before the window."""
         global _recorder
-        if self.folder is None or not self.window:
+        is_next = update + 1 == self.window.start
+        if self.folder is None or not (is_next or update in self.window):
+            yield
             return
-        if self.profiler is None and update in (self.window.start - 1, self.window.start):
-            self.profiler = self._start(warm_up=update < self.window.start)
-        if self.profiler is not None and update in self.window and _recorder is None:
-            _recorder = _Recorder(self.device)
-
-    def end_update(self) -> None:
-        """After every update; writes after the last one of the window."""
-        if _recorder is not None:
-            _recorder.num_updates += 1
-            if _recorder.num_updates == len(self.window):
-                self.close()
-        elif self.profiler is not None:
+        if self.profiler is None:
+            self.profiler = self._start(warm_up=is_next)
+        if is_next:
+            yield
             self.profiler.step()
+            return
+        _recorder = self.recorder
+        try:
+            with _recorder.timed(UPDATE):
+                yield
+        finally:
+            _recorder = None
+        if update == self.window[-1]:
+            self.close()
 
     def close(self) -> None:
-        """Write what there is; also where the run ended inside the window."""
-        global _recorder
-        recorder, _recorder = _recorder, None
-        profiler, self.profiler = self.profiler, None
-        if recorder is None or profiler is None or not recorder.num_updates:
+        """Write what there is, also where the run ended inside the window; a second time, nothing."""
+        if self.folder is None or not self.window or self.closed:
             return
-        assert self.folder is not None
-        total, parts = recorder.seconds()
-        profiler.stop()
-        communication, inside = _collectives(profiler)
-        for part, seconds in inside.items():
-            parts[part] -= seconds / recorder.num_updates
-        parts["communication"] = communication / recorder.num_updates
+        self.closed = True
+        if self.profiler is not None:
+            self.profiler.stop()
+        n = self.recorder.num_updates
+        if self.profiler is None or not n:
+            log.warning("profile: this run made none of the updates to profile, nothing is written")
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
         memory = "memory in the trace"
-        if self.device.type == "cuda":
+        if self.on_cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
             memory = "memory.pickle"
-        rows = table(total, parts, self.floors())
-        record = {"updates": recorder.num_updates, "seconds_an_update": total, "parts": rows}
+        seconds, other = self.recorder.seconds()
+        # not by the profiler's own events(), which takes 15 times longer and minutes for a large update
+        trace = json.loads((self.folder / "trace.json").read_bytes())["traceEvents"]
+        if self.on_cuda:
+            seconds["communication"] = nccl_seconds(trace)
+        else:
+            collectives = gloo_seconds(trace)
+            seconds["communication"] = collectives[UPDATE]
+            other -= collectives.pop(UPDATE)
+            for part, waited in collectives.items():
+                seconds[part] -= waited
+                other += waited
+        rows = table({k: v / n for k, v in seconds.items()}, other / n, self.floors())
+        record = {"updates": n, "seconds_an_update": seconds[UPDATE] / n, "parts": rows}
         (self.folder / "table.json").write_text(json.dumps(record, indent=1))
-        for line in lines(total, rows):
-            log.info("%s", line)
+        for line in lines(seconds[UPDATE] / n, rows):
+            log.info("profile: %s", line)
+        if self.on_cuda:
+            log.info(
+                "profile: teacher and communication may overlap the rest, on streams of their own"
+            )
         log.info("profile: %s/trace.json, table.json, %s", self.folder, memory)
 
     def _start(self, *, warm_up: bool) -> profile:
         activities = [ProfilerActivity.CPU]
-        if self.device.type == "cuda":
+        if self.on_cuda:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=200_000)
 
         def action(step: int) -> ProfilerAction:
             return ProfilerAction.WARMUP if step == 0 and warm_up else ProfilerAction.RECORD
 
-        profiler = profile(
-            activities=activities, schedule=action, profile_memory=self.device.type != "cuda"
-        )
+        profiler = profile(activities=activities, schedule=action, profile_memory=not self.on_cuda)
         profiler.start()
+        atexit.register(
+            self.close
+        )  # a process that an error ends would crash in a running profiler
         return profiler
 
 
-def _collectives(profiler: profile) -> tuple[float, dict[str, float]]:
-    """Seconds of (all collectives, those begun inside each part)."""
-    events = profiler.events() or []
-    spans = [e for e in events if e.name in PARTS and e.device_type.name == "CPU"]
-    total, inside = 0.0, defaultdict(float)
-    for event in events:
-        if not event.name.startswith(COLLECTIVES):
-            continue
-        seconds = (event.device_time_total or event.time_range.elapsed_us()) / 1e6
-        total += seconds
-        for outer in spans:
-            if outer.time_range.start <= event.time_range.start <= outer.time_range.end:
-                inside[outer.name] += seconds
-                break
-    return total, inside
+def gloo_seconds(trace: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds in which at least one of gloo's collectives runs, in the spans of each name; from the events of a Chrome trace."""
+    complete = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in trace if e.get("ph") == "X"]
+    running = sorted((begin, end) for name, begin, end in complete if name.startswith("gloo:"))
+    begins, ends = np.array(running).reshape(-1, 2).T
+    ends = np.maximum.accumulate(ends)
+    begins[1:] = np.maximum(begins[1:], ends[:-1])  # of several at once, what is not yet counted
+    found: dict[str, float] = defaultdict(float)
+    for name, begin, end in complete:
+        if name == UPDATE or name in PARTS:
+            shared = np.minimum(ends, end) - np.maximum(begins, begin)
+            found[name] += float(shared.clip(min=0).sum()) / 1e6
+    return found
+
+
+def nccl_seconds(trace: list[dict[str, Any]]) -> float:
+    """Seconds of NCCL's kernels in the events of a Chrome trace."""
+    kernels = (e for e in trace if e.get("cat") == "kernel" and e["name"].startswith("nccl"))
+    return sum(e["dur"] for e in kernels) / 1e6
 
 
 def table(
-    total: float, parts: dict[str, float], floors: dict[Part, float]
+    seconds: dict[str, float], other: float, floors: dict[Part, float]
 ) -> dict[str, dict[str, float | None]]:
     """{part: {seconds, share, floor}} an update; "other" is what no span covers."""
-    rows = {part: parts[part] for part in PARTS if part in parts}
-    rows["other"] = max(0.0, total - sum(rows.values()))
+    rows = {part: seconds[part] for part in PARTS if part in seconds} | {"other": max(0.0, other)}
     return {
-        part: {"seconds": s, "share": s / total, "floor": floors.get(part)}  # type: ignore[call-overload]
+        part: {"seconds": s, "share": s / seconds[UPDATE], "floor": floors.get(part)}  # type: ignore[call-overload]
         for part, s in rows.items()
     }
 
 
 def lines(total: float, rows: dict[str, dict[str, float | None]]) -> Iterator[str]:
     """The table for people."""
-    yield f"profile: {'part':<18}{'ms an update':>13}{'share':>8}{'floor, ms':>11}"
+    yield f"{'part':<18}{'ms an update':>13}{'share':>8}{'floor, ms':>11}"
     for part, row in rows.items():
         floor = "-" if row["floor"] is None else f"{1e3 * row['floor']:.1f}"
-        yield f"profile: {part:<18}{1e3 * (row['seconds'] or 0):>13.1f}{row['share']:>8.1%}{floor:>11}"
-    yield f"profile: {'update':<18}{1e3 * total:>13.1f}"
+        yield f"{part:<18}{1e3 * (row['seconds'] or 0):>13.1f}{row['share']:>8.1%}{floor:>11}"
+    yield f"{UPDATE:<18}{1e3 * total:>13.1f}"
 
 
 def floors(
@@ -240,11 +274,14 @@ def floors(
         flops_per_token(teacher, student, mean_attended_length, head_fraction=fraction)
         for fraction in (head_fraction, 0.0)
     )
+    heads = with_heads.total - without.total
+    # the fused loss makes its own gradient; masked LM alone leaves it to the backward
+    in_loss = heads if teacher else heads / 3
     flops: dict[Part, float] = {
         "teacher": without.teacher,
         "student forward": without.student / 3,
-        "loss": with_heads.total - without.total,
-        "backward": without.student * 2 / 3,
+        "loss": in_loss,
+        "backward": without.student * 2 / 3 + heads - in_loss,
     }
     for part, f in flops.items():
         found[part] = f * num_tokens / peak
@@ -258,6 +295,7 @@ def _copy_bytes_per_s(device: torch.device) -> float:
     best = float("inf")
     for _ in range(5):
         recorder = _Recorder(device)
-        target.copy_(source)
-        best = min(best, recorder._synchronised() - recorder.begin)
+        with recorder.timed(UPDATE):
+            target.copy_(source)
+        best = min(best, recorder.seconds()[0][UPDATE])
     return 2 * source.numel() * source.itemsize / best
