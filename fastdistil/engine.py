@@ -88,6 +88,11 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def _clip(module: nn.Module, clip_norm: float) -> Tensor:
+    """The gradients' global norm before they are scaled down to `clip_norm`; 0 scales nothing."""
+    return torch.nn.utils.clip_grad_norm_(_trained(module).values(), clip_norm or float("inf"))
+
+
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     for state in optimizer.state.values():
         if isinstance(state["step"], Tensor):
@@ -119,11 +124,10 @@ class PlainEngine:
 
     def step(self, lr: float) -> Tensor:
         """Clip, update, clear the gradients. Returns the gradient norm before clipping, 0-dim on the device (no sync)."""
-        parameters = list(_trained(self.objective.student).values())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with span("optimiser"):
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+            norm = _clip(self.objective.student, self.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -186,7 +190,7 @@ class DeepSpeedEngine:
             "ZeRO wants a process group; preflight refuses it without torchrun"
         )
         deepspeed = _import_deepspeed(place.device)
-        self.place, self.stage = place, stage
+        self.place, self.stage, self.clip_norm = place, stage, config.optim.clip_norm
         self.objective = objective.to(place.device)
         masters: State = {
             f"weight.{n}": p.detach().float().clone()
@@ -226,8 +230,10 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with span("optimiser"):
+            norm = _clip(self.objective.student, self.clip_norm) if self.stage == 0 else None
             self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
         return torch.as_tensor(
             0.0 if norm is None else norm, dtype=torch.float32, device=self.place.device
         )
@@ -364,7 +370,7 @@ def _deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm,
+        "gradient_clipping": config.optim.clip_norm if stage else 0,  # there `step` clips, and knows the norm
         "zero_allow_untested_optimizer": True,  # ours is torch's AdamW; DeepSpeed's own would be compiled at first use
         "zero_optimization": {
             "stage": stage,

@@ -62,6 +62,14 @@ def test_all_engines_agree(results):
             assert (value - first[name]).norm() <= bound, (stage, name)
 
 
+def test_all_engines_report_the_same_gradient_norm(results):
+    _, _, by_stage = results
+    first = [row[-1] for row in next(iter(by_stage.values()))["history"]]
+    assert min(first) > 0
+    for stage, result in by_stage.items():
+        assert [row[-1] for row in result["history"]] == pytest.approx(first, rel=1e-4), stage
+
+
 def test_training_went_somewhere(results):
     _, _, by_stage = results
     for result in by_stage.values():
