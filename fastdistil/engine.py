@@ -367,10 +367,11 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's dictionary, derived from ours; users never write one."""
     size = config.engine.bucket_elements
+    clip_norm = config.optim.clip_norm if stage else 0  # there `step` clips, and knows the norm
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm if stage else 0,  # there `step` clips, and knows the norm
+        "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,  # ours is torch's AdamW; DeepSpeed's own would be compiled at first use
         "zero_optimization": {
             "stage": stage,

@@ -1,0 +1,169 @@
+"""Command: parameters, size and speed of encoders, as their users get them from transformers. The paper's table 3.
+
+    python -m fastdistil.efficiency teacher/ student/
+
+Latency is that of one sequence, throughput that of a batch of 32, both of the bare encoder on random ids of one length. The models
+take turns round by round, so that a slow minute of the machine is everybody's; figures are medians, and ratios are to the first.
+"""
+
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+log = logging.getLogger("fastdistil.efficiency")
+PUBLISHED = "published: BERT-base 110 M parameters and 668 s, DistilBERT 66 M and 410 s (STS-B's dev set on a CPU at batch 1)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EfficiencyConfig:
+    """Compare parameters, size on disk, latency and throughput of encoders."""
+
+    models: tyro.conf.Positional[tuple[Path, ...]]
+    """Hugging Face folders; the first is what the others are compared with."""
+    length: int = 128
+    """Tokens of a sequence."""
+    batch_size: int = 32
+    """Sequences at a time, for the throughput."""
+    rounds: int = 20
+    """Turns of each model."""
+    threads: int | None = None
+    """CPU threads. None: as PyTorch chooses."""
+    out: Path | None = None
+    """Keep the figures in this JSON file."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}"
+                )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads must be 1 or more, got {self.threads}")
+        for model in self.models:
+            if not (model / "config.json").is_file():
+                raise ValueError(
+                    f"{model} is no Hugging Face folder: wanted {model / 'config.json'}"
+                )
+            if not list(model.glob("*.safetensors")):
+                raise ValueError(f"{model} has no weights: wanted *.safetensors in it")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Exit status 0: measured. 2: a wrong command line or model."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    try:
+        config = tyro.cli(EfficiencyConfig, args=args, prog="python -m fastdistil.efficiency")
+        found = measure(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(found))
+    print(PUBLISHED)
+    if config.out is not None:
+        config.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(config: EfficiencyConfig) -> dict[str, Any]:
+    """{"length", "batch_size", "models": [{"path", "class", "num_parameters", "bytes", "cpu": {...}, "cuda": {...}}]}.
+
+    A device's figures are {"threads" (cpu), "latency_ms", "latency_ms_p90", "throughput_per_s"}; CUDA's are there where a GPU is.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    models, records = [], []
+    for path in config.models:
+        model = transformers.AutoModel.from_pretrained(path).eval()
+        positions = getattr(model.config, "max_position_embeddings", config.length)
+        if config.length > positions:
+            raise ValueError(
+                f"{path} reads {positions} tokens, got --length {config.length}: use less"
+            )
+        models.append(model)
+        records.append({
+            "path": str(path),
+            "class": type(model).__name__,
+            "num_parameters": model.num_parameters(),
+            "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        })  # fmt: skip
+    vocab_size = min(model.config.vocab_size for model in models)
+    generator = torch.Generator().manual_seed(0)
+    shape = config.batch_size, config.length
+    ids = torch.randint(vocab_size // 2, vocab_size, shape, generator=generator)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        batch = ids.to(device)
+        for model in models:
+            model.to(device)
+        with torch.inference_mode():
+            one = [_call(model, batch[:1]) for model in models]
+            many = [_call(model, batch) for model in models]
+            latency = in_turn(one, rounds=config.rounds)
+            duration = in_turn(many, rounds=max(3, config.rounds // 4))
+        for record, alone, together in zip(records, latency, duration, strict=True):
+            record[device] = {
+                "latency_ms": 1e3 * statistics.median(alone),
+                "latency_ms_p90": 1e3 * sorted(alone)[int(0.9 * (len(alone) - 1))],
+                "throughput_per_s": config.batch_size / statistics.median(together),
+            } | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
+    return {"length": config.length, "batch_size": config.batch_size, "models": records}
+
+
+def _call(model: Any, ids: Any) -> Callable[[], None]:
+    import torch
+
+    def call() -> None:
+        model(input_ids=ids)
+        if ids.is_cuda:
+            torch.cuda.synchronize()  # the end of the work is what is timed
+
+    return call
+
+
+def in_turn(calls: list[Callable[[], None]], *, rounds: int) -> list[list[float]]:
+    """Seconds of each call, `rounds` of them, the calls taking turns; three turns before warm up."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(-3, rounds):
+        for call, kept in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            if turn >= 0:
+                kept.append(time.perf_counter() - begin)
+    return times
+
+
+def table(found: dict[str, Any]) -> str:
+    """A line a model; ratios to the first in brackets."""
+    first = found["models"][0]
+    lines = []
+    for model in found["models"]:
+        cells = [
+            f"{Path(model['path']).name}: {model['num_parameters']:,} parameters ({model['num_parameters'] / first['num_parameters']:.2f})",
+            f"{model['bytes'] / 1e6:.1f} MB",
+        ]
+        for device in ("cpu", "cuda"):
+            if device in model:
+                speed, base = model[device], first[device]
+                cells.append(
+                    f"{device} {speed['latency_ms']:.2f} ms at batch 1 ({base['latency_ms'] / speed['latency_ms']:.2f} x as fast), "
+                    f"{speed['throughput_per_s']:,.1f} sequences/s at batch {found['batch_size']} "
+                    f"({speed['throughput_per_s'] / base['throughput_per_s']:.2f} x)"
+                )
+        lines.append("; ".join(cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

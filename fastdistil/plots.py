@@ -1,0 +1,73 @@
+"""Figures of plain data, for a page (SVG inside HTML) or a file (PNG). The same data gives the same bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+SIZE = 7.5, 4.0
+"""Inches."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+"""Okabe and Ito's, which colour-blind readers tell apart."""
+STYLES = ("-", "--", "-.", ":")
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> Figure:
+    """A line for each name, through its (x, y); few points are marked."""
+    figure, axes = _axes(xlabel, ylabel, title)
+    for i, (name, (x, y)) in enumerate(series.items()):
+        axes.plot(
+            x,
+            y,
+            label=name,
+            color=COLOURS[i % len(COLOURS)],
+            linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
+            linewidth=1.4,
+            marker="o" if len(x) <= 12 else None,
+            markersize=3.5,
+        )
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def points(
+    rows: Sequence[tuple[str, float, float, float | None]], xlabel: str, ylabel: str, title: str
+) -> Figure:
+    """A named point for each (name, x, y, half the height of its error bar or None)."""
+    figure, axes = _axes(xlabel, ylabel, title)
+    for i, (name, x, y, error) in enumerate(rows):
+        axes.errorbar(
+            [x], [y], yerr=error, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=name
+        )
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """An <svg> element; `name` keeps its ids apart from those of other figures on the page."""
+    file = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure with 150 dots an inch."""
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None}, bbox_inches="tight")
+
+
+def _axes(xlabel: str, ylabel: str, title: str):
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
