@@ -28,8 +28,8 @@ class EfficiencyConfig:
 
     models: tyro.conf.Positional[tuple[Path, ...]]
     """Hugging Face folders; the first is what the others are compared with."""
-    length: int = 128
-    """Tokens of a sequence."""
+    length: int | None = None
+    """Tokens of a sequence. None: 128, or what all models read."""
     batch_size: int = 32
     """Sequences at a time, for the throughput."""
     rounds: int = 20
@@ -41,7 +41,7 @@ class EfficiencyConfig:
 
     def __post_init__(self) -> None:
         for name in ("length", "batch_size", "rounds"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}"
                 )
@@ -87,11 +87,6 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     models, records = [], []
     for path in config.models:
         model = transformers.AutoModel.from_pretrained(path).eval()
-        positions = getattr(model.config, "max_position_embeddings", config.length)
-        if config.length > positions:
-            raise ValueError(
-                f"{path} reads {positions} tokens, got --length {config.length}: use less"
-            )
         models.append(model)
         records.append({
             "path": str(path),
@@ -99,9 +94,15 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
             "num_parameters": model.num_parameters(),
             "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
         })  # fmt: skip
+    readable = min(getattr(model.config, "max_position_embeddings", 512) for model in models)
+    length = min(128, readable) if config.length is None else config.length
+    if length > readable:
+        raise ValueError(
+            f"--length {length} is more than the {readable} tokens that all models read"
+        )
     vocab_size = min(model.config.vocab_size for model in models)
     generator = torch.Generator().manual_seed(0)
-    shape = config.batch_size, config.length
+    shape = config.batch_size, length
     ids = torch.randint(vocab_size // 2, vocab_size, shape, generator=generator)
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         batch = ids.to(device)
@@ -118,7 +119,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
                 "latency_ms_p90": 1e3 * sorted(alone)[int(0.9 * (len(alone) - 1))],
                 "throughput_per_s": config.batch_size / statistics.median(together),
             } | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
-    return {"length": config.length, "batch_size": config.batch_size, "models": records}
+    return {"length": length, "batch_size": config.batch_size, "models": records}
 
 
 def _call(model: Any, ids: Any) -> Callable[[], None]:
