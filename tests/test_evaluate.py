@@ -1,0 +1,300 @@
+"""evaluate.py and finetune.py: a task that can be learnt is learnt, one that cannot is not; repeatable, resumable; mistakes."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdistil import evaluate, finetune, tasks
+from fastdistil.tasks import Settings
+from tests import models
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(60))]
+
+
+def make_encoder(folder: Path, seed: int = 0, **sizes: int) -> Path:
+    """A BertForMaskedLM of one layer with a tokenizer, as an export is."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        **{
+            "vocab_size": len(WORDS),
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        }
+        | sizes
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    words = WORDS + [f"x{i}" for i in range(config.vocab_size - len(WORDS))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return folder
+
+
+def make_task(folder: Path, *, shuffled: bool = False, count: int = 240) -> Path:
+    """Texts of random words; the label says which of two words is among them."""
+    rng = random.Random(1)
+    for split, rows in (("train", count), ("validation", 60)):
+        lines = []
+        for i in range(rows):
+            words = [f"w{rng.randrange(2, 60)}" for _ in range(rng.randrange(2, 12))]
+            words.insert(rng.randrange(len(words)), f"w{i % 2}")
+            label = rng.randrange(2) if shuffled else i % 2
+            lines.append(f"{' '.join(words)}\t{label}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{split}.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    make_task(root / "data" / "sst2")
+    return make_encoder(root / "model"), root / "data"
+
+
+QUICK = ["--epochs", "3", "--batch-size", "8", "--lr", "3e-3", "--device", "cpu"]
+
+
+def run(model: Path, data: Path, *words: object) -> int:
+    start = [str(model), "--task", "sst2", "--data", str(data), *QUICK]
+    return evaluate.main([*start, *map(str, words)])
+
+
+def test_a_task_is_learnt_and_scored(folders, tmp_path, capsys):
+    model, data = folders
+    out = tmp_path / "result.json"
+    assert run(model, data, "--out", out, "--seeds", 2) == 0
+    record = json.loads(out.read_text())
+    found = record["tasks"]["sst2"]
+    scores = [found["seeds"][seed]["accuracy"] for seed in ("1", "2")]
+    assert min(scores) > 0.9
+    assert found["median"] == pytest.approx(np.median(scores))
+    assert (found["num_train"], found["num_validation"]) == (240, 60)
+    assert record["class"] == "BertForSequenceClassification"
+    text = capsys.readouterr().out
+    assert f"{100 * found['median']:.1f}" in text
+    assert "92.7" in text  # BERT-base's, as published
+    assert "91.3" in text
+
+
+def test_labels_of_no_meaning_are_not_learnt(folders, tmp_path):
+    make_task(tmp_path / "sst2", shuffled=True)
+    out = tmp_path / "result.json"
+    assert run(folders[0], tmp_path, "--out", out, "--seeds", 1) == 0
+    assert json.loads(out.read_text())["tasks"]["sst2"]["median"] < 0.75
+
+
+def test_a_seed_repeats_and_is_not_done_twice(folders, tmp_path, monkeypatch):
+    model, data = folders
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    assert run(model, data, "--out", first, "--seeds", 1, "--dropout", "0.1") == 0
+    assert run(model, data, "--out", second, "--seeds", 1, "--dropout", "0.1") == 0
+    one, two = (json.loads(f.read_text())["tasks"]["sst2"]["seeds"]["1"] for f in (first, second))
+    assert one["score"] == two["score"]
+
+    done = []
+    monkeypatch.setattr(finetune, "fine_tune", lambda *_, seed, **__: done.append(seed))
+    assert run(model, data, "--out", first, "--seeds", 3, "--dropout", "0.1") == 0
+    assert done == [2, 3]
+    assert json.loads(first.read_text())["tasks"]["sst2"]["seeds"]["1"] == one
+
+
+def test_weights_after_a_fine_tuning_are_bitwise_the_same(folders):
+    data = tasks.load("sst2", tasks.TASKS["sst2"], str(folders[1]))
+    settings = Settings(epochs=1, batch_size=8, lr=1e-3)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
+    encoded = finetune.Encoded(tokenizer, data.train, 64)
+    states = []
+    for _ in range(2):
+        model = finetune.load_model(str(folders[0]), data, settings, seed=3)
+        finetune.fine_tune(model, encoded, settings, seed=3, device=torch.device("cpu"))
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_distilbert_reads_pairs(folders, tmp_path):
+    """Its forward knows no token types, which the tokenizer of its teacher makes."""
+    folder = tmp_path / "distilbert"
+    model = models.random_model("DistilBertForMaskedLM", vocab_size=len(WORDS))
+    model.save_pretrained(folder)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (folder / name).write_text((folders[0] / name).read_text())
+    rows = "".join(f"w{i} w1\tw{i}\t{i % 2}\n" for i in range(24))
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("a\tb\tl\n" + rows)
+    table = ["--text-columns", "a", "b", "--label-column", "l"]
+    words = [
+        str(folder),
+        "--task",
+        "table",
+        "--data",
+        str(tmp_path),
+        *table,
+        "--seeds",
+        "1",
+        *QUICK,
+    ]
+    assert evaluate.main([*words, "--epochs", "1"]) == 0
+    kept = json.loads((folder / "evaluation.json").read_text())  # the default place
+    assert kept["tasks"]["table"]["num_train"] == 24
+
+
+def test_padding_changes_no_prediction(folders):
+    """One example at a time, and all in batches with longer ones."""
+    data = tasks.load("sst2", tasks.TASKS["sst2"], str(folders[1]))
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
+    encoded = finetune.Encoded(tokenizer, data.validation, 64)
+    settings = Settings(epochs=3, batch_size=8, lr=3e-3)
+    model = finetune.load_model(str(folders[0]), data, settings, seed=1)
+    train = finetune.Encoded(tokenizer, data.train, 64)
+    finetune.fine_tune(model, train, settings, seed=1, device=torch.device("cpu"))
+    alone, together = (
+        finetune.predict(model, encoded, size, torch.device("cpu")) for size in (1, 60)
+    )
+    assert (alone == together).all()
+    assert len(set(alone)) == 2  # or it would say nothing
+
+
+def test_an_epoch_takes_every_example_once_and_pads_little():
+    lengths = np.random.default_rng(0).integers(1, 100, 1003)
+    rng = np.random.default_rng(5)
+    batches = list(finetune.shuffled(lengths, 16, rng))
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    padded = sum(lengths[b].max() * len(b) for b in batches)
+    assert padded < 1.15 * lengths.sum()
+    again = list(finetune.shuffled(lengths, 16, rng))
+    assert not all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+def test_the_second_distillations_loss_and_gradient():
+    """(1 - kd) CE + kd T^2 KL, mean over the batch, against PyTorch in fp64."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(7, 3), torch.randn(7, 3)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0.0])
+    settings = Settings(kd=0.3, temperature=3.0)
+    ours = student.clone().requires_grad_()
+    loss = finetune.loss_of(ours, labels, teacher, settings)
+    loss.backward()
+    exact = student.double().requires_grad_()
+    t = 3.0
+    kl = torch.nn.functional.kl_div(
+        (exact / t).log_softmax(-1), (teacher.double() / t).softmax(-1), reduction="batchmean"
+    )
+    wanted = 0.7 * torch.nn.functional.cross_entropy(exact, labels.long()) + 0.3 * t * t * kl
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_teacher_is_fine_tuned_first_or_taken_as_it_is(folders, tmp_path, monkeypatch):
+    model, data = folders
+    save = tmp_path / "teacher"
+    assert run(model, data, "--out", tmp_path / "a.json", "--seeds", 1, "--save", save) == 0
+    calls = []
+    real = finetune.fine_tune
+
+    def counted(*arguments, teacher=None, **keywords):
+        calls.append(teacher is not None)
+        return real(*arguments, teacher=teacher, **keywords)
+
+    monkeypatch.setattr(finetune, "fine_tune", counted)
+    for teacher, wanted in ((save / "sst2", [True]), (model, [False, True])):
+        calls.clear()
+        out = tmp_path / f"{len(wanted)}.json"
+        assert run(model, data, "--out", out, "--seeds", 1, "--teacher", teacher) == 0
+        assert calls == wanted
+        assert json.loads(out.read_text())["tasks"]["sst2"]["median"] > 0.9
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path, capsys):
+    other = make_encoder(tmp_path / "other", vocab_size=80)
+    assert run(*folders, "--out", tmp_path / "r.json", "--teacher", other) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+
+
+def test_an_infinite_rate_is_an_error_with_the_seed(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune, "loss_of", lambda logits, *_: logits.sum() * float("nan"))
+    assert run(*folders, "--out", tmp_path / "r.json") == 1
+    assert "not finite with seed 1" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "sst3"], "--task sst3: wanted some of"),
+        (["--data", "nowhere"], "--data nowhere is not a folder"),
+        (["--task", "table"], "wants --text-columns and --label-column"),
+        (["--label-column", "x"], "other tasks have their own"),
+        (["--seeds", "0"], "--seeds must be 1 or more"),
+        (["--lr", "2"], "--lr must be in (0, 1), got 2.0"),
+        (["--task", "cola"], "wanted the columns sentence, label"),
+    ],
+)
+def test_mistakes_are_named(folders, tmp_path, capsys, words, message):
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "dev.csv").write_text("a,b\n1,2\n")
+    start = [str(folders[0]), "--out", str(tmp_path / "r.json")]
+    given = {"--task": "sst2", "--data": str(folders[1])}
+    if words == ["--task", "cola"]:
+        given["--data"] = str(tmp_path)
+    given |= {words[0]: words[1]}
+    try:
+        status = evaluate.main([*start, *(w for pair in given.items() for w in pair)])
+    except SystemExit as ended:  # by tyro, before the program began
+        status = ended.code
+    assert status == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_file_of_other_settings_is_not_mixed_into(folders, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    assert run(*folders, "--out", out, "--seeds", 1, "--epochs", 1) == 0
+    assert run(*folders, "--out", out, "--seeds", 2, "--epochs", 2) == 2
+    assert "another --epochs" in capsys.readouterr().err
+    out.write_text("{}")
+    assert run(*folders, "--out", out) == 2
+    assert "is no evaluation" in capsys.readouterr().err
+
+
+def test_glue_is_what_the_folder_holds(folders, tmp_path, capsys):
+    make_task(tmp_path / "cola", count=40)
+    make_task(tmp_path / "sst2", count=40)
+    words = [str(folders[0]), "--task", "glue", "--data", str(tmp_path), "--seeds", "1", *QUICK]
+    assert evaluate.main([*words, "--epochs", "1", "--out", str(tmp_path / "r.json")]) == 0
+    record = json.loads((tmp_path / "r.json").read_text())["tasks"]
+    assert set(record) == {"cola", "sst2"}
+    score = 50 * (record["cola"]["median"] + record["sst2"]["median"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{score:.1f}" in lines[1].split()
+    assert f"{(56.3 + 92.7) / 2:.1f}" in lines[2].split()
+
+
+def test_help_and_mistakes_are_quick():
+    for words in (["--help"], ["model", "--task", "sst3", "--data", "."]):
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "fastdistil.evaluate", *words], capture_output=True
+            )
+            times.append(time.perf_counter() - begin)
+        assert min(times) < 2.0  # torch alone takes longer; 0.3 s on a quiet machine
