@@ -1,0 +1,183 @@
+"""report.py: what the page says is what metrics.jsonl says; unfinished and hostile runs; no request to anywhere."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fastdistil import report
+
+STUDENT = {
+    "vocab_size": 101, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 64,
+    "max_positions": 64, "token_types": 0,
+}  # fmt: skip
+
+
+def make_run(folder: Path, *, updates: int = 20, validated: bool = True, lr: float = 1e-3, **record) -> Path:  # fmt: skip
+    folder.mkdir(parents=True)
+    config = {"recipe": "distilbert", "optim": {"lr": lr, "eps": 1e-6}, "out": str(folder)}
+    contents = {
+        "config": config,
+        "student": STUDENT,
+        "teacher": None,
+        "versions": {"torch": "2.13"},
+    }
+    (folder / "config.json").write_text(json.dumps(contents | record))
+    lines = []
+    for update in range(1, updates + 1):
+        lines.append({
+            "split": "train", "update": update, "tokens": 1000, "masked": 150, "loss": 10.0 - update / 10,
+            "mlm": 5.0 - update / 20, "gradient_norm": 1.5, "tokens_per_s": 500.0 * update, "mfu": 0.25,
+        })  # fmt: skip
+        if validated and update % 10 == 0:
+            lines.append({"split": "validation", "update": update, "loss": 9.0, "mlm": 4.4321})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+class Page(HTMLParser):
+    """Tables as {first cell: other cells}; tags and attributes as they come."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: dict[str, list[str]] = {}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.cells = []
+        if tag in ("th", "td"):
+            self.cells.append("")
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        if tag in ("th", "td"):
+            self.inside = False
+        if tag == "tr" and self.cells:
+            self.rows[self.cells[0]] = self.cells[1:]
+
+    def handle_data(self, data):
+        if self.inside:
+            self.cells[-1] += data
+
+
+def make_page(tmp_path: Path, *runs: Path) -> str:
+    out = tmp_path / "report.html"
+    assert report.main([*map(str, runs), "--out", str(out)]) == 0
+    return out.read_text()
+
+
+def test_the_summary_is_what_the_runs_measured(tmp_path):
+    one = make_run(tmp_path / "one")
+    two = make_run(tmp_path / "two", updates=30, lr=2e-3)
+    rows = Page(make_page(tmp_path, one, two)).rows
+    assert rows["updates"] == ["20", "30"]
+    assert rows["tokens"] == ["20,000", "30,000"]
+    assert rows["tokens/s, median"] == ["5,250", "7,750"]
+    assert rows["MFU, median"] == ["25.0%", "25.0%"]
+    assert rows["validation masked LM: cross-entropy, nats a masked token"] == ["4.4321", "4.4321"]
+    seconds = sum(1000 / (500.0 * u) for u in range(1, 21))
+    assert rows["training time"][0] == f"0:00:{round(seconds):02d}"
+    assert rows["optim.lr"] == ["0.001", "0.002"]
+    assert "optim.eps" not in rows  # the same in both
+    assert "out" not in rows
+
+
+def test_one_page_without_any_request(tmp_path):
+    text = make_page(tmp_path, make_run(tmp_path / "one"))
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "img", "object", "embed"), tag
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "action"):
+                assert (value or "").startswith("#"), (tag, name, value)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4  # loss, mlm, gradient norm, tokens/s
+    assert text == make_page(tmp_path, tmp_path / "one")  # the same bytes again
+
+
+def test_ids_of_the_plots_do_not_collide(tmp_path):
+    page = Page(make_page(tmp_path, make_run(tmp_path / "one")))
+    clips = [a["id"] for tag, a in page.tags if tag == "clippath"]
+    assert len(clips) == len(set(clips)) > 1
+
+
+def test_hostile_words_are_text(tmp_path):
+    evil = "<script>alert(1)</script>"
+    config = {"recipe": evil, "optim": {"lr": evil}}
+    one = make_run(tmp_path / "one", config=config, versions={evil: evil})
+    two = make_run(tmp_path / "two")
+    text = make_page(tmp_path, one, two)
+    assert "<script" not in text
+    assert Page(text).rows["optim.lr"] == [json.dumps(evil), "0.001"]
+
+
+def test_runs_that_go_on_or_have_just_begun(tmp_path):
+    cut = make_run(tmp_path / "cut", validated=False)
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "train", "upd')
+    fresh = make_run(tmp_path / "fresh")
+    (fresh / "metrics.jsonl").unlink()
+    rows = Page(make_page(tmp_path, cut, fresh)).rows
+    assert rows["updates"] == ["20", "-"]
+    assert rows["validation masked LM: cross-entropy, nats a masked token"] == ["-", "-"]
+    assert "Nothing was measured yet" in make_page(tmp_path, fresh)
+
+
+def test_profile_and_evaluation(tmp_path):
+    run = make_run(tmp_path / "one")
+    text = make_page(tmp_path, run)
+    assert "--profile 10:13" in text
+    assert "fastdistil.evaluate" in text
+    (run / "profile").mkdir()
+    parts = {"teacher": {"seconds": 0.1234, "share": 0.25, "floor": None}}
+    (run / "profile" / "table.json").write_text(json.dumps({"parts": parts}))
+    seeds = {"1": {"score": 0.812}, "2": {"score": 0.834}}
+    found = {"median": 0.823, "seeds": seeds, "num_train": 10, "num_validation": 5}
+    (run / "evaluation.json").write_text(json.dumps({"tasks": {"sst2": found}}))
+    rows = Page(make_page(tmp_path, run)).rows
+    assert rows["teacher"] == ["123.40", "25.0 %", "-"]
+    assert rows["sst2"][0] == "82.3"
+    assert rows["sst2"][1].split() == ["1:", "81.2", "2:", "83.4"]
+
+
+def test_a_long_curve_is_means_of_what_was_measured():
+    lines = [{"update": u, "loss": float(u)} for u in range(1, 1001)]
+    x, y = report.stretches(lines, "loss")
+    assert len(x) == 200
+    assert (x[0], y[0], x[-1], y[-1]) == (3.0, 3.0, 998.0, 998.0)
+    assert report.stretches(lines[:7], "loss") == ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7])
+    assert report.stretches(lines, "kd") == ([], [])
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path):
+    runs = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
+    assert report.names(runs) == [str(runs[0]), str(runs[1])]
+    assert report.names((runs[0],)) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is not a run folder"),
+        (["nowhere", "--out", "page.pdf"], "must end in .html"),
+        ([], "wanted one run folder or more"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.html").write_text("older")
+    try:
+        status = report.main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert message.lower() in " ".join(capsys.readouterr().err.split()).lower()
+    assert (tmp_path / "report.html").read_text() == "older"
