@@ -14,6 +14,8 @@ VOCABULARY_MULTIPLE = 64
 INITIALIZER_RANGE = 0.02
 """Standard deviation of fresh linear and embedding weights, that of BERT and DistilBERT."""
 
+MODEL_TYPES = ("bert", "distilbert", "roberta")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
@@ -31,7 +33,7 @@ class Architecture:
     max_positions: int
     """Tokens of the longest sequence."""
     token_types: int
-    """Rows of the token-type table: 0 for DistilBERT, which has none; 2 for BERT. Only row 0 is added."""
+    """Rows of the token-type table: 0 for DistilBERT, which has none; 2 for BERT, 1 for RoBERTa. Only row 0 is added."""
     dropout: float = 0.1
     """After the embeddings, the attention and the feed-forward layer."""
     attention_dropout: float = 0.1
@@ -39,10 +41,18 @@ class Architecture:
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
     """The id of [PAD]."""
+    roberta: bool = False
+    """Hugging Face's RoBERTa: the same encoder under other names, whose positions begin at pad_id + 1."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.type is bool:
+                if type(value) is not bool or (value and not self.token_types):
+                    raise ValueError(
+                        f"{field.name} must be true or false, and true wants token types, got {value!r}"
+                    )
+                continue
             if field.type is int:
                 least = 0 if field.name in ("token_types", "pad_id") else 1
                 if type(value) is not int or value < least:
@@ -66,6 +76,18 @@ class Architecture:
     def padded_vocab_size(self) -> int:
         """Rows of the word embeddings and of the decoder in memory: the next multiple of 64."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def model_type(self) -> str:
+        """What Hugging Face calls it, one of MODEL_TYPES."""
+        if self.roberta:
+            return "roberta"
+        return "bert" if self.token_types else "distilbert"
+
+    @property
+    def unused_positions(self) -> int:
+        """Rows before the first position in Hugging Face's table: RoBERTa counts from pad_id + 1. We do not keep them."""
+        return self.pad_id + 1 if self.roberta else 0
 
     @property
     def num_parameters(self) -> int:
@@ -104,13 +126,14 @@ _DISTILBERT_NAMES: dict[str, tuple[str, Any]] = {
     "attention_dropout": ("attention_dropout", 0.1),
     "pad_id": ("pad_token_id", 0),
 }
+_ROBERTA_NAMES = _BERT_NAMES | {"pad_id": ("pad_token_id", 1), "layer_norm_eps": ("layer_norm_eps", 1e-5)}  # fmt: skip
 
 
 def read_architecture(folder: str | Path) -> Architecture:
     """The architecture that the config.json of a Hugging Face folder describes.
 
     Raises ValueError if the folder has no readable config.json, if it is neither BERT nor
-    DistilBERT, or if it asks for something this encoder does not compute: another activation, other
+    DistilBERT nor RoBERTa, or if it asks for something this encoder does not compute: another activation, other
     positions, a decoder.
     """
     path = Path(folder) / "config.json"
@@ -123,26 +146,30 @@ def read_architecture(folder: str | Path) -> Architecture:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
     model_type = config.get("model_type")
-    if model_type not in ("bert", "distilbert"):
+    if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"{path}: model_type must be 'bert' or 'distilbert', got {model_type!r}: only these encoders are supported"
+            f"{path}: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}: only these encoders are supported"
         )
     _refuse_what_is_not_computed(path, config)
 
-    is_bert = model_type == "bert"
-    sizes: dict[str, Any] = {} if is_bert else {"token_types": 0}
-    for field, (name, default) in (_BERT_NAMES if is_bert else _DISTILBERT_NAMES).items():
+    sizes: dict[str, Any] = {"roberta": model_type == "roberta"}
+    if model_type == "distilbert":
+        sizes["token_types"] = 0
+    names = {"bert": _BERT_NAMES, "distilbert": _DISTILBERT_NAMES, "roberta": _ROBERTA_NAMES}
+    for field, (name, default) in names[model_type].items():
         sizes[field] = default if config.get(name) is None else config[name]
         if sizes[field] is None:
             raise ValueError(f"{path} has no {name!r}: a {model_type} config.json must give it")
     try:
+        if model_type == "roberta":
+            sizes["max_positions"] -= sizes["pad_id"] + 1
         return Architecture(**sizes)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_what_is_not_computed(path: Path, config: dict[str, Any]) -> None:
-    name = "hidden_act" if config["model_type"] == "bert" else "activation"
+    name = "activation" if config["model_type"] == "distilbert" else "hidden_act"
     if config.get(name, "gelu") != "gelu":
         raise ValueError(
             f"{path}: {name} must be 'gelu' (exact erf, trap 6 of the recipe), got {config[name]!r}: "

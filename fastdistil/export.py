@@ -212,11 +212,16 @@ def _introduction(class_name: str, distilled: bool) -> str:
 def _losses(loss: dict[str, Any], distilled: bool) -> str:
     if not distilled:
         return "Cross-entropy of the masked tokens."
-    return (
+    terms = (
         f"{loss.get('kd')} x T² KL(teacher, student) at temperature {loss.get('temperature')} over all tokens "
         f"+ {loss.get('mlm')} x cross-entropy of the masked tokens "
-        f"+ {loss.get('cosine')} x (1 - cos) of the last hidden states."
+        f"+ {loss.get('cosine')} x (1 - cos) of the last hidden states"
     )
+    if loss.get("hidden"):
+        terms += f" + {loss['hidden']} x (1 - cos) of the outputs of every layer"
+    if loss.get("values"):
+        terms += f" + {loss['values']} x KL of the value relations (MiniLMv2) of the last layers"
+    return f"{terms}."
 
 
 def _sizes(model: Architecture) -> str:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastdistil.architecture import INITIALIZER_RANGE, Architecture, read_architecture
 from fastdistil.bert import MaskedLM
@@ -75,11 +76,22 @@ _DISTILBERT_HEAD = {
     "head.norm": ("vocab_layer_norm",),
     "head": ("vocab_projector",),
 }
+_ROBERTA_EMBEDDINGS = {
+    ours: tuple(name.replace("bert.", "roberta.") for name in theirs)
+    for ours, theirs in _BERT_EMBEDDINGS.items()
+}
+_ROBERTA_HEAD = {
+    "head.dense": ("lm_head.dense",),
+    "head.norm": ("lm_head.layer_norm",),
+    "head": ("lm_head",),
+}
 # Second names of a tensor, by its first. Old files hold them; they must be equal to it.
 _ALIASES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight",
+    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+    "lm_head.decoder.bias": "lm_head.bias",
 }
 # Parts of the known classes that neither the MLM objective nor the encoder's output uses.
 _IGNORED = (
@@ -88,21 +100,24 @@ _IGNORED = (
     "bert.embeddings.position_ids",
     "bert.embeddings.token_type_ids",
     "distilbert.embeddings.position_ids",
+    "roberta.pooler.",
+    "roberta.embeddings.position_ids",
+    "roberta.embeddings.token_type_ids",
 )
 
 
 def _their_names(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """Our state dict key -> the Hugging Face keys it is stacked from, for the whole model."""
-    if architecture.token_types:
-        embeddings, layer, head, prefix = (
-            _BERT_EMBEDDINGS,
-            _BERT_LAYER,
-            _BERT_HEAD,
-            "bert.encoder.layer",
-        )
-    else:
-        embeddings, layer, head = _DISTILBERT_EMBEDDINGS, _DISTILBERT_LAYER, _DISTILBERT_HEAD
-        prefix = "distilbert.transformer.layer"
+    embeddings, layer, head, prefix = {
+        "bert": (_BERT_EMBEDDINGS, _BERT_LAYER, _BERT_HEAD, "bert.encoder.layer"),
+        "roberta": (_ROBERTA_EMBEDDINGS, _BERT_LAYER, _ROBERTA_HEAD, "roberta.encoder.layer"),
+        "distilbert": (
+            _DISTILBERT_EMBEDDINGS,
+            _DISTILBERT_LAYER,
+            _DISTILBERT_HEAD,
+            "distilbert.transformer.layer",
+        ),
+    }[architecture.model_type]
     modules: dict[str, tuple[str, ...]] = {**embeddings, **head}
     for i in range(architecture.num_layers):
         for ours, theirs in layer.items():
@@ -124,8 +139,8 @@ def load_masked_lm(
 ) -> MaskedLM:
     """The model of a Hugging Face folder, in fp32 on the CPU, in training mode.
 
-    Reads BertModel, BertForMaskedLM, BertForPreTraining, DistilBertModel and DistilBertForMaskedLM;
-    poolers, next-sentence heads and position buffers are left out.
+    Reads BertModel, BertForMaskedLM, BertForPreTraining, DistilBertModel, DistilBertForMaskedLM, RobertaModel
+    and RobertaForMaskedLM; poolers, next-sentence heads and position buffers are left out.
 
     Args:
         folder: with config.json and model.safetensors (or its shards), else pytorch_model.bin.
@@ -177,7 +192,7 @@ def _canonical_names(
     tensors: Mapping[str, Tensor], architecture: Architecture
 ) -> dict[str, Tensor]:
     """The tensors by the names that today's ...ForMaskedLM gives them, without aliases."""
-    base = "bert." if architecture.token_types else "distilbert."
+    base = f"{architecture.model_type}."
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.replace(".gamma", ".weight").replace(
@@ -187,6 +202,8 @@ def _canonical_names(
             name = base + name  # saved from the bare encoder
         if name.startswith(_IGNORED):
             continue
+        if name.endswith(".position_embeddings.weight"):
+            tensor = tensor[architecture.unused_positions :]
         if name in found:
             raise ValueError(f"the folder holds {name} twice, once as {key!r}: keep one of them")
         found[name] = tensor
@@ -292,7 +309,8 @@ def student_from_teacher(
         )
     free = ("num_layers", "dropout", "attention_dropout", "layer_norm_eps", "pad_id")
     same = replace(source, **{name: getattr(architecture, name) for name in free})
-    if architecture not in (same, replace(same, token_types=0)):
+    allowed = [same] if same.roberta else [same, replace(same, token_types=0)]
+    if architecture not in allowed:
         raise ValueError(
             "a student that starts from teacher layers must have the teacher's widths, heads, vocabulary and "
             f"positions, got {architecture} for {source}: change them back, or start from random weights"
@@ -310,8 +328,8 @@ def student_from_teacher(
 
 def hugging_face_class(architecture: Architecture) -> str:
     """The transformers class that computes this architecture. ValueError if there is none."""
-    if architecture.token_types:
-        return "BertForMaskedLM"
+    if architecture.model_type != "distilbert":
+        return {"bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM"}[architecture.model_type]
     if architecture.layer_norm_eps != 1e-12:
         raise ValueError(
             "a model without token types is a DistilBERT, whose layer_norm_eps is 1e-12, "
@@ -327,14 +345,14 @@ def hugging_face_config(architecture: Architecture) -> dict[str, Any]:
         "architectures": [hugging_face_class(a)],
         "dtype": "float32",
         "initializer_range": INITIALIZER_RANGE,
-        "max_position_embeddings": a.max_positions,
+        "max_position_embeddings": a.max_positions + a.unused_positions,
         "pad_token_id": a.pad_id,
         "tie_word_embeddings": True,
         "vocab_size": a.vocab_size,
     }
-    if a.token_types:
+    if a.model_type != "distilbert":
         return common | {
-            "model_type": "bert",
+            "model_type": a.model_type,
             "attention_probs_dropout_prob": a.attention_dropout,
             "hidden_act": "gelu",
             "hidden_dropout_prob": a.dropout,
@@ -373,6 +391,8 @@ def hugging_face_state(
     result = {}
     for ours, theirs in names.items():
         tensor = state[ours][: architecture.vocab_size] if ours in _VOCAB_ROWS else state[ours]
+        if ours == "encoder.position_embeddings.weight":
+            tensor = F.pad(tensor, (0, 0, architecture.unused_positions, 0))
         for name, part in zip(theirs, tensor.chunk(len(theirs)), strict=True):
             result[name] = part.detach().clone(memory_format=torch.contiguous_format)
     return result

@@ -34,12 +34,20 @@ DISTILBERT: dict[str, Any] = {
     "hidden_dim": 77,
     "max_position_embeddings": 512,
 }
+ROBERTA: dict[str, Any] = BERT | {
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 514,
+}
 
 
 def random_model(class_name: str, seed: int = 0, **sizes: Any) -> Any:
     """A transformers model of odd sizes, every parameter random: fresh biases and LayerNorms would hide mistakes."""
     if class_name.startswith("Distil"):
         config = transformers.DistilBertConfig(**(DISTILBERT | sizes))
+    elif class_name.startswith("Roberta"):
+        config = transformers.RobertaConfig(**(ROBERTA | sizes))
     else:
         config = transformers.BertConfig(**(BERT | sizes))
     model = getattr(transformers, class_name)(config).eval()

@@ -80,9 +80,11 @@ def test_every_field_is_read(tmp_path):
         "layer_norm_eps": 1e-5,
         "pad_token_id": 7,
     }
-    values = (101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7)
+    values = (101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7, False)
     got = read_architecture(_folder(tmp_path, model_type="bert", **bert))
     assert tuple(getattr(got, name) for name in Architecture.__slots__) == values
+    got = read_architecture(_folder(tmp_path, model_type="roberta", **bert))
+    assert (got.max_positions, got.roberta) == (50 - 8, True)  # positions begin at pad_id + 1
     # sinusoidal positions are stored as weights: nothing to compute
     distilbert = {"dim": 60, "n_layers": 2, "n_heads": 3, "hidden_dim": 77, "vocab_size": 101}
     more = {"max_position_embeddings": 50, "sinusoidal_pos_embds": True, "dropout": 0.2}
@@ -93,7 +95,10 @@ def test_every_field_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_bert(model_type="roberta"), "model_type must be 'bert' or 'distilbert', got 'roberta'"),
+        (
+            _bert(model_type="gpt2"),
+            "model_type must be one of bert, distilbert, roberta, got 'gpt2'",
+        ),
         (_bert(hidden_act="gelu_new"), r"hidden_act must be 'gelu' \(exact erf.*'gelu_new'"),
         ({"model_type": "distilbert", "activation": "relu"}, "activation must be 'gelu'.*'relu'"),
         (_bert(position_embedding_type="relative_key"), "must be 'absolute', got 'relative_key'"),
