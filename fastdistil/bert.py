@@ -13,8 +13,8 @@ To freeze the positions as DistilBERT's authors did:
 Shapes: N tokens of the micro-batch, D hidden width, H heads, V padded vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,17 +97,32 @@ class EncoderLayer(nn.Module):
         layout: SequenceLayout,
         dropout_seed: Tensor | None,
         backend: AttentionBackend,
-    ) -> Tensor:
+        with_values: bool = False,
+    ) -> Any:
+        """The layer's output (N, D); `with_values` a pair of it and its values (N, D), all heads side by side."""
+        qkv_N3D = self.qkv(hidden_ND)
+        values_ND = qkv_N3D.chunk(3, 1)[2] if with_values else None
         attended_ND = ops.attention(
-            self.qkv(hidden_ND).unflatten(1, (3, self.num_heads, -1)),
+            qkv_N3D.unflatten(1, (3, self.num_heads, -1)),
             layout,
             dropout_p=self.attention_dropout,
             seed=dropout_seed,
             stream=self.stream,
             backend=backend,
         ).flatten(1)
+        del qkv_N3D  # a teacher, which has no backward, needs the memory now
         hidden_ND = self.attention_norm(self.attention_out(attended_ND), hidden_ND, dropout_seed)
-        return self.ffn_norm(self.ffn_out(self.ffn_in(hidden_ND)), hidden_ND, dropout_seed)
+        output_ND = self.ffn_norm(self.ffn_out(self.ffn_in(hidden_ND)), hidden_ND, dropout_seed)
+        return output_ND if values_ND is None else (output_ND, values_ND)
+
+
+class Keep(NamedTuple):
+    """What an encoder hands out beside its last hidden states."""
+
+    layers: tuple[int, ...] = ()
+    """The outputs of these layers, counted from 0, each (N, D)."""
+    values: bool = False
+    """The values of the last layer's attention, (N, D), all heads side by side."""
 
 
 class Encoder(nn.Module):
@@ -135,9 +150,13 @@ class Encoder(nn.Module):
         )
 
     def forward(
-        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout
-    ) -> Tensor:
-        """Last hidden states (N, D), in the dtype of the weights.
+        self,
+        input_ids_N: Tensor,
+        position_ids_N: Tensor,
+        layout: SequenceLayout,
+        keep: Keep | None = None,
+    ) -> Any:
+        """Last hidden states (N, D), in the dtype of the weights; with `keep` a pair of them and a tuple of what is to be kept.
 
         Ids are int32 or int64; positions start at 0 in each sequence and stay below max_positions.
         In training mode, one number from torch's default generator of the device seeds the dropout
@@ -155,13 +174,22 @@ class Encoder(nn.Module):
         hidden_ND = ops.dropout(
             self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p
         )
-        for layer in self.layers:
-            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend)
+        outputs: dict[int, Tensor] = {}
+        values: Sequence[Tensor] = ()
+        for index, layer in enumerate(self.layers):
+            with_values = keep is not None and keep.values and index == len(self.layers) - 1
+            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_values)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden_ND = layer(*arguments)
-        return hidden_ND
+            if with_values:
+                hidden_ND, *values = hidden_ND
+            if keep is not None and index in keep.layers:
+                outputs[index] = hidden_ND
+        if keep is None:
+            return hidden_ND
+        return hidden_ND, (*(outputs[i] for i in keep.layers), *values)
 
 
 class VocabHead(nn.Module):

@@ -142,16 +142,28 @@ class LossConfig:
     """Weight of 1 - cos(student, teacher) of the last hidden states, over every real token."""
     temperature: float = 2.0
     """Temperature of the KL; T^2 is part of the term."""
+    hidden: float = 0.0
+    """Beyond the paper: weight of 1 - cos of the outputs of every student layer and of the teacher layer it began as."""
+    values: float = 0.0
+    """Beyond the paper: weight of the KL of the value relations of the last layers (MiniLMv2); widths may differ."""
+    relation_heads: int = 12
+    """Heads that the values are cut into for these relations; divides both widths."""
 
     def __post_init__(self) -> None:
-        for name in ("kd", "mlm", "cosine"):
+        _check(self.relation_heads >= 1, "loss.relation_heads", "1 or more", self.relation_heads)
+        for name in ("kd", "mlm", "cosine", "hidden", "values"):
             _check(
                 0 <= getattr(self, name) < float("inf"),
                 f"loss.{name}",
                 "0 or more",
                 getattr(self, name),
             )
-        _check(self.kd + self.mlm + self.cosine > 0, "loss", "at least one weight above 0", 0)
+        _check(
+            self.kd + self.mlm + self.cosine + self.hidden + self.values > 0,
+            "loss",
+            "at least one weight above 0",
+            0,
+        )
         _check(0 < self.temperature < float("inf"), "loss.temperature", "above 0", self.temperature)
 
 
@@ -370,7 +382,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields of two `to_json` configurations that differ though a resumed run may not change them."""
-    old, new = flatten(saved), flatten(now)
+    # an older version's run lacks what was added since, and ran as the defaults do
+    old, new = flatten(to_json(Config())) | flatten(saved), flatten(now)
 
     def free(name: str) -> bool:
         return name not in BOUND_AT_RESUME and any(

@@ -116,7 +116,7 @@ class PlainEngine:
     def forward_backward(
         self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
     ) -> Tensor:
-        """Add one micro-batch's gradient; returns its (5,) loss sums (losses.SUMS)."""
+        """Add one micro-batch's gradient; returns its (7,) loss sums (losses.SUMS)."""
         loss, sums = self.compute(batch, teacher, num_tokens, num_masked)
         with span("backward"):
             loss.backward()
@@ -133,7 +133,7 @@ class PlainEngine:
         return norm
 
     def evaluate(self, batch: MicroBatch, teacher: TeacherOutput | None) -> Tensor:
-        """(5,) loss sums of a validation micro-batch; no gradient, no dropout."""
+        """(7,) loss sums of a validation micro-batch; no gradient, no dropout."""
         self.objective.eval()
         with torch.no_grad():
             _, sums = self.compute(batch, teacher, 1, 1)
@@ -216,7 +216,7 @@ class DeepSpeedEngine:
     def forward_backward(
         self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
     ) -> Tensor:
-        """Add one micro-batch's gradient; returns its (5,) loss sums (losses.SUMS). Communicates as the stage needs."""
+        """Add one micro-batch's gradient; returns its (7,) loss sums (losses.SUMS). Communicates as the stage needs."""
         loss, sums = self.engine(batch, teacher, num_tokens, num_masked)
         # DeepSpeed averages over ranks and we want the sum; denominators are counted over the update, so no division by steps either
         with span("backward"):

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from fastdistil import engine, ops
+from fastdistil import engine, hints, ops
 from fastdistil.architecture import Architecture
 from fastdistil.dist import Place
 from fastdistil.preflight import Resolved
@@ -103,6 +103,10 @@ def predict(
     else:
         chunk = min(N, ops.default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
         loss = 2 * chunk * V * s + dweight + V * D * (s if chunk == N else 4)
+        if config.loss.values:  # scores, logarithms and probabilities of both, in fp32
+            longest = resolved.meta.max_length
+            relations = config.loss.relation_heads * max(hints.PADDED_TOKENS, longest) * longest
+            loss = max(loss, 6 * 4 * relations)
 
     # --- the teacher
     held = handed = inference = 0
@@ -156,8 +160,11 @@ def _teacher_bytes(resolved: Resolved, s: int) -> tuple[int, int, int]:
     if precision == "fp8":  # one byte less an element of the layers' matrices
         held -= teacher.num_layers * (4 * E * E + 2 * E * F)
     token = resolved.config.batch.token_budget * s
+    # last hidden states, and the head's; what the losses of hints.py take, the values within q, k and v
+    loss = resolved.config.loss
+    handed = 2 * E + (loss.hidden > 0) * resolved.student.num_layers * E + (loss.values > 0) * 3 * E
     # GELU's input and output; the embeddings, the layer's input, what was attended, and its LayerNorm
-    return held, 2 * E * token, (2 * F + 4 * E) * token
+    return held, handed * token, (2 * F + 4 * E) * token
 
 
 def require(

@@ -10,6 +10,7 @@ from fastdistil.bert import Encoder, MaskedLM
 from fastdistil.config import Config
 from fastdistil.data import Collator, Plan, UpdatePlan, seed_of, validation_plan
 from fastdistil.dist import Place
+from fastdistil.losses import teacher_keeps
 from fastdistil.preflight import Resolved
 from fastdistil.shards import Shards
 from fastdistil.teacher import RemoteTeacher, Teacher
@@ -95,7 +96,8 @@ def load_models(
         link = place.teacher_link
         return RemoteTeacher(teacher, link, device=place.device, dtype=dtype), student
     elsewhere = place.second_device
-    frozen = Teacher(teacher, device=place.device, dtype=dtype, encoder_device=elsewhere)
+    keep = teacher_keeps(config.loss, resolved.imitated_layers)
+    frozen = Teacher(teacher, device=place.device, dtype=dtype, encoder_device=elsewhere, keep=keep)
     if config.teacher.precision == "fp8":
         fp8.require_device(frozen.encoder_device)
         fp8.quantise(frozen.model.encoder)

@@ -6,8 +6,8 @@ For the real tokens R and masked tokens M of a whole update (all ranks, all micr
       + mlm    / |M|     * sum_{m in M} CE(z_s, original id)
       + cosine / |R|     * sum_{r in R} (1 - cos(h_s, h_t))
 
-|R| and |M| come from the plan of the update, so each micro-batch contributes its sums divided by them and the parts add up
-exactly: no mean of means, no communication before the backward.
+and, where asked for, the terms of hints.py over |R|. |R| and |M| come from the plan of the update, so each micro-batch
+contributes its sums divided by them and the parts add up exactly: no mean of means, no communication before the backward.
 """
 
 from typing import NamedTuple
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdistil import ops
-from fastdistil.bert import MaskedLM
+from fastdistil import hints, ops
+from fastdistil.bert import Keep, MaskedLM
 from fastdistil.config import LossConfig
 from fastdistil.data import MicroBatch
 from fastdistil.profiling import span
 
-SUMS = ("kd", "mlm", "cosine", "agree", "correct")
+SUMS = ("kd", "mlm", "cosine", "agree", "correct", "hidden", "values")
 """What a micro-batch adds up: three unweighted loss terms (T^2 included), real tokens on which student and teacher
-agree at top 1, masked tokens the student gets right (only counted without a teacher)."""
+agree at top 1, masked tokens the student gets right (only counted without a teacher), two more terms (hints.py)."""
 
 
 class TeacherOutput(NamedTuple):
@@ -34,6 +34,14 @@ class TeacherOutput(NamedTuple):
     transformed_NE: Tensor  # input of the vocabulary matrix
     weight_VE: Tensor
     bias_V: Tensor
+    kept: tuple[Tensor, ...] = ()  # outputs of layers, then values of the last (bert.Keep)
+
+
+def teacher_keeps(loss: LossConfig, layers: tuple[int, ...]) -> Keep | None:
+    """What a teacher must hand over for the losses of hints.py, `layers` being the ones that are imitated; None for none."""
+    if not loss.hidden and not loss.values:
+        return None
+    return Keep(layers if loss.hidden else (), loss.values > 0)
 
 
 class Objective(nn.Module):
@@ -46,6 +54,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.loss = loss
+        self.keep = teacher_keeps(loss, tuple(range(student.architecture.num_layers)))
 
     def forward(
         self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
@@ -58,19 +67,24 @@ class Objective(nn.Module):
             num_tokens, num_masked: |R| and |M| of the whole update.
 
         Returns:
-            The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (5,) fp32
+            The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (7,) fp32
             detached sums named in SUMS.
         """
+        inputs, kept = (batch.input_ids, batch.position_ids, batch.layout), ()
         with span("student forward"):
-            hidden_ND = self.student.encoder(batch.input_ids, batch.position_ids, batch.layout)
+            if self.keep is None:
+                hidden_ND = self.student.encoder(*inputs)
+            else:
+                hidden_ND, kept = self.student.encoder(*inputs, self.keep)
         with span("loss"):
             if teacher is None:
                 return self._masked_lm(hidden_ND, batch, num_masked)
-            return self._distillation(hidden_ND, batch, teacher, num_tokens, num_masked)
+            return self._distillation(hidden_ND, kept, batch, teacher, num_tokens, num_masked)
 
     def _distillation(
         self,
         hidden_ND: Tensor,
+        kept: tuple[Tensor, ...],
         batch: MicroBatch,
         teacher: TeacherOutput,
         num_tokens: int,
@@ -101,8 +115,20 @@ class Objective(nn.Module):
         if config.cosine:
             cosine_sum = ops.cosine_loss(hidden_ND, teacher.hidden_NE, num_rows=batch.num_rows)
             loss = loss + config.cosine / num_tokens * cosine_sum
-        sums = (kd_sum, mlm_sum, cosine_sum.detach(), num_agree, torch.zeros_like(kd_sum))
-        return loss, torch.stack([s.float() for s in sums])
+        zero = torch.zeros_like(kd_sum)
+        hidden_sum = values_sum = zero
+        if config.hidden:
+            n = self.student.architecture.num_layers
+            hidden_sum = hints.hidden_cosine(kept[:n], teacher.kept[:n], batch.num_rows)
+            loss = loss + config.hidden / num_tokens * hidden_sum
+        if config.values:
+            lengths = batch.lengths[: len(batch.sequences)]
+            values_sum = hints.value_relation(
+                kept[-1], teacher.kept[-1], lengths, batch.layout.cu_seqlens, config.relation_heads
+            )
+            loss = loss + config.values / num_tokens * values_sum
+        sums = (kd_sum, mlm_sum, cosine_sum, num_agree, zero, hidden_sum, values_sum)
+        return loss, torch.stack([s.detach().float() for s in sums])
 
     def _masked_lm(
         self, hidden_ND: Tensor, batch: MicroBatch, num_masked: int
@@ -113,7 +139,7 @@ class Objective(nn.Module):
         mlm_sum = F.cross_entropy(logits_MV, labels_M, reduction="sum")
         correct = (logits_MV.detach().argmax(-1) == labels_M).sum()
         zero = torch.zeros_like(mlm_sum)
-        sums = torch.stack([zero, mlm_sum.detach(), zero, zero, correct.float()])
+        sums = torch.stack([zero, mlm_sum.detach(), zero, zero, correct.float(), zero, zero])
         return self.loss.mlm / num_masked * mlm_sum, sums
 
 
@@ -121,7 +147,7 @@ def means(
     sums: list[float], num_tokens: int, num_masked: int, loss: LossConfig, *, has_teacher: bool
 ) -> dict[str, float]:
     """Reported losses of an update (or a validation) from its sums over all ranks, weighted as the objective is."""
-    kd, mlm, cosine, agree, correct = sums
+    kd, mlm, cosine, agree, correct, hidden, values = sums
     if not has_teacher:
         return {
             "loss": loss.mlm * mlm / num_masked,
@@ -130,4 +156,8 @@ def means(
         }
     parts = {"kd": kd / num_tokens, "mlm": mlm / num_masked, "cosine": cosine / num_tokens}
     total = loss.kd * parts["kd"] + loss.mlm * parts["mlm"] + loss.cosine * parts["cosine"]
+    for name, weight, value in (("hidden", loss.hidden, hidden), ("values", loss.values, values)):
+        if weight:
+            parts[name] = value / num_tokens
+            total += weight * parts[name]
     return {"loss": total, **parts, "agreement": agree / num_tokens}

@@ -3,12 +3,13 @@
 `resolve` turns a configuration with gaps into what the run will really use, or raises with what was wanted, what was got and what to do.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdistil import run_folder, tokenizer
 from fastdistil.architecture import Architecture, read_architecture
-from fastdistil.config import Config
+from fastdistil.config import Config, LossConfig
 from fastdistil.shards import Meta, read_meta
 
 
@@ -25,6 +26,15 @@ class Resolved:
     meta: Meta
     tokenizer_path: Path
     micro_batches_per_update: int
+
+    @property
+    def imitated_layers(self) -> tuple[int, ...]:
+        """For each layer of the student the one of the teacher that it began as, or would have, at the same relative depth."""
+        if self.teacher is None:
+            return ()
+        if self.config.student.init == "teacher":
+            return self.layers
+        return spread(self.student.num_layers, self.teacher.num_layers)
 
 
 def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Resolved:
@@ -66,11 +76,8 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
                 f"the shards hold sequences of up to {meta.max_length} tokens, the {name} reads {architecture.max_positions}: "
                 f"prepare with --max-length {architecture.max_positions}"
             )
-    if config.loss.cosine and teacher is not None and teacher.hidden_size != student.hidden_size:
-        raise ValueError(
-            f"the cosine loss compares hidden states of one width, the teacher's is {teacher.hidden_size} and the student's {student.hidden_size}: "
-            "use --loss.cosine 0, or the teacher's width"
-        )
+    if teacher is not None:
+        _check_widths(config.loss, teacher, student)
     if config.batch.token_budget < meta.max_length:
         raise ValueError(
             f"--batch.token-budget {config.batch.token_budget} cannot hold a sequence of {meta.max_length} tokens: "
@@ -119,7 +126,13 @@ def _check_teacher_ranks(config: Config, world_size: int, *, by_torchrun: bool) 
 
 
 def _check_losses(config: Config) -> None:
-    distils = config.loss.kd > 0 or config.loss.cosine > 0
+    loss = config.loss
+    distils = max(loss.kd, loss.cosine, loss.hidden, loss.values) > 0
+    if config.teacher.ranks and (loss.hidden or loss.values):
+        raise ValueError(
+            f"--teacher.ranks {config.teacher.ranks} sends last hidden states alone, and --loss.hidden and --loss.values want more: "
+            "leave out the one or the others"
+        )
     if distils and config.teacher.path is None:
         raise ValueError(
             f"recipe {config.recipe} imitates a teacher and --teacher.path is missing: give a Hugging Face folder with a masked-LM head "
@@ -131,7 +144,23 @@ def _check_losses(config: Config) -> None:
         )
     if config.teacher.path is not None and not distils:
         raise ValueError(
-            "--teacher.path has no effect with --loss.kd 0 and --loss.cosine 0: leave it out, or give one of them a weight"
+            "--teacher.path has no effect with --loss.kd 0 and --loss.cosine 0 (and no --loss.hidden or --loss.values): leave it out, "
+            "or give one of them a weight"
+        )
+
+
+def _check_widths(loss: LossConfig, teacher: Architecture, student: Architecture) -> None:
+    widths = teacher.hidden_size, student.hidden_size
+    for name in ("cosine", "hidden"):
+        if getattr(loss, name) and widths[0] != widths[1]:
+            raise ValueError(
+                f"the {name} loss compares hidden states of one width, the teacher's is {widths[0]} and the student's {widths[1]}: "
+                f"use --loss.{name} 0, or the teacher's width"
+            )
+    if loss.values and any(width % loss.relation_heads for width in widths):
+        raise ValueError(
+            f"--loss.relation-heads {loss.relation_heads} must divide the widths {widths[0]} of the teacher and {widths[1]} of the student: "
+            f"use {math.gcd(*widths)} or a divisor of it"
         )
 
 
@@ -259,7 +288,13 @@ def _student(
             raise ValueError(
                 f"--student.layers {' '.join(map(str, layers))} wants layers that the source with 0..{source.num_layers - 1} does not have"
             )
-    token_types = wanted.token_types
+    token_types, roberta = wanted.token_types, model is not None and model.roberta
+    if roberta:
+        if token_types is not None:
+            raise ValueError(
+                f"--student.token-types {token_types} is for students of BERT and DistilBERT: those of a RoBERTa are RoBERTas, leave it out"
+            )
+        token_types = _of(model, "token_types")
     if token_types is None:  # a teacher in the making stays what it was; a student is a DistilBERT
         token_types = 2 if source is not None and teacher is None and source.token_types else 0
     if token_types and source is not None and not source.token_types:
@@ -278,9 +313,13 @@ def _student(
         token_types=token_types,
         dropout=wanted.dropout,
         attention_dropout=wanted.attention_dropout,
-        layer_norm_eps=source.layer_norm_eps if source is not None and token_types else 1e-12,
+        layer_norm_eps=1e-12,
         pad_id=meta.special_ids["pad"],
+        roberta=roberta,
     )
+    same_norm = model if roberta else source if token_types else None
+    if same_norm is not None:
+        student = replace(student, layer_norm_eps=same_norm.layer_norm_eps)
     return student, layers
 
 

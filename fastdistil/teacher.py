@@ -18,7 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from fastdistil.bert import MaskedLM, VocabHead
+from fastdistil.bert import Keep, MaskedLM, VocabHead
 from fastdistil.data import MicroBatch
 from fastdistil.dist import TeacherLink
 from fastdistil.losses import TeacherOutput
@@ -33,6 +33,7 @@ class Teacher:
     Args:
         device: where its output goes, the student's.
         encoder_device: where the encoder runs, if elsewhere: hidden states travel, the head is applied at home.
+        keep: what it hands over beside its last hidden states.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Teacher:
         device: torch.device,
         dtype: torch.dtype,
         encoder_device: torch.device | None = None,
+        keep: Keep | None = None,
     ) -> None:
+        self.keep = keep
         self.device, self.encoder_device = device, encoder_device or device
         apart = self.encoder_device != device
         # a copy, since its weight is tied to the word embeddings, which go with the encoder
@@ -54,15 +57,23 @@ class Teacher:
     def __call__(self, batch: MicroBatch) -> TeacherOutput:
         """The teacher's view of the same masked ids; tensors in its dtype. Consumes no random numbers."""
         with span("teacher"):
-            return _output(self.head, self.hidden(batch).to(self.device, non_blocking=True))
+            hidden_NE, kept = self._states(batch)
+            output = _output(self.head, hidden_NE.to(self.device, non_blocking=True))
+            return output._replace(kept=tuple(t.to(self.device, non_blocking=True) for t in kept))
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
     def hidden(self, batch: MicroBatch) -> Tensor:
         """(N, E) last hidden states, on the encoder's device."""
+        return self._states(batch)[0]
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
+    def _states(self, batch: MicroBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert not self.model.training, "the teacher was switched to training mode"
         batch = batch.to(self.encoder_device)
         with torch.accelerator.device_index(self.encoder_device.index):  # where Triton launches
-            return self.model.encoder(batch.input_ids, batch.position_ids, batch.layout)
+            inputs = batch.input_ids, batch.position_ids, batch.layout
+            if self.keep is None:
+                return self.model.encoder(*inputs), ()
+            return self.model.encoder(*inputs, self.keep)
 
 
 @torch.no_grad()
@@ -201,7 +212,8 @@ class Feed:
             student.wait_event(done)
             here, hints = pair
             # without this their memory may be given away while the student still reads; the teacher's weights stay
-            for tensor in (*_tensors(here), *(hints or ())[:2]):
+            made = (*hints[:2], *hints.kept) if hints else ()
+            for tensor in (*_tensors(here), *made):
                 tensor.record_stream(student)
             return pair
 

@@ -131,7 +131,8 @@ def test_each_term_alone_equals_the_authors(folder, part):
         batches,
         weights=(only["kd"], only["mlm"], only["cosine"]),
     )
-    _, gradients = ours(folder, update, batches, LossConfig(**only))
+    config = LossConfig(kd=only["kd"], mlm=only["mlm"], cosine=only["cosine"])
+    _, gradients = ours(folder, update, batches, config)
     if part == "cosine":  # the head gets none
         exact = {n: g for n, g in exact.items() if not n.startswith("vocab") and g.abs().max() > 0}
     error, where = authors.worst_relative_error(gradients, exact)
@@ -190,7 +191,7 @@ def test_identical_models_have_no_kl_in_bf16(folder):
     )
     _, batches = make_batches(folder, 1)
     _, sums = objective(batches[0], teacher(batches[0]), 1, 1)
-    kd, _, cosine, agree, _ = sums.tolist()
+    kd, _, cosine, agree, *_ = sums.tolist()
     assert kd == 0
     assert cosine == pytest.approx(0, abs=0.05)
     assert agree == batches[0].num_tokens

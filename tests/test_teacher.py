@@ -31,14 +31,15 @@ needs_gpu = pytest.mark.skipif(
 
 
 def equal(a: TeacherOutput, b: TeacherOutput) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    pairs = zip((*a[:4], *a.kept), (*b[:4], *b.kept), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_on_a_cpu_the_teacher_precedes(folder, caplog):
     _, batches = make_batches(folder, 4, CPU)
     teacher, happened = make_teacher(folder, CPU), []
-    infer = teacher.hidden
-    teacher.hidden = lambda batch: (happened.append("teacher"), infer(batch))[1]
+    infer = teacher._states
+    teacher._states = lambda batch: (happened.append("teacher"), infer(batch))[1]
     with caplog.at_level(logging.INFO, "fastdistil"):
         feed = Feed(teacher, CPU, overlap=True)
     assert "precedes the student" in caplog.text
@@ -124,7 +125,7 @@ class FakeTeacher(Teacher):
         far = self.cuda.current_stream(self.encoder_device)
         assert far is not self.cuda.default[self.encoder_device]
         self.began[batch.sequences] = self.cuda.work("teacher", batch, self.device)
-        return TeacherOutput(*torch.ones(4, 1, 1).unbind())
+        return TeacherOutput(*torch.ones(4, 1, 1).unbind(), kept=())
 
 
 @pytest.mark.parametrize("encoder_index", [0, 1])
