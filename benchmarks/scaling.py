@@ -139,8 +139,17 @@ def worker(stage: str) -> None:
     place = dist.init("cpu", timeout_s=120, threads=1)
 
     def model(layers: int) -> MaskedLM:
-        sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_heads": 4, "ffn_size": 4 * WIDTH}
-        return MaskedLM(Architecture(**sizes, num_layers=layers, max_positions=64, token_types=0))
+        return MaskedLM(
+            Architecture(
+                vocab_size=VOCAB,
+                hidden_size=WIDTH,
+                num_layers=layers,
+                num_heads=4,
+                ffn_size=4 * WIDTH,
+                max_positions=64,
+                token_types=0,
+            )
+        )
 
     from benchmarks.step import synthetic_batch
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,22 +19,20 @@ from tests import models
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(60))]
 
 
-def make_encoder(folder: Path, seed: int = 0, **sizes: int) -> Path:
+def make_encoder(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     """A BertForMaskedLM of one layer with a tokenizer, as an export is."""
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        **{
-            "vocab_size": len(WORDS),
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "max_position_embeddings": 64,
-        }
-        | sizes
-    )
+    given: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
+    config = transformers.BertConfig(**given | sizes)
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     words = WORDS + [f"x{i}" for i in range(config.vocab_size - len(WORDS))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")

@@ -18,10 +18,16 @@ CPU = torch.device("cpu")
 
 
 def model(num_layers: int, width: int, **changes) -> Architecture:
-    sizes = dict(
-        vocab_size=4096, num_heads=width // 32, ffn_size=4 * width, max_positions=128, token_types=0
+    plain = Architecture(
+        vocab_size=4096,
+        hidden_size=width,
+        num_layers=num_layers,
+        num_heads=width // 32,
+        ffn_size=4 * width,
+        max_positions=128,
+        token_types=0,
     )
-    return Architecture(num_layers=num_layers, hidden_size=width, **(sizes | changes))
+    return replace(plain, **changes)
 
 
 MINILM = Case(student=model(2, 256), teacher=model(3, 256, token_types=2), tokens=1024)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -185,4 +186,4 @@ def test_jobs_share_cores_and_gpus(monkeypatch):
 
 def test_a_variant_is_refused_by_name():
     with pytest.raises(ValueError, match="no-such"):
-        replace(study.StudyConfig(shards="s", out="o", data="d", tasks=("cola",)), variants=("no-such",))  # fmt: skip
+        replace(study.StudyConfig(shards=Path("s"), out=Path("o"), data=Path("d"), tasks=("cola",)), variants=("no-such",))  # fmt: skip
