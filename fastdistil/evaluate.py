@@ -31,7 +31,7 @@ class EvaluateConfig:
     model: tyro.conf.Positional[str]
     """Hugging Face folder of an encoder, e.g. an export, or its name on the hub."""
     task: tuple[str, ...]
-    """cola sst2 mrpc stsb qqp mnli qnli rte wnli imdb, `glue` for those of them that --data holds, or `table` for any labelled texts."""
+    """cola sst2 mrpc stsb qqp mnli qnli rte wnli imdb squad squad2, `glue` for those of GLUE that --data holds, or `table` for any labelled texts."""
     data: str
     """Folder of the files (Parquet, TSV, CSV or JSON), of one task or with a folder for each; or hf:NAME[:CONFIG]."""
     text_columns: tuple[str, ...] = ()
@@ -185,17 +185,22 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
     import torch
     import transformers
 
-    from fastdistil import finetune
+    from fastdistil import finetune, squad
 
     settings = config.settings
     wants_cuda = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if wants_cuda or config.device == "cuda" else "cpu")
-    data = tasks.load(name, task, config.data)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    train = finetune.Encoded(
-        tokenizer, data.train.first(settings.max_train_examples), settings.max_length
-    )
-    validation = finetune.Encoded(tokenizer, data.validation, settings.max_length)
+    length = sequence_length(config, task)
+    if task.spans:
+        data = squad.load(name, task, config.data)
+        train = squad.Windows(tokenizer, data.train[: settings.max_train_examples], length)
+        validation = squad.Windows(tokenizer, data.validation, length)
+    else:
+        data = tasks.load(name, task, config.data)
+        examples = data.train.first(settings.max_train_examples)
+        train = finetune.Encoded.texts(tokenizer, examples, length)
+        validation = finetune.Encoded.texts(tokenizer, data.validation, length)
     about = {
         "metrics": list(task.metrics),
         "num_train": len(train),
@@ -213,8 +218,12 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
         finetune.fine_tune(
             model, train, settings, seed=seed, device=device, teacher=teacher, title=title
         )
-        predicted = finetune.predict(model, validation, 4 * settings.batch_size, device)
-        found = tasks.score(task, predicted, validation.labels.numpy())
+        if isinstance(validation, squad.Windows):
+            answers = squad.answer(model, validation, 4 * settings.batch_size, device)
+            found = squad.score(answers, validation.questions)
+        else:
+            predicted = finetune.predict(model, validation, 4 * settings.batch_size, device)
+            found = tasks.score(task, predicted, validation.labels.numpy())
         log.info(
             "%s: %s", title, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items())
         )
@@ -228,6 +237,23 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
         if config.save is not None and seed == seeds[-1]:
             model.save_pretrained(config.save / name)
             tokenizer.save_pretrained(config.save / name)
+
+
+def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
+    """Tokens of an example. Raises ValueError where the model does not read so many."""
+    import transformers
+
+    model = transformers.AutoConfig.from_pretrained(config.model)
+    longest = model.max_position_embeddings
+    if model.model_type == "roberta":  # counts from the row after [PAD]'s
+        longest -= model.pad_token_id + 1
+    if config.settings.max_length is None:
+        return min(longest, 384 if task.spans else 128)
+    if config.settings.max_length > longest:
+        raise ValueError(
+            f"--max-length {config.settings.max_length} is more than the {longest} tokens that {config.model} reads"
+        )
+    return config.settings.max_length
 
 
 def table(record: dict[str, Any]) -> str:

@@ -32,28 +32,42 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
+MODEL_INPUTS = ("input_ids", "token_type_ids")
+"""What is kept of a tokenizer's output; the attention mask follows from the lengths."""
+
+
 class NotFinite(Exception):
     """The loss of a fine-tuning became infinite or NaN."""
 
 
 class Encoded:
-    """The examples of a split as token ids, by one tokenizer; made once for all seeds."""
+    """The examples of a split as token ids, by one tokenizer; made once for all seeds.
 
-    def __init__(self, tokenizer: Any, examples: tasks.Examples, max_length: int) -> None:
-        table = tokenizer(*map(list, examples.texts), truncation=True, max_length=max_length)
-        self.columns = {name: table[name] for name in table if name != "attention_mask"}
+    Args:
+        table: what the tokenizer gave for them.
+        labels: (N,), or (N, 2) for the ends of a span.
+    """
+
+    def __init__(self, tokenizer: Any, table: Any, labels: Tensor) -> None:
+        self.columns = {name: table[name] for name in table if name in MODEL_INPUTS}
         self.lengths = np.array([len(ids) for ids in table["input_ids"]])
-        self.labels = torch.tensor(examples.labels)
+        self.labels = labels
         self.padding = {
             "input_ids": tokenizer.pad_token_id,
             "token_type_ids": tokenizer.pad_token_type_id,
         }
 
+    @classmethod
+    def texts(cls, tokenizer: Any, examples: tasks.Examples, max_length: int) -> "Encoded":
+        """Labelled texts or pairs; what is longer than max_length tokens is cut."""
+        table = tokenizer(*map(list, examples.texts), truncation=True, max_length=max_length)
+        return cls(tokenizer, table, torch.tensor(examples.labels))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """((B, L) inputs of a model, (B,) labels) on the device."""
+        """((B, L) inputs of a model, (B,) labels or (2B,) ends of spans, starts first) on the device."""
         inputs = {}
         for name, column in self.columns.items():
             parts = [torch.tensor(column[i]) for i in rows]
@@ -67,7 +81,7 @@ class Encoded:
             k: (v.pin_memory() if on_cuda else v).to(device, non_blocking=True)
             for k, v in inputs.items()
         }
-        return moved, self.labels[rows].to(device)
+        return moved, self.labels[rows].T.flatten().to(device)
 
 
 def shuffled(
@@ -85,8 +99,8 @@ def shuffled(
         yield batches[i]
 
 
-def load_model(path: str, data: tasks.TaskData, settings: Settings, *, seed: int) -> Any:
-    """A classifier (or a regression) on the encoder in a Hugging Face folder; its head is drawn from the seed unless the folder has one."""
+def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
+    """A classifier, regression or question answerer on the encoder in a Hugging Face folder; its head is drawn from the seed unless the folder has one."""
     import transformers
 
     torch.manual_seed(seed)
@@ -97,6 +111,9 @@ def load_model(path: str, data: tasks.TaskData, settings: Settings, *, seed: int
         for name, value in config.to_dict().items():
             if "dropout" in name and isinstance(value, float):
                 changes[name] = settings.dropout
+    if data.task.spans:
+        del changes["id2label"], changes["label2id"]
+        return transformers.AutoModelForQuestionAnswering.from_pretrained(path, **changes)
     return transformers.AutoModelForSequenceClassification.from_pretrained(
         path,
         problem_type="regression" if data.task.regression else "single_label_classification",
@@ -107,13 +124,13 @@ def load_model(path: str, data: tasks.TaskData, settings: Settings, *, seed: int
 def task_teacher(
     path: str,
     tokenizer: Any,
-    data: tasks.TaskData,
-    train: "Encoded",
+    data: Any,
+    train: Encoded,
     settings: Settings,
     seed: int,
     device: torch.device,
 ) -> Any:
-    """The teacher of a task: the model in a folder, fine-tuned first if it was saved without a classifier.
+    """The teacher of a task: the model in a folder, fine-tuned first if it was saved without a head for it.
 
     Raises ValueError where it does not read the student's ids or has other classes.
     """
@@ -129,8 +146,9 @@ def task_teacher(
             f"--teacher {path} has another vocabulary than the model: both must read the same ids"
         )
     config = transformers.AutoConfig.from_pretrained(path)
-    fine_tuned = any(a.endswith("ForSequenceClassification") for a in config.architectures or ())
-    if fine_tuned and config.num_labels != len(data.label_names):
+    kind = "ForQuestionAnswering" if data.task.spans else "ForSequenceClassification"
+    fine_tuned = any(a.endswith(kind) for a in config.architectures or ())
+    if fine_tuned and not data.task.spans and config.num_labels != len(data.label_names):
         raise ValueError(
             f"--teacher {path} has {config.num_labels} classes, the task {len(data.label_names)}: give a model of this task"
         )
@@ -186,14 +204,13 @@ def fine_tune(
         optimizer,
         lambda u: min((u + 1) / max(1, warmup), (updates - u) / max(1, updates - warmup)),
     )
-    accepted = accepted_inputs(model)
     total = torch.zeros((), device=device)
     with tqdm(total=updates, desc=title, disable=not sys.stderr.isatty()) as bar:
         for _ in range(settings.epochs):
             for rows in shuffled(train.lengths, settings.batch_size, rng):
                 inputs, labels_B = train.batch(rows, device)
                 with autocast(device):
-                    logits_BC = model(**{k: v for k, v in inputs.items() if k in accepted}).logits
+                    logits_BC = forward(model, inputs)
                     hints_BC = None if teacher is None else infer(teacher, inputs)
                 loss = loss_of(logits_BC, labels_B, hints_BC, settings)
                 loss.backward()
@@ -217,11 +234,19 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, C) logits; of a question answerer (2B, L), the starts first, so that a span is learnt as two classes."""
+    accepted = accepted_inputs(model)
+    output = model(**{k: v for k, v in inputs.items() if k in accepted})
+    if "start_logits" in output:
+        return torch.cat((output.start_logits, output.end_logits))
+    return output.logits
+
+
 @torch.no_grad()
 def infer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits of a model in evaluation mode."""
-    accepted = accepted_inputs(model)
-    return model(**{k: v for k, v in inputs.items() if k in accepted}).logits
+    """Logits as of `forward`, without gradients."""
+    return forward(model, inputs)
 
 
 def predict(model: Any, examples: Encoded, batch_size: int, device: torch.device) -> np.ndarray:

@@ -28,6 +28,8 @@ class Task:
     metrics: tuple[str, ...]
     """The task's score is their mean, as GLUE's and the paper's."""
     regression: bool = False
+    spans: bool = False
+    """Questions, answered by a piece of the second text (squad.py)."""
     glue: bool = True
     published: tuple[float, float] | None = None
     """BERT-base and DistilBERT in the paper (arXiv 1910.01108, tables 1 and 2), x 100."""
@@ -82,6 +84,10 @@ TASKS: dict[str, Task] = {
         glue=False,
         published=(93.46, 92.82),
     ),
+    "squad": Task(  # published: the mean of EM 81.2 and F1 88.5, of 77.7 and 85.8
+        layouts=(), metrics=("exact_match", "f1"), spans=True, glue=False, published=(84.85, 81.75)
+    ),
+    "squad2": Task(layouts=(), metrics=("exact_match", "f1"), spans=True, glue=False),
 }
 
 
@@ -116,8 +122,8 @@ class Settings:
     """Share of the updates over which the rate rises; then it falls to zero, linearly."""
     weight_decay: float = 0.0
     """Decoupled, on matrices."""
-    max_length: int = 128
-    """Tokens of an example; what is longer is cut."""
+    max_length: int | None = None
+    """Tokens of an example; what is longer is cut, or for SQuAD made into windows. None: 128, for SQuAD 384, or what the model reads."""
     dropout: float | None = None
     """Every dropout of the model. None: as the model says."""
     max_train_examples: int | None = None
@@ -128,11 +134,10 @@ class Settings:
     """With a teacher: weight of the KL, T^2 included; the cross-entropy has 1 - kd."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}"
-                )
+        for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 8)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
         for name in ("warmup", "kd"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}")
@@ -174,7 +179,10 @@ def load(name: str, task: Task, source: str) -> TaskData:
     Rows without a label (-1, "-", none) are left out. The score is taken on the validation split, or on the test split where there
     is no other. Raises ValueError where files, columns or labels are missing.
     """
-    tables = _hub(source) if source.startswith("hf:") else _files(name, source)
+    if source.startswith("hf:"):
+        tables = hub_tables(source)
+    else:
+        tables = {split: rows_of(paths) for split, paths in split_files(name, source).items()}
     held_out = "validation" if "validation" in tables else "test"
     columns = {split: _columns(tables[split], task, source) for split in ("train", held_out)}
     (train_texts, train_labels), (texts, labels) = columns["train"], columns[held_out]
@@ -225,36 +233,43 @@ def score(task: Task, predicted: Any, labels: Any) -> dict[str, float]:
     return found | {"score": sum(found.values()) / len(found)}
 
 
-def _files(name: str, source: str) -> dict[str, Any]:
-    """{split: dataset} of the files in D/NAME, or in D."""
-    import datasets
-
+def split_files(name: str, source: str) -> dict[str, list[Path]]:
+    """{split: files} of the task in D/NAME, or in D. Raises ValueError unless there are training files and others."""
     folder = Path(source)
     folder = folder / name if (folder / name).is_dir() else folder
     if not folder.is_dir():
         raise ValueError(f"--data {source} is not a folder: give the one that holds {name}'s files")
     files = sorted(file for file in folder.iterdir() if file.suffix in READERS)
+    if name in ("squad", "squad2") and len({"v2" in file.name for file in files}) == 2:
+        files = [file for file in files if ("v2" in file.name) == (name == "squad2")]
     found = {}
     for split, stems in SPLITS.items():
         of_split = [f for f in files if f.name.split(".")[0].split("-")[0] in stems]
         if len({f.suffix for f in of_split}) > 1:
             raise ValueError(f"{folder} holds {split} in several formats: keep one")
         if of_split:
-            options: dict[str, Any] = {}
-            if of_split[0].suffix in (".tsv", ".csv"):  # no text is a missing value, e.g. "null"
-                options = {"keep_default_na": False}
-            if of_split[0].suffix == ".tsv":
-                options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-                if names := _names_without_header(of_split[0]):
-                    options |= {"column_names": list(names)}
-            reader, paths = READERS[of_split[0].suffix], [str(f) for f in of_split]
-            found[split] = datasets.load_dataset(reader, data_files=paths, split="train", **options)
+            found[split] = of_split
     if "train" not in found or len(found) < 2:
         raise ValueError(
             f"{folder} does not hold {name}: wanted train and validation (or dev, or test) files, of {' '.join(READERS)}, "
             f"got {' '.join(f.name for f in sorted(folder.iterdir())[:8]) or 'nothing'}"
         )
     return found
+
+
+def rows_of(files: list[Path]) -> Any:
+    """The rows of files of one format, as a dataset."""
+    import datasets
+
+    options: dict[str, Any] = {}
+    if files[0].suffix in (".tsv", ".csv"):  # no text is a missing value, e.g. "null"
+        options = {"keep_default_na": False}
+    if files[0].suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+        if names := _names_without_header(files[0]):
+            options |= {"column_names": list(names)}
+    reader, paths = READERS[files[0].suffix], [str(f) for f in files]
+    return datasets.load_dataset(reader, data_files=paths, split="train", **options)
 
 
 def _names_without_header(path: Path) -> tuple[str, ...] | None:
@@ -265,7 +280,7 @@ def _names_without_header(path: Path) -> tuple[str, ...] | None:
     return None
 
 
-def _hub(source: str) -> dict[str, Any]:
+def hub_tables(source: str) -> dict[str, Any]:
     """{split: dataset} of a name on the hub."""
     import datasets
 

@@ -115,7 +115,7 @@ def test_weights_after_a_fine_tuning_are_bitwise_the_same(folders):
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
-    encoded = finetune.Encoded(tokenizer, data.train, 64)
+    encoded = finetune.Encoded.texts(tokenizer, data.train, 64)
     states = []
     for _ in range(2):
         model = finetune.load_model(str(folders[0]), data, settings, seed=3)
@@ -157,10 +157,10 @@ def test_padding_changes_no_prediction(folders):
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
-    encoded = finetune.Encoded(tokenizer, data.validation, 64)
+    encoded = finetune.Encoded.texts(tokenizer, data.validation, 64)
     settings = Settings(epochs=3, batch_size=8, lr=3e-3)
     model = finetune.load_model(str(folders[0]), data, settings, seed=1)
-    train = finetune.Encoded(tokenizer, data.train, 64)
+    train = finetune.Encoded.texts(tokenizer, data.train, 64)
     finetune.fine_tune(model, train, settings, seed=1, device=torch.device("cpu"))
     alone, together = (
         finetune.predict(model, encoded, size, torch.device("cpu")) for size in (1, 60)

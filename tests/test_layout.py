@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "dry_run": {"architecture", "data", "engine", "footprint", "inputs", "metrics", "preflight"},
     "tasks": set(),
     "finetune": {"ops", "tasks"},
+    "squad": {"finetune", "tasks"},
     "plots": set(),
     "study_tables": {"plots"},
     "fp8": {"ops", "bert"},
