@@ -186,8 +186,8 @@ class Study:
         self._evaluate(name, self.out / "models" / name, seed)
 
     def _earlier(self, variant: str) -> None:
-        updates = self._updates(variant, 1)
-        for update in (updates * k // self.config.points for k in range(1, self.config.points)):
+        every = self._every(variant, 1)
+        for update in (every * k for k in range(1, self.config.points)):
             name = f"{variant}-1-at-{update}"
             run, model = self.out / "runs" / f"{variant}-1", self.out / "models" / name
             self._step(f"export-{name}", "export", run, "--out", model, "--checkpoint", update)
@@ -230,9 +230,13 @@ class Study:
         """What follows `fastdistil.pretrain` for a variant, but the run folder."""
         updates = self._updates(variant, seed)
         duration = ["--optim.unit", "updates", "--optim.duration", str(updates)]
-        every = str(max(1, updates // self.config.points))
+        every = str(self._every(variant, seed))
         kept = ["--log.checkpoint-every", every, "--log.keep-checkpoints", str(self.config.points)]
         return [*self._recipe(variant, seed), *duration, *(kept if self.config.points > 1 else ())]
+
+    def _every(self, variant: str, seed: int) -> int:
+        """Updates between two checkpoints: rounded up, or the last one would come beside an unasked one and push out the first."""
+        return -(-self._updates(variant, seed) // self.config.points)
 
     def _recipe(self, variant: str, seed: int) -> list[str]:
         recipe, *changes = VARIANTS[variant].split()
