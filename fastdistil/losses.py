@@ -154,10 +154,11 @@ def means(
             "mlm": mlm / num_masked,
             "accuracy": correct / num_masked,
         }
-    parts = {"kd": kd / num_tokens, "mlm": mlm / num_masked, "cosine": cosine / num_tokens}
-    total = loss.kd * parts["kd"] + loss.mlm * parts["mlm"] + loss.cosine * parts["cosine"]
-    for name, weight, value in (("hidden", loss.hidden, hidden), ("values", loss.values, values)):
-        if weight:
+    parts = {"kd": kd / num_tokens, "mlm": mlm / num_masked}
+    total = loss.kd * parts["kd"] + loss.mlm * parts["mlm"]
+    optional = (loss.cosine, cosine), (loss.hidden, hidden), (loss.values, values)
+    for name, (weight, value) in zip(("cosine", "hidden", "values"), optional, strict=True):
+        if weight:  # without it the term was not computed
             parts[name] = value / num_tokens
             total += weight * parts[name]
     return {"loss": total, **parts, "agreement": agree / num_tokens}
