@@ -8,7 +8,7 @@ NEEDS_CPU_BUILD := $(shell test "$$(uname -sm)" = "Linux x86_64" && ! command -v
 TORCH ?= $(if $(NEEDS_CPU_BUILD),torch==2.13.0+cpu,torch>=2.11)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test lint types bench gpu clean
+.PHONY: setup demo test soak lint types bench gpu clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ test: setup
 	$(BIN)/python -m pytest -q
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(IN_CPP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(OPERATORS) tests/test_kernel_properties.py
+
+# Faults for half an hour: killed ranks, fuzzing. Not part of `make test`.
+soak: setup
+	$(BIN)/python -m pytest -q -m soak --timeout 7200
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 
 def _check(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -257,6 +257,8 @@ class EngineConfig:
     """Run both encoders through torch.compile. Draws other dropout masks. No gain on a CPU (benchmarks/step.py); not measured on a GPU."""
     timeout_s: int = 600
     """A collective that takes longer than this ends the run."""
+    max_skipped: int = 3
+    """An update whose gradient is not finite is skipped; so many in a row end the run."""
     threads: int | None = None
     """CPU threads a process. None: the cores of the machine shared between its processes."""
 
@@ -268,6 +270,7 @@ class EngineConfig:
             self.bucket_elements,
         )
         _check(self.timeout_s >= 1, "engine.timeout_s", "1 or more", self.timeout_s)
+        _check(self.max_skipped >= 1, "engine.max_skipped", "1 or more", self.max_skipped)
         _check(
             self.threads is None or self.threads >= 1, "engine.threads", "1 or more", self.threads
         )
@@ -367,6 +370,30 @@ def to_json(config: Config) -> dict[str, Any]:
     result = plain(dataclasses.asdict(config))
     assert isinstance(result, dict)
     return result
+
+
+def from_json(saved: dict[str, Any]) -> Config:
+    """The configuration that `to_json` wrote. Raises ValueError for one that is none, or is out of range."""
+
+    def build(value: Any, like: Any) -> Any:
+        if not dataclasses.is_dataclass(like):
+            return value
+        hints = get_type_hints(type(like))
+        given = {}
+        for name, item in value.items():
+            path = hints[name] is Path or Path in get_args(hints[name])
+            if dataclasses.is_dataclass(default := getattr(like, name)):
+                given[name] = build(item, default)
+            elif item is not None and path:
+                given[name] = Path(item)
+            else:
+                given[name] = tuple(item) if isinstance(item, list) else item
+        return dataclasses.replace(like, **given)  # type: ignore[type-var]
+
+    try:
+        return build(saved, Config())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"this is no configuration of a run: {error!r}") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

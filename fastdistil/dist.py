@@ -219,6 +219,21 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+def bound_every_group(timeout_s: int) -> None:
+    """Give process groups that others made this timeout, too: DeepSpeed's have PyTorch's, 10 or 30 minutes."""
+    from torch.distributed import distributed_c10d as c10d
+
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Let torchrun name this error, and the first one of all ranks as the cause."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if torch_dist.is_initialized():
@@ -239,6 +254,16 @@ def any_rank(flag: bool, place: Place) -> bool:
     vote = torch.tensor([int(flag)])
     torch_dist.all_reduce(vote, op=torch_dist.ReduceOp.MAX, group=place.host_group)
     return bool(vote[0])  # a CPU tensor
+
+
+def gather_numbers(value: float, place: Place) -> list[float]:
+    """What every rank says, in the order of ranks. Over the host group."""
+    if place.host_group is None:
+        return [value]
+    everyone = [torch.zeros(1, dtype=torch.float64) for _ in range(place.world_size)]
+    mine = torch.tensor([value], dtype=torch.float64)
+    torch_dist.all_gather(everyone, mine, group=place.host_group)
+    return torch.cat(everyone).tolist()  # CPU tensors
 
 
 def first_error(error: str | None, place: Place) -> str | None:

@@ -12,6 +12,7 @@ of full tensors, whatever the stage and the number of ranks: a checkpoint of one
 import logging
 import math
 import os
+import time
 import warnings
 from typing import Any
 
@@ -93,6 +94,14 @@ def _clip(module: nn.Module, clip_norm: float) -> Tensor:
     return torch.nn.utils.clip_grad_norm_(_trained(module).values(), clip_norm or float("inf"))
 
 
+def _skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Have the next step of a fused AdamW change neither weights, moments nor step counts if the gradient's norm is not finite.
+
+    By GradScaler's protocol, on the device: no sync. ZeRO stages 1 to 3 skip such a step by themselves.
+    """
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+
+
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     for state in optimizer.state.values():
         if isinstance(state["step"], Tensor):
@@ -109,6 +118,7 @@ class PlainEngine:
         self.optimizer = make_optimizer(objective, config)
         self.clip_norm = config.optim.clip_norm
         self.description, self.num_shards = "plain engine", 1
+        self.forward_ended = 0.0  # the host's clock: from here on ranks wait for each other
         self.compute: nn.Module = (
             objective if compute_dtype(config, device) == torch.float32 else Bf16Compute(objective)
         )
@@ -118,16 +128,20 @@ class PlainEngine:
     ) -> Tensor:
         """Add one micro-batch's gradient; returns its (7,) loss sums (losses.SUMS)."""
         loss, sums = self.compute(batch, teacher, num_tokens, num_masked)
+        self.forward_ended = time.perf_counter()
         with span("backward"):
             loss.backward()
         return sums
 
     def step(self, lr: float) -> Tensor:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping, 0-dim on the device (no sync)."""
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping, 0-dim on the device (no sync).
+
+        Where it is not finite nothing is updated."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with span("optimiser"):
             norm = _clip(self.objective.student, self.clip_norm)
+            _skip_unless_finite(self.optimizer, norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -191,7 +205,7 @@ class DeepSpeedEngine:
         )
         deepspeed = _import_deepspeed(place.device)
         self.place, self.stage, self.clip_norm = place, stage, config.optim.clip_norm
-        self.objective = objective.to(place.device)
+        self.objective, self.forward_ended = objective.to(place.device), 0.0
         masters: State = {
             f"weight.{n}": p.detach().float().clone()
             for n, p in objective.student.named_parameters()
@@ -208,6 +222,7 @@ class DeepSpeedEngine:
                 config, stage=stage, accumulation=accumulation, bf16=bf16 and stage > 0
             ),
         )
+        dist.bound_every_group(config.engine.timeout_s)
         self.description = f"DeepSpeed {deepspeed.__version__} ZeRO stage {stage}"
         self.num_shards = place.world_size if stage else 1  # of the moments
         if stage and bf16:
@@ -218,6 +233,7 @@ class DeepSpeedEngine:
     ) -> Tensor:
         """Add one micro-batch's gradient; returns its (7,) loss sums (losses.SUMS). Communicates as the stage needs."""
         loss, sums = self.engine(batch, teacher, num_tokens, num_masked)
+        self.forward_ended = time.perf_counter()
         # DeepSpeed averages over ranks and we want the sum; denominators are counted over the update, so no division by steps either
         with span("backward"):
             self.engine.backward(loss * self.place.world_size, scale_wrt_gas=False)
@@ -230,7 +246,10 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with span("optimiser"):
-            norm = _clip(self.objective.student, self.clip_norm) if self.stage == 0 else None
+            norm = None
+            if self.stage == 0:
+                norm = _clip(self.objective.student, self.clip_norm)
+                _skip_unless_finite(self.optimizer, norm)
             self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()

@@ -6,8 +6,11 @@ of all devices. Padding does not count as work.
 
 import json
 import logging
+import math
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from fastdistil.architecture import FlopsPerToken
 
 log = logging.getLogger("fastdistil")
 
+SPIKE = 10.0
+"""Times the median of the last gradient norms: more is worth a look."""
 # Dense bf16 FLOP/s without sparsity, from the makers' data sheets.
 _PEAK_BF16 = {
     "H100": 989e12,
@@ -74,7 +79,8 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; numbers go to TensorBoard under split/name at step `update`."""
-        self.file.write(json.dumps(record) + "\n")
+        line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # fmt: skip
+        self.file.write(json.dumps(line) + "\n")  # JSON knows no NaN
         if self.board is not None:
             for name, value in record.items():
                 if isinstance(value, float):
@@ -121,6 +127,7 @@ class Journal:
         to_means: turns summed losses and an open record into reported losses (losses.means).
         flops: of one token; peak: FLOP/s of all devices together, None if unknown.
         num_updates: of the whole run, for the time that is left.
+        num_skipped: updates skipped before a restart, see `num_skipped` below.
     """
 
     def __init__(
@@ -133,12 +140,18 @@ class Journal:
         peak: float | None,
         num_updates: int,
         device: torch.device,
+        num_skipped: int = 0,
     ) -> None:
         self.writer, self.to_means, self.num_updates = writer, to_means, num_updates
         self.flops, self.peak = flops.total, peak
         # fp64, in which sums of fp32 numbers are exact: the order of micro-batches, ranks and flushes leaves no trace
         self.sums = torch.zeros(num_sums, device=device, dtype=torch.float64)
         self.open: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, sums, gradient norm
+        self.num_skipped = (
+            num_skipped  # updates whose gradient was not finite: they changed nothing
+        )
+        self.skipped_in_a_row = 0  # as of the last flush
+        self.recent: deque[float] = deque(maxlen=100)  # gradient norms
         self.begin = time.perf_counter()
 
     def add(self, sums: Tensor) -> None:
@@ -171,12 +184,32 @@ class Journal:
         for record, total, norm in zip(records, totals, values, strict=True):
             losses = self.to_means(total, record["tokens"], record["masked"])
             last = record | losses | {"gradient_norm": norm} | speed
+            if not math.isfinite(norm):
+                last["skipped"] = True
             self._write(last)
+            self._judge(record["update"], norm)
         if self.writer is not None:
             left = (self.num_updates - last["update"]) * seconds / len(records)
             log.info(progress_line(last, num_updates=self.num_updates, seconds_left=left))
             self.writer.flush()
         self.restart_clock()
+
+    def _judge(self, update: int, norm: float) -> None:
+        """Count what was skipped, flag what is out of the ordinary."""
+        if not math.isfinite(norm):
+            self.num_skipped += 1
+            self.skipped_in_a_row += 1
+            log.warning(
+                "update %d skipped: its gradient is not finite (%d so far)",
+                update,
+                self.num_skipped,
+            )
+            return
+        self.skipped_in_a_row = 0
+        usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf
+        if norm > SPIKE * usual:
+            log.warning("update %d: gradient norm %.3g, %.0f times the median of the last %d", update, norm, norm / usual, len(self.recent))  # fmt: skip
+        self.recent.append(norm)
 
     def validation(self, record: dict[str, Any]) -> None:
         """Write the losses of a validation."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import signal
+import statistics
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from fastdistil.config import Config, to_json
 from fastdistil.launcher import launched
 from fastdistil.preflight import Resolved, resolve
 from fastdistil.recipes import RECIPES
+from fastdistil.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +40,7 @@ log = logging.getLogger("fastdistil")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0: finished, or stopped by a signal with a checkpoint. 1: a checkpoint could not be written. 2: bad input."""
+    """Exit status 0: finished, or stopped by a signal with a checkpoint. 1: the run failed, RUN/status.json says why. 2: bad input."""
     here = launched()
     logging.basicConfig(
         stream=sys.stdout,
@@ -59,7 +62,7 @@ def main(args: list[str] | None = None) -> int:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    from fastdistil import checkpoint, dist, drift, engine, footprint, inputs, ops
+    from fastdistil import checkpoint, dist, drift, engine, footprint, inputs, ops, run_folder
     from fastdistil.teacher import Split, Teacher, serve
 
     config = resolved.config
@@ -76,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     dtypes = engine.compute_dtype(config, place.device), engine.teacher_dtype(config, place.device)
-    text = teacher = student = saved = needed = error = None
+    text = teacher = student = saved = needed = error = lock = None
     try:
         for dtype in dtypes:
             ops.resolve_backend(config.engine.attention, place.device, dtype=dtype)
@@ -103,6 +106,13 @@ def main(args: list[str] | None = None) -> int:
             drift.require(teacher, config.teacher, held_out, place)
         except ValueError as caught:
             error = str(caught)
+    if error is None and place.is_main:
+        try:
+            lock = run_folder.Lock(config.out)
+            run_folder.check(config)  # again, now that nobody else writes
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    error = dist.broadcast_object(error, place)
     if error is None and config.resume == "auto":
         try:  # fails alike on every rank
             saved = checkpoint.load(config.out, place)
@@ -116,17 +126,32 @@ def main(args: list[str] | None = None) -> int:
         assert text is not None
         assert student is not None
         assert needed is not None
+        watchdog = Watchdog(
+            config.out, place.rank, config.engine.timeout_s, alone=place.world_size == 1
+        )
         try:
-            train(resolved, text, teacher, student, saved, place, stop)
-            footprint.say_measured(needed, place)
-        except checkpoint.CheckpointError as caught:  # on rank 0; torchrun ends the others
-            print(f"error: {caught}", file=sys.stderr)
+            error = train(resolved, text, teacher, student, saved, place, stop, watchdog)
+        except Exception as caught:  # torchrun ends the other ranks
+            watchdog.failed(caught)
+            dist.tell_launcher(caught)
+            if place.is_main:
+                run_folder.write_status(config.out, "failed", reason=f"{caught!r}")
+            if isinstance(caught, checkpoint.CheckpointError):
+                print(f"error: {caught}", file=sys.stderr)
+                return 1
+            raise
+        watchdog.close()
+        footprint.say_measured(needed, place)
+        if error and place.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        if error:
             return 1
     elif place.is_main:
         print(f"error: {error}", file=sys.stderr)
     if serving:
         serving.stop()
     dist.shutdown()
+    del lock
     return 2 if error else 0
 
 
@@ -148,8 +173,9 @@ def train(
     saved: Checkpoint | None,
     place: Place,
     stop: StopRequest,
-) -> None:
-    """The job itself, from the first update or a checkpoint to the last update or a signal."""
+    watchdog: Watchdog,
+) -> str | None:
+    """The job itself, from the first update or a checkpoint to the last update or a signal; what stopped it otherwise, or None."""
     import torch
 
     from fastdistil import checkpoint, data, dist, engine, losses, metrics, profiling, run_folder
@@ -160,10 +186,11 @@ def train(
     rounds = -(-resolved.micro_batches_per_update // place.world_size)  # micro-batches a rank
     objective = losses.Objective(student, config.loss)
     trainer = engine.make_engine(objective, config, accumulation=rounds, place=place)
-    update = num_tokens = 0
+    update = num_tokens = num_skipped = 0
     if saved is not None:
         update, num_tokens = saved.state["update"], saved.state["tokens"]
-        trainer.load(saved.tensors, step=update)
+        num_skipped = saved.state.get("skipped", 0)
+        trainer.load(saved.tensors, step=update - num_skipped)
         saved.tensors.clear()  # hundreds of megabytes
         log.info("resuming after update %d of %d", update, num_updates)
 
@@ -194,6 +221,7 @@ def train(
         peak=peak and peak * place.num_devices,
         num_updates=num_updates,
         device=place.device,
+        num_skipped=num_skipped,
     )
 
     profile = profiling.Profile(
@@ -219,16 +247,23 @@ def train(
     with_hints = feed.ahead(batches, Split.TRAIN, first)
     objective.train()
     journal.restart_clock()
-    while update < num_updates:
+    busy, failure = 0.0, None
+    say = partial(run_folder.write_status, config.out) if place.is_main else _nothing
+    say("running", update=update, updates=num_updates)
+    stopping = dist.any_rank(stop.asked, place)
+    while update < num_updates and not stopping:
         step = plan.update(update)
         lr = engine.learning_rate(config, update, num_updates)
         with profile.update(update), feed.update():
             for k in range(rounds):
+                watchdog.restart()
+                begin = time.perf_counter()
                 batch, hints = next(with_hints)
                 # dropout, too, depends on the place in the run alone, not on ranks or restarts
                 micro_batch = k * place.world_size + place.rank
                 torch.manual_seed(data.seed_of(config.seed, "dropout", update, micro_batch))
                 sums = trainer.forward_backward(batch, hints, step.num_tokens, step.num_masked)
+                busy += trainer.forward_ended - begin  # no other rank was waited for
                 journal.add(sums)
             gradient_norm = trainer.step(lr)
         record = {"split": "train", "update": update + 1, "epoch": plan.epoch_of(update), "lr": lr}
@@ -240,26 +275,74 @@ def train(
         last = update == num_updates
         if update % config.log.every == 0 or last or stopping:
             journal.flush()
+            say_straggler(dist.gather_numbers(busy, place))
+            busy = 0.0
+            if journal.skipped_in_a_row >= config.engine.max_skipped:  # the same on every rank
+                failure = not_finite(config, journal.skipped_in_a_row, update)
+                stopping = True
         if update % config.log.validate_every == 0 or last:
             journal.flush()
-            found = to_means(*validate(trainer, feed, resolved, text, place))
+            found = to_means(*validate(trainer, feed, resolved, text, place, watchdog))
             journal.validation({"split": "validation", "update": update, **found})
             journal.restart_clock()
         if update % config.log.checkpoint_every == 0 or last or stopping:
             journal.flush()
+            watchdog.restart()
             tensors = trainer.state()  # every rank takes part
             if place.is_main:
                 text_id = resolved.meta.counts_sha256
                 state = {"update": update, "tokens": num_tokens, "text": text_id}
+                state["skipped"] = journal.num_skipped
                 keep = config.log.keep_checkpoints
                 log.info("wrote %s", checkpoint.save(config.out, tensors, state, keep=keep))
+                say("running", update=update, updates=num_updates)
             dist.barrier(place)
             journal.restart_clock()
-        if stopping:
-            log.info("stopped after update %d of %d: --resume auto goes on", update, num_updates)
-            break
+    if failure:
+        say("failed", update=update, updates=num_updates, reason=failure)
+    elif update < num_updates:
+        log.info("stopped after update %d of %d: --resume auto goes on", update, num_updates)
+        say(
+            "stopped",
+            update=update,
+            updates=num_updates,
+            reason=stop.reason or "another rank was asked to",
+        )
+    else:
+        say("finished", update=update, updates=num_updates)
     profile.close()
     journal.close()
+    return failure
+
+
+def not_finite(config: Config, in_a_row: int, update: int) -> str:
+    """What to say of updates that were skipped in a row, the last one being `update`, counted from 1."""
+    return (
+        f"the gradients of updates {update - in_a_row + 1} to {update} were not finite; they changed nothing, and the checkpoint of update {update} "
+        f"has the weights that they met. See which micro-batch it was: python -m fastdistil.replay {config.out} --update {update}"
+    )
+
+
+SLOW = 1.5
+"""Times the median of the other ranks."""
+
+
+def say_straggler(busy: list[float]) -> None:
+    """Log the rank whose data, teacher and forward took far longer than the others'; `busy` in seconds by rank, on every rank alike.
+
+    The host's clock: on CUDA a slow GPU is not seen.
+    """
+    slowest = max(range(len(busy)), key=busy.__getitem__)
+    others = [seconds for rank, seconds in enumerate(busy) if rank != slowest]
+    if others and busy[slowest] > SLOW * statistics.median(others):
+        log.warning(
+            "rank %d is slow: %.2f s of data, teacher and forward since the last line, %.1f times the median of the others",
+            slowest, busy[slowest], busy[slowest] / statistics.median(others),
+        )  # fmt: skip
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """What the other ranks do where rank 0 writes."""
 
 
 def micro_batches(
@@ -284,7 +367,7 @@ def micro_batches(
 
 
 def validate(
-    trainer: Engine, feed: Feed, resolved: Resolved, text: Text, place: Place
+    trainer: Engine, feed: Feed, resolved: Resolved, text: Text, place: Place, watchdog: Watchdog
 ) -> tuple[list[float], int, int]:
     """(loss sums, real tokens, masked tokens) of the validation text, dropout off, dealt to the ranks like an update."""
     import torch
@@ -295,24 +378,25 @@ def validate(
     sums = torch.zeros(len(losses.SUMS), device=place.device, dtype=torch.float64)  # as Journal's
     batches = micro_batches(resolved, text, place, place.rank, Split.VALIDATION, 0)
     for batch, hints in feed.ahead(batches, Split.VALIDATION):
+        watchdog.restart()
         sums += trainer.evaluate(batch, hints)
     totals = dist.sum_over_ranks(sums).tolist()  # a sync, once a validation
     return totals, text.validation.num_tokens, text.validation.num_masked
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; the loop ends at the next update boundary. A second one ends the process as usual."""
+    """Set by SIGTERM, SIGINT or SIGUSR1; the loop ends at the next update boundary. A second one ends the process as usual."""
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.asked, self.reason = False, ""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _frame: object) -> None:
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked = True
+        self.asked, self.reason = True, signal.Signals(number).name
         log.info(
             "%s: stopping after this update; send it again to stop at once",
             signal.Signals(number).name,

@@ -1,11 +1,57 @@
-"""The folder of a run: RUN/config.json says what it is, RUN/tokenizer what its ids mean. Standard library only."""
+"""The folder of a run. Standard library only.
 
+config.json   what it is                  status.json   what became of it
+tokenizer/    what its ids mean           .lock         held by the job that works here
+"""
+
+import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from fastdistil.config import Config, resume_differences, to_json
+
+LOCK = ".lock"
+STACKS = "stacks"
+
+
+class Lock:
+    """Keeps other jobs out of a run folder while this process lives.
+
+    A POSIX record lock: the system takes it back when the process ends, however it ends; data workers, which are forked, do not
+    hold it; over NFS it holds between machines. Raises ValueError, naming the holder, where another process has it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        # kept open, and opened nowhere else: closing any descriptor of the file gives the lock away
+        self.file = (run / LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            self.file.seek(0)
+            holder = self.file.read(200).strip() or "another process"
+            raise ValueError(
+                f"--out {run} is in use by {holder}: wait for it, stop it, or choose another --out"
+            ) from None
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+
+def write_status(run: Path, state: str, **about: Any) -> None:
+    """Replace RUN/status.json: `state` is running, finished, stopped or failed. A job that was killed leaves "running"."""
+    record = {"state": state, **about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    part = run / "status.json.part"
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(run / "status.json")
 
 
 def check(config: Config) -> None:
@@ -14,7 +60,7 @@ def check(config: Config) -> None:
     if run.exists() and not run.is_dir():
         raise ValueError(f"--out {run} is a file: give a folder")
     if not (run / "config.json").is_file():
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and any(p.name not in (LOCK, STACKS) for p in run.iterdir()):
             raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
         return
     if config.resume == "never":
