@@ -4,10 +4,11 @@
         weights.safetensors     fp32 master weights of the student
         optimizer.safetensors   both moments of AdamW, fp32
         state.json              update, tokens seen, what is needed beside tensors
-        manifest.json           size and SHA-256 of the three; written last
+        manifest.json           size and SHA-256 of the three, and the id of the set, which each of them has inside; written last
 
-A checkpoint is made under a temporary name, fsynced, then renamed. It holds full tensors, whatever the number of ranks or
-the ZeRO stage, and no pickle. Rank 0 alone reads and writes; the others get tensors over the process group, so one disk decides.
+A checkpoint is made under a temporary name (*.part), fsynced, then renamed; an old one is renamed before it is removed. It holds full
+tensors, whatever the number of ranks or the ZeRO stage, and no pickle. Rank 0 alone reads and writes; the others get tensors over
+the process group, so one disk decides.
 """
 
 import hashlib
@@ -16,10 +17,13 @@ import logging
 import os
 import re
 import shutil
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,15 +74,23 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         tensors: an engine's `state()`.
         state: JSON values; "update" is required.
 
-    Raises CheckpointError naming path, bytes needed and free where it cannot be written; earlier checkpoints stay whole.
+    Raises CheckpointError naming path, bytes needed and free where it cannot be written, or the tensor that is not finite;
+    earlier checkpoints stay whole.
     """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"no checkpoint of update {state['update']} in {run}: {name} is not finite. Earlier checkpoints are untouched"
+            )
     final = folder_of(run, state["update"])
-    final.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(t.nbytes for t in tensors.values())
-    require_space(final.parent, num_bytes + 2**20)
     part = final.with_name(f"{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+    for litter in final.parent.glob("*.part"):  # of a save or a removal that was killed
+        shutil.rmtree(litter, ignore_errors=True)
+    set_id = uuid.uuid4().hex
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        require_space(final.parent, num_bytes + 2**20)
         part.mkdir()
         weights = {
             k.removeprefix("weight."): v.contiguous()
@@ -86,33 +98,90 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
             if k.startswith("weight.")
         }
         moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight.")}
-        save_file(weights, part / FILES[0], metadata={"format": "pt"})
-        save_file(moments, part / FILES[1], metadata={"format": "pt"})
-        (part / FILES[2]).write_text(json.dumps(state, indent=1))
-        manifest = {
-            name: {"bytes": (part / name).stat().st_size, "sha256": _sha256(part / name)}
-            for name in FILES
+        metadata = {"format": "pt", "set": set_id}
+        hashes: dict[str, Future[str]] = {}
+        with ThreadPoolExecutor() as pool:  # a file is hashed and synced while the next is written
+            syncs = []
+            for name, write in (
+                (FILES[0], lambda path: save_file(weights, path, metadata)),
+                (FILES[1], lambda path: save_file(moments, path, metadata)),
+                (FILES[2], lambda path: path.write_text(json.dumps(state | {"set": set_id}, indent=1))),
+            ):  # fmt: skip
+                write(part / name)
+                hashes[name] = pool.submit(_sha256, part / name)
+                syncs.append(pool.submit(_fsync, part / name))
+            for sync in syncs:
+                sync.result()
+        files = {
+            name: {"bytes": (part / name).stat().st_size, "sha256": found.result()}
+            for name, found in hashes.items()
         }
+        manifest = {"set": set_id, "files": files}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for name in (*FILES, "manifest.json"):
-            _fsync(part / name)
+        _fsync(part / "manifest.json")
         _fsync(part)
-        shutil.rmtree(
-            final, ignore_errors=True
-        )  # the same update again, after a resume from an older one
+        if final.exists():  # the same update again, after a resume from an older one
+            _remove(final)
         os.rename(part, final)
         _fsync(final.parent)
+    except CheckpointError:
+        raise
     except Exception as error:  # safetensors raises its own type on a full disk
         shutil.rmtree(part, ignore_errors=True)
-        free = shutil.disk_usage(final.parent).free
+        free = shutil.disk_usage(run).free if run.exists() else 0
         raise CheckpointError(
             f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. Earlier checkpoints are untouched"
         ) from error
     # newer ones were passed over as damaged when the run went on from an older one: they must not push this one out
     not_newer = [p for p in _all(run) if _update_of(p) <= state["update"]]
     for old in not_newer[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that it is whole or gone at every moment."""
+    litter = checkpoint.with_name(f"{checkpoint.name}.old.part")
+    os.rename(checkpoint, litter)
+    shutil.rmtree(litter, ignore_errors=True)
+
+
+class Saver:
+    """Saves in a thread of its own: the run goes on while the disk works. Rank 0 only.
+
+    Args:
+        keep: how many checkpoints stay.
+        go_on: where one cannot be written, say so and go on; otherwise the next call raises CheckpointError.
+    """
+
+    def __init__(self, run: Path, *, keep: int, go_on: bool) -> None:
+        self.run, self.keep, self.go_on = run, keep, go_on
+        self.thread, self.open = ThreadPoolExecutor(1), None
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write what `save` would, after the one before is done; neither argument may change any more."""
+        self._finish()
+        self.open = self.thread.submit(self._save, tensors, state)
+
+    def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        log.info("wrote %s", save(self.run, tensors, state, keep=self.keep))
+
+    def _finish(self) -> None:
+        try:
+            if self.open is not None:
+                self.open.result()
+        except CheckpointError as error:
+            if not self.go_on:
+                raise
+            log.error("going on without this checkpoint: %s", error)
+        finally:
+            self.open = None
+
+    def close(self) -> None:
+        """Wait for the last one, which must succeed: nothing comes after it. Raises CheckpointError."""
+        self.go_on = False
+        self._finish()
+        self.thread.shutdown()
 
 
 def _all(run: Path) -> list[Path]:
@@ -136,10 +205,13 @@ def verify(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
     except (OSError, ValueError) as error:
         return f"manifest.json cannot be read ({error})"
-    if not isinstance(manifest, dict) or sorted(manifest) != sorted(FILES):
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or sorted(files) != sorted(FILES):
         return f"manifest.json does not list exactly {', '.join(FILES)}"
+    if checkpoint.is_symlink():
+        return "it is a link"
     for name in FILES:
-        path, wanted = checkpoint / name, manifest[name]
+        path, wanted = checkpoint / name, files[name]
         if not path.is_file() or path.is_symlink():
             return f"{name} is missing"
         if not isinstance(wanted, dict) or path.stat().st_size != wanted.get("bytes"):
@@ -147,11 +219,18 @@ def verify(checkpoint: Path) -> str | None:
         if _sha256(path) != wanted.get("sha256"):
             return f"{name} differs from its SHA-256 in the manifest"
     try:
-        update = json.loads((checkpoint / FILES[2]).read_bytes())["update"]
+        for name in FILES[:2]:
+            with safe_open(checkpoint / name, "pt") as file:
+                if (file.metadata() or {}).get("set") != manifest["set"]:
+                    return f"{name} belongs to another checkpoint"
+        state = json.loads((checkpoint / FILES[2]).read_bytes())
+        if state["set"] != manifest["set"]:
+            return f"{FILES[2]} belongs to another checkpoint"
+        update = state["update"]
         if folder_of(checkpoint.parent.parent, update) != checkpoint:
             return f"it holds update {update}, which its name does not say"
-    except (ValueError, KeyError, TypeError) as error:
-        return f"state.json is not a checkpoint's ({error!r})"
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        return f"a file is not a checkpoint's ({error!r})"
     return None
 
 
@@ -171,6 +250,13 @@ def newest(run: Path) -> Path | None:
             f"none of the {len(candidates)} checkpoints in {run / FOLDER} can be used (reasons above): restore one, or start another --out"
         )
     return None
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given."""
+    state = json.loads((checkpoint / FILES[2]).read_bytes())
+    del state["set"]
+    return state
 
 
 class Checkpoint(NamedTuple):
@@ -193,7 +279,7 @@ def load(run: Path, place: dist.Place) -> Checkpoint | None:
             if checkpoint is not None:
                 tensors = {f"weight.{k}": v for k, v in load_file(checkpoint / FILES[0]).items()}
                 tensors |= load_file(checkpoint / FILES[1])
-                state = json.loads((checkpoint / FILES[2]).read_bytes())
+                state = _state(checkpoint)
                 header = state, [(name, tuple(t.shape)) for name, t in tensors.items()]
         except ValueError as error:
             header = error  # every rank must hear of it, or the others wait for a broadcast that never comes
@@ -226,4 +312,4 @@ def load_weights(run: Path, update: int | None = None) -> tuple[dict[str, Tensor
         )
     if (reason := verify(checkpoint)) is not None:
         raise ValueError(f"{checkpoint} cannot be used: {reason}")
-    return load_file(checkpoint / FILES[0]), json.loads((checkpoint / FILES[2]).read_bytes())
+    return load_file(checkpoint / FILES[0]), _state(checkpoint)

@@ -288,6 +288,8 @@ class LogConfig:
     """Updates between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay on disk."""
+    failed_save: Literal["end", "go-on"] = "end"
+    """Where a checkpoint cannot be written: end the run, or say so and try again at the next one. The last one must succeed."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
 

@@ -247,7 +247,10 @@ def train(
     with_hints = feed.ahead(batches, Split.TRAIN, first)
     objective.train()
     journal.restart_clock()
-    busy, failure = 0.0, None
+    busy, failure, saver = 0.0, None, None
+    if place.is_main:
+        go_on = config.log.failed_save == "go-on"
+        saver = checkpoint.Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
     say = partial(run_folder.write_status, config.out) if place.is_main else _nothing
     say("running", update=update, updates=num_updates)
     stopping = dist.any_rank(stop.asked, place)
@@ -289,15 +292,14 @@ def train(
             journal.flush()
             watchdog.restart()
             tensors = trainer.state()  # every rank takes part
-            if place.is_main:
+            if saver is not None:
                 text_id = resolved.meta.counts_sha256
                 state = {"update": update, "tokens": num_tokens, "text": text_id}
-                state["skipped"] = journal.num_skipped
-                keep = config.log.keep_checkpoints
-                log.info("wrote %s", checkpoint.save(config.out, tensors, state, keep=keep))
+                saver.save(tensors, state | {"skipped": journal.num_skipped})
                 say("running", update=update, updates=num_updates)
-            dist.barrier(place)
             journal.restart_clock()
+    if saver is not None:
+        saver.close()
     if failure:
         say("failed", update=update, updates=num_updates, reason=failure)
     elif update < num_updates:
