@@ -86,7 +86,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     models, records = [], []
     for path in config.models:
-        model = transformers.AutoModel.from_pretrained(path).eval()
+        model = transformers.AutoModel.from_pretrained(path, trust_remote_code=False).eval()
         models.append(model)
         records.append({
             "path": str(path),

@@ -190,7 +190,7 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
     settings = config.settings
     wants_cuda = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if wants_cuda or config.device == "cuda" else "cpu")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
     length = sequence_length(config, task)
     if task.spans:
         data = squad.load(name, task, config.data)
@@ -243,7 +243,7 @@ def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
     """Tokens of an example. Raises ValueError where the model does not read so many."""
     import transformers
 
-    model = transformers.AutoConfig.from_pretrained(config.model)
+    model = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
     longest = model.max_position_embeddings
     if model.model_type == "roberta":  # counts from the row after [PAD]'s
         longest -= model.pad_token_id + 1

@@ -104,7 +104,7 @@ def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     names = dict(enumerate(data.label_names or ("score",)))
     changes: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
     if settings.dropout is not None:
@@ -113,9 +113,12 @@ def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
                 changes[name] = settings.dropout
     if data.task.spans:
         del changes["id2label"], changes["label2id"]
-        return transformers.AutoModelForQuestionAnswering.from_pretrained(path, **changes)
+        return transformers.AutoModelForQuestionAnswering.from_pretrained(
+            path, trust_remote_code=False, **changes
+        )
     return transformers.AutoModelForSequenceClassification.from_pretrained(
         path,
+        trust_remote_code=False,
         problem_type="regression" if data.task.regression else "single_label_classification",
         **changes,
     )
@@ -140,12 +143,12 @@ def task_teacher(
         raise ValueError(
             "--teacher wants a task with classes: a regression has no distribution to imitate"
         )
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    theirs = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"--teacher {path} has another vocabulary than the model: both must read the same ids"
         )
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     kind = "ForQuestionAnswering" if data.task.spans else "ForSequenceClassification"
     fine_tuned = any(a.endswith(kind) for a in config.architectures or ())
     if fine_tuned and not data.task.spans and config.num_labels != len(data.label_names):
