@@ -203,9 +203,10 @@ def verify(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None. Compares every file with the manifest."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"manifest.json cannot be read ({error})"
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    whole = isinstance(manifest, dict) and manifest.keys() == {"set", "files"}
+    files = manifest["files"] if whole else None
     if not isinstance(files, dict) or sorted(files) != sorted(FILES):
         return f"manifest.json does not list exactly {', '.join(FILES)}"
     if checkpoint.is_symlink():
@@ -214,7 +215,11 @@ def verify(checkpoint: Path) -> str | None:
         path, wanted = checkpoint / name, files[name]
         if not path.is_file() or path.is_symlink():
             return f"{name} is missing"
-        if not isinstance(wanted, dict) or path.stat().st_size != wanted.get("bytes"):
+        if (
+            not isinstance(wanted, dict)
+            or wanted.keys() != {"bytes", "sha256"}
+            or path.stat().st_size != wanted.get("bytes")
+        ):
             return f"{name} has {path.stat().st_size} bytes, the manifest says {wanted}"
         if _sha256(path) != wanted.get("sha256"):
             return f"{name} differs from its SHA-256 in the manifest"
@@ -229,7 +234,7 @@ def verify(checkpoint: Path) -> str | None:
         update = state["update"]
         if folder_of(checkpoint.parent.parent, update) != checkpoint:
             return f"it holds update {update}, which its name does not say"
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         return f"a file is not a checkpoint's ({error!r})"
     return None
 

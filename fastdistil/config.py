@@ -394,7 +394,7 @@ def from_json(saved: dict[str, Any]) -> Config:
 
     try:
         return build(saved, Config())
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"this is no configuration of a run: {error!r}") from error
 
 

@@ -97,7 +97,7 @@ def read(run: Path) -> dict[str, Any]:
         raise ValueError(
             f"{run} is not a run folder: wanted {path}, which `python -m fastdistil.pretrain` writes"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a run's configuration ({error}): start another --out"
         ) from None
