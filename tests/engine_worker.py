@@ -18,6 +18,7 @@ from fastdistil.engine import DeepSpeedEngine, Engine, PlainEngine
 from fastdistil.losses import Objective
 from fastdistil.shards import Shards
 from fastdistil.weights import hugging_face_state
+from tests.resume_worker import switch_dropout_on
 from tests.test_losses import make_batches, make_student, make_teacher
 
 BUDGET, UPDATES = 256, 6
@@ -33,9 +34,8 @@ def make(
     dropout: float,
 ) -> Engine:
     student = make_student(root, CPU)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
+    if dropout:
+        switch_dropout_on(student, dropout)
     objective = Objective(student, config.loss)
     if stage is None:
         return PlainEngine(objective, config, device=place.device)

@@ -1,0 +1,150 @@
+"""Run under torchrun (or alone) by test_resume.py: pieces of runs, through checkpoints on disk.
+
+resume_worker.py FOLDER OUT cells           every engine of this number of ranks: 12 updates straight, 6 + 6, 4 + 4 + 4
+resume_worker.py FOLDER OUT FIRST LAST      ZeRO 1, 2, 3: goes on from OUT/STAGE's checkpoint, from update FIRST to LAST
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastdistil import checkpoint, data, dist, losses
+from fastdistil.config import Config, EngineConfig, MaskingConfig, OptimConfig
+from fastdistil.engine import DeepSpeedEngine, Engine, PlainEngine
+from fastdistil.losses import Objective
+from fastdistil.shards import Shards
+from fastdistil.weights import load_masked_lm
+from tests.test_losses import make_teacher
+
+BUDGET, SEED = 256, 7
+CPU = torch.device("cpu")
+
+
+def switch_dropout_on(student: torch.nn.Module, probability: float = 0.1) -> None:
+    """After the embeddings, in the attention and after the feed-forward layer."""
+    count = 0
+    for module in student.modules():
+        for name in ("dropout_p", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+                count += 1
+    assert count >= 3
+
+
+class Job:
+    """A run in this process: `stage` None is the plain engine."""
+
+    def __init__(self, root: Path, place: dist.Place, stage: int | None, precision: str, micro_batches: int) -> None:  # fmt: skip
+        self.place, self.micro_batches = place, micro_batches
+        config = Config(
+            optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
+            engine=EngineConfig(bucket_elements=10_000),
+        )
+        config = replace(config, engine=replace(config.engine, precision=precision))
+        self.teacher = make_teacher(root, CPU)
+        self.teacher.model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        student = load_masked_lm(root / "student", need_head=True)
+        switch_dropout_on(student)
+        objective = Objective(student, config.loss).train()
+        self.engine: Engine
+        if stage is None:
+            self.engine = PlainEngine(objective, config, device=CPU)
+        else:
+            self.engine = DeepSpeedEngine(objective, config, stage=stage, accumulation=micro_batches // place.world_size, place=place)  # fmt: skip
+        shards = Shards(root / "shards")
+        self.plan = data.Plan(shards.lengths, seed=SEED, token_budget=BUDGET, micro_batches_per_update=micro_batches, mask_fraction=0.15)  # fmt: skip
+        self.collator = data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())  # fmt: skip
+
+    def train(self, updates: range) -> list[dict]:
+        """Loss sums and gradient norm of each update, in hexadecimal, and its sequences in order."""
+        place, history = self.place, []
+        for u in updates:
+            update = self.plan.update(u)
+            sums = torch.zeros(len(losses.SUMS), dtype=torch.float64)
+            slots = data.rank_slots(update, rank=place.rank, world_size=place.world_size)
+            for k, slot in enumerate(slots):
+                batch = self.collator(slot)
+                number = k * place.world_size + place.rank
+                torch.manual_seed(data.seed_of(SEED, "dropout", u, number))
+                hints = self.teacher(batch)
+                sums += self.engine.forward_backward(batch, hints, update.num_tokens, update.num_masked)  # fmt: skip
+            norm = self.engine.step(1e-3).item()
+            sequences = [int(s) for slot in update.slots for s in slot.sequences]
+            numbers = [*dist.sum_over_ranks(sums).tolist(), norm]
+            history.append({"update": u, "sums": [x.hex() for x in numbers], "sequences": sequences, "epoch": self.plan.epoch_of(u)})  # fmt: skip
+        return history
+
+    def save(self, run: Path, update: int) -> None:
+        tensors = self.engine.state()
+        if self.place.is_main:
+            checkpoint.save(run, tensors, {"update": update}, keep=9)
+        dist.barrier(self.place)
+
+    def load(self, run: Path) -> None:
+        saved = checkpoint.load(run, self.place)
+        assert saved is not None
+        self.engine.load(saved.tensors, step=saved.state["update"])
+
+
+def pieces(root: Path, run: Path, place: dist.Place, cell: tuple, ends: list[int]) -> dict:
+    """A run in pieces, each a fresh engine that goes on from a checkpoint: its history and last state."""
+    history, first = [], 0
+    job = Job(root, place, *cell)
+    for end in ends:
+        if first:
+            torch.manual_seed(999)  # whatever the generators were, a fresh process has others
+            job = Job(root, place, *cell)
+            job.load(run)
+        history += job.train(range(first, end))
+        job.save(run, end)
+        first = end
+    return {"history": history, "state": job.engine.state()}
+
+
+def cells(root: Path, out: Path, place: dist.Place, *, everything: bool) -> None:
+    results = {}
+    for stage in [0, 1, 2, 3] if place.world_size > 1 else [None]:
+        for precision in ("fp32", "bf16"):
+            for accumulation in (1, 4):
+                cell = (stage, precision, accumulation * place.world_size)
+                name = f"{stage}-{precision}-{accumulation}"
+                ways = {"straight": [12], "6 + 6": [6, 12]}
+                if everything or stage is None:
+                    ways["4 + 4 + 4"] = [4, 8, 12]
+                if (
+                    accumulation == 4
+                    and precision == "fp32"
+                    and stage in ((None, 1) if everything else (None,))
+                ):
+                    ways["every update"] = list(range(1, 13))
+                for way, ends in ways.items():
+                    result = pieces(root, out / name / way, place, cell, ends)
+                    if place.is_main:
+                        results[name, way] = result
+    if place.is_main:
+        torch.save({f"{n}|{w}": r for (n, w), r in results.items()}, out / "cells.pt")
+
+
+def part(root: Path, out: Path, place: dist.Place, first: int, last: int) -> None:
+    for stage in (1, 2, 3):
+        run = out / str(stage)
+        job = Job(root, place, stage, "fp32", 4)
+        if first:
+            job.load(run)
+        history = job.train(range(first, last))
+        job.save(run, last)
+        if place.is_main:
+            with (run / "history.jsonl").open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in history)
+
+
+if __name__ == "__main__":
+    here = dist.init("cpu", timeout_s=120, threads=1)
+    if sys.argv[3] in ("cells", "everything"):
+        cells(Path(sys.argv[1]), Path(sys.argv[2]), here, everything=sys.argv[3] == "everything")
+    else:
+        part(Path(sys.argv[1]), Path(sys.argv[2]), here, int(sys.argv[3]), int(sys.argv[4]))
+    dist.shutdown()
