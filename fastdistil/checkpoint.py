@@ -68,7 +68,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of `state["update"]`, then remove all but the newest `keep`. Rank 0 only.
+    """Write the checkpoint of `state["update"]`, then remove all but the newest `keep` good ones. Rank 0 only.
 
     Args:
         tensors: an engine's `state()`.
@@ -78,7 +78,8 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
     earlier checkpoints stay whole.
     """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        # the sum alone reads 20 times faster, and is finite only where every term is; finite terms may overflow it
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise CheckpointError(
                 f"no checkpoint of update {state['update']} in {run}: {name} is not finite. Earlier checkpoints are untouched"
             )
@@ -87,7 +88,6 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
     part = final.with_name(f"{final.name}.part")
     for litter in final.parent.glob("*.part"):  # of a save or a removal that was killed
         shutil.rmtree(litter, ignore_errors=True)
-    set_id = uuid.uuid4().hex
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         require_space(final.parent, num_bytes + 2**20)
@@ -98,16 +98,16 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
             if k.startswith("weight.")
         }
         moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight.")}
-        metadata = {"format": "pt", "set": set_id}
+        set_id = uuid.uuid4().hex
         hashes: dict[str, Future[str]] = {}
-        with ThreadPoolExecutor() as pool:  # a file is hashed and synced while the next is written
+        # hashed and synced while the next is written, the largest first
+        with ThreadPoolExecutor() as pool:
             syncs = []
-            for name, write in (
-                (FILES[0], lambda path: save_file(weights, path, metadata)),
-                (FILES[1], lambda path: save_file(moments, path, metadata)),
-                (FILES[2], lambda path: path.write_text(json.dumps(state | {"set": set_id}, indent=1))),
-            ):  # fmt: skip
-                write(part / name)
+            for name, content in ((FILES[1], moments), (FILES[0], weights), (FILES[2], state)):
+                if content is state:
+                    (part / name).write_text(json.dumps(state | {"set": set_id}, indent=1))
+                else:
+                    save_file(content, part / name, {"format": "pt", "set": set_id, "file": name})
                 hashes[name] = pool.submit(_sha256, part / name)
                 syncs.append(pool.submit(_fsync, part / name))
             for sync in syncs:
@@ -132,10 +132,7 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         raise CheckpointError(
             f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. Earlier checkpoints are untouched"
         ) from error
-    # newer ones were passed over as damaged when the run went on from an older one: they must not push this one out
-    not_newer = [p for p in _all(run) if _update_of(p) <= state["update"]]
-    for old in not_newer[:-keep]:
-        _remove(old)
+    _remove_old(run, state["update"], keep)
     return final
 
 
@@ -144,6 +141,25 @@ def _remove(checkpoint: Path) -> None:
     litter = checkpoint.with_name(f"{checkpoint.name}.old.part")
     os.rename(checkpoint, litter)
     shutil.rmtree(litter, ignore_errors=True)
+
+
+def _remove_old(run: Path, update: int, keep: int) -> None:
+    """Remove what is older than the newest `keep` good checkpoints, counted from that of `update`.
+
+    Newer ones are not counted: the run went on from an older one because they are damaged.
+    """
+    checkpoints = [p for p in _all(run) if _update_of(p) <= update]
+    if len(checkpoints) <= keep:
+        return
+    num_good = 0
+    for checkpoint in reversed(checkpoints):
+        if num_good < keep:
+            num_good += verify(checkpoint) is None
+            continue
+        try:
+            _remove(checkpoint)
+        except OSError as error:  # what was just written is safe, and the run needs no more
+            log.warning("%s stays, it cannot be removed: %s", checkpoint, error)
 
 
 class Saver:
@@ -201,6 +217,12 @@ def _update_of(checkpoint: Path) -> int:
 
 def verify(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None. Compares every file with the manifest."""
+    if checkpoint.is_symlink():
+        return "it is a link"
+    for name in (*FILES, "manifest.json"):
+        path = checkpoint / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is missing, or no file of its own"
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -209,31 +231,31 @@ def verify(checkpoint: Path) -> str | None:
     files = manifest["files"] if whole else None
     if not isinstance(files, dict) or sorted(files) != sorted(FILES):
         return f"manifest.json does not list exactly {', '.join(FILES)}"
-    if checkpoint.is_symlink():
-        return "it is a link"
-    for name in FILES:
-        path, wanted = checkpoint / name, files[name]
-        if not path.is_file() or path.is_symlink():
-            return f"{name} is missing"
-        if (
-            not isinstance(wanted, dict)
-            or wanted.keys() != {"bytes", "sha256"}
-            or path.stat().st_size != wanted.get("bytes")
-        ):
-            return f"{name} has {path.stat().st_size} bytes, the manifest says {wanted}"
-        if _sha256(path) != wanted.get("sha256"):
-            return f"{name} differs from its SHA-256 in the manifest"
     try:
+        for name in FILES:
+            path, wanted = checkpoint / name, files[name]
+            size = path.stat().st_size
+            if (
+                not isinstance(wanted, dict)
+                or wanted.keys() != {"bytes", "sha256"}
+                or size != wanted["bytes"]
+            ):
+                return f"{name} has {size} bytes, the manifest says {wanted}"
+            if _sha256(path) != wanted["sha256"]:
+                return f"{name} differs from its SHA-256 in the manifest"
         for name in FILES[:2]:
             with safe_open(checkpoint / name, "pt") as file:
-                if (file.metadata() or {}).get("set") != manifest["set"]:
-                    return f"{name} belongs to another checkpoint"
+                metadata = file.metadata() or {}
+                if (metadata.get("set"), metadata.get("file")) != (manifest["set"], name):
+                    return f"{name} belongs to another checkpoint, or to another place in this one"
         state = json.loads((checkpoint / FILES[2]).read_bytes())
         if state["set"] != manifest["set"]:
             return f"{FILES[2]} belongs to another checkpoint"
         update = state["update"]
         if folder_of(checkpoint.parent.parent, update) != checkpoint:
             return f"it holds update {update}, which its name does not say"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         return f"a file is not a checkpoint's ({error!r})"
     return None

@@ -80,13 +80,16 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     import torch
     import transformers
 
+    from fastdistil import finetune
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     models, records = [], []
     for path in config.models:
-        model = transformers.AutoModel.from_pretrained(path, trust_remote_code=False).eval()
+        finetune.configuration(path)
+        model = finetune.pretrained(transformers.AutoModel, path).eval()
         models.append(model)
         records.append({
             "path": str(path),

@@ -8,6 +8,7 @@ seed, and the same command goes on where it stopped. torch is imported after the
 
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -153,7 +154,9 @@ class Results:
             differing = [k for k in settings if old["settings"].get(k) != settings[k]]
             if old["model"] != config.model:
                 differing.append("model")
-        except (ValueError, KeyError, TypeError):
+            for task in old["tasks"].values():  # the numbers that are read again
+                math.fsum([task["median"], *(s["score"] for s in task["seeds"].values())])
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             raise ValueError(f"{path} is no evaluation: give another --out") from None
         if differing:
             raise ValueError(
@@ -190,7 +193,7 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
     settings = config.settings
     wants_cuda = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda" if wants_cuda or config.device == "cuda" else "cpu")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    tokenizer = finetune.pretrained(transformers.AutoTokenizer, config.model)
     length = sequence_length(config, task)
     if task.spans:
         data = squad.load(name, task, config.data)
@@ -241,9 +244,9 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
 
 def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
     """Tokens of an example. Raises ValueError where the model does not read so many."""
-    import transformers
+    from fastdistil import finetune
 
-    model = transformers.AutoConfig.from_pretrained(config.model, trust_remote_code=False)
+    model = finetune.configuration(config.model)
     longest = model.max_position_embeddings
     if model.model_type == "roberta":  # counts from the row after [PAD]'s
         longest -= model.pad_token_id + 1

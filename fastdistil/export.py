@@ -73,7 +73,14 @@ def export(config: ExportConfig) -> str:
     part.mkdir(parents=True)
     try:
         weights.write_hugging_face_folder(state, student, config.run / "tokenizer", part)
-        card = model_card(config.out.name, class_name, record, student, teacher, progress, metrics)
+        try:
+            card = model_card(
+                config.out.name, class_name, record, student, teacher, progress, metrics
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{config.run / 'config.json'} does not describe a run: {error!r}"
+            ) from error
         (part / "README.md").write_text(card, encoding="utf-8")
         replaced = config.out.with_name(f"{config.out.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -124,7 +131,7 @@ def _last_metrics(path: Path, update: int) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
             if record["update"] <= update:
                 last[record["split"]] = record
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # a line that was being written when the run was killed
     return last
 

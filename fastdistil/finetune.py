@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,12 +100,38 @@ def shuffled(
         yield batches[i]
 
 
+def pretrained(auto_class: Any, path: str | Path, **changes: Any) -> Any:
+    """What an auto class of transformers makes of a folder or hub name; code in it is not run. ValueError where it cannot be loaded."""
+    try:
+        return auto_class.from_pretrained(path, trust_remote_code=False, **changes)
+    except Exception as error:  # transformers raises whatever a file leads to
+        raise ValueError(
+            f"{path} cannot be loaded by transformers ({type(error).__name__}: {error})"
+        ) from error
+
+
+def configuration(path: str | Path) -> Any:
+    """The configuration of a folder or hub name, to be looked at before a model is made of it.
+
+    Raises ValueError as `pretrained` does, and where it asks for an attention that transformers may fetch from the hub and run.
+    """
+    import transformers
+
+    config = pretrained(transformers.AutoConfig, path)
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"{path}: config.json asks for the attention {config._attn_implementation!r}, which may be code from the hub: "
+            "remove attn_implementation from it"
+        )
+    return config
+
+
 def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
     """A classifier, regression or question answerer on the encoder in a Hugging Face folder; its head is drawn from the seed unless the folder has one."""
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = configuration(path)
     names = dict(enumerate(data.label_names or ("score",)))
     changes: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
     if settings.dropout is not None:
@@ -113,12 +140,10 @@ def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
                 changes[name] = settings.dropout
     if data.task.spans:
         del changes["id2label"], changes["label2id"]
-        return transformers.AutoModelForQuestionAnswering.from_pretrained(
-            path, trust_remote_code=False, **changes
-        )
-    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        return pretrained(transformers.AutoModelForQuestionAnswering, path, **changes)
+    return pretrained(
+        transformers.AutoModelForSequenceClassification,
         path,
-        trust_remote_code=False,
         problem_type="regression" if data.task.regression else "single_label_classification",
         **changes,
     )
@@ -143,12 +168,12 @@ def task_teacher(
         raise ValueError(
             "--teacher wants a task with classes: a regression has no distribution to imitate"
         )
-    theirs = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    theirs = pretrained(transformers.AutoTokenizer, path)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"--teacher {path} has another vocabulary than the model: both must read the same ids"
         )
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = configuration(path)
     kind = "ForQuestionAnswering" if data.task.spans else "ForSequenceClassification"
     fine_tuned = any(a.endswith(kind) for a in config.architectures or ())
     if fine_tuned and not data.task.spans and config.num_labels != len(data.label_names):

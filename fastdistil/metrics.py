@@ -106,11 +106,11 @@ def _drop_after(path: Path, update: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["update"] <= update:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     part = path.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")

@@ -66,6 +66,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
             "does not run: use stage 2 or lower, or leave --engine.compile out"
         )
     meta = read_meta(config.data.shards)
+    _check_own_tokenizer(config.data.shards / "tokenizer", meta)
     _check_losses(config)
     teacher = _read_teacher(config, meta)
     source_path, source = _source(config, teacher, meta)
@@ -216,6 +217,16 @@ def _matches_shards(option: str, folder: Path, architecture: Architecture, meta:
     if digest != meta.tokenizer_sha256:
         raise ValueError(
             f"{option} {folder} has a tokenizer with hash {digest[:12]}, the shards were made with {meta.tokenizer_sha256[:12]}: {fix}"
+        )
+
+
+def _check_own_tokenizer(folder: Path, meta: Meta) -> None:
+    """The run and its export get a copy of it."""
+    found = tokenizer.vocabulary_sha256(folder), tokenizer.special_ids(folder)
+    if found != (meta.tokenizer_sha256, meta.special_ids):
+        raise ValueError(
+            f"{folder} is not the tokenizer that these shards were made with (hash {found[0][:12]}, wanted {meta.tokenizer_sha256[:12]}; "
+            f"special ids {found[1]}, wanted {meta.special_ids}): prepare them again"
         )
 
 

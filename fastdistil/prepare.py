@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastdistil.sequences import Encoded
-    from fastdistil.shards import ShardWriter
+    from fastdistil.shards import Shard, ShardWriter
 
 LOG = logging.getLogger("fastdistil.prepare")
 PROGRESS_FILE = "progress.json"
@@ -192,7 +192,7 @@ def _open_folder(config: Config, preparation: dict[str, Any]) -> dict[str, Any] 
             there = found["preparation"]
             differ = [key for key in preparation if there.get(key) != preparation[key]]
             num_shards = len(found["shards"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged ({error!r}): begin anew with --overwrite"
             ) from None
@@ -254,7 +254,7 @@ def _write_shards(
     out = config.out
     shard_format.write_json(out / PROGRESS_FILE, progress)
     tokenizer_file = out / "tokenizer" / "tokenizer.json"
-    if progress["tokenizer_sha256"] is None:
+    if progress.get("tokenizer_sha256") is None:
         _make_tokenizer(config, read, spec)
         progress["tokenizer_sha256"] = shard_format.file_sha256(tokenizer_file)
         shard_format.write_json(out / PROGRESS_FILE, progress)
@@ -264,8 +264,7 @@ def _write_shards(
     vocab_size = len(tokenizer.read_vocabulary(tokenizer_file))
     dtype = shard_format.token_dtype(vocab_size)
     counts = np.zeros(vocab_size, np.int64)
-    finished = [shard_format.Shard(**entry["shard"]) for entry in progress["shards"]]
-    texts = [Text(**entry["text"]) for entry in progress["shards"]]
+    finished, texts = _finished_before(progress, out / PROGRESS_FILE)
     batches = read_batches(read, config.options)
     size = sum(source.num_bytes for source in read)
     with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
@@ -328,6 +327,23 @@ def _write_shards(
         meta.dropped_short,
         meta.dropped_unknown,
     )
+
+
+def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard], list[Text]]":
+    """What an interrupted run has finished, by its progress.json at `path`; ValueError where that is damaged."""
+    from fastdistil.shards import Shard, checked, shard_name
+
+    finished, texts = [], []
+    for index, entry in enumerate(progress["shards"]):
+        where = f"{path}: shards[{index}]"
+        parts = entry if isinstance(entry, dict) else {}
+        finished.append(Shard(**checked(parts.get("shard"), Shard, where)))
+        texts.append(Text(**checked(parts.get("text"), Text, where)))
+        if finished[-1].name != shard_name(index):
+            raise ValueError(
+                f"{where} is called {finished[-1].name!r:.80}: begin anew with --overwrite"
+            )
+    return finished, texts
 
 
 def _skip(text: Text, batches: Iterator[Batch], bar: Any) -> None:

@@ -89,7 +89,7 @@ def read(name: str, folder: Path) -> Run:
             found = json.loads(line)
             if isinstance(found["update"], int) and found["split"] in ("train", "validation"):
                 lines.append(found)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # being written just now
     return Run(
         name,
@@ -106,7 +106,7 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}") from None
 
 

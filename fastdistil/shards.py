@@ -70,7 +70,7 @@ class Meta:
     shards: tuple[Shard, ...]
 
 
-def _checked(record: Any, kind: type, where: str) -> dict[str, Any]:
+def checked(record: Any, kind: type, where: str) -> dict[str, Any]:
     """The fields of the dataclass `kind` taken from a JSON object; ValueError names a bad one."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: wanted an object, got {type(record).__name__}: {_REPAIR}")
@@ -115,9 +115,9 @@ def read_meta(folder: str | Path) -> Meta:
             f"{path}: this fastdistil reads format_version {FORMAT_VERSION}, got "
             f"{record['format_version']!r:.80}: {_REPAIR}"
         )
-    fields = _checked(record, Meta, str(path))
+    fields = checked(record, Meta, str(path))
     fields["shards"] = tuple(
-        Shard(**_checked(shard, Shard, f"{path}: shards[{index}]"))
+        Shard(**checked(shard, Shard, f"{path}: shards[{index}]"))
         for index, shard in enumerate(fields["shards"])
     )
     meta = Meta(**fields)

@@ -81,7 +81,7 @@ def _read(path: Path) -> list[Question]:
             for paragraph in paragraphs
             for question in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not SQuAD's JSON (data, paragraphs, qas): {error!r}"
         ) from error
@@ -101,8 +101,10 @@ def _of_row(row: dict[str, Any], where: Path | str) -> Question:
 def _question(
     text: str, passage: str, answers: list[tuple[str, int]], where: Path | str
 ) -> Question:
+    if not isinstance(text, str) or not isinstance(passage, str):
+        raise TypeError("question and context must be text")
     for answer, start in answers:
-        if passage[start : start + len(answer)] != answer:
+        if start < 0 or passage[start : start + len(answer)] != answer:
             raise ValueError(
                 f"{where}: the answer {answer[:40]!r} is not at character {start} of its passage"
             )

@@ -258,18 +258,24 @@ def split_files(name: str, source: str) -> dict[str, list[Path]]:
 
 
 def rows_of(files: list[Path]) -> Any:
-    """The rows of files of one format, as a dataset."""
+    """The rows of files of one format, as a dataset. ValueError where they cannot be read."""
     import datasets
 
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore  # it tells the hub, of local files too
     options: dict[str, Any] = {}
     if files[0].suffix in (".tsv", ".csv"):  # no text is a missing value, e.g. "null"
         options = {"keep_default_na": False}
-    if files[0].suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-        if names := _names_without_header(files[0]):
-            options |= {"column_names": list(names)}
     reader, paths = READERS[files[0].suffix], [str(f) for f in files]
-    return datasets.load_dataset(reader, data_files=paths, split="train", **options)
+    try:
+        if files[0].suffix == ".tsv":
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+            if names := _names_without_header(files[0]):
+                options |= {"column_names": list(names)}
+        return datasets.load_dataset(reader, data_files=paths, split="train", **options)
+    except Exception as error:  # its own, pandas' and pyarrow's
+        raise ValueError(
+            f"{', '.join(paths)}: not readable as {reader} ({error.__cause__ or error!r})"
+        ) from error
 
 
 def _names_without_header(path: Path) -> tuple[str, ...] | None:

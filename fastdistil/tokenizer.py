@@ -188,20 +188,29 @@ def load(path: Path, *, cased: bool = False) -> "Tokenizer":
     """The tokenizer of a folder, tokenizer.json or vocab.txt, as `tokenizers` runs it.
 
     Padding and truncation are off. A vocab.txt is BERT's WordPiece; case and accents go by the
-    tokenizer_config.json beside it where there is one, else they are removed unless `cased`.
+    tokenizer_config.json beside it where there is one, else they are removed unless `cased`. Raises what `special_ids` does, and
+    ValueError where `tokenizers` cannot read the file or encode by it.
     """
     from tokenizers import Tokenizer
 
+    special_ids(path)
     file = _vocabulary_file(path)
     if file.suffix != ".txt":
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # `tokenizers` raises nothing more precise
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            # Some files do not mark them so, and then `encode_special_tokens` would not see them.
+            tokenizer.add_special_tokens(list(special_tokens(path).values()))
+            tokenizer.encode(
+                "a \U0010fffe"
+            )  # fails here rather than in a worker, e.g. without [UNK]
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except (
+            BaseException
+        ) as error:  # `tokenizers` raises nothing more precise, and a panic is no Exception
             raise ValueError(f"{file}: `tokenizers` cannot read it ({error})") from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        # Some files do not mark them so, and then `encode_special_tokens` would not see them.
-        tokenizer.add_special_tokens(list(special_tokens(path).values()))
         return tokenizer
     config_file = file.parent / "tokenizer_config.json"
     config = _read_json(config_file) if config_file.is_file() else {}

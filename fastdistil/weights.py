@@ -9,7 +9,6 @@ folder).
 """
 
 import json
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -152,6 +151,7 @@ def load_masked_lm(
     folder = Path(folder)
     architecture = read_architecture(folder)
     found = _canonical_names(_read_tensors(folder), architecture)
+    _refuse_wild_sizes(folder, architecture, found)
     model = MaskedLM(architecture, generator=generator)
     own = model.state_dict()
 
@@ -178,6 +178,20 @@ def load_masked_lm(
             torch.cat([found[name] for name in theirs])
         )  # state dict values share the parameters' memory
     return model
+
+
+def _refuse_wild_sizes(
+    folder: Path, architecture: Architecture, found: Mapping[str, Tensor]
+) -> None:
+    """Before such a model is made: its memory is bounded by that of the file. Smaller differences are named later."""
+    width, vocab_size = architecture.hidden_size, architecture.vocab_size
+    held = sum(tensor.numel() for tensor in found.values())
+    fresh_head = width * (width + 3) + vocab_size
+    if architecture.num_parameters > 2 * (held + fresh_head):
+        raise ValueError(
+            f"{folder / 'config.json'} describes {architecture.num_parameters:,} parameters, the weights beside it are "
+            f"{held:,} numbers: they do not belong together"
+        )
 
 
 def _no_head_message(folder: Path) -> str:
@@ -251,10 +265,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if pickled.is_file():
         try:
             state = torch.load(pickled, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # torch raises whatever the damage leads to
             raise ValueError(
                 f"{pickled} was refused, because it holds more than tensors or is damaged; it is never loaded in a "
-                f"less safe way: save the model as safetensors where you trust it ({str(error).splitlines()[0]})"
+                f"less safe way: save the model as safetensors where you trust it ({repr(error).splitlines()[0]:.200})"
             ) from None
         if not isinstance(state, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
@@ -271,7 +285,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
@@ -423,4 +437,10 @@ def write_hugging_face_folder(
     except SafetensorError as error:  # its own type on a full disk
         raise OSError(f"cannot write {out / 'model.safetensors'}: {error}") from None
     for file in files:
+        if file.name == "tokenizer_config.json":  # may name code for transformers to run
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if "auto_map" in record:
+                del record["auto_map"]
+                (out / file.name).write_text(json.dumps(record, indent=1), encoding="utf-8")
+                continue
         shutil.copyfile(file, out / file.name)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -76,8 +77,6 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage, c
             other = tmp_path / "elsewhere"
             other.write_bytes(content)
             path.symlink_to(other)
-    if damage == "link" and name == "manifest.json":
-        return  # the content is what it was, and the files it lists are checked
     newest = checkpoint.newest(tmp_path)
     assert newest == checkpoint.folder_of(tmp_path, 5)
     assert "update-00000010" in caplog.text
@@ -110,6 +109,23 @@ def test_a_damaged_newer_one_does_not_push_out_what_follows_it(tmp_path):
     assert not checkpoint.folder_of(tmp_path, 5).exists()
 
 
+def test_what_was_just_written_stays_though_newer_ones_can_be_read_again(tmp_path):
+    save(tmp_path, 10)
+    save(tmp_path, 6, keep=1)  # 10 could not be read when the run went on
+    assert checkpoint.verify(checkpoint.folder_of(tmp_path, 6)) is None
+
+
+def test_a_damaged_one_is_not_counted_among_those_that_are_kept(tmp_path):
+    save(tmp_path, 5)
+    for update in (10, 15):
+        (save(tmp_path, update) / "weights.safetensors").write_bytes(b"")
+    save(tmp_path, 20)
+    assert checkpoint.verify(checkpoint.folder_of(tmp_path, 5)) is None
+    save(tmp_path, 25)  # now there are two good ones newer than 5
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["update-00000020", "update-00000025"]
+
+
 def test_nothing_usable_is_an_error_not_a_fresh_start(tmp_path):
     (save(tmp_path, 5) / "weights.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
@@ -122,29 +138,45 @@ def test_a_renamed_checkpoint_is_passed_over(tmp_path):
     assert "holds update 5" in str(checkpoint.verify(checkpoint.folder_of(tmp_path, 6)))
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    [
-        "[]",
-        "{}",
-        '{"../../x": 1}',
-        "null",
-        '{"files": {"weights.safetensors": 1, "optimizer.safetensors": 1, "state.json": 1}}',
-        '{"files": {"../weights.safetensors": 1, "optimizer.safetensors": 1, "state.json": 1}}',
-        "",
-    ],
-)
-def test_a_forged_manifest_is_refused(tmp_path, manifest):
-    folder = save(tmp_path, 5)
-    (folder / "manifest.json").write_text(manifest)
-    assert checkpoint.verify(folder) is not None
+FORGED = {
+    "empty": lambda _: None,
+    "list": lambda m: [m],
+    "no files": lambda m: {"set": m["set"]},
+    "no set": lambda m: {"files": m["files"]},
+    "files by list": lambda m: m | {"files": list(m["files"])},
+    "file left out": lambda m: m | {"files": {n: m["files"][n] for n in checkpoint.FILES[:2]}},
+    "file added": lambda m: m | {"files": m["files"] | {"../x": m["files"]["state.json"]}},
+    "name outside": lambda m: rename_in(m, "../update-00000005/weights.safetensors"),
+    "absolute name": lambda m: rename_in(m, "/etc/passwd"),
+    "numbers": lambda m: m | {"files": dict.fromkeys(m["files"], 1)},
+    "wrong size": lambda m: (
+        m | {"files": m["files"] | {"state.json": m["files"]["state.json"] | {"bytes": 1}}}
+    ),
+    "stray key": lambda m: m | {"next": "../update-00000005"},
+    "other set": lambda m: m | {"set": "0" * 32},
+}
+
+
+def rename_in(manifest, name):
+    files = dict(manifest["files"])
+    files[name] = files.pop("weights.safetensors")
+    return manifest | {"files": files}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED)
+def test_a_forged_manifest_is_refused(tmp_path, forge, caplog):
+    save(tmp_path, 5)
+    folder = save(tmp_path, 10)
+    path = folder / "manifest.json"
+    forged = forge(json.loads(path.read_text()))
+    path.write_text(json.dumps(forged) if forged else "")
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 5)
+    assert f"passing over {folder}: " in caplog.text
 
 
 def test_a_full_disk_is_said_with_path_and_bytes_and_leaves_the_earlier_one(tmp_path):
     save(tmp_path, 5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
