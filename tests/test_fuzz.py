@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastdistil import shards
 from tests import fuzz_targets, launch
 
 NAMES = (
@@ -67,30 +66,3 @@ def test_mutations_led_by_coverage(name, tmp_path):
     done = launch.run(launch.ROOT / "tests" / "atheris_worker.py", name, count, tmp_path, script=True, ok=False, timeout_s=3000)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"Done {count} runs" in done.stderr
-
-
-def test_awkward_text_becomes_tokens_or_an_error(tmp_path):
-    """NULs, broken UTF-8, a BOM, CRLF, half a surrogate pair, an empty document, an empty file, a line of 10 MB."""
-    words = "the quick brown fox jumps over a lazy dog and runs away from it again"
-    contents = {
-        "nul": words.encode() + b"\x00\x00" + words.encode(),
-        "broken": b"\xff\xfe" + words.encode() + b"\xc3\x28 \xed\xa0\x80",
-        "bom": b"\xef\xbb\xbf" + words.encode(),
-        "crlf": b"\r\n".join([words.encode()] * 5),
-        "empty": b"",
-        "blank": b"\n\n \n\t\n",
-        "long": (words * 150_000).encode(),
-    }
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(words.split()))]))  # fmt: skip
-    results = {}
-    for name, content in contents.items():
-        (tmp_path / f"{name}.txt").write_bytes(content)
-        out = tmp_path / f"{name}.shards"
-        done = launch.run("fastdistil.prepare", tmp_path / f"{name}.txt", "--tokenizer", tmp_path / "vocab.txt", "--out", out, "--workers", 1, "--max-length", 128, ok=False)  # fmt: skip
-        assert done.returncode in (0, 2), (name, done.stderr)
-        assert "Traceback" not in done.stderr, name
-        results[name] = shards.Shards(out).meta.num_tokens if done.returncode == 0 else done.stderr
-    for name in ("empty", "blank"):
-        assert "error:" in results[name], name
-    assert results["bom"] == len(words.split()) + 2  # the mark is no word
-    assert results["long"] > 1_500_000
