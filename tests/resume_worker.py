@@ -1,12 +1,14 @@
 """Run under torchrun (or alone) by test_resume.py: pieces of runs, through checkpoints on disk.
 
-resume_worker.py FOLDER OUT cells           every engine of this number of ranks: 12 updates straight, 6 + 6, 4 + 4 + 4
-resume_worker.py FOLDER OUT FIRST LAST      ZeRO 1, 2, 3: goes on from OUT/STAGE's checkpoint, from update FIRST to LAST
+resume_worker.py FOLDER OUT cells                  every engine of this number of ranks: 12 updates straight, 6 + 6, 4 + 4 + 4
+resume_worker.py FOLDER OUT everything             the same, nothing left out with several ranks
+resume_worker.py FOLDER OUT STAGES FIRST LAST      goes on from OUT/STAGE's checkpoint, from update FIRST to LAST; STAGES as 1,2,3, or plain
 """
 
 import json
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,10 +18,14 @@ from fastdistil.config import Config, EngineConfig, MaskingConfig, OptimConfig
 from fastdistil.engine import DeepSpeedEngine, Engine, PlainEngine
 from fastdistil.losses import Objective
 from fastdistil.shards import Shards
+from fastdistil.teacher import Teacher
 from fastdistil.weights import load_masked_lm
-from tests.test_losses import make_teacher
 
 BUDGET, SEED = 256, 7
+SOME = (
+    ("fp32", 4),
+    ("bf16", 1),
+)  # precision and accumulation of `cells` with several ranks: 40 s less of CI
 CPU = torch.device("cpu")
 
 
@@ -34,18 +40,25 @@ def switch_dropout_on(student: torch.nn.Module, probability: float = 0.1) -> Non
     assert count >= 3
 
 
-class Job:
-    """A run in this process: `stage` None is the plain engine."""
+def of_every_rank(mine: list, place: dist.Place) -> list:
+    everyone = [mine] * place.world_size
+    if place.host_group is not None:
+        torch.distributed.all_gather_object(everyone, mine, group=place.host_group)
+    return list(chain.from_iterable(everyone))
 
-    def __init__(self, root: Path, place: dist.Place, stage: int | None, precision: str, micro_batches: int) -> None:  # fmt: skip
-        self.place, self.micro_batches = place, micro_batches
+
+class Job:
+    """A run in this process, on the first `num_sequences`; `stage` None is the plain engine."""
+
+    def __init__(self, root: Path, place: dist.Place, stage: int | None, precision: str, micro_batches: int, num_sequences: int) -> None:  # fmt: skip
+        self.place = place
         config = Config(
             optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
             engine=EngineConfig(bucket_elements=10_000),
         )
         config = replace(config, engine=replace(config.engine, precision=precision))
-        self.teacher = make_teacher(root, CPU)
-        self.teacher.model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.teacher = Teacher(load_masked_lm(root / "teacher", need_head=True), device=CPU, dtype=dtype)  # fmt: skip
         student = load_masked_lm(root / "student", need_head=True)
         switch_dropout_on(student)
         objective = Objective(student, config.loss).train()
@@ -55,26 +68,27 @@ class Job:
         else:
             self.engine = DeepSpeedEngine(objective, config, stage=stage, accumulation=micro_batches // place.world_size, place=place)  # fmt: skip
         shards = Shards(root / "shards")
-        self.plan = data.Plan(shards.lengths, seed=SEED, token_budget=BUDGET, micro_batches_per_update=micro_batches, mask_fraction=0.15)  # fmt: skip
+        self.plan = data.Plan(shards.lengths[:num_sequences], seed=SEED, token_budget=BUDGET, micro_batches_per_update=micro_batches, mask_fraction=0.15)  # fmt: skip
         self.collator = data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())  # fmt: skip
 
     def train(self, updates: range) -> list[dict]:
-        """Loss sums and gradient norm of each update, in hexadecimal, and its sequences in order."""
+        """Loss sums and gradient norm of each update, in hexadecimal, and the sequences of each micro-batch that a rank met."""
         place, history = self.place, []
         for u in updates:
             update = self.plan.update(u)
             sums = torch.zeros(len(losses.SUMS), dtype=torch.float64)
+            met: list[tuple[int, tuple[int, ...]]] = []
             slots = data.rank_slots(update, rank=place.rank, world_size=place.world_size)
             for k, slot in enumerate(slots):
                 batch = self.collator(slot)
                 number = k * place.world_size + place.rank
+                met.append((number, batch.sequences))
                 torch.manual_seed(data.seed_of(SEED, "dropout", u, number))
                 hints = self.teacher(batch)
                 sums += self.engine.forward_backward(batch, hints, update.num_tokens, update.num_masked)  # fmt: skip
             norm = self.engine.step(1e-3).item()
-            sequences = [int(s) for slot in update.slots for s in slot.sequences]
             numbers = [*dist.sum_over_ranks(sums).tolist(), norm]
-            history.append({"update": u, "sums": [x.hex() for x in numbers], "sequences": sequences, "epoch": self.plan.epoch_of(u)})  # fmt: skip
+            history.append({"update": u, "sums": [x.hex() for x in numbers], "met": sorted(of_every_rank(met, place)), "epoch": self.plan.epoch_of(u)})  # fmt: skip
         return history
 
     def save(self, run: Path, update: int) -> None:
@@ -101,7 +115,7 @@ def pieces(root: Path, run: Path, place: dist.Place, cell: tuple, ends: list[int
         history += job.train(range(first, end))
         job.save(run, end)
         first = end
-    return {"history": history, "state": job.engine.state()}
+    return {"history": history, "state": job.engine.state(), "generator": torch.get_rng_state()}
 
 
 def cells(root: Path, out: Path, place: dist.Place, *, everything: bool) -> None:
@@ -109,7 +123,10 @@ def cells(root: Path, out: Path, place: dist.Place, *, everything: bool) -> None
     for stage in [0, 1, 2, 3] if place.world_size > 1 else [None]:
         for precision in ("fp32", "bf16"):
             for accumulation in (1, 4):
-                cell = (stage, precision, accumulation * place.world_size)
+                if stage is not None and not everything and (precision, accumulation) not in SOME:
+                    continue
+                # so few sequences that even 12 micro-batches go beyond an epoch
+                cell = (stage, precision, accumulation * place.world_size, 80)
                 name = f"{stage}-{precision}-{accumulation}"
                 ways = {"straight": [12], "6 + 6": [6, 12]}
                 if everything or stage is None:
@@ -128,10 +145,10 @@ def cells(root: Path, out: Path, place: dist.Place, *, everything: bool) -> None
         torch.save({f"{n}|{w}": r for (n, w), r in results.items()}, out / "cells.pt")
 
 
-def part(root: Path, out: Path, place: dist.Place, first: int, last: int) -> None:
-    for stage in (1, 2, 3):
-        run = out / str(stage)
-        job = Job(root, place, stage, "fp32", 4)
+def part(root: Path, out: Path, place: dist.Place, stages: list[str], first: int, last: int) -> None:  # fmt: skip
+    for stage in stages:
+        run = out / stage
+        job = Job(root, place, None if stage == "plain" else int(stage), "fp32", 4, 400)
         if first:
             job.load(run)
         history = job.train(range(first, last))
@@ -146,5 +163,6 @@ if __name__ == "__main__":
     if sys.argv[3] in ("cells", "everything"):
         cells(Path(sys.argv[1]), Path(sys.argv[2]), here, everything=sys.argv[3] == "everything")
     else:
-        part(Path(sys.argv[1]), Path(sys.argv[2]), here, int(sys.argv[3]), int(sys.argv[4]))
+        stages = sys.argv[3].split(",")
+        part(Path(sys.argv[1]), Path(sys.argv[2]), here, stages, *map(int, sys.argv[4:]))
     dist.shutdown()
