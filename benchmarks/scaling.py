@@ -133,6 +133,7 @@ def worker(stage: str) -> None:
     from fastdistil.architecture import Architecture
     from fastdistil.bert import MaskedLM
     from fastdistil.config import Config, EngineConfig
+    from fastdistil.launcher import leave
     from fastdistil.losses import Objective
     from fastdistil.teacher import Teacher
 
@@ -186,6 +187,7 @@ def worker(stage: str) -> None:
     if place.is_main:
         print("RESULT " + json.dumps(found))
     dist.shutdown()
+    leave(0)
 
 
 def _measure_link(num_ranks: int) -> list[float]:

@@ -1,7 +1,9 @@
-"""What the launcher (torchrun) says in the environment; the only reader of it. Standard library only."""
+"""What the launcher (torchrun) says in the environment, and leaving it. The only reader of it. Standard library only."""
 
+import atexit
 import os
-from typing import NamedTuple
+import sys
+from typing import NamedTuple, NoReturn
 
 
 class Launched(NamedTuple):
@@ -27,6 +29,20 @@ def launched() -> Launched:
         local_rank=number("LOCAL_RANK", 0),
         local_world_size=number("LOCAL_WORLD_SIZE", 1),
     )
+
+
+def leave(status: int) -> NoReturn:
+    """As sys.exit for a rank that has finished, without tearing the interpreter down under threads that are still alive.
+
+    DeepSpeed holds its process groups to the end, and with them gloo's threads. One that drops a tensor after the interpreter
+    has begun to end asks for a GIL that nobody gives, and PyTorch aborts: a finished run, exit status -6. 13 of 28 under strace.
+    """
+    if not launched().by_torchrun:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def visible_gpus(count: int) -> list[str]:

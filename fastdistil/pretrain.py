@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdistil import __version__
 from fastdistil.config import Config, to_json
-from fastdistil.launcher import launched
+from fastdistil.launcher import launched, leave
 from fastdistil.preflight import Resolved, resolve
 from fastdistil.recipes import RECIPES
 from fastdistil.watchdog import Watchdog
@@ -247,12 +247,13 @@ def train(
     with_hints = feed.ahead(batches, Split.TRAIN, first)
     objective.train()
     journal.restart_clock()
-    busy, failure, saver = 0.0, None, None
+    busy, held_up, failure, saver = 0.0, 0.0, None, None
     if place.is_main:
         go_on = config.log.failed_save == "go-on"
         saver = checkpoint.Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
     say = partial(run_folder.write_status, config.out) if place.is_main else _nothing
     say("running", update=update, updates=num_updates)
+    began = time.perf_counter()
     stopping = dist.any_rank(stop.asked, place)
     while update < num_updates and not stopping:
         step = plan.update(update)
@@ -291,15 +292,22 @@ def train(
         if update % config.log.checkpoint_every == 0 or last or stopping:
             journal.flush()
             watchdog.restart()
+            begin = time.perf_counter()
             tensors = trainer.state()  # every rank takes part
             if saver is not None:
                 text_id = resolved.meta.counts_sha256
                 state = {"update": update, "tokens": num_tokens, "text": text_id}
                 saver.save(tensors, state | {"skipped": journal.num_skipped})
                 say("running", update=update, updates=num_updates)
+            held_up += time.perf_counter() - begin
             journal.restart_clock()
     if saver is not None:
+        begin = time.perf_counter()
         saver.close()
+        held_up += time.perf_counter() - begin
+        log.info(
+            f"saving held the run up for {held_up:.2f} s, {held_up / (time.perf_counter() - began):.2%} of its time"
+        )
     if failure:
         say("failed", update=update, updates=num_updates, reason=failure)
     elif update < num_updates:
@@ -498,4 +506,4 @@ def _size(architecture: Architecture) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

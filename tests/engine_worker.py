@@ -15,6 +15,7 @@ import torch
 from fastdistil import data, dist, losses
 from fastdistil.config import Config, EngineConfig, MaskingConfig, OptimConfig
 from fastdistil.engine import DeepSpeedEngine, Engine, PlainEngine
+from fastdistil.launcher import leave
 from fastdistil.losses import Objective
 from fastdistil.shards import Shards
 from fastdistil.weights import hugging_face_state
@@ -135,3 +136,4 @@ def main(root: Path, out: Path, precision: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    leave(0)

@@ -9,7 +9,7 @@ import sys
 import time
 
 from fastdistil import data, engine, pretrain
-from fastdistil.launcher import launched
+from fastdistil.launcher import launched, leave
 
 KIND, RANK, UPDATE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
@@ -43,4 +43,4 @@ if launched().rank == RANK:
     engine.DeepSpeedEngine.step = spoilt_step  # type: ignore[method-assign]
     data.Collator.__call__ = slow  # type: ignore[method-assign]
 
-sys.exit(pretrain.main(sys.argv[4:]))
+leave(pretrain.main(sys.argv[4:]))

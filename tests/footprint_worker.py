@@ -20,6 +20,7 @@ from fastdistil import data, dist, engine, ops
 from fastdistil.architecture import Architecture
 from fastdistil.bert import MaskedLM
 from fastdistil.config import BatchConfig, Config, EngineConfig, TeacherConfig
+from fastdistil.launcher import leave
 from fastdistil.losses import Objective
 from fastdistil.preflight import Resolved
 from fastdistil.teacher import Teacher
@@ -146,3 +147,4 @@ def main(cases: list[Case], out: Path) -> None:
 
 if __name__ == "__main__":
     main(load(Path(sys.argv[1])), Path(sys.argv[2]))
+    leave(0)

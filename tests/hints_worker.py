@@ -12,6 +12,7 @@ import torch
 from fastdistil import dist, losses
 from fastdistil.config import Config, EngineConfig
 from fastdistil.engine import DeepSpeedEngine
+from fastdistil.launcher import leave
 from fastdistil.losses import Objective
 from fastdistil.weights import hugging_face_state, load_masked_lm
 from tests.test_hints import VALUES, make_batches, make_teacher
@@ -45,3 +46,4 @@ def main(root: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)

@@ -16,6 +16,7 @@ import torch
 from fastdistil import checkpoint, data, dist, losses
 from fastdistil.config import Config, EngineConfig, MaskingConfig, OptimConfig
 from fastdistil.engine import DeepSpeedEngine, Engine, PlainEngine
+from fastdistil.launcher import leave
 from fastdistil.losses import Objective
 from fastdistil.shards import Shards
 from fastdistil.teacher import Teacher
@@ -166,3 +167,4 @@ if __name__ == "__main__":
         stages = sys.argv[3].split(",")
         part(Path(sys.argv[1]), Path(sys.argv[2]), here, stages, *map(int, sys.argv[4:]))
     dist.shutdown()
+    leave(0)
