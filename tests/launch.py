@@ -16,17 +16,26 @@ ENVIRONMENT = {
 }
 
 
-def command(*args: object, ranks: int | None = None, script: bool = False) -> list[str]:
+RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""The environment that `restarts` want: else one after SIGKILL often fails, pytorch#135712."""
+
+
+def command(
+    *args: object, ranks: int | None = None, script: bool = False, restarts: int | None = None
+) -> list[str]:
     """The argument list: `python -m module ...` or `torchrun ... -m module ...`; `script` runs a file instead of a module."""
     words = [str(a) for a in args]
     how = [] if script else ["-m"]
     if ranks is None:
         return [sys.executable, *how, *words]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    if restarts is not None:
+        torchrun += ["--standalone", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+        return [sys.executable, *torchrun, *how, *words]
     with socket.socket() as s:  # a port of our own: tests may run side by side
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-    return [sys.executable, *torchrun, *how, *words]
+    return [sys.executable, *torchrun, f"--master-port={port}", *how, *words]
 
 
 def run(

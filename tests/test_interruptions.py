@@ -17,9 +17,6 @@ from fastdistil import checkpoint, run_folder
 from tests import launch, toy
 from tests.launch import options
 
-TORCHRUN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Else a restart after SIGKILL often fails: pytorch#135712."""
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -71,7 +68,10 @@ def workers_of(run: Path) -> dict[int, int]:
     """{rank: process} of a run under torchrun."""
     found = {}
     for pid in processes_of(run):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
         ranks = [int(word[5:]) for word in environment if word.startswith(b"RANK=")]
         if ranks:
             found[ranks[0]] = pid
@@ -187,13 +187,10 @@ def test_a_straggler_is_named(root, tmp_path):
 def killed_at_random(root: Path, run: Path, *, kills: int, updates: int, seed: int) -> str:
     """Train with two ranks while random ones are killed; what was printed."""
     rng = random.Random(seed)
-    words = launch.command("fastdistil.pretrain", *arguments(root, run, optim__duration=updates), ranks=2)  # fmt: skip
-    at = words.index("torch.distributed.run") + 1
-    words = [word for word in words if not word.startswith("--master-port")]
-    words[at:at] = ["--standalone", f"--max-restarts={kills}", "--monitor-interval=0.1"]
+    words = launch.command("fastdistil.pretrain", *arguments(root, run, optim__duration=updates), ranks=2, restarts=kills)  # fmt: skip
     log = run.parent / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(words, env=launch.ENVIRONMENT | TORCHRUN, stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+        process = subprocess.Popen(words, env=launch.ENVIRONMENT | launch.RESTARTING, stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
     left, seen = kills, 0
     while process.poll() is None:
         time.sleep(0.02)
