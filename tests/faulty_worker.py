@@ -1,6 +1,7 @@
 """`fastdistil.pretrain` with a fault in one rank's update, under torchrun: faulty_worker.py KIND RANK UPDATE ARGUMENTS...
 
 hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  slow: 0.3 s more before every forward.
+save: a disk so slow that every checkpoint takes 2 s and more; "planted" is printed when half of its bytes are written.
 """
 
 import os
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 
-from fastdistil import data, engine, pretrain
+from fastdistil import checkpoint, data, engine, pretrain
 from fastdistil.launcher import launched, leave
 
 KIND, RANK, UPDATE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -27,20 +28,28 @@ def fault() -> None:
 
 
 if launched().rank == RANK:
-    step, forward_backward, count = engine.DeepSpeedEngine.step, data.Collator.__call__, [0]
+    step, collate, count = engine.DeepSpeedEngine.step, data.Collator.__call__, [0]
+    save_file = checkpoint.save_file
 
     def spoilt_step(self, lr):
         count[0] += 1
-        if count[0] == UPDATE and KIND != "slow":
+        if count[0] == UPDATE and KIND not in ("slow", "save"):
             fault()
         return step(self, lr)
 
     def slow(self, slot):
         if KIND == "slow":
             time.sleep(0.3)
-        return forward_backward(self, slot)
+        return collate(self, slot)
+
+    def slow_disk(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        if KIND == "save" and path.name == checkpoint.FILES[1]:
+            print(f"planted: half of {path.parent.name}", flush=True)
+            time.sleep(2)
 
     engine.DeepSpeedEngine.step = spoilt_step  # type: ignore[method-assign]
     data.Collator.__call__ = slow  # type: ignore[method-assign]
+    checkpoint.save_file = slow_disk
 
 leave(pretrain.main(sys.argv[4:]))

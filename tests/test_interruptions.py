@@ -144,6 +144,49 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path):
     assert newest.name == f"update-{found['update']:08d}"
 
 
+def test_a_signal_during_a_save(root, tmp_path):
+    """SIGUSR1 to torchrun, as some clusters warn of preemption: it waits for the save, then for another of where the run is."""
+    run = tmp_path / "run"
+    words = launch.command(launch.ROOT / "tests" / "faulty_worker.py", "save", 0, 0, *arguments(root, run), ranks=2, script=True)  # fmt: skip
+    words.insert(words.index("torch.distributed.run") + 1, "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")  # fmt: skip
+    process = launch.start_until("planted: half of update-00000005.part", words)
+    process.send_signal(signal.SIGUSR1)
+    begin = time.monotonic()
+    launch.rest_of(process)
+    assert time.monotonic() - begin < 15  # torchrun kills after 30
+    assert not processes_of(run)
+    found = status(run)
+    assert (found["state"], found["reason"]) == ("stopped", "SIGUSR1")
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names[-1] == f"update-{found['update']:08d}"
+    assert all(checkpoint.verify(run / "checkpoints" / name) is None for name in names)
+
+
+def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(root, tmp_path):
+    run = tmp_path / "run"
+    words = launch.command(launch.ROOT / "tests" / "faulty_worker.py", "save", 0, 0, *arguments(root, run), ranks=2, script=True)  # fmt: skip
+    process = launch.start_until("planted: half of update-00000010.part", words)
+    rank_0 = workers_of(run)[0]
+    for _ in range(2):
+        os.kill(rank_0, signal.SIGTERM)
+        time.sleep(0.2)
+    launch.rest_of(process)
+    assert process.returncode != 0
+    assert not processes_of(run)
+    assert status(run)["state"] != "finished"
+    newest = checkpoint.newest(run)
+    assert newest is not None
+    assert newest.name == "update-00000005"
+    assert (run / "checkpoints" / "update-00000010.part").exists()
+    again = launch.start_until(
+        "update 6/", launch.command("fastdistil.pretrain", *arguments(root, run))
+    )
+    again.terminate()
+    launch.rest_of(again)
+    assert again.returncode == 0
+    assert not list((run / "checkpoints").glob("*.part"))
+
+
 # torchrun waits 30 s for a process that was stopped
 @pytest.mark.parametrize(
     "kind", ["hang", "leave", "fail", pytest.param("stop", marks=pytest.mark.soak)]
