@@ -34,9 +34,11 @@ test: setup
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(IN_CPP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(OPERATORS) tests/test_kernel_properties.py
 
-# Faults for half an hour: killed ranks, fuzzing. Not part of `make test`.
+# Faults for some three hours: killed ranks, half an hour of everything, fuzzing, 50 times the tests of interruptions.
 soak: setup
-	$(BIN)/python -m pytest -q -m soak --timeout 7200
+	@$(BIN)/pip install --quiet "atheris>=3" || echo "no atheris for this Python: fuzzing is not led by coverage"
+	$(BIN)/python -m pytest -q -s -m soak --timeout 7200
+	$(BIN)/python -m tests.repeat 50 tests/test_interruptions.py
 
 lint: setup
 	$(BIN)/ruff check .

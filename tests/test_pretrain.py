@@ -335,15 +335,15 @@ def test_a_second_signal_ends_at_once(root, tmp_path):
 def syncs(root: Path, out: Path, updates: int) -> dict[str, int]:
     """How often each line brought a tensor's number to the host in a run that logs, validates and saves at its end alone."""
     seldom = {f"log__{name}": 1000 for name in ("every", "validate_every", "checkpoint_every")}
-    words = arguments(root, out, **seldom, optim__duration=updates, data__num_workers=1)[1:]
+    words = arguments(root, out, **seldom, optim__duration=updates, data__num_workers=1, student__num_layers=1)[1:]  # fmt: skip
     done = launch.run(launch.ROOT / "tests" / "sync_worker.py", *words, script=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith("SYNCS "))
     return json.loads(line.removeprefix("SYNCS "))
 
 
 def test_no_update_makes_the_host_wait(root, tmp_path):
-    few, many = (syncs(root, tmp_path / str(count), count) for count in (4, 12))
+    few, many = (syncs(root, tmp_path / str(count), count) for count in (2, 4))
     assert few.keys() == many.keys()
     more = {line: many[line] - few[line] for line in many if many[line] != few[line]}
     # kernels/linear_distill.py reads the loss's gradient where that is on the CPU already, to save a pass over the weights
-    assert more == {"engine.py: loss.backward()": 8 * 3}  # of three micro-batches each
+    assert more == {"engine.py: loss.backward()": 2 * 3}  # of three micro-batches each

@@ -134,7 +134,9 @@ def soak(inputs: Path, folder: Path, *, minutes: float, seed: int) -> dict:
         time.sleep(2)
         for name, run in runs.items():
             sample(run, samples[name])
-        if time.monotonic() > next_fault and processes["faulty"].poll() is None:
+        now = time.monotonic()
+        planting = next_fault < now < began + 60 * minutes  # then the run may end in peace
+        if planting and processes["faulty"].poll() is None:
             kind = rng.choice(list(faults))
             fault(runs["faulty"], kind, processes["faulty"], rng)
             faults[kind] += 1
