@@ -52,10 +52,10 @@ def sample(run: Path, samples: Samples) -> None:
         samples.setdefault((ranks.get(pid, "launcher"), pid), []).append(found)
 
 
-def grown(before: list[Sample], after: list[Sample]) -> list[str]:
+def grown(before: list[Sample], after: list[Sample], num_late_threads: int) -> list[str]:
     """What is larger in `after` than in `before`: medians, since a validation and a save come and go."""
     typical = [[statistics.median(values) for values in zip(*part, strict=True)] for part in (before, after)]  # fmt: skip
-    slack = (0.03 * typical[0][0] + 4, 0, 0)
+    slack = (0.03 * typical[0][0] + 4, 0, num_late_threads)
     return [
         f"{name} {b:.0f} -> {a:.0f}"
         for name, b, a, more in zip(Sample._fields, *typical, slack, strict=True)
@@ -63,19 +63,22 @@ def grown(before: list[Sample], after: list[Sample]) -> list[str]:
     ]
 
 
-def growth(samples: Samples) -> list[str]:
-    """Which processes grew: from the second to the last quarter of a long life, and from one short life of a role to the next."""
+def growth(samples: Samples, *, num_late_threads: int) -> list[str]:
+    """Which processes grew: from the second to the last quarter of a long life, and from one short life of a role to the next.
+
+    Where lives are short the saver's thread, which begins with the first save, may be missing from the earlier part of one.
+    """
     found, lives = [], {}
     for (role, pid), series in samples.items():
         if len(series) >= 40:
             quarter = len(series) // 4
-            found += [f"{role} {pid}: {g}" for g in grown(series[quarter : 2 * quarter], series[-quarter:])]  # fmt: skip
+            found += [f"{role} {pid}: {g}" for g in grown(series[quarter : 2 * quarter], series[-quarter:], num_late_threads)]  # fmt: skip
         if role != "launcher" and len(series) >= 4:
             lives.setdefault(role, []).append(series[len(series) // 2 :])
     for role, each in lives.items():
         half = len(each) // 2
         if half:
-            found += [f"{role} over {len(each)} lives: {g}" for g in grown(list(chain(*each[:half])), list(chain(*each[half:])))]  # fmt: skip
+            found += [f"{role} over {len(each)} lives: {g}" for g in grown(list(chain(*each[:half])), list(chain(*each[half:])), num_late_threads)]  # fmt: skip
     return found
 
 
@@ -150,7 +153,10 @@ def soak(inputs: Path, folder: Path, *, minutes: float, seed: int) -> dict:
         "minutes": (time.monotonic() - began) / 60,
         "faults": faults,
         "resumed": (folder / "faulty" / "log").read_text().count("resuming after update"),
-        "growth": {name: growth(found) for name, found in samples.items()},
+        "growth": {
+            name: growth(found, num_late_threads=int(name == "faulty"))
+            for name, found in samples.items()
+        },
         "held": {name: held(found) for name, found in samples.items()},
     }
 
