@@ -81,7 +81,9 @@ def workers_of(run: Path) -> dict[int, int]:
 def test_a_second_job_in_a_folder_is_refused_until_the_first_is_dead(root, tmp_path):
     run = tmp_path / "run"
     words = launch.command("fastdistil.pretrain", *arguments(root, run))
-    first = launch.start_until("update 2/", words)
+    first = launch.start_until(
+        "wrote ", words
+    )  # a checkpoint, which a slow disk may delay for seconds
     try:
         second = launch.run("fastdistil.pretrain", *arguments(root, run), ok=False)
         assert second.returncode == 2
