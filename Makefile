@@ -27,18 +27,18 @@ demo: setup
 	$(BIN)/python -m benchmarks.demo
 
 # The same operator tests three times: as this processor runs them, what is C++ for AVX2, and the Triton kernels in the interpreter.
-IN_CPP := $(addprefix tests/test_,$(addsuffix .py,distill linear_distill cosine dropout))
-OPERATORS := $(IN_CPP) $(addprefix tests/test_,$(addsuffix .py,attention layernorm gelu fp8_rows))
+IN_CPP := $(addprefix tests/kernels/test_,$(addsuffix .py,distill linear_distill cosine dropout))
+OPERATORS := $(IN_CPP) $(addprefix tests/kernels/test_,$(addsuffix .py,attention layernorm gelu fp8_rows))
 test: setup
 	$(BIN)/python -m pytest -q
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(IN_CPP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(OPERATORS) tests/test_kernel_properties.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(OPERATORS) tests/kernels/test_kernel_properties.py
 
 # Faults for some three hours: killed ranks, half an hour of everything, fuzzing, 50 times the tests of interruptions.
 soak: setup
 	@$(BIN)/pip install --quiet "atheris>=3" || echo "no atheris for this Python: fuzzing is not led by coverage"
 	$(BIN)/python -m pytest -q -s -m soak --timeout 7200
-	$(BIN)/python -m tests.repeat 50 tests/test_interruptions.py
+	$(BIN)/python -m tests.support.repeat 50 tests/run/test_interruptions.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -28,7 +28,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from benchmarks._harness import OURS, RESULTS, device_name, stamp
-from fastdistil import data, recipes, shards
+from fastdistil.data import batches as data
+from fastdistil.data import shards
+from fastdistil.run import recipes
 
 TARGET = 1e6  # tokens/s of one process
 STEP_S = 0.02  # 16,384 tokens at 800,000 tokens/s

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastdistil import sources, tokenizer
+from fastdistil.data import sources, tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
 

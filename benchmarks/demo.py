@@ -39,14 +39,14 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
     import torch
     import transformers
 
-    from fastdistil import data
-    from fastdistil.config import MaskingConfig
-    from fastdistil.shards import Shards
+    from fastdistil.data import batches
+    from fastdistil.data.shards import Shards
+    from fastdistil.run.config import MaskingConfig
 
     shards = Shards(out / "shards")
     held_out = np.arange(len(shards) - 512, len(shards))
-    plan = data.validation_plan(held_out, shards.lengths, token_budget=4096, mask_fraction=0.15)
-    collator = data.Collator(shards, shards.counts, token_budget=4096, masking=MaskingConfig())
+    plan = batches.validation_plan(held_out, shards.lengths, token_budget=4096, mask_fraction=0.15)
+    collator = batches.Collator(shards, shards.counts, token_budget=4096, masking=MaskingConfig())
     names = ("teacher", "student", "baseline")
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     models = {name: load(out / name).eval() for name in names}
@@ -60,7 +60,7 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
                     batch_first=True,
                     padding_value=padding,
                 )
-                for x, padding in ((batch.input_ids, 0), (batch.labels, data.NO_LABEL))
+                for x, padding in ((batch.input_ids, 0), (batch.labels, batches.NO_LABEL))
             )
             real = ids != 0
             best = {}

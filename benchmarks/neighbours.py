@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from fastdistil.architecture import Architecture
-from fastdistil.bert import MaskedLM
-from fastdistil.tokenizer import read_vocabulary
-from fastdistil.weights import write_hugging_face_folder
+from fastdistil.data.tokenizer import read_vocabulary
+from fastdistil.model.architecture import Architecture
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.weights import write_hugging_face_folder
 
 NUM_LAYERS, NUM_HEADS, WIDTH, POSITIONS = 4, 2, 128, 128
 LOOKING_LAYERS = 2

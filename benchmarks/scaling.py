@@ -129,15 +129,17 @@ def worker(stage: str) -> None:
     """
     import torch
 
-    from fastdistil import data, dist, engine
-    from fastdistil.architecture import Architecture
-    from fastdistil.bert import MaskedLM
-    from fastdistil.config import Config, EngineConfig
-    from fastdistil.launcher import leave
-    from fastdistil.losses import Objective
-    from fastdistil.teacher import Teacher
+    from fastdistil.data import batches
+    from fastdistil.model.architecture import Architecture
+    from fastdistil.model.encoder import MaskedLM
+    from fastdistil.run import ranks
+    from fastdistil.run.command import leave
+    from fastdistil.run.config import Config, EngineConfig
+    from fastdistil.training import engine
+    from fastdistil.training.objective import Objective
+    from fastdistil.training.teacher import Teacher
 
-    place = dist.init("cpu", timeout_s=120, threads=1)
+    place = ranks.init("cpu", timeout_s=120, threads=1)
 
     def model(layers: int) -> MaskedLM:
         return MaskedLM(
@@ -157,18 +159,20 @@ def worker(stage: str) -> None:
     generator = torch.Generator().manual_seed(place.rank)
     batch = synthetic_batch(TOKENS, 64, place.rank)
     ids = torch.randint(5, VOCAB, (TOKENS,), generator=generator)
-    batch = replace(batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, data.NO_LABEL))
+    batch = replace(
+        batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, batches.NO_LABEL)
+    )
     teacher = Teacher(model(2 * LAYERS), device=place.device, dtype=torch.float32)
 
     def timed(trainer: engine.Engine, steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
-            dist.barrier(place)
+            ranks.barrier(place)
             begin = time.perf_counter()
             for _ in range(ROUNDS):
                 trainer.forward_backward(batch, teacher(batch), TOKENS, 77)
             trainer.step(1e-4)
-            dist.barrier(place)
+            ranks.barrier(place)
             seconds.append(time.perf_counter() - begin)
         return seconds[2:]
 
@@ -186,7 +190,7 @@ def worker(stage: str) -> None:
         found["link"] = _measure_link(place.world_size)
     if place.is_main:
         print("RESULT " + json.dumps(found))
-    dist.shutdown()
+    ranks.shutdown()
     leave(0)
 
 
@@ -194,14 +198,14 @@ def _measure_link(num_ranks: int) -> list[float]:
     """[bytes/s, latency] of the ring model that all-reduces of two sizes fit."""
     import torch
 
-    from fastdistil import dist
+    from fastdistil.run import ranks
 
     def all_reduce_s(num_bytes: int) -> float:
         x = torch.zeros(num_bytes // 4)
         seconds = []
         for _ in range(9):
             begin = time.perf_counter()
-            dist.sum_over_ranks(x)
+            ranks.sum_over_ranks(x)
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds)
 

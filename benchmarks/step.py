@@ -40,23 +40,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import DEVICE, OURS, _results_file, device_name, stamp, time_call
-from fastdistil import (
-    data,
-    dist,
-    engine,
-    fp8,
-    inputs,
-    losses,
-    metrics,
-    ops,
-    recipes,
-    shards,
-    weights,
-)
-from fastdistil.architecture import Architecture, flops_per_token
-from fastdistil.bert import MaskedLM
-from fastdistil.losses import Objective
-from fastdistil.teacher import Feed, Teacher
+from fastdistil import ops
+from fastdistil.data import batches as data
+from fastdistil.data import shards
+from fastdistil.model import weights
+from fastdistil.model.architecture import Architecture, flops_per_token
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.run import metrics, ranks, recipes
+from fastdistil.training import engine, fp8, inputs, objective
+from fastdistil.training.objective import Objective
+from fastdistil.training.teacher import Feed, Teacher
 
 PAPER_TOKENS = 13e9
 VOCAB = 30522
@@ -137,7 +130,7 @@ class Ours:
             config, engine=dataclasses.replace(config.engine, precision=args.precision)
         )
         # before the first tensor, or no memory comes in large pages
-        device = dist.init(DEVICE, timeout_s=config.engine.timeout_s, threads=None).device
+        device = ranks.init(DEVICE, timeout_s=config.engine.timeout_s, threads=None).device
         batches = make_batches(args)
         teacher, student = models(args.size)
         for model in (teacher, student) if compile_mode else ():
@@ -159,7 +152,7 @@ class Ours:
     def evaluate(self) -> float:
         sums = sum(self.engine.evaluate(b, self.teacher(b)) for b in self.batches)
         assert isinstance(sums, Tensor)
-        found = losses.means(
+        found = objective.means(
             sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True
         )
         return found["loss"]
@@ -182,7 +175,7 @@ class HuggingFace:
         keep_memory: bool = False,
     ) -> None:
         if keep_memory:
-            dist.keep_freed_memory()
+            ranks.keep_freed_memory()
         teacher, student = models(args.size)
         self.bf16, self.liger = args.precision == "bf16", liger
         self.teacher = _hugging_face(teacher).eval().requires_grad_(False)

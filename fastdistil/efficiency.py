@@ -80,7 +80,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     import torch
     import transformers
 
-    from fastdistil import finetune
+    from fastdistil.evaluation import finetune
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

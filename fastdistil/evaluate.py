@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fastdistil import __version__, tasks
-from fastdistil.tasks import Settings
+from fastdistil import __version__
+from fastdistil.evaluation import tasks
+from fastdistil.evaluation.tasks import Settings
 
 log = logging.getLogger("fastdistil.evaluate")
 
@@ -85,7 +86,7 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from fastdistil import finetune  # torch and transformers: some seconds
+    from fastdistil.evaluation import finetune  # torch and transformers: some seconds
 
     finetune.quiet()
     try:
@@ -188,7 +189,7 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
     import torch
     import transformers
 
-    from fastdistil import finetune, squad
+    from fastdistil.evaluation import finetune, squad
 
     settings = config.settings
     wants_cuda = config.device == "auto" and torch.cuda.is_available()
@@ -244,7 +245,7 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
 
 def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
     """Tokens of an example. Raises ValueError where the model does not read so many."""
-    from fastdistil import finetune
+    from fastdistil.evaluation import finetune
 
     model = finetune.configuration(config.model)
     longest = model.max_position_embeddings

@@ -14,9 +14,10 @@ from typing import Any
 
 import tyro
 
-from fastdistil import __version__, run_folder
-from fastdistil.architecture import Architecture
-from fastdistil.config import flatten
+from fastdistil import __version__
+from fastdistil.model.architecture import Architecture
+from fastdistil.run import folder
+from fastdistil.run.config import flatten
 
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
 """What of a run's configuration its model card shows: what shaped the weights, no paths."""
@@ -53,7 +54,7 @@ def export(config: ExportConfig) -> str:
     Raises ValueError or OSError where the run cannot be exported or --out not be used; --out is
     then unchanged.
     """
-    record = run_folder.read(config.run)
+    record = folder.read(config.run)
     student = _architecture(config.run, record, "student")
     teacher = _architecture(config.run, record, "teacher") if record.get("teacher") else None
     if not (config.run / "tokenizer").is_dir():
@@ -63,7 +64,8 @@ def export(config: ExportConfig) -> str:
     _check_out(config.out, overwrite=config.overwrite)
 
     # Two seconds of torch, so only when nothing above was wrong.
-    from fastdistil import checkpoint, weights
+    from fastdistil.model import weights
+    from fastdistil.run import checkpoint
 
     class_name = weights.hugging_face_class(student)
     state, progress = checkpoint.load_weights(config.run, config.checkpoint)

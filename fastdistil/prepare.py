@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastdistil import tokenizer
-from fastdistil.sequences import SHORTEST, encode_in_order, split_document
-from fastdistil.sources import PARQUET, Options, Source, resolve
+from fastdistil.data import tokenizer
+from fastdistil.data.sequences import SHORTEST, encode_in_order, split_document
+from fastdistil.data.sources import PARQUET, Options, Source, resolve
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastdistil.sequences import Encoded
-    from fastdistil.shards import Shard, ShardWriter
+    from fastdistil.data.sequences import Encoded
+    from fastdistil.data.shards import Shard, ShardWriter
 
 LOG = logging.getLogger("fastdistil.prepare")
 PROGRESS_FILE = "progress.json"
@@ -249,7 +249,7 @@ def _write_shards(
     import numpy as np
     from tqdm import tqdm
 
-    from fastdistil import shards as shard_format
+    from fastdistil.data import shards as shard_format
 
     out = config.out
     shard_format.write_json(out / PROGRESS_FILE, progress)
@@ -331,7 +331,7 @@ def _write_shards(
 
 def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard], list[Text]]":
     """What an interrupted run has finished, by its progress.json at `path`; ValueError where that is damaged."""
-    from fastdistil.shards import Shard, checked, shard_name
+    from fastdistil.data.shards import Shard, checked, shard_name
 
     finished, texts = [], []
     for index, entry in enumerate(progress["shards"]):

@@ -16,25 +16,25 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastdistil import __version__
-from fastdistil.config import Config, to_json
-from fastdistil.launcher import launched, leave
-from fastdistil.preflight import Resolved, resolve
-from fastdistil.recipes import RECIPES
-from fastdistil.watchdog import Watchdog
+from fastdistil.run.command import launched, leave
+from fastdistil.run.config import Config, to_json
+from fastdistil.run.recipes import RECIPES
+from fastdistil.run.watchdog import Watchdog
+from fastdistil.training.preflight import Resolved, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
-    from fastdistil.architecture import Architecture
-    from fastdistil.bert import MaskedLM
-    from fastdistil.checkpoint import Checkpoint
-    from fastdistil.data import MicroBatch
-    from fastdistil.dist import Place
-    from fastdistil.engine import Engine
-    from fastdistil.inputs import Text
-    from fastdistil.teacher import Feed, RemoteTeacher, Split, Teacher
+    from fastdistil.data.batches import MicroBatch
+    from fastdistil.model.architecture import Architecture
+    from fastdistil.model.encoder import MaskedLM
+    from fastdistil.run.checkpoint import Checkpoint
+    from fastdistil.run.ranks import Place
+    from fastdistil.training.engine import Engine
+    from fastdistil.training.inputs import Text
+    from fastdistil.training.teacher import Feed, RemoteTeacher, Split, Teacher
 
 log = logging.getLogger("fastdistil")
 
@@ -53,17 +53,20 @@ def main(args: list[str] | None = None) -> int:
     try:
         resolved = resolve(config, world_size=here.world_size, by_torchrun=here.by_torchrun)
         if config.dry_run:
-            from fastdistil import dry_run
+            from fastdistil.training import forecast
 
             world_size = config.world_size or here.world_size
-            print(dry_run.report(resolved, world_size=world_size))
+            print(forecast.report(resolved, world_size=world_size))
             return 0
     except (ValueError, OSError) as error:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    from fastdistil import checkpoint, dist, drift, engine, footprint, inputs, ops, run_folder
-    from fastdistil.teacher import Split, Teacher, serve
+    from fastdistil import ops
+    from fastdistil.run import checkpoint, folder
+    from fastdistil.run import ranks as dist
+    from fastdistil.training import engine, inputs, memory, precision
+    from fastdistil.training.teacher import Split, Teacher, serve
 
     config = resolved.config
     stop = StopRequest()
@@ -83,7 +86,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         for dtype in dtypes:
             ops.resolve_backend(config.engine.attention, place.device, dtype=dtype)
-        needed = footprint.check(resolved, place, local_world_size=here.local_world_size)
+        needed = memory.check(resolved, place, local_world_size=here.local_world_size)
         text = inputs.load_text(resolved, rank=here.rank, world_size=here.world_size)
         if config.profile_window.stop > text.num_updates:
             raise ValueError(
@@ -103,13 +106,13 @@ def main(args: list[str] | None = None) -> int:
         assert text is not None
         held_out = micro_batches(resolved, text, place, place.rank, Split.VALIDATION, 0)
         try:  # fails alike on every rank
-            drift.require(teacher, config.teacher, held_out, place)
+            precision.require(teacher, config.teacher, held_out, place)
         except ValueError as caught:
             error = str(caught)
     if error is None and place.is_main:
         try:
-            lock = run_folder.Lock(config.out)
-            run_folder.check(config)  # again, now that nobody else writes
+            lock = folder.Lock(config.out)
+            folder.check(config)  # again, now that nobody else writes
         except (ValueError, OSError) as caught:
             error = str(caught)
     error = dist.broadcast_object(error, place)
@@ -135,13 +138,13 @@ def main(args: list[str] | None = None) -> int:
             watchdog.failed(caught)
             dist.tell_launcher(caught)
             if place.is_main:
-                run_folder.write_status(config.out, "failed", reason=f"{caught!r}")
+                folder.write_status(config.out, "failed", reason=f"{caught!r}")
             if isinstance(caught, checkpoint.CheckpointError):
                 print(f"error: {caught}", file=sys.stderr)
                 return 1
             raise
         watchdog.close()
-        footprint.say_measured(needed, place)
+        memory.say_measured(needed, place)
         if error and place.is_main:
             print(f"error: {error}", file=sys.stderr)
         if error:
@@ -178,9 +181,14 @@ def train(
     """The job itself, from the first update or a checkpoint to the last update or a signal; what stopped it otherwise, or None."""
     import torch
 
-    from fastdistil import checkpoint, data, dist, engine, losses, metrics, profiling, run_folder
-    from fastdistil.architecture import flops_per_token
-    from fastdistil.teacher import Feed, Split
+    from fastdistil.data import batches as data
+    from fastdistil.model.architecture import flops_per_token
+    from fastdistil.run import checkpoint, folder, metrics
+    from fastdistil.run import profile as profiling
+    from fastdistil.run import ranks as dist
+    from fastdistil.training import engine
+    from fastdistil.training import objective as losses
+    from fastdistil.training.teacher import Feed, Split
 
     config, plan, num_updates = resolved.config, text.plan, text.num_updates
     rounds = -(-resolved.micro_batches_per_update // place.world_size)  # micro-batches a rank
@@ -203,7 +211,7 @@ def train(
     )
     writer = None
     if place.is_main:
-        run_folder.start(config.out, describe(resolved), resolved.tokenizer_path)
+        folder.start(config.out, describe(resolved), resolved.tokenizer_path)
         checkpoint.require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         board = config.log.tensorboard
         writer = metrics.MetricsWriter(config.out, resumed_at=update, tensorboard=board)
@@ -251,7 +259,7 @@ def train(
     if place.is_main:
         go_on = config.log.failed_save == "go-on"
         saver = checkpoint.Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
-    say = partial(run_folder.write_status, config.out) if place.is_main else _nothing
+    say = partial(folder.write_status, config.out) if place.is_main else _nothing
     say("running", update=update, updates=num_updates)
     began = time.perf_counter()
     stopping = dist.any_rank(stop.asked, place)
@@ -359,8 +367,8 @@ def micro_batches(
     resolved: Resolved, text: Text, place: Place, rank: int, split: Split, first: int
 ) -> Iterator[MicroBatch]:
     """Those of a rank from number `first` on: of the whole training, where `first` begins an update, or of one validation."""
-    from fastdistil import data
-    from fastdistil.teacher import Split
+    from fastdistil.data import batches as data
+    from fastdistil.training.teacher import Split
 
     if split == Split.VALIDATION:
         slots = data.rank_slots(text.validation, rank=rank, world_size=place.world_size)
@@ -382,8 +390,9 @@ def validate(
     """(loss sums, real tokens, masked tokens) of the validation text, dropout off, dealt to the ranks like an update."""
     import torch
 
-    from fastdistil import dist, losses
-    from fastdistil.teacher import Split
+    from fastdistil.run import ranks as dist
+    from fastdistil.training import objective as losses
+    from fastdistil.training.teacher import Split
 
     sums = torch.zeros(len(losses.SUMS), device=place.device, dtype=torch.float64)  # as Journal's
     batches = micro_batches(resolved, text, place, place.rank, Split.VALIDATION, 0)
@@ -488,7 +497,8 @@ def say_what_runs(
 
 
 def _attention_backends(resolved: Resolved, place: Place, dtype: torch.dtype) -> list[str]:
-    from fastdistil import engine, ops
+    from fastdistil import ops
+    from fastdistil.training import engine
 
     models = {"student": (resolved.student.attention_dropout, dtype)}
     if resolved.teacher:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from fastdistil import run_folder
-from fastdistil.config import Config, from_json
+from fastdistil.run import folder
+from fastdistil.run.config import Config, from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastdistil.data import MicroBatch
-    from fastdistil.losses import Objective, TeacherOutput
-    from fastdistil.preflight import Resolved
+    from fastdistil.data.batches import MicroBatch
+    from fastdistil.training.objective import Objective, TeacherOutput
+    from fastdistil.training.preflight import Resolved
 
 log = logging.getLogger("fastdistil")
 
@@ -55,7 +55,7 @@ def main(args: list[str] | None = None) -> int:
 
 def configuration(asked: ReplayConfig) -> Config:
     """The run's own, in one process."""
-    config = from_json(run_folder.read(asked.run)["config"])
+    config = from_json(folder.read(asked.run)["config"])
     return replace(
         config,
         out=asked.run,
@@ -69,13 +69,17 @@ def configuration(asked: ReplayConfig) -> Config:
 
 def replay(asked: ReplayConfig, config: Config) -> int:
     """Print the update; returns the number of its micro-batches that are not finite."""
-    from fastdistil.preflight import resolve
+    from fastdistil.training.preflight import resolve
 
     resolved = resolve(config, world_size=1, by_torchrun=False)
     import torch
 
-    from fastdistil import checkpoint, data, dist, engine, inputs, losses
-    from fastdistil.teacher import RemoteTeacher
+    from fastdistil.data import batches
+    from fastdistil.run import checkpoint
+    from fastdistil.run import ranks as dist
+    from fastdistil.training import engine, inputs
+    from fastdistil.training import objective as losses
+    from fastdistil.training.teacher import RemoteTeacher
 
     place = dist.init(config.engine.device, timeout_s=config.engine.timeout_s, threads=config.engine.threads)  # fmt: skip
     text = inputs.load_text(resolved, rank=0, world_size=1)
@@ -99,7 +103,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     broken = 0
     for k, slot in enumerate(step.slots):
         batch = text.collator(slot).to(place.device)
-        torch.manual_seed(data.seed_of(config.seed, "dropout", update, k))
+        torch.manual_seed(batches.seed_of(config.seed, "dropout", update, k))
         hints = None if teacher is None else teacher(batch)
         loss, sums = compute(batch, hints, step.num_tokens, step.num_masked)
         loss.backward()
@@ -126,7 +130,7 @@ def diagnosis(
     """What of a micro-batch is not finite, from its inputs to its gradients."""
     import torch
 
-    from fastdistil import losses
+    from fastdistil.training import objective as losses
 
     def bad(tensors: dict[str, Any]) -> list[str]:
         return [n for n, t in tensors.items() if not torch.isfinite(t).all().item()]
@@ -150,7 +154,7 @@ def diagnosis(
 
 def texts(resolved: "Resolved", batch: "MicroBatch") -> list[str]:
     """The first tokens of the sequences of a micro-batch, masked as they were."""
-    from fastdistil import tokenizer
+    from fastdistil.data import tokenizer
 
     words, begin, lines = tokenizer.read_vocabulary(resolved.tokenizer_path), 0, []
     for number, length in zip(batch.sequences, batch.lengths, strict=False):

@@ -13,9 +13,10 @@ from typing import Any
 
 import tyro
 
-from fastdistil import __version__, run_folder
-from fastdistil.architecture import Architecture
-from fastdistil.config import flatten
+from fastdistil import __version__
+from fastdistil.model.architecture import Architecture
+from fastdistil.run import folder as run_folder
+from fastdistil.run.config import flatten
 
 LOSSES = {
     "loss": "loss, all terms weighted",
@@ -115,7 +116,7 @@ def page(runs: list[Run]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "evaluation"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -211,7 +212,7 @@ def _plots(runs: list[Run]) -> list[tuple[str, str]]:
     """(heading, <svg>) of each measure that some run has."""
     from markupsafe import Markup
 
-    from fastdistil import plots
+    from fastdistil.evaluation import plots
 
     figures = []
     titles = LOSSES | {"gradient_norm": "gradient norm", "tokens_per_s": "real tokens/s"}

@@ -23,10 +23,10 @@ from typing import Any
 
 import tyro
 
-from fastdistil import launcher
-from fastdistil.config import Config
-from fastdistil.preflight import Resolved, resolve
-from fastdistil.recipes import RECIPES
+from fastdistil.run import command as launcher
+from fastdistil.run.config import Config
+from fastdistil.run.recipes import RECIPES
+from fastdistil.training.preflight import Resolved, resolve
 
 log = logging.getLogger("fastdistil.study")
 
@@ -288,11 +288,11 @@ class Study:
 
     def write(self) -> None:
         """Gather what was measured in OUT/study.json and make OUT/study.md of it."""
-        from fastdistil import study_tables  # SciPy and Matplotlib: a second and a half
+        from fastdistil.evaluation import tables  # SciPy and Matplotlib: a second and a half
 
         try:
             measured = gather(self.config, self.teacher)
-            study_tables.write(self.out, measured)
+            tables.write(self.out, measured)
         except (ValueError, OSError) as error:
             print(f"error: no tables: {error}", file=sys.stderr)
             return

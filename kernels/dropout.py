@@ -9,7 +9,7 @@ and a comparison reads the high bits). So a backward draws its mask again instea
 transposed, where a generator that gives one thread four neighbours would have to move them: six integer instructions
 an element, against about 60 of a Philox call each. `row ^ column` alone, or with one multiplication, shows as correlated rows;
 with two, the pairs of rows of a 4,096 x 4,096 mask correlate as those of a true random one, their mean square within 0.2 %
-(tests/test_dropout.py repeats this on a smaller mask).
+(tests/kernels/test_dropout.py repeats this on a smaller mask).
 
 A stream is one place of dropout in the model: layers and places differ in it, steps and ranks in the seed.
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastdistil import evaluate, finetune, tasks
-from fastdistil.tasks import Settings
-from tests import models
+from fastdistil import evaluate
+from fastdistil.evaluation import finetune, tasks
+from fastdistil.evaluation.tasks import Settings
+from tests.support import models
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(60))]
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 import transformers
 
-from fastdistil import checkpoint
-from fastdistil.architecture import Architecture
-from fastdistil.bert import MaskedLM
-from fastdistil.config import to_json
 from fastdistil.export import ExportConfig, export
-from fastdistil.recipes import distilbert, mlm
-from tests.models import MINILM, one_by_one, packed
-from tests.toy import student_of
+from fastdistil.model.architecture import Architecture
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.run import checkpoint
+from fastdistil.run.config import to_json
+from fastdistil.run.recipes import distilbert, mlm
+from tests.support.models import MINILM, one_by_one, packed
+from tests.support.toy import student_of
 
 TEACHER = Architecture(
     vocab_size=30522,

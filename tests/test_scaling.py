@@ -5,9 +5,9 @@ import json
 import pytest
 
 from benchmarks.scaling import INFINIBAND_NDR, Link, Messages, messages, predict, ring_s, update_s
-from tests import launch
+from tests.support import launch
 
-WORKER = launch.ROOT / "tests" / "communication_worker.py"
+WORKER = launch.ROOT / "tests" / "workers" / "communication_worker.py"
 HALF_RINGS = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 
 

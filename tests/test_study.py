@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil import study
-from tests import toy
+from tests.support import toy
 
 OPTIONS = (
     "--batch.unit tokens --batch.size 512 --batch.token-budget 512 --log.validate-every 2 "

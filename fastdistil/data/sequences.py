@@ -1,0 +1,184 @@
+"""Documents -> sequences of token ids, in worker processes: [CLS] text [SEP], as recipe.md says (Sequences)."""
+
+import os
+import signal
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fastdistil.data import tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Encoded = tuple[np.ndarray, np.ndarray, int, int]
+    """What `build_sequences` gives for a batch."""
+
+T = TypeVar("T")
+SHORTEST = 12
+"""Sequences with fewer tokens, [CLS] and [SEP] included, are dropped (recipe.md, Sequences)."""
+PIECE_CHARS = 2**14
+PIECES_AT_ONCE = 64
+"""`tokenizers` needs 50 to 100 bytes per character while it encodes, so it gets 1 M at most."""
+
+
+def build_sequences(
+    ids: "np.ndarray",
+    document_lengths: "np.ndarray",
+    *,
+    special_ids: dict[str, int],
+    max_length: int,
+) -> "Encoded":
+    """The sequences of some documents: (tokens, lengths, dropped_short, dropped_unknown).
+
+    `ids`: (sum of document_lengths,) integers, the documents one after the other without special
+    tokens. A document becomes [CLS] chunk [SEP] for every max_length - 2 of its tokens; then
+    sequences shorter than SHORTEST are dropped, then those that are half or more [UNK]. `tokens`
+    has the dtype of `ids`, `lengths` (sequences,) int32 sums to its length.
+    """
+    import numpy as np
+
+    chunk_size = max_length - 2
+    num_chunks = np.maximum(1, -(-document_lengths // chunk_size))
+    document_ends = np.cumsum(document_lengths)
+    first_chunks = np.cumsum(num_chunks) - num_chunks
+    chunk_in_document = np.arange(num_chunks.sum()) - np.repeat(first_chunks, num_chunks)
+    starts = np.repeat(document_ends - document_lengths, num_chunks)
+    starts += chunk_in_document * chunk_size
+    ends = np.minimum(starts + chunk_size, np.repeat(document_ends, num_chunks))
+    lengths = ends - starts + 2
+    num_unknown = np.concatenate([[0], np.cumsum(ids == special_ids["unk"])])
+    short = lengths < SHORTEST
+    unknown = ~short & (2 * (num_unknown[ends] - num_unknown[starts]) >= lengths)
+    kept = ~(short | unknown)
+
+    kept_lengths = lengths[kept]
+    last = np.cumsum(kept_lengths) - 1
+    tokens = np.empty(kept_lengths.sum(), ids.dtype)
+    is_text = np.ones(len(tokens), bool)
+    for positions, name in ((last - kept_lengths + 1, "cls"), (last, "sep")):
+        tokens[positions] = special_ids[name]
+        is_text[positions] = False
+    tokens[is_text] = ids[np.repeat(kept, lengths - 2)]
+    return tokens, kept_lengths.astype(np.int32), int(short.sum()), int(unknown.sum())
+
+
+def split_document(text: str) -> Iterator[str]:
+    """Pieces of at most PIECE_CHARS characters, cut before white space where there is any.
+
+    No token of BERT's reaches across white space, so the pieces have the tokens of the whole.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        end = start + PIECE_CHARS
+        cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+        end = cut if cut > 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+class Encoder:
+    """Documents -> sequences, on one thread: what a worker process runs."""
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        self._tokenizer = tokenizer.load(folder)
+        # "[MASK]" written in a text is text: a document must not be able to inject special ids.
+        self._tokenizer.encode_special_tokens = True
+        self._special_ids = tokenizer.special_ids(folder)
+        self._max_length = max_length
+
+    def encode(self, documents: list[bytes]) -> "Encoded":
+        """What `build_sequences` gives for these UTF-8 documents."""
+        import numpy as np
+
+        pieces: list[str] = []
+        num_pieces = []
+        for document in documents:
+            before = len(pieces)
+            pieces.extend(split_document(document.decode()))
+            num_pieces.append(len(pieces) - before)
+        # `Encoding.ids` makes a list of ints, which costs 3 to 6 % of encoding; extending an array
+        # by it at once is the cheapest way on (np.array or fromiter: up to three times that).
+        ids = array("I")
+        piece_ends = [0]
+        for start in range(0, len(pieces), PIECES_AT_ONCE):
+            for encoding in self._tokenizer.encode_batch_fast(
+                pieces[start : start + PIECES_AT_ONCE], add_special_tokens=False
+            ):
+                ids.extend(encoding.ids)
+                piece_ends.append(len(ids))
+        document_ends = np.array(piece_ends)[np.cumsum(num_pieces)]
+        return build_sequences(
+            np.array(ids, np.uint32),
+            np.diff(document_ends, prepend=0),
+            special_ids=self._special_ids,
+            max_length=self._max_length,
+        )
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _start_worker(folder: Path, max_length: int) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _encoder = Encoder(folder, max_length)
+
+
+def _exit_with_parent() -> None:
+    # A pool's workers hold both ends of its queues, so they would outlive a killed main process.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(documents: list[bytes]) -> "Encoded":
+    assert _encoder is not None
+    return _encoder.encode(documents)
+
+
+def encode_in_order(
+    batches: Iterator[T],
+    documents: Callable[[T], list[bytes]],
+    *,
+    workers: int,
+    tokenizer_folder: Path,
+    max_length: int,
+) -> "Iterator[tuple[T, Encoded]]":
+    """Each batch with the sequences of its UTF-8 `documents`, in order, encoded by `workers` processes.
+
+    Raises ValueError where a worker is killed.
+    """
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),  # a fork would copy the locks of other libraries' threads
+        initializer=_start_worker,
+        initargs=(tokenizer_folder, max_length),
+    )
+    waiting: deque[tuple[T, Future[Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode, documents(batch))))
+            # Twice the workers, so that none waits while this process reads or writes.
+            if len(waiting) > 2 * workers:
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+        for batch, future in waiting:
+            yield batch, future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process was killed, perhaps for want of memory: the same command goes on "
+            "where it stopped, and needs less with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

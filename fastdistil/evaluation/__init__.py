@@ -1,0 +1,1 @@
+"""What a student keeps: tasks, fine-tuning by transformers, scores, tables and plots."""

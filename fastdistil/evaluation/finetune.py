@@ -1,0 +1,293 @@
+"""Fine-tunes an encoder of Hugging Face on a task and scores it: AdamW, linear warm-up and decay, batches padded to their longest.
+
+With a teacher it is the paper's second distillation, "DistilBERT (D)": half cross-entropy, half temperature-KL to the logits of a
+teacher that was fine-tuned on the task, both by the operator that pre-training uses (kernels/distill.py).
+
+Shapes: B examples of a batch, L tokens of its longest, C classes.
+"""
+
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fastdistil import ops
+from fastdistil.evaluation import tasks
+from fastdistil.evaluation.tasks import Settings
+
+
+def quiet() -> None:
+    """No progress bars of others, and no report that a classifier has no masked-LM head."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+MODEL_INPUTS = ("input_ids", "token_type_ids")
+"""What is kept of a tokenizer's output; the attention mask follows from the lengths."""
+
+
+class NotFinite(Exception):
+    """The loss of a fine-tuning became infinite or NaN."""
+
+
+class Encoded:
+    """The examples of a split as token ids, by one tokenizer; made once for all seeds.
+
+    Args:
+        table: what the tokenizer gave for them.
+        labels: (N,), or (N, 2) for the ends of a span.
+    """
+
+    def __init__(self, tokenizer: Any, table: Any, labels: Tensor) -> None:
+        self.columns = {name: table[name] for name in table if name in MODEL_INPUTS}
+        self.lengths = np.array([len(ids) for ids in table["input_ids"]])
+        self.labels = labels
+        self.padding = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+
+    @classmethod
+    def texts(cls, tokenizer: Any, examples: tasks.Examples, max_length: int) -> "Encoded":
+        """Labelled texts or pairs; what is longer than max_length tokens is cut."""
+        table = tokenizer(*map(list, examples.texts), truncation=True, max_length=max_length)
+        return cls(tokenizer, table, torch.tensor(examples.labels))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """((B, L) inputs of a model, (B,) labels or (2B,) ends of spans, starts first) on the device."""
+        inputs = {}
+        for name, column in self.columns.items():
+            parts = [torch.tensor(column[i]) for i in rows]
+            inputs[name] = torch.nn.utils.rnn.pad_sequence(
+                parts, batch_first=True, padding_value=self.padding[name]
+            )
+        lengths = torch.from_numpy(self.lengths[rows])
+        inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        on_cuda = device.type == "cuda"
+        moved = {
+            k: (v.pin_memory() if on_cuda else v).to(device, non_blocking=True)
+            for k, v in inputs.items()
+        }
+        return moved, self.labels[rows].T.flatten().to(device)
+
+
+def shuffled(
+    lengths: np.ndarray, batch_size: int, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Rows of the batches of an epoch: shuffled, of similar length within a stretch of 50 batches, so that little is padded."""
+    order = rng.permutation(len(lengths))
+    stretch = 50 * batch_size
+    batches = []
+    for begin in range(0, len(order), stretch):
+        part = order[begin : begin + stretch]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    for i in rng.permutation(len(batches)):
+        yield batches[i]
+
+
+def pretrained(auto_class: Any, path: str | Path, **changes: Any) -> Any:
+    """What an auto class of transformers makes of a folder or hub name; code in it is not run. ValueError where it cannot be loaded."""
+    try:
+        return auto_class.from_pretrained(path, trust_remote_code=False, **changes)
+    except Exception as error:  # transformers raises whatever a file leads to
+        raise ValueError(
+            f"{path} cannot be loaded by transformers ({type(error).__name__}: {error})"
+        ) from error
+
+
+def configuration(path: str | Path) -> Any:
+    """The configuration of a folder or hub name, to be looked at before a model is made of it.
+
+    Raises ValueError as `pretrained` does, and where it asks for an attention that transformers may fetch from the hub and run.
+    """
+    import transformers
+
+    config = pretrained(transformers.AutoConfig, path)
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"{path}: config.json asks for the attention {config._attn_implementation!r}, which may be code from the hub: "
+            "remove attn_implementation from it"
+        )
+    return config
+
+
+def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
+    """A classifier, regression or question answerer on the encoder in a Hugging Face folder; its head is drawn from the seed unless the folder has one."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = configuration(path)
+    names = dict(enumerate(data.label_names or ("score",)))
+    changes: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    if settings.dropout is not None:
+        for name, value in config.to_dict().items():
+            if "dropout" in name and isinstance(value, float):
+                changes[name] = settings.dropout
+    if data.task.spans:
+        del changes["id2label"], changes["label2id"]
+        return pretrained(transformers.AutoModelForQuestionAnswering, path, **changes)
+    return pretrained(
+        transformers.AutoModelForSequenceClassification,
+        path,
+        problem_type="regression" if data.task.regression else "single_label_classification",
+        **changes,
+    )
+
+
+def task_teacher(
+    path: str,
+    tokenizer: Any,
+    data: Any,
+    train: Encoded,
+    settings: Settings,
+    seed: int,
+    device: torch.device,
+) -> Any:
+    """The teacher of a task: the model in a folder, fine-tuned first if it was saved without a head for it.
+
+    Raises ValueError where it does not read the student's ids or has other classes.
+    """
+    import transformers
+
+    if data.task.regression:
+        raise ValueError(
+            "--teacher wants a task with classes: a regression has no distribution to imitate"
+        )
+    theirs = pretrained(transformers.AutoTokenizer, path)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--teacher {path} has another vocabulary than the model: both must read the same ids"
+        )
+    config = configuration(path)
+    kind = "ForQuestionAnswering" if data.task.spans else "ForSequenceClassification"
+    fine_tuned = any(a.endswith(kind) for a in config.architectures or ())
+    if fine_tuned and not data.task.spans and config.num_labels != len(data.label_names):
+        raise ValueError(
+            f"--teacher {path} has {config.num_labels} classes, the task {len(data.label_names)}: give a model of this task"
+        )
+    teacher = load_model(path, data, settings, seed=seed)
+    if not fine_tuned:
+        fine_tune(teacher, train, settings, seed=seed, device=device, title=f"teacher, seed {seed}")
+    return teacher
+
+
+def loss_of(
+    logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, settings: Settings
+) -> Tensor:
+    """Mean over the batch: cross-entropy; mean squared error for one column; with a teacher (1 - kd) * CE + kd * T^2 KL(teacher || student)."""
+    if logits_BC.shape[1] == 1:
+        return F.mse_loss(logits_BC[:, 0].float(), labels_B)
+    if teacher_BC is None:
+        return F.cross_entropy(logits_BC.float(), labels_B.long())
+    return ops.distill_loss(
+        logits_BC.contiguous(),
+        teacher_BC.contiguous(),
+        labels_B.long(),
+        temperature=settings.temperature,
+        kd_scale=settings.kd / len(labels_B),
+        mlm_scale=(1 - settings.kd) / len(labels_B),
+    ).loss
+
+
+def fine_tune(
+    model: Any,
+    train: Encoded,
+    settings: Settings,
+    *,
+    seed: int,
+    device: torch.device,
+    teacher: Any = None,
+    title: str = "",
+) -> None:
+    """Train `model` in place. The same seed gives the same weights on the same machine. Raises NotFinite."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model.to(device).train()
+    if teacher is not None:
+        teacher.to(device).eval().requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    updates = settings.epochs * math.ceil(len(train.lengths) / settings.batch_size)
+    warmup = math.ceil(settings.warmup * updates)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda u: min((u + 1) / max(1, warmup), (updates - u) / max(1, updates - warmup)),
+    )
+    total = torch.zeros((), device=device)
+    with tqdm(total=updates, desc=title, disable=not sys.stderr.isatty()) as bar:
+        for _ in range(settings.epochs):
+            for rows in shuffled(train.lengths, settings.batch_size, rng):
+                inputs, labels_B = train.batch(rows, device)
+                with autocast(device):
+                    logits_BC = forward(model, inputs)
+                    hints_BC = None if teacher is None else infer(teacher, inputs)
+                loss = loss_of(logits_BC, labels_B, hints_BC, settings)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                total += loss.detach()
+                bar.update()
+    if not math.isfinite(total.item()):  # the one sync of a fine-tuning
+        raise NotFinite(f"the loss was not finite with seed {seed}: lower --lr")
+
+
+def accepted_inputs(model: Any) -> set[str]:
+    """Names that its forward takes: a DistilBERT has no token types, whatever its tokenizer makes."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 products on CUDA, nothing else anywhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, C) logits; of a question answerer (2B, L), the starts first, so that a span is learnt as two classes."""
+    accepted = accepted_inputs(model)
+    output = model(**{k: v for k, v in inputs.items() if k in accepted})
+    if "start_logits" in output:
+        return torch.cat((output.start_logits, output.end_logits))
+    return output.logits
+
+
+@torch.no_grad()
+def infer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits as of `forward`, without gradients."""
+    return forward(model, inputs)
+
+
+def predict(model: Any, examples: Encoded, batch_size: int, device: torch.device) -> np.ndarray:
+    """(N,) predicted classes, or the numbers of a regression, in the order of the examples."""
+    model.to(device).eval()
+    order = np.argsort(examples.lengths, kind="stable")
+    parts = []
+    for begin in range(0, len(order), batch_size):
+        inputs, _ = examples.batch(order[begin : begin + batch_size], device)
+        with autocast(device):
+            logits_BC = infer(model, inputs).float()
+        parts.append(logits_BC[:, 0] if logits_BC.shape[1] == 1 else logits_BC.argmax(-1))
+    predicted = np.empty(len(order))
+    predicted[order] = torch.cat(parts).cpu().numpy()
+    return predicted

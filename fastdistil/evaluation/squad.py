@@ -1,0 +1,227 @@
+"""SQuAD 1.1 and 2.0: answers as spans of a passage. Reads the files as distributed, makes windows, finds the best span.
+
+A passage longer than the model reads is cut into overlapping windows; the answer is the best span of all windows of its question.
+Where the data has questions without an answer (2.0), the [CLS] token stands for "none", as in BERT's own fine-tuning. EM and F1 are
+torchmetrics', with the official normalisation.
+
+Shapes: W windows, L tokens of the longest of a batch, B windows of a batch.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdistil.evaluation import tasks
+from fastdistil.evaluation.finetune import Encoded, autocast, infer
+
+LONGEST_ANSWER = 30
+"""Tokens; as in BERT's and the paper's evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question about a passage."""
+
+    text: str
+    passage: str
+    answers: tuple[str, ...]
+    """What people answered; none where the passage does not say."""
+    starts: tuple[int, ...]
+    """Where they begin, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanData:
+    """What a model is fine-tuned and scored on."""
+
+    task: tasks.Task
+    train: list[Question]
+    validation: list[Question]
+    label_names: tuple[str, ...] = ()
+
+
+def load(name: str, task: tasks.Task, source: str) -> SpanData:
+    """The official JSON, or Parquet and JSON lines with the columns question, context, answers.
+
+    In a folder that holds both versions, a task takes the files with its own in their names. Raises ValueError where files, columns
+    or answers are missing or an answer is not in its passage.
+    """
+    if source.startswith("hf:"):
+        tables = tasks.hub_tables(source)
+        found = {split: [_of_row(row, source) for row in rows] for split, rows in tables.items()}
+    else:
+        files = tasks.split_files(name, source)
+        found = {split: [q for p in paths for q in _read(p)] for split, paths in files.items()}
+    held_out = "validation" if "validation" in found else "test"
+    for split in ("train", held_out):
+        if not any(question.answers for question in found[split]):
+            raise ValueError(f"{source}: no question of {split} has an answer")
+    return SpanData(task, found["train"], found[held_out])
+
+
+def _read(path: Path) -> list[Question]:
+    if path.suffix != ".json":
+        return [_of_row(row, path) for row in tasks.rows_of([path])]
+    try:
+        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+        paragraphs = [p for article in articles for p in article["paragraphs"]]
+        return [
+            _question(
+                question["question"],
+                paragraph["context"],
+                [(a["text"], a["answer_start"]) for a in question["answers"]],
+                path,
+            )
+            for paragraph in paragraphs
+            for question in paragraph["qas"]
+        ]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not SQuAD's JSON (data, paragraphs, qas): {error!r}"
+        ) from error
+
+
+def _of_row(row: dict[str, Any], where: Path | str) -> Question:
+    try:
+        given = row["answers"]
+        answers = list(zip(given["text"], given["answer_start"], strict=True))
+        return _question(row["question"], row["context"], answers, where)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where}: wanted question, context and answers (text, answer_start), got {', '.join(row)}"
+        ) from error
+
+
+def _question(
+    text: str, passage: str, answers: list[tuple[str, int]], where: Path | str
+) -> Question:
+    if not isinstance(text, str) or not isinstance(passage, str):
+        raise TypeError("question and context must be text")
+    for answer, start in answers:
+        if start < 0 or passage[start : start + len(answer)] != answer:
+            raise ValueError(
+                f"{where}: the answer {answer[:40]!r} is not at character {start} of its passage"
+            )
+    return Question(text, passage, tuple(a for a, _ in answers), tuple(s for _, s in answers))
+
+
+class Windows(Encoded):
+    """Questions with a window of their passage each, by one tokenizer. Raises ValueError for one without character offsets."""
+
+    def __init__(self, tokenizer: Any, questions: list[Question], max_length: int) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "SQuAD wants a tokenizer with character offsets: give a tokenizer.json"
+            )
+        self.questions = questions
+        longest = max(1, max_length // 6)  # of a question, so that a window holds some passage
+        heads = tokenizer(
+            [q.text for q in questions],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=longest,
+            return_offsets_mapping=True,
+        )["offset_mapping"]
+        table = tokenizer(
+            [
+                q.text[: ends[-1][1] if ends else 0]
+                for q, ends in zip(questions, heads, strict=True)
+            ],
+            [q.passage for q in questions],
+            truncation="only_second",
+            max_length=max_length,
+            stride=max_length // 3,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        self.question_of: list[int] = table["overflow_to_sample_mapping"]
+        # characters of the passage by token; -1 for what is not of the passage
+        self.spans: list[np.ndarray] = []
+        for window, offsets in enumerate(table["offset_mapping"]):
+            of_passage = np.array([part == 1 for part in table.sequence_ids(window)])
+            self.spans.append(np.where(of_passage[:, None], np.array(offsets), -1))
+        targets = map(self._target, self.spans, self.question_of)
+        super().__init__(tokenizer, table, torch.tensor(list(targets)))
+
+    def _target(self, span_L2: np.ndarray, question: int) -> tuple[int, int]:
+        """(first, last) token of the answer, (0, 0) ([CLS]) where the window does not hold it whole."""
+        asked = self.questions[question]
+        if not asked.answers:
+            return 0, 0
+        start, end = asked.starts[0], asked.starts[0] + len(asked.answers[0])
+        starts, ends = span_L2.T
+        inside = (starts >= 0) & (ends > start) & (starts < end)
+        tokens = np.flatnonzero(inside)
+        if not len(tokens) or starts[tokens[0]] > start or ends[tokens[-1]] < end:
+            return 0, 0
+        return int(tokens[0]), int(tokens[-1])
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+def answer(model: Any, windows: Windows, batch_size: int, device: torch.device) -> list[str]:
+    """The answer to each question; "" for none, which is given only if some question of the data has none."""
+    model.to(device).eval()
+    none_allowed = any(not q.answers for q in windows.questions)
+    best = [(-float("inf"), "")] * len(windows.questions)
+    none = np.full(len(windows.questions), np.inf)
+    order = np.argsort(windows.lengths, kind="stable")
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        inputs, _ = windows.batch(rows, device)
+        with autocast(device):
+            starts_BL, ends_BL = infer(model, inputs).float().chunk(2)
+        scores_B, firsts_B, lasts_B = best_spans(starts_BL, ends_BL, _in_passage(windows, rows))
+        nones_B = (starts_BL[:, 0] + ends_BL[:, 0]).tolist()
+        for i, row in enumerate(rows):
+            question, span_L2 = windows.question_of[row], windows.spans[row]
+            none[question] = min(none[question], nones_B[i])
+            if scores_B[i] > best[question][0]:
+                first, last = int(firsts_B[i]), int(lasts_B[i])
+                passage = windows.questions[question].passage
+                best[question] = scores_B[i], passage[span_L2[first, 0] : span_L2[last, 1]]
+    return [
+        "" if none_allowed and none[question] > found else text
+        for question, (found, text) in enumerate(best)
+    ]
+
+
+def best_spans(
+    starts_BL: Tensor, ends_BL: Tensor, allowed_BL: Tensor
+) -> tuple[list[float], list[int], list[int]]:
+    """(sums, first tokens, last tokens) of the spans with the highest sum of both logits, of LONGEST_ANSWER tokens at most, in allowed tokens."""
+    batch, length = starts_BL.shape
+    outside_BL = ~allowed_BL.to(starts_BL.device)
+    sums_BLL = starts_BL.masked_fill(outside_BL, -torch.inf)[:, :, None] + ends_BL.masked_fill(outside_BL, -torch.inf)[:, None]  # fmt: skip
+    distance_LL = torch.arange(length, device=starts_BL.device)
+    distance_LL = distance_LL[None] - distance_LL[:, None]
+    sums_BLL.masked_fill_((distance_LL < 0) | (distance_LL >= LONGEST_ANSWER), -torch.inf)
+    sums_B, where_B = sums_BLL.view(batch, -1).max(1)
+    return sums_B.tolist(), (where_B // length).tolist(), (where_B % length).tolist()
+
+
+def _in_passage(windows: Windows, rows: Iterable[int]) -> Tensor:
+    of_windows = [torch.from_numpy(windows.spans[row][:, 0] >= 0) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(of_windows, batch_first=True, padding_value=False)
+
+
+def score(answers: list[str], questions: list[Question]) -> dict[str, float]:
+    """exact_match and f1 as fractions, the best over what people answered, and "score", their mean. No answer is the answer ""."""
+    from torchmetrics.functional.text import squad
+
+    found = squad(
+        [{"prediction_text": text, "id": str(i)} for i, text in enumerate(answers)],
+        [
+            {"answers": {"answer_start": [], "text": list(q.answers) or [""]}, "id": str(i)}
+            for i, q in enumerate(questions)
+        ],
+    )
+    exact, f1 = float(found["exact_match"]) / 100, float(found["f1"]) / 100
+    return {"exact_match": exact, "f1": f1, "score": (exact + f1) / 2}

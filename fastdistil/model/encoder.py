@@ -1,0 +1,273 @@
+"""One packed BERT encoder and MLM head, for teacher and student. Knows no ranks and no masks.
+
+Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A
+DistilBERT is the same encoder without a token-type table and with one dropout less a layer. A
+micro-batch is a flat row of N tokens; the sequence layout says where its sequences begin and end,
+and only the attention needs to know.
+
+The operators compute in fp32 inside whatever the dtype: in bf16 an eps of 1e-12 would vanish.
+
+To freeze the positions as DistilBERT's authors did:
+`model.encoder.position_embeddings.requires_grad_(False)`.
+
+Shapes: N tokens of the micro-batch, D hidden width, H heads, V padded vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdistil import ops
+from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture
+from fastdistil.ops import AttentionBackend, SequenceLayout
+
+
+class Linear(nn.Linear):
+    """x @ W.T + b, on the CPU by oneDNN."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)
+
+
+class LinearGelu(nn.Linear):
+    """gelu(x @ W.T + b), exact erf."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear_gelu(input, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm(residual + dropout(x)), or LayerNorm(x) without a residual.
+
+    A module for its two parameters, because ZeRO-3 gathers them only while it runs.
+    """
+
+    def __init__(
+        self, architecture: Architecture, *, dropout_p: float = 0.0, stream: int = 0
+    ) -> None:
+        super().__init__(architecture.hidden_size, eps=architecture.layer_norm_eps)
+        self.dropout_p, self.stream = dropout_p, stream
+
+    def forward(
+        self, input: Tensor, residual_ND: Tensor | None = None, dropout_seed: Tensor | None = None
+    ) -> Tensor:
+        if residual_ND is None:
+            return ops.layernorm(input, self.weight, self.bias, eps=self.eps)
+        return ops.dropout_add_layernorm(
+            input,
+            residual_ND,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            dropout_p=self.dropout_p,
+            seed=dropout_seed,
+            stream=self.stream,
+        )
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward layer, each with residual and LayerNorm: (N, D) -> (N, D)."""
+
+    def __init__(self, architecture: Architecture, index: int) -> None:
+        super().__init__()
+        width, dropout_p = architecture.hidden_size, architecture.dropout
+        self.num_heads = architecture.num_heads
+        self.attention_dropout = architecture.attention_dropout
+        # Places of dropout in the model: 0 is the embeddings', then three a layer.
+        self.stream = 1 + 3 * index
+        self.qkv = Linear(width, 3 * width)  # rows: all heads' queries, then keys, then values
+        self.attention_out = Linear(width, width)
+        # transformers' DistilBERT, which the authors trained, has no dropout here; BERT has.
+        self.attention_norm = LayerNorm(
+            architecture,
+            dropout_p=dropout_p if architecture.token_types else 0.0,
+            stream=self.stream + 1,
+        )
+        self.ffn_in = LinearGelu(width, architecture.ffn_size)
+        self.ffn_out = Linear(architecture.ffn_size, width)
+        self.ffn_norm = LayerNorm(architecture, dropout_p=dropout_p, stream=self.stream + 2)
+
+    def forward(
+        self,
+        hidden_ND: Tensor,
+        layout: SequenceLayout,
+        dropout_seed: Tensor | None,
+        backend: AttentionBackend,
+        with_values: bool = False,
+    ) -> Any:
+        """The layer's output (N, D); `with_values` a pair of it and its values (N, D), all heads side by side."""
+        qkv_N3D = self.qkv(hidden_ND)
+        values_ND = qkv_N3D.chunk(3, 1)[2] if with_values else None
+        attended_ND = ops.attention(
+            qkv_N3D.unflatten(1, (3, self.num_heads, -1)),
+            layout,
+            dropout_p=self.attention_dropout,
+            seed=dropout_seed,
+            stream=self.stream,
+            backend=backend,
+        ).flatten(1)
+        del qkv_N3D  # a teacher, which has no backward, needs the memory now
+        hidden_ND = self.attention_norm(self.attention_out(attended_ND), hidden_ND, dropout_seed)
+        output_ND = self.ffn_norm(self.ffn_out(self.ffn_in(hidden_ND)), hidden_ND, dropout_seed)
+        return output_ND if values_ND is None else (output_ND, values_ND)
+
+
+class Keep(NamedTuple):
+    """What an encoder hands out beside its last hidden states."""
+
+    layers: tuple[int, ...] = ()
+    """The outputs of these layers, counted from 0, each (N, D)."""
+    values: bool = False
+    """The values of the last layer's attention, (N, D), all heads side by side."""
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers: token ids to last hidden states."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width = architecture.hidden_size
+        # Set by whoever runs the model; neither changes a weight.
+        self.activation_checkpointing = False
+        self.attention_backend: AttentionBackend = "auto"
+        # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random
+        # replacement.
+        self.word_embeddings = nn.Embedding(
+            architecture.padded_vocab_size, width, padding_idx=architecture.pad_id
+        )
+        self.position_embeddings = nn.Embedding(architecture.max_positions, width)
+        self.token_type_embeddings = (
+            nn.Embedding(architecture.token_types, width) if architecture.token_types else None
+        )
+        self.embedding_norm = LayerNorm(architecture)
+        self.dropout_p = architecture.dropout
+        self.layers = nn.ModuleList(
+            EncoderLayer(architecture, index) for index in range(architecture.num_layers)
+        )
+
+    def forward(
+        self,
+        input_ids_N: Tensor,
+        position_ids_N: Tensor,
+        layout: SequenceLayout,
+        keep: Keep | None = None,
+    ) -> Any:
+        """Last hidden states (N, D), in the dtype of the weights; with `keep` a pair of them and a tuple of what is to be kept.
+
+        Ids are int32 or int64; positions start at 0 in each sequence and stay below max_positions.
+        In training mode, one number from torch's default generator of the device seeds the dropout
+        of all layers. With activation checkpointing a layer keeps only its input and is computed
+        again in the backward, with the same dropout.
+        """
+        dropout_seed = ops.dropout_seed(input_ids_N.device) if self.training else None
+        embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
+        if self.token_type_embeddings is not None:
+            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only
+            # there.
+            embedded_ND = embedded_ND + self.token_type_embeddings(
+                torch.zeros_like(input_ids_N[:1])
+            )
+        hidden_ND = ops.dropout(
+            self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p
+        )
+        outputs: dict[int, Tensor] = {}
+        values: Sequence[Tensor] = ()
+        for index, layer in enumerate(self.layers):
+            with_values = keep is not None and keep.values and index == len(self.layers) - 1
+            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_values)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                hidden_ND = layer(*arguments)
+            if with_values:
+                hidden_ND, *values = hidden_ND
+            if keep is not None and index in keep.layers:
+                outputs[index] = hidden_ND
+        if keep is None:
+            return hidden_ND
+        return hidden_ND, (*(outputs[i] for i in keep.layers), *values)
+
+
+class VocabHead(nn.Module):
+    """The MLM head: dense, GELU, LayerNorm, then the decoder tied to the word embeddings.
+
+    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that
+    registers it runs its forward. For the same reason a loss that works on weights is handed in as
+    `reduce`.
+    """
+
+    def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.vocab_size = architecture.vocab_size
+        self.dense = LinearGelu(architecture.hidden_size, architecture.hidden_size)
+        self.norm = LayerNorm(architecture)
+        self.weight = word_embeddings.weight
+        self.bias = nn.Parameter(torch.empty(architecture.padded_vocab_size))
+
+    def forward(
+        self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None
+    ) -> Any:
+        """Logits (N, vocab_size), or whatever `reduce(transformed_ND, weight_VD, bias_V)` returns.
+
+        Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it
+        has to leave them out of every softmax and to give them no gradient.
+        """
+        transformed_ND = self.norm(self.dense(hidden_ND))
+        if reduce is not None:
+            return reduce(transformed_ND, self.weight, self.bias)
+        return F.linear(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]
+
+
+class MaskedLM(nn.Module):
+    """Encoder and MLM head with fresh weights, drawn from `generator` alone (without one: seed 0).
+
+    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys
+    are those of named_parameters(); load_state_dict wants the same keys.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.encoder = Encoder(architecture)
+        self.head = VocabHead(architecture, self.encoder.word_embeddings)
+        self.register_state_dict_post_hook(_drop_tied_weight)
+        self.register_load_state_dict_pre_hook(_restore_tied_weight)
+        self._initialise(generator or torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, INITIALIZER_RANGE, generator=generator)
+        self.encoder.word_embeddings.weight[self.architecture.vocab_size :] = 0.0
+        self.encoder.word_embeddings.weight[self.architecture.pad_id] = 0.0
+
+    def forward(
+        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout
+    ) -> Tensor:
+        """Logits (N, vocab_size) of every token."""
+        return self.head(self.encoder(input_ids_N, position_ids_N, layout))
+
+
+def _drop_tied_weight(
+    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    state.pop(f"{prefix}head.weight", None)
+
+
+def _restore_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if f"{prefix}encoder.word_embeddings.weight" in state:
+        state[f"{prefix}head.weight"] = state[f"{prefix}encoder.word_embeddings.weight"]

@@ -1,0 +1,1 @@
+"""What every command stands on: configuration, ranks, the run folder, checkpoints, metrics, profiles."""

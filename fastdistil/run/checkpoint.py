@@ -1,0 +1,343 @@
+"""Checkpoints that are whole or absent, and verified before they are believed.
+
+    RUN/checkpoints/update-00000500/
+        weights.safetensors     fp32 master weights of the student
+        optimizer.safetensors   both moments of AdamW, fp32
+        state.json              update, tokens seen, what is needed beside tensors
+        manifest.json           size and SHA-256 of the three, and the id of the set, which each of them has inside; written last
+
+A checkpoint is made under a temporary name (*.part), fsynced, then renamed; an old one is renamed before it is removed. It holds full
+tensors, whatever the number of ranks or the ZeRO stage, and no pickle. Rank 0 alone reads and writes; the others get tensors over
+the process group, so one disk decides.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdistil.run import ranks
+
+log = logging.getLogger("fastdistil")
+
+FOLDER = "checkpoints"
+FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
+_NAME = re.compile(r"update-(\d{8,})")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written: the message says where, how many bytes it needs and how many are free."""
+
+
+def folder_of(run: Path, update: int) -> Path:
+    """Where the checkpoint made after `update` updates lies."""
+    return run / FOLDER / f"update-{update:08d}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise CheckpointError with path, bytes needed and bytes free where `num_bytes` will not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{folder} has {free:,} bytes free, a checkpoint needs {num_bytes:,}: free some space, or choose another --out"
+        )
+
+
+def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path:
+    """Write the checkpoint of `state["update"]`, then remove all but the newest `keep` good ones. Rank 0 only.
+
+    Args:
+        tensors: an engine's `state()`.
+        state: JSON values; "update" is required.
+
+    Raises CheckpointError naming path, bytes needed and free where it cannot be written, or the tensor that is not finite;
+    earlier checkpoints stay whole.
+    """
+    for name, tensor in tensors.items():
+        # the sum alone reads 20 times faster, and is finite only where every term is; finite terms may overflow it
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"no checkpoint of update {state['update']} in {run}: {name} is not finite. Earlier checkpoints are untouched"
+            )
+    final = folder_of(run, state["update"])
+    num_bytes = sum(t.nbytes for t in tensors.values())
+    part = final.with_name(f"{final.name}.part")
+    for litter in final.parent.glob("*.part"):  # of a save or a removal that was killed
+        shutil.rmtree(litter, ignore_errors=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        require_space(final.parent, num_bytes + 2**20)
+        part.mkdir()
+        weights = {
+            k.removeprefix("weight."): v.contiguous()
+            for k, v in tensors.items()
+            if k.startswith("weight.")
+        }
+        moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight.")}
+        set_id = uuid.uuid4().hex
+        hashes: dict[str, Future[str]] = {}
+        # hashed and synced while the next is written, the largest first
+        with ThreadPoolExecutor() as pool:
+            syncs = []
+            for name, content in ((FILES[1], moments), (FILES[0], weights), (FILES[2], state)):
+                if content is state:
+                    (part / name).write_text(json.dumps(state | {"set": set_id}, indent=1))
+                else:
+                    save_file(content, part / name, {"format": "pt", "set": set_id, "file": name})
+                hashes[name] = pool.submit(_sha256, part / name)
+                syncs.append(pool.submit(_fsync, part / name))
+            for sync in syncs:
+                sync.result()
+        files = {
+            name: {"bytes": (part / name).stat().st_size, "sha256": found.result()}
+            for name, found in hashes.items()
+        }
+        manifest = {"set": set_id, "files": files}
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _fsync(part / "manifest.json")
+        _fsync(part)
+        if final.exists():  # the same update again, after a resume from an older one
+            _remove(final)
+        os.rename(part, final)
+        _fsync(final.parent)
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors raises its own type on a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        free = shutil.disk_usage(run).free if run.exists() else 0
+        raise CheckpointError(
+            f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. Earlier checkpoints are untouched"
+        ) from error
+    _remove_old(run, state["update"], keep)
+    return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that it is whole or gone at every moment."""
+    litter = checkpoint.with_name(f"{checkpoint.name}.old.part")
+    os.rename(checkpoint, litter)
+    shutil.rmtree(litter, ignore_errors=True)
+
+
+def _remove_old(run: Path, update: int, keep: int) -> None:
+    """Remove what is older than the newest `keep` checkpoints that look whole, counted from that of `update`.
+
+    That one has just been read back, so a good one always stays; hashing the others again would triple the work of a save. Newer
+    ones are not counted: the run went on from an older one because they are damaged.
+    """
+    checkpoints = [p for p in _all(run) if _update_of(p) <= update]
+    if len(checkpoints) <= keep:
+        return
+    num_good = 0
+    for checkpoint in reversed(checkpoints):
+        if num_good < keep:
+            num_good += verify(checkpoint, contents=False) is None
+            continue
+        try:
+            _remove(checkpoint)
+        except OSError as error:  # what was just written is safe, and the run needs no more
+            log.warning("%s stays, it cannot be removed: %s", checkpoint, error)
+
+
+class Saver:
+    """Saves in a thread of its own: the run goes on while the disk works. Rank 0 only.
+
+    Args:
+        keep: how many checkpoints stay.
+        go_on: where one cannot be written, say so and go on; otherwise the next call raises CheckpointError.
+    """
+
+    def __init__(self, run: Path, *, keep: int, go_on: bool) -> None:
+        self.run, self.keep, self.go_on = run, keep, go_on
+        self.thread, self.open = ThreadPoolExecutor(1), None
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write what `save` would, after the one before is done; neither argument may change any more."""
+        self._finish()
+        self.open = self.thread.submit(self._save, tensors, state)
+
+    def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        log.info("wrote %s", save(self.run, tensors, state, keep=self.keep))
+
+    def _finish(self) -> None:
+        try:
+            if self.open is not None:
+                self.open.result()
+        except CheckpointError as error:
+            if not self.go_on:
+                raise
+            log.error("going on without this checkpoint: %s", error)
+        finally:
+            self.open = None
+
+    def close(self) -> None:
+        """Wait for the last one, which must succeed: nothing comes after it. Raises CheckpointError."""
+        self.go_on = False
+        self._finish()
+        self.thread.shutdown()
+
+
+def _all(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whole or not."""
+    folder = run / FOLDER
+    found = (
+        [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
+        if folder.is_dir()
+        else []
+    )
+    return sorted(found, key=_update_of)
+
+
+def _update_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("update-"))
+
+
+def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """Why a checkpoint cannot be used, or None. Compares every file with the manifest; without `contents` all but the hashes."""
+    if checkpoint.is_symlink():
+        return "it is a link"
+    for name in (*FILES, "manifest.json"):
+        path = checkpoint / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is missing, or no file of its own"
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"manifest.json cannot be read ({error})"
+    whole = isinstance(manifest, dict) and manifest.keys() == {"set", "files"}
+    files = manifest["files"] if whole else None
+    if not isinstance(files, dict) or sorted(files) != sorted(FILES):
+        return f"manifest.json does not list exactly {', '.join(FILES)}"
+    try:
+        for name in FILES:
+            path, wanted = checkpoint / name, files[name]
+            size = path.stat().st_size
+            if (
+                not isinstance(wanted, dict)
+                or wanted.keys() != {"bytes", "sha256"}
+                or size != wanted["bytes"]
+            ):
+                return f"{name} has {size} bytes, the manifest says {wanted}"
+            if contents and _sha256(path) != wanted["sha256"]:
+                return f"{name} differs from its SHA-256 in the manifest"
+        for name in FILES[:2]:
+            with safe_open(checkpoint / name, "pt") as file:
+                metadata = file.metadata() or {}
+                if (metadata.get("set"), metadata.get("file")) != (manifest["set"], name):
+                    return f"{name} belongs to another checkpoint, or to another place in this one"
+        state = json.loads((checkpoint / FILES[2]).read_bytes())
+        if state["set"] != manifest["set"]:
+            return f"{FILES[2]} belongs to another checkpoint"
+        update = state["update"]
+        if folder_of(checkpoint.parent.parent, update) != checkpoint:
+            return f"it holds update {update}, which its name does not say"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        return f"a file is not a checkpoint's ({error!r})"
+    return None
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint that verifies; says why a newer one was passed over. None where there is none at all.
+
+    Raises ValueError where there are checkpoints and none can be used: starting over silently would lose them.
+    """
+    candidates = _all(run)
+    for checkpoint in reversed(candidates):
+        reason = verify(checkpoint)
+        if reason is None:
+            return checkpoint
+        log.warning("passing over %s: %s", checkpoint, reason)
+    if candidates:
+        raise ValueError(
+            f"none of the {len(candidates)} checkpoints in {run / FOLDER} can be used (reasons above): restore one, or start another --out"
+        )
+    return None
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given."""
+    state = json.loads((checkpoint / FILES[2]).read_bytes())
+    del state["set"]
+    return state
+
+
+class Checkpoint(NamedTuple):
+    """What a run goes on from: full tensors for `Engine.load`, on the CPU, and the JSON values saved with them."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def load(run: Path, place: ranks.Place) -> Checkpoint | None:
+    """The newest good checkpoint, on every rank; None where the run has none.
+
+    Raises ValueError, on every rank alike, where there are checkpoints and none can be used.
+    """
+    tensors: dict[str, Tensor] = {}
+    header: Any = None
+    if place.is_main:
+        try:
+            checkpoint = newest(run)
+            if checkpoint is not None:
+                tensors = {f"weight.{k}": v for k, v in load_file(checkpoint / FILES[0]).items()}
+                tensors |= load_file(checkpoint / FILES[1])
+                state = _state(checkpoint)
+                header = state, [(name, tuple(t.shape)) for name, t in tensors.items()]
+        except ValueError as error:
+            header = error  # every rank must hear of it, or the others wait for a broadcast that never comes
+    header = ranks.broadcast_object(header, place)
+    if isinstance(header, ValueError):
+        raise header
+    if header is None:
+        return None
+    state, shapes = header
+    for name, shape in shapes:
+        on_device = (
+            tensors[name].to(place.device)
+            if place.is_main
+            else torch.empty(shape, device=place.device)
+        )
+        tensors[name] = ranks.broadcast_tensor(on_device).cpu()  # a sync, once at the start
+    return Checkpoint(tensors, state)
+
+
+def load_weights(run: Path, update: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(fp32 student weights by our names, state) of a run's checkpoint: the newest good one, or that of `update`.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged.
+    """
+    checkpoint = newest(run) if update is None else folder_of(run, update)
+    if checkpoint is None or not checkpoint.is_dir():
+        have = ", ".join(p.name for p in _all(run)) or "none"
+        raise FileNotFoundError(
+            f"{run} has no checkpoint{'' if update is None else f' of update {update}'} (found: {have}): let the run reach one, see --log.checkpoint-every"
+        )
+    if (reason := verify(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint} cannot be used: {reason}")
+    return load_file(checkpoint / FILES[0]), _state(checkpoint)

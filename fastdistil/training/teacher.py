@@ -1,0 +1,261 @@
+"""The frozen teacher: hidden states for a micro-batch, never logits, never a gradient, never in an engine.
+
+`Feed` hands (batch, hints) to the loop. On CUDA the teacher works on the next micro-batch, on a stream of its own, while the
+student works on this one; on a CPU it precedes. The numbers are the same, bit for bit.
+
+    student's stream   student 1 | student 2 | student 3
+    side stream        teacher 2 | teacher 3 | teacher 4      with the copies to the device
+"""
+
+import copy
+import logging
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fastdistil.data.batches import MicroBatch
+from fastdistil.model.encoder import Keep, MaskedLM, VocabHead
+from fastdistil.run.profile import span, spanned
+from fastdistil.run.ranks import TeacherLink
+from fastdistil.training.objective import TeacherOutput
+
+log = logging.getLogger("fastdistil")
+
+
+class Teacher:
+    """A masked LM in evaluation mode. Not a Module, so that no `.train()`, optimiser or ZeRO partition can reach it.
+
+    Args:
+        device: where its output goes, the student's.
+        encoder_device: where the encoder runs, if elsewhere: hidden states travel, the head is applied at home.
+        keep: what it hands over beside its last hidden states.
+    """
+
+    def __init__(
+        self,
+        model: MaskedLM,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        encoder_device: torch.device | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        self.keep = keep
+        self.device, self.encoder_device = device, encoder_device or device
+        apart = self.encoder_device != device
+        # a copy, since its weight is tied to the word embeddings, which go with the encoder
+        self.head = copy.deepcopy(model.head).to(device) if apart else model.head
+        self.model = model.to(self.encoder_device)
+        for part in (self.head, self.model):
+            part.to(dtype=dtype).requires_grad_(False).eval()
+
+    def __call__(self, batch: MicroBatch) -> TeacherOutput:
+        """The teacher's view of the same masked ids; tensors in its dtype. Consumes no random numbers."""
+        with span("teacher"):
+            hidden_NE, kept = self._states(batch)
+            output = _output(self.head, hidden_NE.to(self.device, non_blocking=True))
+            return output._replace(kept=tuple(t.to(self.device, non_blocking=True) for t in kept))
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """(N, E) last hidden states, on the encoder's device."""
+        return self._states(batch)[0]
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
+    def _states(self, batch: MicroBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert not self.model.training, "the teacher was switched to training mode"
+        batch = batch.to(self.encoder_device)
+        with torch.accelerator.device_index(self.encoder_device.index):  # where Triton launches
+            inputs = batch.input_ids, batch.position_ids, batch.layout
+            if self.keep is None:
+                return self.model.encoder(*inputs), ()
+            return self.model.encoder(*inputs, self.keep)
+
+
+@torch.no_grad()
+def _output(head: VocabHead, hidden_NE: Tensor) -> TeacherOutput:
+    return head(
+        hidden_NE,
+        lambda transformed, weight, bias: TeacherOutput(hidden_NE, transformed, weight, bias),
+    )
+
+
+class Split(IntEnum):
+    """Micro-batches that a student and its teacher rank both go through, each making them for itself."""
+
+    TRAIN = 0
+    VALIDATION = 1
+
+
+class RemoteTeacher:
+    """What a student rank keeps of a teacher that has ranks of its own: the head, and a link to the rest."""
+
+    def __init__(
+        self, model: MaskedLM, link: TeacherLink, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.head = model.head.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        self.link = link
+
+    def ask(self, split: Split, number: int, num_tokens: int) -> Callable[[], TeacherOutput]:
+        """Ask for the hidden states of micro-batch `number` of a split; the result waits for them."""
+        hidden_NE = self.head.weight.new_empty(num_tokens, self.head.weight.shape[1])
+        wait = self.link.ask((split, number), hidden_NE)
+
+        def answer() -> TeacherOutput:
+            with span("teacher"):
+                wait()
+                return _output(self.head, hidden_NE)
+
+        return answer
+
+
+def serve(
+    teacher: Teacher,
+    link: TeacherLink,
+    batches_from: Callable[[int, Split, int], Iterator[MicroBatch]],
+) -> None:
+    """The work of a teacher rank: answer its students in turn until all have stopped.
+
+    `batches_from(student, split, number)` makes a student's micro-batches from `number` on. Raises RuntimeError where a
+    student is gone without having stopped.
+    """
+    following: dict[tuple[int, int], tuple[int, Iterator[MicroBatch]]] = {}
+    asking = list(link.students)
+    while asking:
+        for student in tuple(asking):
+            question = link.next_question(student)
+            if question == link.STOP:
+                asking.remove(student)
+                continue
+            split, number = question
+            expected, batches = following.get((student, split), (None, iter(())))
+            if number != expected:  # at the start, and a validation begins again at 0
+                batches = batches_from(student, Split(split), number)
+            link.reply(student, teacher.hidden(next(batches)))
+            following[student, split] = number + 1, batches
+
+
+Pair = tuple[MicroBatch, TeacherOutput | None]
+
+
+class Feed:
+    """Micro-batches on the student's device with the teacher's hints, at most one of them ahead.
+
+    Args:
+        teacher: None for masked LM alone.
+        overlap: infer ahead, where the device is a GPU. The first updates are timed with it and without it, and it is kept only
+            where it gains.
+    """
+
+    TIMED_WITH = range(5, 9)  # updates, from 1; those before warm up
+    TIMED_WITHOUT = range(10, 14)  # not 9, whose first hints were made ahead
+
+    def __init__(
+        self, teacher: Teacher | RemoteTeacher | None, device: torch.device, *, overlap: bool
+    ) -> None:
+        self.teacher, self.device = teacher, device
+        on_cuda, local = device.type == "cuda", isinstance(teacher, Teacher)
+        self.overlapping = on_cuda and (overlap or not local)  # copies alone always gain
+        self.timing = self.overlapping and local
+        self.times: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if on_cuda:
+            self.side = self.far = torch.cuda.Stream(device)
+            if isinstance(teacher, Teacher) and teacher.encoder_device != device:
+                self.far = torch.cuda.Stream(teacher.encoder_device)
+                self.far.wait_stream(torch.cuda.current_stream(self.far.device))  # weights' copies
+        if isinstance(teacher, RemoteTeacher):
+            log.info("teacher: on %d rank(s) of its own", teacher.link.num_teachers)
+        elif teacher is not None and not self.overlapping:
+            log.info("teacher: precedes the student on every micro-batch")
+
+    def ahead(
+        self, batches: Iterator[MicroBatch], split: Split = Split.TRAIN, first: int = 0
+    ) -> Iterator[Pair]:
+        """(batch, hints) for each of `batches`, which are those of `split` from number `first` on.
+
+        The next one is begun before this one is handed out.
+        """
+        begun: Callable[[], Pair] | None = None
+        for number, batch in enumerate(spanned(batches, "waiting for data"), first):
+            ready, begun = begun, self._begin(batch, split, number)
+            if ready:
+                yield ready()
+        if begun:
+            yield begun()
+
+    def _begin(self, batch: MicroBatch, split: Split, number: int) -> Callable[[], Pair]:
+        """Enqueue a micro-batch's copy and the teacher's work; the result makes the student's stream wait for them."""
+        if isinstance(self.teacher, RemoteTeacher):
+            answer = self.teacher.ask(split, number, batch.input_ids.numel())
+            ready = self._begin_here(batch, None)
+            return lambda: (ready()[0], answer())
+        return self._begin_here(batch, self.teacher)
+
+    def _begin_here(self, batch: MicroBatch, teacher: Teacher | None) -> Callable[[], Pair]:
+        def infer() -> Pair:
+            here = batch.to(self.device)
+            return here, teacher(here) if teacher else None
+
+        if not self.overlapping:
+            return infer
+        student = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(student)  # not further ahead than one, however far ahead the host is
+        with torch.cuda.stream(self.far), torch.cuda.stream(self.side):
+            pair = infer()
+            done = self.side.record_event()
+
+        def ready() -> Pair:
+            student.wait_event(done)
+            here, hints = pair
+            # without this their memory may be given away while the student still reads; the teacher's weights stay
+            made = (*hints[:2], *hints.kept) if hints else ()
+            for tensor in (*_tensors(here), *made):
+                tensor.record_stream(student)
+            return pair
+
+        return ready
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Around the work of an update, which is timed on the device while it has to be; no sync."""
+        if not self.timing:
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self.times.append((begin, end))
+        next_update, last = len(self.times) + 1, self.TIMED_WITHOUT[-1]
+        self.overlapping = not self.TIMED_WITH[-1] < next_update <= last
+        if next_update > last and self.times[last - 1][1].query():
+            self._keep_if_it_gains()
+
+    def _keep_if_it_gains(self) -> None:
+        with_it, without = (
+            statistics.median(
+                begin.elapsed_time(end) for begin, end in self.times[r[0] - 1 : r[-1]]
+            )
+            for r in (self.TIMED_WITH, self.TIMED_WITHOUT)
+        )
+        self.timing, self.overlapping = False, with_it < without
+        log.info(
+            f"teacher overlap: {abs(without / with_it - 1):.1%} {'faster' if self.overlapping else 'slower'} than "
+            f"teacher-then-student (updates {self.TIMED_WITH[0]}-{self.TIMED_WITH[-1]} against "
+            f"{self.TIMED_WITHOUT[0]}-{self.TIMED_WITHOUT[-1]}){'' if self.overlapping else ': switched off'}"
+        )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors of a micro-batch and of its layout."""
+    assert is_dataclass(value)
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, Tensor):
+            yield part
+        elif is_dataclass(part):
+            yield from _tensors(part)

@@ -1,0 +1,417 @@
+"""ops.attention against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (PyTorch); on a GPU Triton.
+
+The backend under test is "fused" unless a test says otherwise: "auto" would be PyTorch's own on the CPU.
+"""
+
+import functools
+import importlib.machinery
+import itertools
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from fastdistil import ops
+from fastdistil.kernels import attention as attention_module
+from fastdistil.kernels.dropout import keep_reference
+from tests.support.precision import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    assert_no_worse_than_pytorch,
+    results,
+)
+
+# Below, at and across the blocks of 32 and 64 and the tile of 128; the interpreter gets fewer, a program costs it 10 ms.
+LENGTHS = [[1], [3, 3, 3], [31, 32, 33, 7, 7], [64, 130] if INTERPRETED else [63, 64, 65, 128, 130]]
+
+
+def make_leaves(lengths, dtype=torch.float32, heads=2, width=20, seed=0) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(sum(lengths), 3, heads, width, generator=gen)
+    weight = torch.randn(sum(lengths), heads, width, generator=gen)
+    return {
+        "qkv_N3HD": qkv.to(DEVICE, dtype).requires_grad_(),
+        "weight_NHD": weight.to(DEVICE, dtype),
+    }
+
+
+def dropout(dropout_p=0.3, seed=2**62 + 12345, stream=7) -> dict[str, Any]:
+    return {
+        "dropout_p": dropout_p,
+        "seed": torch.tensor(seed, device=DEVICE),
+        "stream": stream,
+    }
+
+
+def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0) -> Tensor:
+    """What a PyTorch user would write: every step in the dtype of the input."""
+    _, _, H, D = qkv_N3HD.shape
+    heads = torch.arange(H, device=DEVICE)
+    sizes = [batch * length for batch, length in layout.runs]
+    tokens = torch.arange(qkv_N3HD.shape[0], device=DEVICE).split(sizes)
+    outputs = []
+    for (batch, length), rows, part in zip(layout.runs, tokens, qkv_N3HD.split(sizes), strict=True):
+        q, k, v = part.view(batch, length, 3, H, D).permute(2, 0, 3, 1, 4)
+        weight = (q @ k.mT / D**0.5).softmax(-1)
+        if seed is not None:
+            kept = [
+                keep_reference(seed, stream, dropout_p, heads, row, row)
+                for row in rows.view(batch, length)
+            ]
+            weight = weight * torch.stack(kept) / (1 - dropout_p)
+        outputs.append((weight @ v).transpose(1, 2).reshape(batch * length, H, D))
+    return torch.cat(outputs)
+
+
+def fused(qkv_N3HD: Tensor, layout, **options) -> Tensor:
+    return ops.attention(qkv_N3HD, layout, backend="fused", **options)
+
+
+def judged(operator, layout, **options):
+    """Output and, by a loss whose value is 0, gradient: a sum over all outputs may be right by chance."""
+
+    def loss(qkv_N3HD, weight_NHD):
+        out = operator(qkv_N3HD, layout, **options)
+        total = (out.double() * weight_NHD).sum()
+        return total - total.detach(), out
+
+    return loss
+
+
+def check(lengths, leaves, **options):
+    layout = ops.sequence_layout(lengths, DEVICE)
+    assert_no_worse_than_pytorch(
+        judged(fused, layout, **options), judged(eager, layout, **options), leaves
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_no_worse_than_twice_pytorch(lengths, dropout_p, dtype):
+    """With dropout this proves that forward, backward and reference draw one mask."""
+    check(lengths, make_leaves(lengths, dtype), **(dropout(dropout_p) if dropout_p else {}))
+
+
+@pytest.mark.parametrize("width", [1, 16, 32, 33, 64, 128])
+def test_head_widths(width):
+    check([37, 5], make_leaves([37, 5], torch.bfloat16, width=width), **dropout())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([128, 128], id="all equal"),
+        pytest.param([1] * 5 + [512] + [1] * 5, id="one of 512 among ones of 1"),
+        pytest.param([1 + i * i % 3 for i in range(30)], id="many short"),
+    ],
+)
+def test_layouts(lengths, dropout_p):
+    leaves = make_leaves(lengths, torch.float16, heads=1, width=16)
+    check(lengths, leaves, **(dropout(dropout_p) if dropout_p else {}))
+
+
+def test_ten_thousand_sequences():
+    # Ten thousand programs, at 10 ms each, would keep the interpreter busy for minutes: fewer say the same about it.
+    many = 6 if INTERPRETED else 1000
+    lengths = [2] * (3 * many) + [1] * (5 * many) + [3] * (2 * many)
+    check(lengths, make_leaves(lengths, torch.float16, heads=1, width=16))
+
+
+def test_one_token_sees_itself():
+    qkv = make_leaves([1, 1, 1])["qkv_N3HD"]
+    for backend in ("auto", "fused", "sdpa"):
+        out = ops.attention(qkv, ops.sequence_layout([1, 1, 1], DEVICE), backend=backend)
+        torch.testing.assert_close(out, qkv[:, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_agree_to_the_last_bit(dtype):
+    lengths = [65, 3, 33]
+    loss = judged(fused, ops.sequence_layout(lengths, DEVICE), **dropout())
+    first, second = (results(loss, make_leaves(lengths, dtype)) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("changed", [0, 2, 4])
+def test_sequences_do_not_see_each_other(changed, backend):
+    lengths = [5, 1, 33, 9, 3]
+    layout, qkv = ops.sequence_layout(lengths, DEVICE), make_leaves(lengths)["qkv_N3HD"].detach()
+    start, end = sum(lengths[:changed]), sum(lengths[: changed + 1])
+    other = qkv.clone()
+    other[start:end] = float("nan")
+    outputs = []
+    for x in (qkv, other):
+        x = x.clone().requires_grad_()
+        out = ops.attention(x, layout, backend=backend)
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        outputs.append(torch.cat([out.detach()[:, None], gradient], dim=1))
+    before, after = outputs
+    assert torch.equal(before[:start], after[:start])
+    assert torch.equal(before[end:], after[end:])
+    assert after[start:end].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 1e2)], ids=str
+)
+def test_extreme_scores_stay_finite(dtype, value, backend):
+    lengths = [1, 40]
+    qkv = torch.full((41, 3, 2, 20), value, device=DEVICE, dtype=dtype, requires_grad=True)
+    out = ops.attention(qkv, ops.sequence_layout(lengths, DEVICE), backend=backend)
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert qkv.grad is not None
+    assert qkv.grad.isfinite().all()
+
+
+def test_one_key_that_wins_by_far():
+    """Softmax of 0 and 1e4: the statistics start at -inf, the maximum comes in the last, masked block."""
+    lengths = [70]
+    leaves = make_leaves(lengths)
+    with torch.no_grad():
+        leaves["qkv_N3HD"][:, 0] = 10.0
+        leaves["qkv_N3HD"][:, 1] = 0.0
+        leaves["qkv_N3HD"][69, 1] = 1e4
+    out = fused(leaves["qkv_N3HD"], ops.sequence_layout(lengths, DEVICE))
+    expected = leaves["qkv_N3HD"][69:, 2].expand_as(out)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_seed_and_stream_choose_the_mask():
+    lengths = [40]
+    qkv, layout = make_leaves(lengths)["qkv_N3HD"], ops.sequence_layout(lengths, DEVICE)
+    first = fused(qkv, layout, **dropout())
+    assert torch.equal(first, fused(qkv, layout, **dropout()))
+    for other in (dropout(seed=1), dropout(stream=8)):
+        assert not torch.equal(first, fused(qkv, layout, **other))
+    without = fused(qkv, layout)
+    assert torch.equal(without, fused(qkv, layout, **dropout(dropout_p=0.0)))
+    assert torch.equal(without, fused(qkv, layout, dropout_p=0.3))
+
+
+def test_the_mask_follows_the_rows_not_the_packing():
+    """Rows 20 to 59 are one sequence in all three, beside other neighbours and in other tiles."""
+    qkv = make_leaves([80])["qkv_N3HD"].detach()
+    outputs = [
+        fused(qkv, ops.sequence_layout(lengths, DEVICE), **dropout())[20:60]
+        for lengths in ([20, 40, 20], [5, 15, 40, 1, 19], [1] * 20 + [40] + [1] * 20)
+    ]
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_sdpa_draws_unbiased_dropout_from_torchs_generator():
+    draws = 2000  # of one sequence of 6 tokens, in one call
+    qkv = make_leaves([6])["qkv_N3HD"].detach()
+    repeated, layout = qkv.repeat(draws, 1, 1, 1), ops.sequence_layout([6] * draws, DEVICE)
+    run = functools.partial(ops.attention, repeated, layout, backend="sdpa", **dropout(0.4))
+    torch.manual_seed(3)
+    first = run()
+    torch.manual_seed(3)
+    assert torch.equal(first, run())
+    assert not torch.equal(first, run())
+    drawn = first.view(draws, 6, 2, 20)
+    exact = ops.attention_reference(qkv, ops.sequence_layout([6], DEVICE))
+    # 240 numbers: six standard errors is a chance of 5e-7
+    assert ((drawn.mean(0) - exact).abs() <= 6 * drawn.std(0) / draws**0.5).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "fused"])
+def test_no_number_is_taken_from_torchs_generator(backend):
+    leaves, layout = make_leaves([2, 5]), ops.sequence_layout([2, 5], DEVICE)
+    options = dropout() if backend == "fused" else {}
+    before = torch.get_rng_state()
+    ops.attention(leaves["qkv_N3HD"], layout, backend=backend, **options)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_reference_is_pytorchs_attention_in_fp64():
+    lengths = [3, 17, 17]
+    qkv, layout = make_leaves(lengths)["qkv_N3HD"].double(), ops.sequence_layout(lengths, DEVICE)
+    torch.testing.assert_close(
+        ops.attention_reference(qkv, layout), ops.attention(qkv, layout, backend="sdpa")
+    )
+
+
+def test_reference_has_the_derivative_it_claims():
+    layout = ops.sequence_layout([1, 3], "cpu")
+    qkv = torch.randn(4, 3, 1, 2, dtype=torch.float64, requires_grad=True)
+    for options in ({}, {"dropout_p": 0.3, "seed": torch.tensor(5), "stream": 1}):
+        reference = functools.partial(ops.attention_reference, layout=layout, **options)
+        assert torch.autograd.gradcheck(reference, qkv)
+
+
+def test_registration():
+    lengths = [5, 3]
+    leaves, layout = make_leaves(lengths, width=16), ops.sequence_layout(lengths, DEVICE)
+    qkv, weight = leaves.values()
+    for mask in ((None, 0, 0.0), (torch.tensor(5, device=DEVICE), 2, 0.3)):
+        torch.library.opcheck(
+            torch.ops.fastdistil.attention_forward.default, (qkv, layout.tiles, *mask)
+        )
+        out, lse = torch.ops.fastdistil.attention_forward(qkv.detach(), layout.tiles, *mask)
+        torch.library.opcheck(
+            torch.ops.fastdistil.attention_backward.default,
+            (weight, qkv.detach(), out, lse, layout.tiles, *mask),
+        )
+
+
+def test_compiles_to_one_graph_for_all_layouts():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fused, fullgraph=True, backend=counter)
+    for lengths in ([20, 3], [1, 2, 20], [5, 5, 3, 3, 3, 3, 1]):
+        leaves, layout = make_leaves(lengths, torch.float16), ops.sequence_layout(lengths, DEVICE)
+        expected = results(judged(fused, layout, **dropout()), leaves)
+        got = results(judged(compiled, layout, **dropout()), leaves)
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value)
+    # The first layout, then once more for any number of tiles from 2 on.
+    assert counter.frame_count <= 2, counter.frame_count
+
+
+def test_flash_attn_gets_what_it_wants(monkeypatch):
+    """A stand-in for the package, which needs CUDA to be built: what it is called with, and that its result comes back."""
+    calls: list[tuple[tuple, dict]] = []
+    lengths = [5, 3]
+    qkv, layout = make_leaves(lengths)["qkv_N3HD"], ops.sequence_layout(lengths, DEVICE)
+
+    def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options):
+        calls.append(((cu_seqlens, max_seqlen), options))
+        return ops.attention_reference(qkv, layout)
+
+    package: Any = types.ModuleType("flash_attn")
+    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    package.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    assert ops.resolve_backend("flash-attn", "cuda", dtype=torch.bfloat16) == "flash-attn"
+    # Past resolve_backend, which wants CUDA: this has to run anywhere.
+    monkeypatch.setattr(attention_module, "resolve_backend", lambda *_args, **_kw: "flash-attn")
+    out = ops.attention(qkv, layout, **dropout(0.25))
+    torch.testing.assert_close(out, ops.attention_reference(qkv, layout))
+    in_evaluation: dict[str, Any] = dropout(0.25) | {"seed": None}
+    ops.attention(qkv, layout, **in_evaluation)
+    (arguments, options), (_, evaluation) = calls
+    assert arguments[0] is layout.cu_seqlens
+    assert arguments[1] == 5
+    assert (options, evaluation) == ({"dropout_p": 0.25}, {"dropout_p": 0.0})
+
+
+def test_auto():
+    assert ops.resolve_backend("auto", "cuda") == "fused"
+    assert ops.resolve_backend("auto", torch.device("cuda:1"), dropout_p=0.1) == "fused"
+    assert ops.resolve_backend("auto", "cpu") == "sdpa"
+    assert ops.resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
+    for backend in ("fused", "sdpa"):
+        assert ops.resolve_backend(backend, "cpu") == backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "message"),
+    [
+        ("flash", "cuda", None, "wants backend auto, fused, sdpa or flash-attn, got 'flash'"),
+        ("flash-attn", "cpu", None, "bf16 or fp16 on CUDA, got a tensor on cpu: use backend auto"),
+        ("flash-attn", "cuda", torch.float32, "got torch.float32 on cuda: use backend auto"),
+        ("flash-attn", "cuda", torch.float16, "is not installed: use backend auto, or pip install"),
+    ],
+)
+def test_backends_that_cannot_run(backend, device, dtype, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed, even where it is
+    with pytest.raises(ValueError, match=message):
+        ops.resolve_backend(backend, device, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[4, 4, 2, 4], [1], [128], [129, 1, 300, 129], [1 + i % 200 for i in range(1000)]],
+    ids=lambda lengths: str(lengths[:4]),
+)
+def test_tiles_hold_every_row_once_and_cross_no_boundary(lengths):
+    layout = ops.sequence_layout(lengths, DEVICE)
+    assert layout.tiles.dtype == layout.cu_seqlens.dtype == torch.int32
+    assert layout.tiles.data_ptr() % 16 == 0  # or Triton compiles every kernel twice
+    bounds = set(itertools.pairwise([0, *itertools.accumulate(lengths)]))
+    rows, tile_lengths = [], []
+    for start, end, first in layout.tiles.tolist():
+        assert (start, end) in bounds
+        assert start <= first < end
+        assert (first - start) % 128 == 0
+        rows += range(first, min(first + 128, end))
+        tile_lengths.append(end - start)
+    assert sorted(rows) == list(range(sum(lengths)))
+    assert tile_lengths == sorted(tile_lengths, reverse=True)
+
+
+def test_layout():
+    layout = ops.sequence_layout([4, 4, 2, 4], DEVICE)
+    assert layout.cu_seqlens.tolist() == [0, 4, 8, 10, 14]
+    assert (layout.max_length, layout.num_tokens, layout.runs) == (4, 14, ((2, 4), (1, 2), (1, 4)))
+
+
+def test_layout_is_filled_up_to_a_step():
+    layout = ops.sequence_layout([130, 2, 2], DEVICE, sequence_step=4, tile_step=3)
+    assert layout.cu_seqlens.tolist() == [0, 130, 132, 134, 134]
+    real = [[0, 130, 0], [0, 130, 128], [130, 132, 130], [132, 134, 132]]
+    assert layout.tiles.tolist() == [*real, [0, 0, 0], [0, 0, 0]]
+    assert layout.runs == ((1, 130), (2, 2))
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa", "reference"])
+def test_empty_sequences_and_tiles_change_nothing(backend):
+    lengths = [33, 9, 9, 130]
+    operator = {"reference": ops.attention_reference}.get(
+        backend, functools.partial(ops.attention, backend=backend)
+    )
+    options = {} if backend == "sdpa" else dropout()  # whose masks are drawn anew in every call
+    plain, filled = (
+        results(
+            judged(operator, ops.sequence_layout(lengths, DEVICE, **steps), **options),
+            make_leaves(lengths),
+        )
+        for steps in ({}, {"sequence_step": 7, "tile_step": 8})
+    )
+    for name, value in plain.items():
+        assert torch.equal(value, filled[name]), name
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0], [-1]], ids=str)
+def test_layout_refuses_empty_sequences(lengths):
+    with pytest.raises(ValueError, match="at least one sequence, each of 1 token or more"):
+        ops.sequence_layout(lengths, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((5, 3, 60), {}, r"one \(N, 3, heads, head width\) tensor, got \(5, 3, 60\)"),
+        ((5, 2, 3, 20), {}, r"got \(5, 2, 3, 20\)"),
+        ((6, 3, 3, 20), {}, "the layout holds 5 tokens, the tensor 6: count the trailing pad"),
+        ((5, 3, 3, 20), {"dropout_p": 1.0}, "must be at least 0 and below 1, got 1.0"),
+        ((5, 3, 3, 20), {"dropout_p": -0.1}, "got -0.1"),
+        ((5, 3, 3, 20), {"stream": -1}, r"stream must be in \[0, 2\^31\), got -1"),
+        ((5, 3, 3, 20), {"seed": torch.tensor(1.0)}, "seed as a 0-dim int64 tensor"),
+        ((5, 3, 3, 20), {"backend": "math"}, "got 'math'"),
+    ],
+)
+def test_errors(shape, options, message):
+    layout = ops.sequence_layout([2, 3], "cpu")
+    with pytest.raises(ValueError, match=message):
+        ops.attention(torch.zeros(shape), layout, **options)
+
+
+def test_fused_names_what_it_cannot_do():
+    layout = ops.sequence_layout([2, 3], DEVICE)
+    with pytest.raises(ValueError, match=r"got torch.float64: convert it, or use backend sdpa"):
+        fused(torch.zeros(5, 3, 3, 20, dtype=torch.float64, device=DEVICE), layout)
+    if DEVICE == "cuda" or INTERPRETED:
+        with pytest.raises(ValueError, match="heads of at most 128, got 129: use backend sdpa"):
+            fused(torch.zeros(5, 3, 3, 129, device=DEVICE), layout)

@@ -1,0 +1,146 @@
+"""cosine_loss against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (csrc/, else PyTorch)."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdistil import ops
+from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
+
+SHAPES = [
+    (1, 2),
+    (5, 31),
+    (3, 384),
+    (127, 65),
+    (2, 768),
+    (3, 769),
+    (1, 8192),
+]  # rows per CTA: 2,048 to 1
+
+
+def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(shape, generator=gen) for _ in range(2))
+    return {
+        "student_ND": student.to(DEVICE, dtype).requires_grad_(),
+        "teacher_ND": teacher.to(DEVICE, dtype),
+    }
+
+
+def check(leaves, **options):
+    assert_no_worse_than_pytorch(
+        functools.partial(ops.cosine_loss, **options),
+        functools.partial(ops.cosine_loss_reference, **options),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (4097, 20)], ids=str)
+def test_no_worse_than_twice_pytorch(shape, dtype):
+    check(make_leaves(shape, dtype))
+
+
+def test_parallel_vectors_cost_nothing():
+    """The two terms of the gradient cancel, to the rounding of either: PyTorch's own error is no measure here."""
+    for shape in ((3, 1), (3, 500)):
+        student = make_leaves(shape)["student_ND"]
+        leaves = {"student_ND": student, "teacher_ND": 2.5 * student.detach()}
+        got = results(ops.cosine_loss, leaves)
+        assert (got["value 0"] - results(ops.cosine_loss_reference, leaves)["value 0"]).abs() < 1e-6
+        scale = 1 / student.detach().double().norm(dim=1, keepdim=True)
+        assert (got["dstudent_ND"].abs() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("zero", ["student_ND", "teacher_ND"])
+def test_zero_vectors_give_what_pytorch_gives(zero):
+    leaves = make_leaves((3, 40))
+    with torch.no_grad():
+        leaves[zero][1] = 0
+    check(leaves)
+    student, teacher = leaves.values()
+    expected = F.cosine_embedding_loss(
+        student, teacher, torch.ones(3, device=DEVICE), reduction="sum"
+    )
+    torch.testing.assert_close(ops.cosine_loss(**leaves), expected)
+
+
+def test_a_teacher_in_another_precision():
+    """bf16 under an fp32 student loses nothing more; fp32 over a bf16 student is rounded to bf16."""
+    exact, half = make_leaves((5, 40)), make_leaves((5, 40), torch.bfloat16)
+    check(exact | {"teacher_ND": half["teacher_ND"]})
+    got = results(ops.cosine_loss, half | {"teacher_ND": exact["teacher_ND"]})
+    assert all(torch.equal(got[k], v) for k, v in results(ops.cosine_loss, half).items())
+
+
+def test_rows_from_num_rows_on_count_for_nothing():
+    leaves, clean = make_leaves((5, 40)), make_leaves((5, 40))
+    with torch.no_grad():
+        leaves["student_ND"][3:] = float("nan")
+    for dtype in (torch.int32, torch.int64):
+        options = {"num_rows": torch.tensor(3, dtype=dtype, device=DEVICE)}
+        got = results(functools.partial(ops.cosine_loss, **options), leaves)
+        assert (got["dstudent_ND"][3:] == 0).all()
+        check(clean, **options)
+        for name, value in results(functools.partial(ops.cosine_loss, **options), clean).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+
+
+def test_mapped_layers_with_a_projection():
+    """Opt-in use: several layers summed, a trained linear where widths differ."""
+    torch.manual_seed(0)
+    projection = torch.nn.Linear(24, 40, device=DEVICE)
+    students = [torch.randn(6, 24, device=DEVICE, requires_grad=True) for _ in range(2)]
+    teachers = [torch.randn(6, 40, device=DEVICE) for _ in range(2)]
+    leaves = [*students, *projection.parameters()]
+
+    def gradients(loss):
+        total = torch.stack(
+            [loss(projection(s), t) for s, t in zip(students, teachers, strict=True)]
+        )
+        return torch.autograd.grad(total.sum(), leaves)
+
+    torch.testing.assert_close(gradients(ops.cosine_loss), gradients(ops.cosine_loss_reference))
+
+
+def test_registration():
+    leaves = make_leaves((3, 50))
+    for num_rows in (None, torch.tensor(2, device=DEVICE)):
+        torch.library.opcheck(
+            torch.ops.fastdistil.cosine_rows.default, (*leaves.values(), num_rows)
+        )
+
+
+def test_compiles_without_graph_breaks():
+    leaves = make_leaves((3, 50))
+    compiled = torch.compile(lambda **leaves: ops.cosine_loss(**leaves), fullgraph=True)
+    for name, value in results(ops.cosine_loss, leaves).items():
+        torch.testing.assert_close(results(compiled, leaves)[name], value)
+
+
+def test_reference_has_the_derivative_it_claims():
+    student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: ops.cosine_loss_reference(x, teacher), student)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "num_rows", "message"),
+    [
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 4),
+            None,
+            r"\(2, 3\) and teacher \(2, 4\): where widths",
+        ),
+        (torch.zeros(2, 3).double(), torch.zeros(2, 3), None, "got torch.float64"),
+        (torch.zeros(2, 8193), torch.zeros(2, 8193), None, "a width of 1 to 8192, got 8193"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor(1.0), "got torch.float32"),
+    ],
+)
+def test_errors_name_the_offender(student, teacher, num_rows, message):
+    with pytest.raises(ValueError, match=message):
+        ops.cosine_loss(student, teacher, num_rows=num_rows)

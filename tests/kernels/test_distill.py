@@ -1,0 +1,298 @@
+"""distill_loss against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (csrc/, else PyTorch)."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdistil import ops
+from tests.support.precision import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    assert_no_worse_than_pytorch,
+    results,
+)
+
+# One element; below, at and across a thread's load, a lane block, the C++ block of 1,024; real vocabularies.
+SHAPES = [
+    (1, 1),
+    (2, 7),
+    (127, 33),
+    (3, 1024),
+    (2, 2049),
+    (2, 4097),
+    (5, 30522),
+    (2, 30528),
+    (1, 119547),
+]
+MANY_ROWS = (
+    (257, 3) if INTERPRETED else (4097, 3)
+)  # one program after the other: 4,097 take a minute
+OPTIONS: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.7, "mlm_scale": 0.3}
+
+
+def make_leaves(shape, dtype=torch.float32, *, labelled=0.3, spread=4.0, seed=0) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(seed)
+    N, V = shape
+    student, teacher = (spread * torch.randn(shape, generator=gen) for _ in range(2))
+    labels = torch.randint(V, (N,), generator=gen)
+    labels[torch.rand(N, generator=gen) >= labelled] = -100
+    return {
+        "student_NV": student.to(DEVICE, dtype).requires_grad_(),
+        "teacher_NV": teacher.to(DEVICE, dtype),
+        "labels_N": labels.to(DEVICE),
+    }
+
+
+def check(leaves, **options):
+    assert_no_worse_than_pytorch(
+        functools.partial(ops.distill_loss, **OPTIONS | options),
+        functools.partial(ops.distill_loss_reference, **OPTIONS | options),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, MANY_ROWS], ids=str)
+def test_no_worse_than_twice_pytorch(shape, dtype):
+    check(make_leaves(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 8.0])
+def test_temperatures(temperature, dtype):
+    check(make_leaves((9, 1500), dtype), temperature=temperature)
+
+
+@pytest.mark.parametrize("labelled", [0.0, 1.0], ids=["none masked", "all masked"])
+@pytest.mark.parametrize(("kd_scale", "mlm_scale"), [(1.0, 0.0), (0.0, 1.0), (5.0, 2.0)])
+def test_scales_and_labels(kd_scale, mlm_scale, labelled):
+    check(make_leaves((9, 700), labelled=labelled), kd_scale=kd_scale, mlm_scale=mlm_scale)
+
+
+def test_is_the_objective_of_the_authors():
+    """Trap 1 and 2: batchmean over rows times T^2, and cross-entropy at temperature 1."""
+    leaves = make_leaves((6, 50), labelled=1.0)
+    student, teacher, labels = leaves.values()
+    kd = (
+        F.kl_div((student / 3).log_softmax(-1), (teacher / 3).softmax(-1), reduction="batchmean")
+        * 9
+    )
+    mlm = F.cross_entropy(student, labels)
+    got = ops.distill_loss(**leaves, temperature=3.0, kd_scale=5 / 6, mlm_scale=2 / 6)
+    torch.testing.assert_close(got.loss, 5 * kd + 2 * mlm)
+    torch.testing.assert_close((got.kd_sum / 6, got.mlm_sum / 6), (kd.detach(), mlm.detach()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_identical_rows_cost_exactly_nothing(temperature, dtype):
+    leaves = make_leaves((5, 3001), dtype, spread=8.0)
+    leaves["teacher_NV"] = leaves["student_NV"].detach().clone()
+    got = results(
+        functools.partial(ops.distill_loss, temperature=temperature, kd_scale=1.0, mlm_scale=0.0),
+        leaves,
+    )
+    assert got["value 1"] == 0
+    assert (got["dstudent_NV"] == 0).all()
+    assert got["value 3"] == 5  # all agree
+
+
+def test_kl_is_never_negative():
+    leaves = make_leaves((50, 500))
+    student = leaves["student_NV"].detach()
+    for distance in (1e-7, 1e-6, 1e-4, 1e-2):
+        teacher = student + distance * torch.randn_like(student)
+        rows = kernel_rows(student, teacher, leaves["labels_N"])
+        assert (rows[0] >= 0).all()
+
+
+def kernel_rows(student, teacher, labels, *, num_rows=None, dstudent=None, vocab_size=None):
+    return torch.ops.fastdistil.distill_rows(
+        student,
+        teacher,
+        labels,
+        num_rows,
+        dstudent,
+        0,
+        2.0,
+        0.7,
+        0.3,
+        vocab_size or student.shape[1],
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_extreme_logits(temperature):
+    leaves = make_leaves((6, 1000), labelled=0.5)
+    leaves["student_NV"] = leaves["student_NV"].detach().sign().mul_(1e4).requires_grad_()
+    leaves["teacher_NV"] = leaves["teacher_NV"].sign() * -1e4
+    check(leaves, temperature=temperature)
+    check(
+        leaves | {"teacher_NV": torch.full_like(leaves["teacher_NV"], 1e4)}, temperature=temperature
+    )
+
+
+@pytest.mark.parametrize("broken", ["student_NV", "teacher_NV"])
+def test_a_nan_logit_shows(broken):
+    leaves = make_leaves((3, 700))
+    with torch.no_grad():
+        leaves[broken][1, 600] = float("nan")
+    assert ops.distill_loss(**leaves, **OPTIONS).loss.isnan()
+
+
+def test_gradient_is_written_over_the_logits():
+    student, teacher, labels = (x.detach() for x in make_leaves((4, 1030), torch.bfloat16).values())
+    apart = torch.full_like(student, 7.0)
+    rows = kernel_rows(student, teacher, labels, dstudent=apart)
+    in_place = student.clone()
+    torch.testing.assert_close(
+        rows, kernel_rows(in_place, teacher, labels, dstudent=in_place), rtol=0, atol=0
+    )
+    torch.testing.assert_close(in_place, apart, rtol=0, atol=0)
+    values_only = kernel_rows(student, teacher, labels)
+    torch.testing.assert_close(rows, values_only, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rubbish", [1e4, float("inf"), float("nan")])
+def test_padding_counts_for_nothing(rubbish):
+    """Trap 9: padded columns, and rows from num_rows on, whatever is in them."""
+    leaves = make_leaves((5, 1024))
+    clean = make_leaves((5, 1024))
+    with torch.no_grad():
+        for name in ("student_NV", "teacher_NV"):
+            leaves[name][:, 1000:] = rubbish
+            leaves[name][3:] = rubbish
+    leaves["labels_N"] = torch.tensor([1, 999, -100, 5, 2000], device=DEVICE)
+    clean["labels_N"] = leaves["labels_N"]
+    for dtype in (torch.int32, torch.int64):
+        num_rows = torch.tensor(3, dtype=dtype, device=DEVICE)
+        options = OPTIONS | {"vocab_size": 1000, "num_rows": num_rows}
+        got = results(functools.partial(ops.distill_loss, **options), leaves)
+        assert (got["dstudent_NV"][:, 1000:] == 0).all()
+        assert (got["dstudent_NV"][3:] == 0).all()
+        for name, value in results(functools.partial(ops.distill_loss, **options), clean).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+        check(clean, vocab_size=1000, num_rows=num_rows)
+
+
+def test_agreement_counts_a_shared_largest_column():
+    student = torch.tensor([[1.0, 2.0, 0.0], [3.0, 3.0, 0.0], [0.0, 1.0, 2.0]], device=DEVICE)
+    teacher = torch.tensor([[0.0, 9.0, 1.0], [0.0, 1.0, 0.0], [2.0, 1.0, 0.0]], device=DEVICE)
+    labels = torch.full((3,), -100, device=DEVICE)
+    for loss in (ops.distill_loss, ops.distill_loss_reference):
+        assert loss(student, teacher, labels, **OPTIONS).num_agree == 2
+
+
+def test_upstream_gradient_scales_and_metrics_have_none():
+    leaves = make_leaves((3, 40))
+    got = ops.distill_loss(**leaves, **OPTIONS)
+    assert [value.requires_grad for value in got] == [True, False, False, False]
+    (once,) = torch.autograd.grad(got.loss, leaves["student_NV"], retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * got.loss, leaves["student_NV"])
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_without_gradient_the_logits_stay_and_values_are_the_same():
+    leaves = make_leaves((3, 40))
+    before = leaves["student_NV"].detach().clone()
+    with torch.no_grad():
+        quiet = ops.distill_loss(**leaves, **OPTIONS)
+    loud = ops.distill_loss(**leaves, **OPTIONS)
+    assert not quiet.loss.requires_grad
+    assert torch.equal(leaves["student_NV"], before)
+    torch.testing.assert_close(tuple(quiet), tuple(loud), rtol=0, atol=0)
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    """The third row starts at element 2^31: address space is allocated, memory is only for the rows touched."""
+    V, stride = 40, 2**30
+    student, teacher, labels = (x.detach() for x in make_leaves((3, V), torch.bfloat16).values())
+    far = torch.empty(2 * stride + V, dtype=torch.bfloat16, device=DEVICE).as_strided(
+        (3, V), (stride, 1)
+    )
+    far.copy_(student)
+    near_gradient = torch.empty_like(student)
+    rows = kernel_rows(student, teacher, labels, dstudent=near_gradient)
+    torch.testing.assert_close(
+        kernel_rows(far, teacher, labels, dstudent=far), rows, rtol=0, atol=0
+    )
+    torch.testing.assert_close(far, near_gradient, rtol=0, atol=0, check_stride=False)
+
+
+def test_registration():
+    student, teacher, labels = (x.detach() for x in make_leaves((3, 50)).values())
+    num_rows = torch.tensor(2, device=DEVICE)
+    for rows, gradient in ((None, torch.empty_like(student)), (num_rows, None)):
+        torch.library.opcheck(
+            torch.ops.fastdistil.distill_rows.default,
+            (student, teacher, labels, rows, gradient, 0, 2.0, 1.0, 1.0, 48),
+        )
+    for needs_grad in (True, False):
+        leaf = student.clone().requires_grad_(needs_grad)
+        torch.library.opcheck(
+            torch.ops.fastdistil.distill.default,
+            (leaf, teacher, labels, num_rows, 2.0, 1.0, 1.0, 48, needs_grad),
+        )
+
+
+def test_compiles_without_graph_breaks():
+    leaves = make_leaves((3, 50))
+    loss = functools.partial(ops.distill_loss, **OPTIONS, num_rows=torch.tensor(2, device=DEVICE))
+    compiled = torch.compile(lambda **leaves: tuple(loss(**leaves)), fullgraph=True)
+    for name, value in results(loss, leaves).items():
+        torch.testing.assert_close(results(compiled, leaves)[name], value)
+
+
+def test_reference_has_the_derivative_it_claims():
+    student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    teacher, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([2, -100, 0])
+    assert torch.autograd.gradcheck(
+        lambda x: ops.distill_loss_reference(x, teacher, labels, **OPTIONS).loss, student
+    )
+
+
+def test_label_outside_the_vocabulary():
+    leaves = make_leaves((2, 50)) | {"labels_N": torch.tensor([-100, 48], device=DEVICE)}
+    if DEVICE == "cuda" or INTERPRETED:
+        assert ops.distill_loss(**leaves, **OPTIONS, vocab_size=48).loss.isnan()
+    else:
+        with pytest.raises(IndexError, match="48"):
+            ops.distill_loss(**leaves, **OPTIONS, vocab_size=48)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_NV": torch.zeros(2, 4)}, r"student \(2, 3\) and teacher \(2, 4\)"),
+        ({"student_NV": torch.zeros(0, 3), "teacher_NV": torch.zeros(0, 3)}, "at least one row"),
+        (
+            {"teacher_NV": torch.zeros(2, 3).half()},
+            r"student torch.float32 and teacher torch.float16",
+        ),
+        ({"student_NV": torch.zeros(2, 3).double()}, "got torch.float64"),
+        (
+            {"labels_N": torch.zeros(3, dtype=torch.int64)},
+            r"shape \(2,\), got torch.int64 of shape \(3,\)",
+        ),
+        ({"labels_N": torch.zeros(2, dtype=torch.int32)}, "got torch.int32"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be > 0, got nan"),
+        ({"vocab_size": 4}, "vocab_size 4 is more than the 3 columns"),
+        ({"vocab_size": 0}, "vocab_size must be 1 or more"),
+        ({"num_rows": torch.zeros(1, dtype=torch.int32)}, "0-dim int32 or int64"),
+        ({"labels_N": torch.zeros(2, dtype=torch.int64, device="meta")}, "got labels on meta"),
+    ],
+)
+def test_errors_name_the_offender(change, message):
+    arguments: dict[str, Any] = {
+        "student_NV": torch.zeros(2, 3),
+        "teacher_NV": torch.zeros(2, 3),
+        "labels_N": torch.zeros(2, dtype=torch.int64),
+        **OPTIONS,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.distill_loss(**arguments | change)

@@ -1,0 +1,320 @@
+"""Dropout's masks against their definition, and the definition against what independent random bits give.
+
+CPU: TRITON_INTERPRET=1 (Triton) or unset (csrc/). Statistics are of fixed seeds: a bound of s sigma is passed always or
+never; its s is what the number of draws, all of them together, leaves below one chance in a thousand.
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks import aot, aot_variants
+from fastdistil import ops
+from fastdistil.kernels import dropout as module
+from tests.support.precision import DEVICE, DTYPES, INTERPRETED
+
+DROPOUT = torch.ops.fastdistil.dropout_
+SHAPES = [(1, 1, 1, 1), (1, 2, 3, 5), (2, 2, 9, 33), (2, 1, 9, 257), (3, 2, 1, 40), (1, 1, 33, 384), (1, 1, 0, 4)]  # fmt: skip
+SEED = 2**62 + 987654321  # both halves of it count
+
+
+def seed_of(value: int) -> Tensor:
+    return torch.tensor(value, device=DEVICE)
+
+
+def keep_of(shape, seed, *, stream=0, first=0, dropout_p=0.5) -> Tensor:
+    """keep_reference for every element of (B, H, R, C)."""
+    B, H, R, C = shape
+    heads = torch.arange(H, device=DEVICE)
+    masks = [
+        module.keep_reference(
+            seed, stream, dropout_p, heads,
+            first + b * R + torch.arange(R, device=DEVICE), first + b * C + torch.arange(C, device=DEVICE),
+        )
+        for b in range(B)
+    ]  # fmt: skip
+    return torch.stack(masks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masks_and_values_are_the_definitions(shape, dtype):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=gen).to(DEVICE, dtype)
+    x = torch.where(x == 0, torch.ones_like(x), x)  # so that a zero says: dropped
+    # Triton's interpreter truncates fp32 -> bf16 instead of rounding: one unit in the last of 8 bits.
+    tolerance = 2.0**-7 if INTERPRETED and dtype == torch.bfloat16 else 0.0
+    options = [(SEED, 0, 0), (0, 1, 1), (-1, 2**31 - 1, 70_001), (2**63 - 2, 18, 2**20)]
+    for (value, stream, first), dropout_p in zip(options, (0.5, 0.3, 0.9, 0.001), strict=True):
+        seed = seed_of(value)
+        keep = keep_of(shape, seed, stream=stream, first=first, dropout_p=dropout_p)
+        scaled = (x.float() * (1 / (1 - dropout_p))).to(dtype)
+        expected = torch.where(keep, scaled, torch.zeros_like(x))
+        for operator in (DROPOUT, module.dropout_torch_):
+            got = x.clone()
+            operator(got, seed, stream, first, dropout_p)
+            assert torch.equal(got != 0, keep)
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
+
+
+def test_nothing_outside_is_touched_and_dropped_infinities_are_zero():
+    shape, seed = (1, 1, 3, 21), seed_of(SEED)
+    buffer = torch.full((4 + 63 + 60,), float("inf"), device=DEVICE)
+    x = buffer[4:67].view(shape)
+    DROPOUT(x, seed, 0, 0, 0.5)
+    assert (buffer[:4] == float("inf")).all()
+    assert (buffer[67:] == float("inf")).all()
+    assert torch.equal(x, torch.where(keep_of(shape, seed), float("inf"), 0.0))
+
+
+def test_keys_are_philox():
+    """Known answers of Random123 (kat_vectors, philox4x32 10): counter, key, first word."""
+    low = 0xFFFFFFFF
+    for counter, key, word in [
+        ((0, 0, 0, 0), (0, 0), 0x6627E8D5),
+        ((low, low, low, low), (low, low), 0x408F276D),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), 0xD16CFE09),
+    ]:
+        high = key[1] - 2**32 if key[1] >= 2**31 else key[1]
+        row, head = torch.tensor([counter[0]]), torch.tensor([counter[1]])
+        seed = torch.tensor(high * 2**32 + key[0])
+        assert module.keys_reference(seed, counter[2], counter[3], head, row).item() == word
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="these keys feed Triton kernels only"
+)
+@pytest.mark.parametrize("num_tokens", [1, 257])
+def test_keys_of_the_device(num_tokens):
+    heads, tokens = torch.arange(2, device=DEVICE), torch.arange(num_tokens, device=DEVICE)
+    got = module.row_and_column_keys(seed_of(-SEED), 7, 2, num_tokens)
+    for side in range(2):
+        expected = module.keys_reference(seed_of(-SEED), 7, side, heads, tokens)
+        assert torch.equal(got[side].long() & 0xFFFFFFFF, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [2.0**-32, 0.001, 0.1, 0.5, 0.9, 1 - 2.0**-12, 1 - 1e-12])
+def test_rate(dropout_p):
+    kept = ops.dropout(
+        torch.ones(128, 512, device=DEVICE), seed_of(SEED), stream=3, dropout_p=dropout_p
+    )
+    dropped = (kept == 0).sum().item()
+    sigma = (kept.numel() * dropout_p * (1 - dropout_p)) ** 0.5
+    assert abs(dropped - kept.numel() * dropout_p) <= 5 * sigma + 0.5  # 0.5: a count is whole
+
+
+def worst_pair(masks: Tensor, dropout_p: float) -> float:
+    """Largest |sqrt(n) * correlation| of two of the (K, n) masks: of independent ones a standard normal."""
+    z = (masks.float() - (1 - dropout_p)) / (dropout_p * (1 - dropout_p)) ** 0.5
+    pairs = (z @ z.T).triu(1) / z.shape[1] ** 0.5
+    return pairs.abs().max().item()
+
+
+def masks_that_should_not_know_each_other(dropout_p: float) -> Tensor:
+    """(K, n): heads, places and layers, steps and ranks, blocks, and the same with rows and columns exchanged."""
+    side = 256
+    make = functools.partial(keep_of, dropout_p=dropout_p)
+    masks = [*make((1, 6, side, side), seed_of(SEED))[0]]
+    masks += [make((1, 1, side, side), seed_of(SEED), stream=s)[0, 0] for s in range(1, 20)]
+    masks += [make((1, 1, side, side), seed_of(SEED), first=side)[0, 0]]
+    # Steps draw their seeds; neighbours, and halves exchanged, would be the worst that could be drawn.
+    for rank in range(2):
+        torch.manual_seed(rank)
+        masks += [make((1, 1, side, side), ops.dropout_seed(DEVICE))[0, 0] for _ in range(3)]
+    for seed in (SEED + 1, SEED - 1, SEED + 2**32, (SEED >> 32) | (SEED & 0x7FFFFFFF) << 32):
+        masks += [make((1, 1, side, side), seed_of(seed))[0, 0]]
+    masks += [masks[0].T, masks[1].T, masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].flip(1)]
+    return torch.stack([mask.flatten() for mask in masks])
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_masks_are_independent(dropout_p):
+    masks = masks_that_should_not_know_each_other(dropout_p)
+    assert worst_pair(masks, dropout_p) < 5.5  # of 820 pairs
+    # The check can fail: a mask that shares one element in ten with another.
+    copied = torch.arange(masks.shape[1], device=DEVICE) % 10 == 0
+    masks[3] = torch.where(copied, masks[7], masks[3])
+    assert worst_pair(masks, dropout_p) > 20
+
+
+def own_mix(x: Tensor) -> Tensor:
+    """What keep_reference does with row_key ^ column_key, in 32 bits held by int64."""
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    return ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+
+
+def drawn(mix: Callable[[Tensor], Tensor], dropout_p: float) -> Tensor:
+    """A 512 x 512 mask by `mix` of the keys that the operator has."""
+    index, head = torch.arange(512), torch.zeros(1, dtype=torch.int64)
+    row, column = (module.keys_reference(torch.tensor(SEED), 5, s, head, index)[0] for s in (0, 1))
+    return mix(row[:, None] ^ column[None, :]) >= module.threshold(dropout_p)
+
+
+def pairs_of_rows(keep_RC: Tensor) -> tuple[float, float]:
+    """Over all pairs of rows: largest |z|, and by how many sigmas the mean of z^2 is above the 1 of random rows.
+
+    Correlations, not products: two rows that dropped more than their share would show in all of their pairs.
+    """
+    R, C = keep_RC.shape
+    z = torch.corrcoef(keep_RC.double())[tuple(torch.triu_indices(R, R, 1))] * (C - 1) ** 0.5
+    return z.abs().max().item(), (z.square().mean().item() - 1) / (2 / len(z)) ** 0.5
+
+
+def test_rows_and_columns_are_as_random_ones():
+    for dropout_p in (0.1, 0.5):
+        mask = drawn(own_mix, dropout_p)
+        index, head = torch.arange(512), torch.zeros(1, dtype=torch.int64)
+        definition = module.keep_reference(torch.tensor(SEED), 5, dropout_p, head, index, index)[0]
+        assert torch.equal(mask, definition)
+        for keep in (mask, mask.T):
+            worst, excess = pairs_of_rows(keep)
+            assert abs(excess) < 5
+            # 130,816 pairs. At 0.1 common drops are few and their number is skewed: not a normal's tail.
+            assert worst < 6 or dropout_p != 0.5
+
+
+@pytest.mark.parametrize(
+    "weak",
+    [
+        lambda x: x,
+        lambda x: (x * 0x7FEB352D) & 0xFFFFFFFF,
+        lambda x: (((x ^ (x >> 15)) & 0xFFFFFFFF) * 0x846CA68B) & 0xFFFFFFFF,
+    ],
+    ids=["none", "one multiplication", "shift and one multiplication"],
+)
+def test_the_check_sees_a_weaker_mix(weak):
+    worst, _ = pairs_of_rows(drawn(weak, 0.5))
+    assert worst > 6
+
+
+def make_leaf(dtype=torch.float32) -> Tensor:
+    gen = torch.Generator().manual_seed(1)
+    return torch.randn(9, 40, generator=gen).to(DEVICE, dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_value_and_gradient_have_one_mask(dtype):
+    x, seed = make_leaf(dtype), seed_of(SEED)
+    weight = make_leaf(dtype).detach().flip(0)
+    out = ops.dropout(x, seed, stream=4, dropout_p=0.5)  # 1 / (1 - 0.5): no rounding
+    (dx,) = torch.autograd.grad(out, x, weight)
+    keep = keep_of((1, 1, 9, 40), seed, stream=4)[0, 0]
+    assert torch.equal(out, torch.where(keep, 2 * x, 0))
+    assert torch.equal(dx, torch.where(keep, 2 * weight, 0))
+    assert out.dtype == dx.dtype == dtype
+
+
+def test_non_contiguous_input_has_the_mask_of_its_indices():
+    x, seed = make_leaf().detach(), seed_of(SEED)
+    expected = ops.dropout(x, seed, stream=4, dropout_p=0.5)
+    strided = torch.stack([x, x], dim=2)[:, :, 1]
+    for view in (strided, x.T.contiguous().T):
+        assert not view.is_contiguous()
+        assert torch.equal(ops.dropout(view, seed, stream=4, dropout_p=0.5), expected)
+
+
+def test_second_derivative():
+    """The map is linear, so its derivative is the map again, and so is what it does to a gradient of a gradient."""
+    x, v, seed = make_leaf(), make_leaf(), seed_of(SEED)
+    call = functools.partial(ops.dropout, seed=seed, stream=1, dropout_p=0.5)
+    (vjp,) = torch.autograd.grad(call(x), x, v, create_graph=True)
+    assert torch.equal(vjp, call(v))
+    (dv,) = torch.autograd.grad(vjp, v, x)
+    assert torch.equal(dv, call(x))
+
+
+def test_without_seed_or_rate_it_is_the_input():
+    x = make_leaf()
+    assert ops.dropout(x, None, stream=0, dropout_p=0.5) is x
+    assert ops.dropout(x, seed_of(SEED), stream=0, dropout_p=0.0) is x
+
+
+def test_registration():
+    x, seed = make_leaf(), seed_of(SEED)
+    torch.library.opcheck(torch.ops.fastdistil.dropout.default, (x, seed, 2, 0.3))
+    torch.library.opcheck(DROPOUT.default, (x.detach()[None, None].clone(), seed, 2, 5, 0.3))
+
+
+def test_compiles_without_graph_breaks():
+    def loss(x, seed):
+        return ops.dropout(x * 2, seed, stream=2, dropout_p=0.5).square().sum()
+
+    # Inductor's cache does not know ATEN_CPU_CAPABILITY: it would compile the loops that it kept for AVX-512 as AVX2.
+    compiled = torch.compile(loss, fullgraph=True, options={"fx_graph_cache": False})
+    x = make_leaf()
+    for value in (SEED, 1):
+        seed = seed_of(value)
+        for got, expected in zip(
+            torch.autograd.grad(compiled(x, seed), x), torch.autograd.grad(loss(x, seed), x), strict=True
+        ):  # fmt: skip
+            assert torch.equal(got, expected)
+
+
+def test_seeds_follow_the_default_generator():
+    torch.manual_seed(3)
+    first = [ops.dropout_seed(DEVICE) for _ in range(3)]
+    state = torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
+    expected = [ops.dropout_seed(DEVICE) for _ in range(3)]
+    seeds = [seed.item() for seed in first + expected]
+    assert len(set(seeds)) == 6
+    assert all(0 <= seed < 2**63 - 1 for seed in seeds)
+    assert max(seeds) > 2**32  # the upper half is not left at zero
+    torch.manual_seed(3)
+    assert [ops.dropout_seed(DEVICE).item() for _ in range(3)] == seeds[:3]
+    # A resumed run restores the generator's state.
+    (torch.cuda.set_rng_state if DEVICE == "cuda" else torch.set_rng_state)(state)
+    assert [ops.dropout_seed(DEVICE).item() for _ in range(3)] == seeds[3:]
+
+
+def test_a_seed_and_its_use_do_not_read_the_device():
+    with FakeTensorMode():  # has no values to read: .item() would raise
+        seed = ops.dropout_seed("cuda")
+        assert (seed.shape, seed.dtype, seed.device.type) == ((), torch.int64, "cuda")
+        x = torch.empty(3, 4, device="cuda")
+        assert ops.dropout(x, seed, stream=0, dropout_p=0.1).shape == (3, 4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    "variant", list(aot_variants.specialised_variants()), ids=lambda variant: variant.name
+)
+def test_kernels_compile_where_an_argument_is_one(variant):
+    """Triton makes an integer argument of 1 a Python constant, which has not a tensor's methods."""
+    assert aot.compile_variant(variant, 90).num_spills == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_ND": torch.zeros(3)}, r"wants an \(N, D\) tensor, got \(3,\)"),
+        ({"dropout_p": 1.0}, "at least 0 and below 1, got 1.0"),
+        ({"dropout_p": -0.1}, "at least 0 and below 1, got -0.1"),
+        ({"stream": -1}, r"stream must be in \[0, 2\^31\), got -1"),
+        ({"stream": 2**31}, "got 2147483648"),
+        ({"seed": torch.zeros(1, dtype=torch.int64)}, r"got torch.int64 of shape \(1,\)"),
+        ({"seed": torch.tensor(1.0)}, r"got torch.float32 of shape \(\) on cpu: use dropout_seed"),
+        ({"seed": torch.zeros((), dtype=torch.int64, device="meta")}, "on cpu, got .* on meta"),
+    ],
+)
+def test_errors_name_the_offender(change, message):
+    arguments = {"x_ND": torch.zeros(2, 3), "seed": torch.tensor(1), "stream": 0, "dropout_p": 0.1}
+    arguments |= change
+    x_ND = arguments.pop("x_ND")
+    with pytest.raises(ValueError, match=message):
+        ops.dropout(x_ND, **arguments)
+
+
+def test_a_block_is_the_mask_of_its_own_indices():
+    """Sequences of one length lie in blocks: block b is what b alone gives from the index where it begins."""
+    R, seed = 11, seed_of(SEED)
+    x = torch.ones(2, 3, R, R, device=DEVICE)
+    DROPOUT(x, seed, 1, 100, 0.5)
+    assert not torch.equal(x[0], x[1])
+    for b in range(2):
+        alone = torch.ones(1, 3, R, R, device=DEVICE)
+        DROPOUT(alone, seed, 1, 100 + b * R, 0.5)
+        assert torch.equal(x[b], alone[0])

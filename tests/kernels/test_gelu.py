@@ -1,0 +1,170 @@
+"""bias_gelu against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (PyTorch)."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdistil import ops
+from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
+
+# Blocks of 16 rows and 256 columns, strips of 128 rows.
+SHAPES = [(1, 1), (5, 31), (17, 255), (130, 20), (3, 513)]
+
+
+def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(seed)
+    x, bias, dout = (2 * torch.randn(s, generator=gen) for s in (shape, shape[1:], shape))
+    return {
+        "x_NF": x.to(DEVICE, dtype).requires_grad_(),
+        "bias_F": bias.to(DEVICE, dtype).requires_grad_(),
+        "dout_NF": dout.to(DEVICE, dtype),
+    }
+
+
+def eager(x_NF: Tensor, bias_F: Tensor) -> Tensor:
+    return F.gelu(x_NF + bias_F)
+
+
+def judged(operator):
+    """Output and, by a loss whose value is 0, every gradient: a sum over all outputs may be right by chance."""
+
+    def loss(dout_NF: Tensor, **leaves: Tensor):
+        out = operator(**leaves)
+        total = (out.double() * dout_NF).sum()
+        return total - total.detach(), out
+
+    return loss
+
+
+def check(leaves):
+    """No worse than twice PyTorch's own error, and one rounding of the largest value."""
+    truth = results(judged(ops.bias_gelu_reference), fp64(leaves))
+    mine, theirs = (results(judged(op), leaves) for op in (ops.bias_gelu, eager))
+    rounding = torch.finfo(leaves["x_NF"].dtype).eps
+    for name, exact in truth.items():
+        my_error, their_error = ((r[name] - exact).abs().max().item() for r in (mine, theirs))
+        allowed = SLACK * their_error + rounding * exact.abs().max().item()
+        assert my_error <= allowed, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_worse_than_twice_pytorch(shape, dtype):
+    check(make_leaves(shape, dtype))
+
+
+def test_extremes():
+    """Far out GELU is 0 or z and its derivative 0 or 1, without a NaN from 0 * inf or inf - inf."""
+    x = torch.tensor(
+        [[-1e30, -50.0, -6.0, 0.0, 6.0, 50.0, 1e30]], device=DEVICE, requires_grad=True
+    )
+    out = ops.bias_gelu(x, torch.zeros(7, device=DEVICE))
+    out.sum().backward()
+    exact = x.detach().double().requires_grad_()
+    F.gelu(exact).sum().backward()
+    torch.testing.assert_close(out.double(), F.gelu(exact), rtol=1e-6, atol=1e-6)
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(x.grad[0, 1:6].double(), exact.grad[0, 1:6], rtol=1e-6, atol=1e-6)
+
+
+def test_exact_erf_and_not_its_approximation():
+    x = torch.linspace(-4, 4, 200, device=DEVICE)[None]
+    out, zero = ops.bias_gelu(x, torch.zeros(200, device=DEVICE)), 2e-6
+    assert (out.double() - F.gelu(x.double())).abs().max() < zero
+    assert (out - F.gelu(x, approximate="tanh")).abs().max() > 100 * zero
+
+
+def test_backward_is_deterministic():
+    leaves = make_leaves((300, 40), torch.bfloat16)
+    first, second = (results(judged(ops.bias_gelu), leaves) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_linear_gelu_is_linear_then_gelu():
+    gen = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(s, generator=gen).to(DEVICE).requires_grad_() for s in ((5, 8), (20, 8), (20,))
+    )
+    wanted = F.gelu(F.linear(x, weight, bias))
+    got = ops.linear_gelu(x, weight, bias)
+    torch.testing.assert_close(got, wanted)
+    for a, b in zip(
+        torch.autograd.grad(got.square().sum(), (x, weight, bias)),
+        torch.autograd.grad(wanted.square().sum(), (x, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_strided_inputs():
+    """A slice and a transposed gradient: the kernels want both contiguous."""
+    leaves = make_leaves((6, 80))
+    bias, dout = leaves["bias_F"].detach()[::2], torch.randn(40, 6, device=DEVICE).T
+    given = leaves["x_NF"].detach()[:, ::2].requires_grad_()
+    copied = given.detach().contiguous().requires_grad_()
+    got, wanted = ops.bias_gelu(given, bias), ops.bias_gelu(copied, bias.contiguous())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    gradients = torch.autograd.grad(got, given, dout), torch.autograd.grad(wanted, copied, dout)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_bias_gradient_is_summed_in_fp32():
+    """Strips of 128.25 and -128 leave 0.25, of which bf16 sums would keep nothing. At 50 the derivative is 1."""
+    x = torch.full((256, 1), 50.0, dtype=torch.bfloat16, device=DEVICE)
+    bias = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    dout = torch.ones_like(x)
+    dout[0], dout[128:] = 1.25, -1.0
+    (dbias,) = torch.autograd.grad(ops.bias_gelu(x, bias), bias, dout)
+    assert dbias.item() == 0.25
+
+
+def test_no_rows():
+    got = results(judged(ops.bias_gelu), make_leaves((0, 40)))
+    assert got["dx_NF"].shape == (0, 40)
+    assert not got["dbias_F"].any()
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
+)
+def test_registration():
+    leaves = make_leaves((5, 48))
+    torch.library.opcheck(
+        torch.ops.fastdistil.bias_gelu.default, (leaves["x_NF"], leaves["bias_F"])
+    )
+
+
+def test_compiles_without_graph_breaks():
+    leaves = make_leaves((5, 48))
+    loss = judged(ops.bias_gelu)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = results(compiled, leaves)
+    for name, value in results(loss, leaves).items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+def test_reference_has_the_derivative_it_claims():
+    leaves = fp64(make_leaves((3, 4)))
+    reference = functools.partial(ops.bias_gelu_reference)
+    assert torch.autograd.gradcheck(reference, (leaves["x_NF"], leaves["bias_F"]))
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.zeros(3), torch.zeros(3), r"wants \(N, F\) and \(F,\), got \(3,\)"),
+        (torch.zeros(2, 3), torch.zeros(4), r"got \(2, 3\) and \(4,\)"),
+        (torch.zeros(2, 3).double(), torch.zeros(3).double(), "got torch.float64"),
+        (torch.zeros(2, 3), torch.zeros(3).bfloat16(), "got torch.bfloat16: convert the module"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_offender(x, bias, message):
+    with pytest.raises(ValueError, match=message):
+        ops.bias_gelu(x, bias)

@@ -1,0 +1,240 @@
+"""LayerNorm with residual and dropout against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (PyTorch)."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdistil import ops
+from fastdistil.kernels import layernorm as module
+from fastdistil.kernels.dropout import keep_reference
+from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
+
+# Rows of a program: 32; of a block: 1,024 down to 1. Widths that are no multiple of 16, of a block, of a warp.
+SHAPES = [(1, 2), (5, 31), (33, 384), (67, 65), (3, 768), (2, 769), (1, 4096)]
+SEED = torch.tensor(2**62 + 12345, device=DEVICE)
+OPTIONS = {"plain": {}, "dropout": {"dropout_p": 0.3, "seed": SEED, "stream": 5}}
+
+
+def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(seed)
+    N, D = shape
+    sizes = {"x_ND": (N, D), "residual_ND": (N, D), "weight_D": (D,), "bias_D": (D,)}
+    leaves: dict[str, Any] = {
+        name: torch.randn(size, generator=gen).to(DEVICE, dtype).requires_grad_()
+        for name, size in sizes.items()
+    }
+    leaves["dout_ND"] = torch.randn(shape, generator=gen).to(DEVICE, dtype)
+    return leaves
+
+
+def eager(x_ND, residual_ND, weight_D, bias_D, *, eps=1e-12, dropout_p=0.0, seed=None, stream=0):
+    """What a PyTorch user would write, every step in the dtype of the input; the mask is ours."""
+    if seed is not None:
+        rows, columns = (torch.arange(n, device=DEVICE) for n in x_ND.shape)
+        kept = keep_reference(seed, stream, dropout_p, rows[:1] * 0, rows, columns)[0]
+        x_ND = x_ND * kept / (1 - dropout_p)
+    y = x_ND if residual_ND is None else residual_ND + x_ND
+    return F.layer_norm(y, y.shape[1:], weight_D, bias_D, eps)
+
+
+def judged(operator, **options):
+    """Output and, by a loss whose value is 0, every gradient: a sum over all outputs may be right by chance."""
+
+    def loss(dout_ND: Tensor, **leaves: Tensor):
+        out = operator(**leaves, **options)
+        total = (out.double() * dout_ND).sum()
+        return total - total.detach(), out
+
+    return loss
+
+
+def check(leaves, **options):
+    """No worse than twice PyTorch's own error, and one rounding of the largest value, which fp32 inside does not make."""
+    truth = results(judged(ops_layernorm_reference, **options), fp64(leaves))
+    mine, theirs = (results(judged(op, **options), leaves) for op in (ops_layernorm, eager))
+    rounding = torch.finfo(leaves["x_ND"].dtype).eps
+    for name, exact in truth.items():
+        my_error, their_error = ((r[name] - exact).abs().max().item() for r in (mine, theirs))
+        allowed = SLACK * their_error + rounding * exact.abs().max().item()
+        assert my_error <= allowed, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
+
+
+def ops_layernorm(x_ND, residual_ND, weight_D, bias_D, **options):
+    return ops.dropout_add_layernorm(x_ND, residual_ND, weight_D, bias_D, **options)
+
+
+ops_layernorm_reference = ops.dropout_add_layernorm_reference
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_worse_than_twice_pytorch(shape, dtype, options):
+    check(make_leaves(shape, dtype), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_residual(dtype):
+    leaves = make_leaves((7, 100), dtype)
+    del leaves["residual_ND"]
+    truth = results(
+        judged(functools.partial(ops_layernorm_reference, residual_ND=None)), fp64(leaves)
+    )
+    theirs = results(judged(functools.partial(eager, residual_ND=None)), leaves)
+    mine = results(judged(ops.layernorm), leaves)
+    for name, exact in truth.items():
+        allowed = (
+            SLACK * (theirs[name] - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+        )
+        assert (mine[name] - exact).abs().max() <= allowed, name
+
+
+def test_more_rows_than_programs(monkeypatch):
+    """Beyond MAX_PROGRAMS a program takes more rows, also where they do not divide."""
+    for num_rows in (1, 130, 10**6 + 1):
+        rows = module._rows_per_program(num_rows, 4)
+        assert rows % 4 == 0
+        assert -(-num_rows // rows) <= module.MAX_PROGRAMS
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
+    check(make_leaves((130, 40)), **OPTIONS["dropout"])
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="PyTorch's LayerNorm for CPUs sums them in bf16"
+)
+def test_parameter_gradients_are_summed_in_fp32():
+    """Programs of 256.25 and -256 leave 0.25, of which bf16 sums would keep nothing. xhat is 1 and -1."""
+    x = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16, device=DEVICE).repeat(64, 32)
+    weight, bias = (
+        torch.full((64,), value, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        for value in (1.0, 0.0)
+    )
+    dout = torch.full_like(x, 8.0)
+    dout[0], dout[32:] = 8.25, -8.0
+    out = ops.layernorm(x, weight, bias)
+    dweight, dbias = torch.autograd.grad(out, (weight, bias), dout)
+    assert torch.equal(dweight, 0.25 * x[0])
+    assert torch.equal(dbias, torch.full_like(bias, 0.25))
+
+
+def test_equal_values_and_large_offsets():
+    """Variance 0 with an eps of 1e-12, and a mean a thousand times the deviation."""
+    leaves = make_leaves((4, 64))
+    with torch.no_grad():
+        leaves["x_ND"][0], leaves["residual_ND"][0] = 3.0, -1.0
+        leaves["x_ND"][1:] += 1e3
+    check(leaves)
+    out = ops_layernorm(**{k: v for k, v in leaves.items() if k != "dout_ND"})
+    torch.testing.assert_close(out[0], leaves["bias_D"], rtol=0, atol=0)
+
+
+def test_eps_shows_on_small_values():
+    """Trap 6 of the recipe: 1e-12 is far below the variance of ordinary rows, not of these."""
+    leaves = make_leaves((3, 50))
+    with torch.no_grad():
+        for name in ("x_ND", "residual_ND"):
+            leaves[name] *= 1e-7
+    check(leaves, eps=1e-12)
+    arguments = [leaves[k] for k in ("x_ND", "residual_ND", "weight_D", "bias_D")]
+    assert not torch.allclose(ops_layernorm(*arguments), ops_layernorm(*arguments, eps=1e-5))
+
+
+def test_the_mask_is_that_of_the_definition():
+    """Every dropped element of x, and no other, has gradient 0: forward and backward draw one mask."""
+    leaves, options = make_leaves((9, 130)), OPTIONS["dropout"]
+    gradient = results(judged(ops_layernorm, **options), leaves)["dx_ND"]
+    rows, columns = (torch.arange(n, device=DEVICE) for n in (9, 130))
+    kept = keep_reference(SEED, 5, 0.3, rows[:1] * 0, rows, columns)[0]
+    assert torch.equal(gradient != 0, kept)
+
+
+def test_backward_is_deterministic():
+    leaves = make_leaves((70, 96), torch.bfloat16)
+    first, second = (results(judged(ops_layernorm, **OPTIONS["dropout"]), leaves) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_strided_input_and_frozen_parameters():
+    leaves = make_leaves((6, 40))
+    wide = torch.randn(6, 80, device=DEVICE, requires_grad=True)
+    arguments = [leaves[k].detach() for k in ("residual_ND", "weight_D", "bias_D")]
+    out = ops_layernorm(wide[:, ::2], *arguments)
+    out.backward(leaves["dout_ND"])
+    assert wide.grad is not None
+    assert torch.equal(wide.grad[:, 1::2], torch.zeros(6, 40, device=DEVICE))
+    whole = wide.detach()[:, ::2].contiguous().requires_grad_()
+    ops_layernorm(whole, *arguments).backward(leaves["dout_ND"])
+    torch.testing.assert_close(wide.grad[:, ::2], whole.grad, rtol=0, atol=0)
+
+
+def test_strided_parameters():
+    leaves, wide = make_leaves((6, 40)), torch.randn(2, 80, device=DEVICE)
+    weight, bias = wide[:, ::2]
+    for operator in (ops.layernorm, lambda x, *p: ops_layernorm(x, leaves["residual_ND"], *p)):
+        got = operator(leaves["x_ND"], weight, bias)
+        wanted = operator(leaves["x_ND"], weight.contiguous(), bias.contiguous())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_no_rows():
+    leaves = make_leaves((0, 40))
+    got = results(judged(ops_layernorm), leaves)
+    assert got["value 1"].shape == got["dx_ND"].shape == (0, 40)
+    assert not got["dweight_D"].any()
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
+)
+def test_registration():
+    leaves = make_leaves((5, 48))
+    x, residual, weight, bias = list(leaves.values())[:4]
+    for given, seed, p in ((residual, SEED, 0.3), (residual, None, 0.0), (None, None, 0.0)):
+        operator = torch.ops.fastdistil.dropout_add_layernorm.default
+        torch.library.opcheck(operator, (x, given, weight, bias, 1e-12, seed, 5, p))
+
+
+def test_compiles_without_graph_breaks():
+    leaves = make_leaves((5, 48))
+    loss = judged(ops_layernorm, **OPTIONS["dropout"])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = results(compiled, leaves)
+    for name, value in results(loss, leaves).items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+def test_reference_has_the_derivative_it_claims():
+    leaves = fp64(make_leaves((3, 6)))
+    tensors = [leaves[k] for k in ("x_ND", "residual_ND", "weight_D", "bias_D")]
+    reference = functools.partial(ops_layernorm_reference, **OPTIONS["dropout"])
+    assert torch.autograd.gradcheck(reference, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_ND": torch.zeros(3)}, r"a residual like x, \(3,\)"),
+        ({"x_ND": torch.zeros(2, 8).double(), "residual_ND": torch.zeros(2, 8).double()}, "got torch.float64"),
+        ({"residual_ND": torch.zeros(2, 8).bfloat16()}, r"got \(2, 8\) torch.bfloat16"),
+        ({"weight_D": torch.zeros(7)}, r"a weight of shape \(8,\) and dtype torch.float32, got \(7,\)"),
+        ({"bias_D": torch.zeros(8).bfloat16()}, "a bias of shape .* torch.bfloat16: convert the module"),
+        ({"dropout_p": 1.0}, "dropout_p must be at least 0 and below 1, got 1.0"),
+        ({"seed": torch.tensor(1.0)}, "seed as a 0-dim int64 tensor"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_name_the_offender(changes, message):
+    good: dict[str, Any] = {"x_ND": torch.zeros(2, 8), "residual_ND": torch.zeros(2, 8)}
+    good |= {"weight_D": torch.zeros(8), "bias_D": torch.zeros(8)}
+    with pytest.raises(ValueError, match=message):
+        ops.dropout_add_layernorm(**good | changes)
+
+
+def test_too_wide():
+    x = torch.zeros(1, 4097)
+    with pytest.raises(ValueError, match=r"D of 1 to 4096, got \(1, 4097\)"):
+        ops.layernorm(x, x[0], x[0])

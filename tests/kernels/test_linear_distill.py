@@ -1,0 +1,232 @@
+"""linear_distill_loss against two linears and the plain loss. CPU: TRITON_INTERPRET=1 or unset (csrc/, else PyTorch)."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastdistil import ops
+from fastdistil.kernels.linear_distill import default_chunk_tokens
+from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
+
+V, VOCAB = 320, 301  # padded and real vocabulary
+OPTIONS: dict[str, Any] = {
+    "temperature": 2.0,
+    "kd_scale": 0.7,
+    "mlm_scale": 0.3,
+    "vocab_size": VOCAB,
+}
+TRAINED = ("student_ND", "student_weight_VD", "student_bias_V")
+
+
+def make_leaves(
+    num_tokens=13, dtype=torch.float32, *, widths=(24, 40), num_columns=V, seed=0
+) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (1.5 * torch.randn(*shape, generator=gen) / shape[-1] ** 0.25).to(DEVICE, dtype)
+
+    leaves: dict[str, Any] = {}
+    for model, width in zip(("student", "teacher"), widths, strict=True):
+        axis = "D" if model == "student" else "E"
+        leaves[f"{model}_ND"] = normal(num_tokens, width)
+        leaves[f"{model}_weight_V{axis}"] = normal(num_columns, width)
+        leaves[f"{model}_bias_V"] = normal(num_columns)
+    for name in TRAINED:
+        leaves[name].requires_grad_()
+    labels = torch.randint(min(VOCAB, num_columns), (num_tokens,), generator=gen)
+    labels[torch.rand(num_tokens, generator=gen) > 0.3] = -100
+    return leaves | {"labels_N": labels.to(DEVICE)}
+
+
+def ours(**options):
+    return functools.partial(ops.linear_distill_loss, **OPTIONS | options)
+
+
+def check(leaves, *, chunk_tokens=None, **options):
+    assert_no_worse_than_pytorch(
+        ours(chunk_tokens=chunk_tokens, **options),
+        functools.partial(ops.linear_distill_loss_reference, **OPTIONS | options),
+        leaves,
+    )
+
+
+def assert_same(got, expected, **tolerance):
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 13, 64], ids=lambda c: f"chunk {c}")
+def test_no_worse_than_twice_pytorch(chunk_tokens, dtype):
+    """One token a chunk; chunks that do not divide the tokens; exactly one; more than there are."""
+    check(make_leaves(dtype=dtype), chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_real_vocabulary_in_default_chunks(dtype):
+    leaves = make_leaves(20, dtype, widths=(64, 32), num_columns=30528)
+    check(leaves, vocab_size=30522)
+
+
+@pytest.mark.parametrize("num_rows", [0, 4, 5, 7, 13])
+def test_trailing_pad_rows_and_padded_vocabulary_get_zero_gradient(num_rows):
+    leaves = make_leaves()
+    options = {"num_rows": torch.tensor(num_rows, dtype=torch.int32, device=DEVICE)}
+    check(leaves, chunk_tokens=5, **options)
+    got = results(ours(chunk_tokens=5, **options), leaves)
+    assert (got["dstudent_ND"][num_rows:] == 0).all()
+    assert (got["dstudent_weight_VD"][VOCAB:] == 0).all()
+    assert (got["dstudent_bias_V"][VOCAB:] == 0).all()
+
+
+def test_weights_may_have_a_dtype_of_their_own():
+    """fp32 master weights under bf16 hidden states: bf16 GEMMs, and fp32 gradients that no rounding touched."""
+    leaves = make_leaves(dtype=torch.bfloat16)
+    mixed = leaves | {name: leaves[name].detach().float().requires_grad_() for name in TRAINED[1:]}
+    bf16, fp32 = results(ours(), leaves), results(ours(), mixed)
+    assert (
+        torch.autograd.grad(ours()(**mixed).loss, mixed["student_bias_V"])[0].dtype == torch.float32
+    )
+    assert_same(
+        {k: v.bfloat16() for k, v in fp32.items()}, {k: v.bfloat16() for k, v in bf16.items()}
+    )
+    teacher_in_fp32 = leaves | {k: v.float() for k, v in leaves.items() if k.startswith("teacher")}
+    assert_same(results(ours(), teacher_in_fp32), bf16, rtol=0.05, atol=0.02)
+
+
+def test_a_bf16_teacher_under_an_fp32_student():
+    leaves = make_leaves()
+    mixed = leaves | {k: v.bfloat16() for k, v in leaves.items() if k.startswith("teacher")}
+    check(mixed, chunk_tokens=5)
+    assert {v.dtype for v in ours()(**mixed)} == {torch.float32}
+
+
+def test_autocast():
+    leaves = make_leaves()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        under_autocast = results(ours(), leaves)
+    half = leaves | {
+        name: leaves[name].detach().bfloat16().requires_grad_(name in TRAINED)
+        for name in leaves
+        if name.endswith("_ND")
+    }
+    assert_same(under_autocast, results(ours(), half))
+
+
+def test_accumulates_over_micro_batches():
+    """The sum over micro-batches is the loss of them all: scales carry the global denominators."""
+    whole = make_leaves(12)
+    expected = results(ours(), whole)
+    for name in TRAINED:
+        whole[name].grad = None
+    for start in (0, 4, 8):
+        part = slice(start, start + 4)
+        of_tokens = {k: v[part] for k, v in whole.items() if k.endswith("N") or k.endswith("_ND")}
+        ours()(**whole | of_tokens).loss.backward()
+    assert_same(
+        {f"d{n}": whole[n].grad.double() for n in TRAINED},
+        {k: v for k, v in expected.items() if k[0] == "d"},
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    leaves = make_leaves()
+
+    def checkpointed(**leaves):
+        run = lambda *values: tuple(ours()(**dict(zip(leaves, values, strict=True))))  # noqa: E731
+        return checkpoint(run, *leaves.values(), use_reentrant=use_reentrant)
+
+    if use_reentrant:  # it calls backward inside, so autograd.grad is refused
+        checkpointed(**leaves)[0].backward()
+        got = {f"d{name}": leaves[name].grad.double() for name in TRAINED}
+    else:
+        got = results(checkpointed, leaves)
+    expected = results(ours(), leaves)
+    assert_same(got, {k: v for k, v in expected.items() if k in got}, rtol=0, atol=0)
+
+
+def test_tied_weight_gets_both_gradients():
+    """Trap 10: the decoder is the embedding; autograd adds what each use gives."""
+    leaves = make_leaves(num_columns=V)
+    weight, ids = leaves["student_weight_VD"], torch.arange(13, device=DEVICE)
+    expected = results(ours(), leaves)
+    through_hidden = expected["dstudent_ND"]
+    tied = leaves | {"student_ND": weight[ids]}
+    loss = ours()(**tied).loss
+    (both,) = torch.autograd.grad(loss, weight)
+    apart = results(ours(), leaves | {"student_ND": weight[ids].detach().requires_grad_()})
+    through_hidden = torch.zeros_like(both).index_add_(0, ids, apart["dstudent_ND"].float())
+    torch.testing.assert_close(both.double(), apart["dstudent_weight_VD"] + through_hidden)
+
+
+def test_without_gradient_only_the_values():
+    leaves = make_leaves()
+    loud = ours()(**leaves)
+    with torch.no_grad():
+        quiet = ours()(**leaves)
+    assert not quiet.loss.requires_grad
+    torch.testing.assert_close(tuple(quiet), tuple(loud), rtol=0, atol=0)
+    (once,) = torch.autograd.grad(loud.loss, leaves["student_ND"], retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loud.loss, leaves["student_ND"])
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_registration():
+    leaves = make_leaves(5)
+    for needs_grad in (True, False):
+        values = [v.detach().requires_grad_(needs_grad and k in TRAINED) for k, v in leaves.items()]
+        torch.library.opcheck(
+            torch.ops.fastdistil.linear_distill.default,
+            (*values, torch.tensor(4, device=DEVICE), 2.0, 1.0, 1.0, VOCAB, 3, needs_grad),
+        )
+
+
+def test_compiles_without_graph_breaks():
+    leaves = make_leaves()
+    num_rows = torch.tensor(9, device=DEVICE)
+    compiled = torch.compile(
+        lambda **leaves: tuple(ours(num_rows=num_rows)(**leaves)), fullgraph=True
+    )
+    assert_same(results(compiled, leaves), results(ours(num_rows=num_rows), leaves))
+
+
+def test_default_chunk_depends_on_shapes_and_device_only():
+    device = torch.device(DEVICE)
+    chunks = [
+        default_chunk_tokens(columns, torch.bfloat16, device) for columns in (320, 30528, 10**6)
+    ]
+    assert chunks == sorted(chunks, reverse=True)
+    assert all(chunk % 256 == 0 for chunk in chunks)
+    assert chunks[-1] == 256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"student_ND": torch.zeros(13, 23)},
+            r"student hidden states .* got \(13, 23\) and \(320, 24\)",
+        ),
+        ({"teacher_ND": torch.zeros(12, 40)}, "got 13 of the student and 12 of the teacher"),
+        (
+            {"teacher_bias_V": torch.zeros(3)},
+            r"one teacher bias for each of the 320 rows .* \(3,\)",
+        ),
+        (
+            {"teacher_weight_VE": torch.zeros(301, 40), "teacher_bias_V": torch.zeros(301)},
+            "320 rows of the student and 301 of the teacher",
+        ),
+        ({"vocab_size": 321}, "vocab_size 321 is more than the 320 rows"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be 1 or more, got 0"),
+        ({"temperature": -1.0}, "temperature must be > 0"),
+    ],
+)
+def test_errors_name_the_offender(change, message):
+    leaves = {name: leaf.cpu() for name, leaf in make_leaves().items()}
+    with pytest.raises(ValueError, match=message):
+        ops.linear_distill_loss(**leaves | OPTIONS | change)

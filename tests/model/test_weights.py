@@ -1,0 +1,373 @@
+"""Hugging Face folders in and out, and a student from its teacher: nothing missing, nothing guessed."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.weights import (
+    hugging_face_class,
+    hugging_face_config,
+    hugging_face_state,
+    load_masked_lm,
+    student_from_teacher,
+    write_hugging_face_folder,
+)
+from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
+from tests.support.toy import student_of
+
+CLASSES = [
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "DistilBertModel",
+    "DistilBertForMaskedLM",
+]
+
+
+def _hidden(model, ids, positions, layout):
+    with torch.no_grad():
+        return model.eval().encoder(ids, positions, layout)
+
+
+def _as_bin(folder, model, rename=lambda key: key):
+    """The folder as old releases of transformers wrote it: a pickled state dict with aliases and buffers."""
+    (folder / "model.safetensors").unlink()
+    state = {rename(k): v for k, v in model.state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def _edit(folder, change):
+    """Rewrite model.safetensors after `change(tensors)`."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sharded", "bin"])
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_reads_every_class(class_name, kind, tmp_path):
+    model = save_random(class_name, tmp_path)
+    if kind == "bin":
+        _as_bin(tmp_path, model)
+    elif kind == "sharded":
+        (tmp_path / "model.safetensors").unlink()
+        model.save_pretrained(tmp_path, max_shard_size="100KB")
+        assert (tmp_path / "model.safetensors.index.json").is_file()
+    ours = load_masked_lm(tmp_path, need_head=not class_name.endswith("Model"))
+    lengths = [5, 1, 9]
+    batch = packed(lengths, 101)
+    hidden, logits = one_by_one(model, batch[0], lengths)
+    torch.testing.assert_close(_hidden(ours, *batch), hidden, rtol=0, atol=2e-5)
+    if logits is not None:
+        torch.testing.assert_close(ours(*batch), logits, rtol=0, atol=2e-5)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert not ours.head.weight[101:].any()
+
+
+@pytest.mark.parametrize("class_name", ["BertModel", "DistilBertModel"])
+def test_encoder_saved_with_its_prefix(class_name, tmp_path):
+    """Keys `bert.encoder...` in a folder without a head."""
+    model = save_random(class_name, tmp_path)
+    plain = load_masked_lm(tmp_path, need_head=False).state_dict()
+    prefix = "bert." if class_name == "BertModel" else "distilbert."
+    _as_bin(tmp_path, model, lambda key: prefix + key)
+    prefixed = load_masked_lm(tmp_path, need_head=False).state_dict()
+    assert all(torch.equal(plain[k], prefixed[k]) for k in plain)
+
+
+def test_old_names_gamma_and_beta(tmp_path):
+    model = save_random("BertForPreTraining", tmp_path)
+    wanted = load_masked_lm(tmp_path, need_head=True).state_dict()
+
+    def old(key):
+        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+
+    _as_bin(tmp_path, model, old)
+    got = load_masked_lm(tmp_path, need_head=True).state_dict()
+    assert all(torch.equal(wanted[k], got[k]) for k in wanted)
+
+
+def test_half_precision_weights_become_fp32(tmp_path):
+    random_model("BertForMaskedLM").bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in load_masked_lm(tmp_path, need_head=True).parameters()} == {
+        torch.float32
+    }
+
+
+def test_no_head_names_the_mlm_recipe(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"masked-LM head in .*model, got \['BertModel'\] without one.*pretrain mlm --student\.init",
+    ):
+        load_masked_lm(MINILM, need_head=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    folder = tmp_path
+    save_random("BertModel", folder)
+    a, b, c = (
+        load_masked_lm(folder, need_head=False, generator=g).head.dense.weight for g in generators
+    )
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("cls.predictions.bias"), r"1 missing \(cls\.predictions\.bias\)"),
+        (
+            lambda t: t.pop("bert.encoder.layer.3.attention.self.key.bias"),
+            r"1 missing \(bert\.encoder\.layer\.3\.attention\.self\.key\.bias\)",
+        ),
+        (
+            lambda t: t.update({"classifier.weight": torch.ones(2)}),
+            r"1 unexpected \(classifier\.weight\)",
+        ),
+        (
+            lambda t: t.update({"bert.encoder.layer.5.output.dense.bias": torch.ones(60)}),
+            r"1 unexpected \(bert\.encoder\.layer\.5\.output\.dense\.bias\)",
+        ),
+        (
+            lambda t: t.update({"bert.embeddings.word_embeddings.weight": torch.ones(100, 60)}),
+            r"word_embeddings\.weight must be floats of shape \(101, 60\).*got torch\.float32 of shape \(100, 60\)",
+        ),
+        (
+            lambda t: t.update(
+                {"bert.encoder.layer.0.attention.self.query.weight": torch.ones(60, 61)}
+            ),
+            r"query\.weight must be floats of shape \(60, 60\)",
+        ),
+        (
+            lambda t: t.update({"cls.predictions.bias": torch.ones(101, dtype=torch.int64)}),
+            r"cls\.predictions\.bias must be floats.*got torch\.int64",
+        ),
+        (
+            lambda t: t.update({"cls.predictions.decoder.weight": torch.ones(101, 60)}),
+            "decoder.weight differs from .*only an MLM head whose decoder is tied",
+        ),
+        (
+            lambda t: t.update({"bert.embeddings.LayerNorm.gamma": torch.ones(60)}),
+            r"holds bert\.embeddings\.LayerNorm\.weight twice",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(change, message, tmp_path):
+    save_random("BertForMaskedLM", tmp_path)
+    _edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load_masked_lm(tmp_path, need_head=True)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    model = save_random("BertForMaskedLM", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        load_masked_lm(tmp_path, need_head=True)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"no weights in .*: wanted model\.safetensors"):
+        load_masked_lm(tmp_path, need_head=True)
+    torch.save(list(model.state_dict().values()), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold a state dict, names to tensors, got list"):
+        load_masked_lm(tmp_path, need_head=True)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="holds more than tensors or is damaged"):
+        load_masked_lm(tmp_path, need_head=True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": "../model.safetensors"}}',
+        '{"weight_map": {"a": 3}}',
+    ],
+)
+def test_hostile_index(content, tmp_path):
+    folder = tmp_path / "model"
+    save_random("BertForMaskedLM", folder)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"not an index of safetensors files|must name files beside itself"
+    ):
+        load_masked_lm(folder, need_head=True)
+
+
+class _Trap:
+    """Its pickle makes a folder when it is loaded unsafely."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    save_random("BertForMaskedLM", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    planted = tmp_path / "executed"
+    for legacy in (False, True):
+        torch.save(
+            {"bert.x": _Trap(str(planted))},
+            tmp_path / "pytorch_model.bin",
+            _use_new_zipfile_serialization=not legacy,
+        )
+        with pytest.raises(ValueError, match="refused, because it holds more than tensors"):
+            load_masked_lm(tmp_path, need_head=True)
+        assert not planted.exists()
+
+
+def test_safetensors_are_preferred_to_a_pickle(tmp_path):
+    save_random("BertForMaskedLM", tmp_path)
+    torch.save({"x": _Trap(str(tmp_path / "executed"))}, tmp_path / "pytorch_model.bin")
+    load_masked_lm(tmp_path, need_head=True)
+    assert not (tmp_path / "executed").exists()
+
+
+# A student from its teacher ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    save_random("BertForMaskedLM", folder)
+    return load_masked_lm(folder, need_head=True)
+
+
+@pytest.mark.parametrize("copy_transform", [True, False])
+def test_student_from_teacher(teacher, copy_transform):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    architecture = student_of(teacher.architecture, num_layers=3)
+    student = student_from_teacher(
+        teacher,
+        [0, 4, 2],
+        architecture,
+        copy_transform=copy_transform,
+        generator=torch.Generator().manual_seed(9),
+    )
+    fresh = MaskedLM(architecture, generator=torch.Generator().manual_seed(9)).state_dict()
+    for name, tensor in student.state_dict().items():
+        wanted = before.get(name)
+        if name.startswith("encoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            wanted = before[f"encoder.layers.{(0, 4, 2)[int(index)]}.{rest}"]
+        elif name.startswith(("head.dense", "head.norm")) and not copy_transform:
+            wanted = fresh[name]
+        assert wanted is not None
+        assert torch.equal(tensor, wanted), name
+    assert student.encoder.token_type_embeddings is None
+    assert student.head.weight is student.encoder.word_embeddings.weight
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), (
+        "the teacher shares memory"
+    )
+
+
+def test_student_that_stays_a_bert_keeps_token_types(teacher):
+    architecture = replace(teacher.architecture, dropout=0.0)
+    student = student_from_teacher(teacher, range(5), architecture, copy_transform=True)
+    batch = packed([4, 7], 101)
+    assert torch.equal(_hidden(student, *batch), _hidden(teacher, *batch))
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 5], [0, 1], [0, 1, 2, 3], [-1, 0, 1]], ids=str)
+def test_layer_map_must_fit(teacher, layers):
+    architecture = student_of(teacher.architecture, num_layers=3)
+    with pytest.raises(
+        ValueError,
+        match="must name 3 layers, one for each of the student's, from 0 to 4 of the teacher",
+    ):
+        student_from_teacher(teacher, layers, architecture, copy_transform=False)
+
+
+@pytest.mark.parametrize(
+    "change", [{"ffn_size": 60}, {"num_heads": 4}, {"vocab_size": 100}, {"token_types": 1}], ids=str
+)
+def test_sizes_must_fit(teacher, change):
+    architecture = replace(student_of(teacher.architecture, num_layers=1), **change)
+    with pytest.raises(
+        ValueError, match="must have the teacher's widths, heads, vocabulary and positions"
+    ):
+        student_from_teacher(teacher, [0], architecture, copy_transform=False)
+
+
+# Out again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+def test_round_trip_through_transformers(class_name, tmp_path):
+    """Traps 9 and 10: transformers loads the folder with nothing missing or left over, and gives our logits."""
+    save_random(class_name, tmp_path / "in")
+    ours = load_masked_lm(tmp_path / "in", need_head=True).eval()
+    out = tmp_path / "out"
+    out.mkdir()
+    write_hugging_face_folder(ours.state_dict(), ours.architecture, MINILM, out)
+
+    theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert type(theirs).__name__ == class_name
+    assert not any(info[key] for key in info), info
+    lengths = [5, 1, 9]
+    ids, positions, layout = packed(lengths, 101)
+    _, logits = one_by_one(theirs.eval(), ids, lengths)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, positions, layout), logits, rtol=0, atol=2e-5)
+
+    again = load_masked_lm(out, need_head=True)
+    assert again.architecture == ours.architecture
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in ours.state_dict().items())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("Hello world")["input_ids"] == [101, 7592, 2088, 102]
+    assert theirs.config.pad_token_id == 0
+
+
+def test_exported_names_and_shapes():
+    architecture = student_of(load_masked_lm(MINILM, need_head=False).architecture, num_layers=1)
+    state = hugging_face_state(MaskedLM(architecture).state_dict(), architecture)
+    assert state["vocab_projector.bias"].shape == (30522,)
+    assert state["distilbert.embeddings.word_embeddings.weight"].shape == (30522, 384)
+    assert "vocab_projector.weight" not in state
+    for name in ("q_lin", "k_lin", "v_lin"):
+        assert state[f"distilbert.transformer.layer.0.attention.{name}.weight"].shape == (384, 384)
+    assert len({t.data_ptr() for t in state.values()}) == len(state)
+    config = hugging_face_config(architecture)
+    assert config["sinusoidal_pos_embds"] is False
+    assert config["vocab_size"] == 30522
+
+
+def test_export_refusals(teacher, tmp_path):
+    architecture = teacher.architecture
+    with pytest.raises(ValueError, match="a DistilBERT, whose layer_norm_eps is 1e-12, got 1e-05"):
+        hugging_face_class(replace(architecture, token_types=0, layer_norm_eps=1e-5))
+    incomplete = {k: v for k, v in teacher.state_dict().items() if k != "head.bias"}
+    with pytest.raises(
+        ValueError, match=r"not the weights of this architecture: 1 missing \(head\.bias\)"
+    ):
+        hugging_face_state(incomplete, architecture)
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        write_hugging_face_folder(teacher.state_dict(), architecture, tmp_path, tmp_path)
+
+
+def test_old_position_ids_are_ignored(tmp_path):
+    shutil.copytree(MINILM, tmp_path, dirs_exist_ok=True)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertModel"]
+    _edit(tmp_path, lambda t: t.update({"embeddings.position_ids": torch.arange(512)[None]}))
+    load_masked_lm(tmp_path, need_head=False)

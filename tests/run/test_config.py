@@ -1,0 +1,187 @@
+"""The command line: recipes, overrides, typos, mistakes, and all of it before torch is imported."""
+
+import argparse
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastdistil.pretrain import parse
+from fastdistil.run import config, recipes
+from tests.support import launch
+
+
+def test_distilbert_is_the_paper():
+    c = recipes.distilbert()
+    assert (c.loss.kd, c.loss.mlm, c.loss.cosine, c.loss.temperature) == (5.0, 2.0, 1.0, 2.0)
+    assert (c.optim.lr, c.optim.betas, c.optim.eps, c.optim.weight_decay) == (
+        5e-4,
+        (0.9, 0.98),
+        1e-6,
+        0.0,
+    )
+    assert (c.optim.clip_norm, c.optim.warmup, c.optim.duration, c.optim.unit) == (
+        5.0,
+        0.05,
+        3.0,
+        "epochs",
+    )
+    assert (c.batch.size, c.batch.unit, c.seed) == (4000, "sequences", 56)
+    assert (c.masking.fraction, c.masking.keep, c.masking.random, c.masking.smoothing) == (
+        0.15,
+        0.1,
+        0.1,
+        0.7,
+    )
+    assert (c.student.init, c.student.dropout, c.student.attention_dropout) == ("teacher", 0.1, 0.1)
+    assert (c.student.copy_transform, c.student.freeze_positions) == (False, False)
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_every_recipe_says_its_name_and_parses(name):
+    c = parse([name, "--optim.lr", "3e-4", "--student.layers", "0", "3"], quiet=False)
+    assert c.recipe == name
+    assert c.optim.lr == 3e-4
+    assert c.student.layers == (0, 3)
+
+
+def test_a_typo_is_answered_with_the_nearest_name(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["distilbert", "--optim.learning-rte", "1"], quiet=False)
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit):
+        parse(["distilbert", "--optim.lrr", "1"], quiet=False)
+    assert "--optim.lr" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["distilbret"], quiet=False)
+    assert "distilbert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--optim.lr", "5"], "must be in (0, 1), got 5.0"),
+        (["--loss.temperature", "0"], "must be above 0, got 0"),
+        (["--loss.kd", "-1"], "must be 0 or more"),
+        (["--batch.token-budget", "100"], "multiple of 64"),
+        (["--batch.size", "0"], "must be 1 or more"),
+        (["--masking.fraction", "0.9"], "must be in (0, 0.4]"),
+        (["--masking.keep", "0.6", "--masking.random", "0.6"], "at most 1 together"),
+        (["--optim.duration", "1.5", "--optim.unit", "updates"], "whole number"),
+        (["--student.dropout", "1"], "must be in [0, 1)"),
+        (["--log.every", "0"], "must be 1 or more"),
+        (["--seed", "-3"], "must be in [0, 2^32)"),
+        (["--engine.zero-stage", "4"], "4"),
+        (["--student.num-layers", "3", "--student.layers", "0", "1"], "must be 3 numbers"),
+    ],
+)
+def test_bad_values_say_what_was_wanted(args, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["distilbert", *args], quiet=False)
+    assert caught.value.code == 2
+    text = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in text
+
+
+def test_ranks_other_than_the_first_are_silent(capsys):
+    with pytest.raises(SystemExit):
+        parse(["distilbert", "--optim.lrr", "1"], quiet=True)
+    captured = capsys.readouterr()
+    assert captured.err + captured.out == ""
+
+
+def test_no_option_of_ours_is_taken_by_torchrun():
+    """argparse looks at every word for its own options and their beginnings: `--run` would be refused as ambiguous."""
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    assert isinstance(parser, argparse.ArgumentParser)
+    theirs = list(parser._option_string_actions)
+    ours = {
+        "--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.distilbert()))
+    }
+    taken = {o for o in ours for t in theirs if t.startswith(o)}
+    assert not taken
+
+
+def seconds_and_output(*args):
+    # user time of the child does not depend on what else the machine is doing
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", *args],
+        capture_output=True,
+        text=True,
+        env=launch.ENVIRONMENT,
+    )
+    wall = time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return min(wall, cpu), done
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("fastdistil.pretrain", "--help"),
+        ("fastdistil.pretrain", "distilbert", "--optim.lrr", "1"),
+        ("fastdistil.pretrain", "distilbert", "--data.shards", "nowhere"),
+        ("fastdistil.export", "--help"),
+        ("fastdistil.export", "nowhere", "--out", "x"),
+    ],
+    ids=" ".join,
+)
+def test_help_and_mistakes_come_before_torch(args):
+    seconds, done = min((seconds_and_output(*args) for _ in range(3)), key=lambda pair: pair[0])
+    assert "torch" not in {
+        line.split("|")[-1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert done.returncode == (0 if "--help" in args else 2)
+    assert seconds < 0.75  # half a second, and what -X importtime itself costs
+
+
+def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
+    base = recipes.distilbert()
+    saved = config.to_json(base)
+    free = parse(
+        [
+            "distilbert",
+            "--resume",
+            "auto",
+            "--log.every",
+            "3",
+            "--data.num-workers",
+            "0",
+            "--engine.zero-stage",
+            "3",
+            "--out",
+            "elsewhere",
+        ],
+        quiet=False,
+    )
+    assert config.resume_differences(saved, config.to_json(free)) == []
+    bound = parse(
+        [
+            "distilbert",
+            "--optim.lr",
+            "1e-4",
+            "--seed",
+            "7",
+            "--engine.precision",
+            "bf16",
+            "--engine.attention",
+            "sdpa",
+        ],
+        quiet=False,
+    )
+    assert config.resume_differences(saved, config.to_json(bound)) == [
+        "--engine.attention: was 'auto', now 'sdpa'",
+        "--engine.precision: was 'auto', now 'bf16'",
+        "--optim.lr: was 0.0005, now 0.0001",
+        "--seed: was 56, now 7",
+    ]

@@ -1,0 +1,74 @@
+"""The objective written from recipe.md with transformers and PyTorch alone: what ours is compared with.
+
+No packing, no fused operator, no token counting of ours: sequence by sequence, one sum over the whole update.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from fastdistil.data.batches import MicroBatch
+
+
+def one_update(
+    teacher_folder: Path,
+    student_folder: Path,
+    batches: Sequence[MicroBatch],
+    *,
+    temperature: float = 2.0,
+    weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """(unweighted kd, mlm and cosine terms of the update; gradient of the weighted sum by Hugging Face name), in fp64."""
+    load: Any = transformers.AutoModelForMaskedLM.from_pretrained
+    teacher = load(teacher_folder, attn_implementation="eager").double().eval()
+    student = load(student_folder, attn_implementation="eager").double().eval()
+    kd, mlm, cosine, real, masked = [], [], [], 0, 0
+    for batch in (b.to(torch.device("cpu")) for b in batches):
+        begin = 0
+        for length in batch.lengths:
+            if begin >= batch.num_tokens:
+                break  # the trailing padding
+            ids = batch.input_ids[None, begin : begin + length]
+            labels = batch.labels[begin : begin + length]
+            with torch.no_grad():
+                t = teacher(input_ids=ids, output_hidden_states=True)
+            s = student(input_ids=ids, output_hidden_states=True)
+            log_q = F.log_softmax(s.logits[0] / temperature, dim=-1)
+            p = F.softmax(t.logits[0] / temperature, dim=-1)
+            kd.append(F.kl_div(log_q, p, reduction="sum") * temperature**2)
+            mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
+            h_s, h_t = s.hidden_states[-1][0], t.hidden_states[-1][0]
+            cosine.append(F.cosine_embedding_loss(h_s, h_t, torch.ones(length), reduction="sum"))
+            real += length
+            masked += int((labels >= 0).sum())
+            begin += length
+    terms = [
+        torch.stack(kd).sum() / real,
+        torch.stack(mlm).sum() / masked,
+        torch.stack(cosine).sum() / real,
+    ]
+    loss = torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
+    loss.backward()
+    gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    return dict(zip(("kd", "mlm", "cosine"), (t.item() for t in terms), strict=True)), gradients
+
+
+def worst_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    """(largest |ours - theirs| of any tensor relative to that tensor's own norm, its name). Keys bias of the key
+    projection are left out: softmax cancels it and its exact gradient is 0."""
+    worst = (0.0, "")
+    assert theirs.keys() <= ours.keys(), theirs.keys() - ours.keys()
+    for name, exact in theirs.items():
+        if name.endswith(("k_lin.bias", "key.bias")):
+            continue
+        error = (ours[name].double().cpu() - exact).norm() / exact.norm()
+        worst = max(worst, (float(error), name))
+    return worst

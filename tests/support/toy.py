@@ -1,0 +1,100 @@
+"""Small shards and models that tests make in a second: a vocabulary of 101 words, sequences of 12 to 48 tokens."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastdistil.data import shards, tokenizer
+from fastdistil.model.architecture import Architecture
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.weights import write_hugging_face_folder
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(96))]
+SPECIAL_IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+MAX_LENGTH = 48
+
+
+def make_shards(folder: Path, *, num_sequences: int = 400, seed: int = 0) -> Path:
+    """A prepared folder whose sequences follow a pattern that can be learnt: each word is the last one plus a step."""
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(num_sequences):
+        length, start, step = rng.integers(12, MAX_LENGTH + 1), rng.integers(96), rng.integers(1, 4)
+        words = 5 + (start + step * np.arange(length - 2)) % 96
+        sequences.append(np.concatenate([[2], words, [3]]))
+    parts = []
+    for index, half in enumerate(
+        (sequences[: num_sequences // 2], sequences[num_sequences // 2 :])
+    ):
+        with shards.ShardWriter(folder, shards.shard_name(index), "uint16") as writer:
+            writer.add(np.concatenate(half), np.array([len(s) for s in half]))
+            parts.append(writer.finish())
+    counts = np.bincount(np.concatenate(sequences), minlength=len(VOCABULARY)).astype(np.int64)
+    np.save(folder / shards.COUNTS_FILE, counts)
+    meta = shards.Meta(
+        format_version=shards.FORMAT_VERSION,
+        dtype="uint16",
+        vocab_size=len(VOCABULARY),
+        special_ids=SPECIAL_IDS,
+        tokenizer_sha256=tokenizer.vocabulary_sha256(folder / "tokenizer"),
+        max_length=MAX_LENGTH,
+        num_documents=num_sequences,
+        num_sequences=num_sequences,
+        num_tokens=int(counts.sum()),
+        dropped_short=0,
+        dropped_unknown=0,
+        text_bytes=0,
+        counts_sha256=shards.file_sha256(folder / shards.COUNTS_FILE),
+        preparation={"sources": ["toy"]},
+        shards=tuple(parts),
+    )
+    shards.write_json(folder / shards.META_FILE, meta)
+    return folder
+
+
+def architecture(**changes: int | float) -> Architecture:
+    """A BERT of 4 layers and 32 wide on the toy vocabulary."""
+    sizes = dict(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        ffn_size=64,
+        max_positions=64,
+        token_types=2,
+    )
+    return Architecture(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def make_teacher(
+    folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float
+) -> Path:
+    """A Hugging Face folder of a BertForMaskedLM with weights large enough that its distributions are not flat."""
+    model = MaskedLM(architecture(**changes), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.mul_(5.0)
+    folder.mkdir(parents=True)
+    write_hugging_face_folder(
+        model.state_dict(), model.architecture, shards_folder / "tokenizer", folder
+    )
+    return folder
+
+
+def student_of(
+    teacher: Architecture, *, num_layers: int, dropout: float = 0.1, attention_dropout: float = 0.1
+) -> Architecture:
+    """DistilBERT's student of a teacher: the same widths, fewer layers, no token types."""
+    return replace(
+        teacher,
+        num_layers=num_layers,
+        token_types=0,
+        dropout=dropout,
+        attention_dropout=attention_dropout,
+        layer_norm_eps=1e-12,  # DistilBERT's is fixed: its config.json has no field for another
+    )

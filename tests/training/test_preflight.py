@@ -1,0 +1,214 @@
+"""Bad input is refused before torch is imported, with what was wanted, what was got and what to do."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastdistil.model.architecture import read_architecture
+from fastdistil.run import config as c
+from fastdistil.run import recipes
+from fastdistil.training.preflight import resolve, spread
+from tests.support import toy
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("preflight")
+    toy.make_teacher(root / "teacher", toy.make_shards(root / "shards", num_sequences=60))
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(made, tmp_path / "copy")
+
+
+def config(root: Path, **parts) -> c.Config:
+    """A good configuration with the fields of some parts replaced: student={"layers": (0, 1)}."""
+    good = replace(
+        recipes.distilbert(),
+        out=root / "run",
+        data=c.DataConfig(shards=root / "shards"),
+        batch=c.BatchConfig(size=20, token_budget=256),
+        teacher=c.TeacherConfig(path=root / "teacher"),
+    )
+    plain = {k: v for k, v in parts.items() if not isinstance(v, dict)}
+    nested = {k: replace(getattr(good, k), **v) for k, v in parts.items() if isinstance(v, dict)}
+    return replace(good, **plain, **nested)
+
+
+def edit(path: Path, **changes) -> None:
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (record | changes).items() if v is not None}))
+
+
+def test_a_good_configuration_is_resolved(root):
+    r = resolve(config(root), world_size=2)
+    assert r.student == replace(read_architecture(root / "teacher"), num_layers=2, token_types=0)
+    assert r.layers == (0, 3)
+    assert r.micro_batches_per_update == 2
+
+
+@pytest.mark.parametrize(
+    ("num", "source", "layers"),
+    [
+        (6, 12, (0, 2, 4, 7, 9, 11)),
+        (3, 6, (0, 2, 5)),
+        (1, 4, (0,)),
+        (4, 4, (0, 1, 2, 3)),
+        (2, 4, (0, 3)),
+    ],
+)
+def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
+    assert spread(num, source) == layers
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"data": {"shards": None}}, r"--data.shards is missing: give a folder written by"),
+        ({"data": {"shards": Path("nowhere")}}, r"nowhere.meta.json does not exist"),
+        ({"data": {"shards": Path(__file__)}}, r"meta.json does not exist"),
+        ({"teacher": {"path": None}}, r"imitates a teacher and --teacher.path is missing.*mlm recipe"),
+        ({"teacher": {"path": Path("nowhere")}}, r"not a Hugging Face folder: wanted config.json in nowhere"),
+        ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect"),
+        ({"teacher": {"path": None, "precision": "bf16"}, "loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.precision bf16 has no effect"),
+        ({"student": {"layers": (0, 4)}}, r"--student.layers 0 4 wants layers that the source with 0..3 does not have"),
+        ({"student": {"num_layers": 5}}, r"wants layers that the source with 0..3 does not have"),
+        ({"student": {"hidden_size": 16}}, r"--student.hidden-size 16 differs from the 32 of the model it starts from"),
+        ({"student": {"init": "random", "hidden_size": 16}}, r"give --student.num-heads too"),
+        ({"student": {"init": "random", "hidden_size": 16, "num_heads": 2}}, r"cosine loss compares hidden states of one width, the teacher's is 32 and the student's 16"),
+        ({"student": {"init": "random", "layers": (0,)}}, r"--student.layers has no effect with --student.init random"),
+        ({"student": {"init": "random", "max_positions": 20}}, r"up to 48 tokens, the student reads 20: prepare with --max-length 20"),
+        ({"student": {"init": "nowhere"}}, r"not a Hugging Face folder"),
+        ({"engine": {"compile": True, "zero_stage": 3}}, r"--engine.compile does not go with --engine.zero-stage 3.*use stage 2 or lower"),
+        ({"batch": {"size": 3}}, r"is 1 micro-batch\(es\) of 256, which 2 ranks cannot divide: use --batch.token-budget 64 or less"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(root, parts, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        resolve(config(root, **parts), world_size=2)
+
+
+def test_a_token_budget_below_one_sequence(root):
+    edit(root / "shards/meta.json", max_length=65)
+    edit(root / "teacher/config.json", max_position_embeddings=128)
+    with pytest.raises(
+        ValueError,
+        match=r"--batch.token-budget 64 cannot hold a sequence of 65 tokens: use at least 128",
+    ):
+        resolve(config(root, batch={"token_budget": 64}), world_size=1)
+
+
+def test_mlm_from_nothing_needs_sizes(root):
+    mlm = replace(recipes.mlm(), out=root / "run", data=c.DataConfig(shards=root / "shards"))
+    with pytest.raises(
+        ValueError, match=r"--student.num-layers, --student.hidden-size and --student.num-heads"
+    ):
+        resolve(mlm, world_size=1)
+    sized = replace(
+        mlm,
+        student=c.StudentConfig(init="random", num_layers=2, hidden_size=32, num_heads=2),
+        batch=c.BatchConfig(size=20, token_budget=256),
+    )
+    student = resolve(sized, world_size=1).student
+    assert (student.ffn_size, student.max_positions, student.token_types) == (128, 48, 0)
+    with pytest.raises(ValueError, match=r"--student.init teacher wants a --teacher.path"):
+        resolve(replace(mlm, student=c.StudentConfig()), world_size=1)
+
+
+def test_mlm_goes_on_from_a_folder_with_all_its_layers_and_token_types(root):
+    mlm = replace(
+        recipes.mlm(),
+        out=root / "run",
+        data=c.DataConfig(shards=root / "shards"),
+        batch=c.BatchConfig(size=20, token_budget=256),
+    )
+    r = resolve(replace(mlm, student=c.StudentConfig(init=str(root / "teacher"))), world_size=1)
+    assert r.layers == (0, 1, 2, 3)
+    assert r.student == read_architecture(root / "teacher")
+
+
+class TestVocabularies:
+    """Trap 16: refuse, with both values in the message."""
+
+    def test_another_size(self, root):
+        edit(root / "teacher/config.json", vocab_size=120)
+        with pytest.raises(
+            ValueError,
+            match=r"vocabulary of 120, the shards have 101: prepare the shards with its tokenizer",
+        ):
+            resolve(config(root), world_size=1)
+
+    def test_another_word(self, root):
+        words = (root / "teacher/vocab.txt").read_text().replace("w17\n", "v17\n")
+        (root / "teacher/vocab.txt").write_text(words)
+        with pytest.raises(
+            ValueError,
+            match=r"has a tokenizer with hash [0-9a-f]{12}, the shards were made with [0-9a-f]{12}",
+        ):
+            resolve(config(root), world_size=1)
+
+    def test_other_special_ids(self, root):
+        words = (root / "teacher/vocab.txt").read_text().split("\n")
+        words[3], words[4] = words[4], words[3]
+        (root / "teacher/vocab.txt").write_text("\n".join(words))
+        with pytest.raises(
+            ValueError,
+            match=r"special ids \{.*'sep': 4, 'mask': 3\}, the shards \{.*'sep': 3, 'mask': 4\}",
+        ):
+            resolve(config(root), world_size=1)
+
+    def test_another_padding_id(self, root):
+        edit(root / "teacher/config.json", pad_token_id=7)
+        with pytest.raises(ValueError, match=r"pads with id 7, the shards with 0"):
+            resolve(config(root), world_size=1)
+
+    def test_of_the_validation_text(self, root):
+        shutil.copytree(root / "shards", root / "validation")
+        edit(root / "validation/meta.json", tokenizer_sha256="0" * 64)
+        with pytest.raises(
+            ValueError,
+            match=r"--data.validation .* was made with tokenizer 000000000000, --data.shards",
+        ):
+            resolve(config(root, data={"validation": root / "validation"}), world_size=1)
+
+
+class TestRunFolder:
+    def test_a_file(self, root):
+        (root / "run").write_text("")
+        with pytest.raises(ValueError, match="is a file: give a folder"):
+            resolve(config(root), world_size=1)
+
+    def test_something_else(self, root):
+        (root / "run").mkdir()
+        (root / "run/thesis.tex").write_text("")
+        with pytest.raises(ValueError, match="is not empty and holds no run"):
+            resolve(config(root), world_size=1)
+
+    def test_another_run(self, root):
+        self.start(root, config(root))
+        with pytest.raises(ValueError, match="already holds a run: use --resume auto"):
+            resolve(config(root), world_size=1)
+
+    def test_a_run_with_another_configuration(self, root):
+        self.start(root, config(root))
+        with pytest.raises(
+            ValueError, match=r"started with another configuration; --loss.kd: was 5.0, now 3.0"
+        ):
+            resolve(config(root, resume="auto", loss={"kd": 3.0}), world_size=1)
+        resolve(config(root, resume="auto", log={"every": 1}), world_size=1)
+
+    def test_a_run_whose_configuration_is_broken(self, root):
+        self.start(root, config(root))
+        (root / "run/config.json").write_text("{")
+        with pytest.raises(ValueError, match="is not a run's configuration"):
+            resolve(config(root, resume="auto"), world_size=1)
+
+    def start(self, root, cfg):
+        (root / "run").mkdir()
+        (root / "run/config.json").write_text(json.dumps({"config": c.to_json(cfg), "student": {}}))

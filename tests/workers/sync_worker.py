@@ -1,0 +1,39 @@
+"""`fastdistil.pretrain` with a count of what would make the host wait for a GPU: sync_worker.py ARGUMENTS...
+
+Prints, as JSON, how often each line of our code brought a tensor's number to the host, or copied one there, on this rank.
+"""
+
+import json
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistil import pretrain
+from fastdistil.run.command import launched, leave
+
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"}  # fmt: skip
+
+
+class Syncs(TorchDispatchMode):
+    """Counts operators whose result has to be on the host. `tolist` of a CPU tensor asks for its numbers one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_line: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in SYNCS:
+            ours = [f for f in traceback.extract_stack() if Path(f.filename).parent.name == "fastdistil"]  # fmt: skip
+            self.by_line[f"{Path(ours[-1].filename).name}: {ours[-1].line}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+syncs = Syncs()
+with syncs:
+    status = pretrain.main(sys.argv[1:])
+if launched().rank == 0:
+    print("SYNCS " + json.dumps(syncs.by_line))
+leave(status)
