@@ -106,9 +106,7 @@ def compare(
         except Exception as error:
             if provider in (OURS, "floor"):
                 raise
-            rows[provider] = {
-                "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            }
+            rows[provider] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
             del calls[provider]
     times: dict[str, list[float]] = {provider: [] for provider in calls}
     deadline = time.perf_counter() + budget_s
@@ -132,20 +130,14 @@ def compare(
         }
     _print(name, case, rows, num_bytes, num_flops)
     _keep(name, case, rows, num_bytes, num_flops)
-    benchmark.extra_info.update(
-        {"case": case, "bytes": num_bytes, "flops": num_flops, "rows": rows}
-    )
+    benchmark.extra_info.update({"case": case, "bytes": num_bytes, "flops": num_flops, "rows": rows})
     benchmark.pedantic(providers[OURS], rounds=3 if ours > 1 else 10)
     return rows
 
 
 def _print(name: str, case: str, rows: dict, num_bytes: float, num_flops: float) -> None:
-    print(
-        f"\n{name}: {case}; {num_bytes / 1e6:.1f} MB, {num_flops / 1e9:.2f} GFLOP; {device_name()}"
-    )
-    print(
-        f"  {'':<28}{'median ms':>11}{'min ms':>10}{'GB/s':>9}{'GFLOP/s':>10}{'x ours':>8}{'peak MiB':>10}"
-    )
+    print(f"\n{name}: {case}; {num_bytes / 1e6:.1f} MB, {num_flops / 1e9:.2f} GFLOP; {device_name()}")
+    print(f"  {'':<28}{'median ms':>11}{'min ms':>10}{'GB/s':>9}{'GFLOP/s':>10}{'x ours':>8}{'peak MiB':>10}")
     for provider, row in rows.items():
         if "error" in row:
             print(f"  {provider:<28}{row['error']}")

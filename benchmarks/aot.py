@@ -101,11 +101,7 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={
-            "num_warps": variant.num_warps,
-            "num_stages": variant.num_stages,
-            **LAUNCH_OPTIONS,
-        },
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **LAUNCH_OPTIONS},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -127,10 +123,7 @@ def compile_variant(variant: Variant, arch: int) -> Report:
         shared_bytes=metadata.shared,
         ctas=_ctas(arch, variant.num_warps, registers, metadata),
         loads=loads,
-        mix={
-            name: sum(bool(re.fullmatch(kind, opcode)) for opcode in opcodes)
-            for name, kind in MIX.items()
-        },
+        mix={name: sum(bool(re.fullmatch(kind, opcode)) for opcode in opcodes) for name, kind in MIX.items()},
     )
 
 

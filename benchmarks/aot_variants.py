@@ -4,16 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.aot import ARCHITECTURES, TRITON_DTYPES, Variant
-from fastdistil.kernels import (
-    cosine,
-    distill,
-    dropout,
-    flash,
-    flash_tiles,
-    fp8_rows,
-    gelu,
-    layernorm,
-)
+from fastdistil.kernels import cosine, distill, dropout, flash, flash_tiles, fp8_rows, gelu, layernorm
 
 
 def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
@@ -28,10 +19,7 @@ def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
     }  # fmt: skip
     absent = {} if num_rows else {"num_rows_ptr": None}
     absent |= {} if gradient else {"ds_ptr": None, "ds_stride": 0}
-    tile = {
-        "LANES": 32 * distill.NUM_WARPS,
-        "VECTOR": distill.COLUMNS_PER_LOAD[TRITON_DTYPES[dtype]],
-    }
+    tile = {"LANES": 32 * distill.NUM_WARPS, "VECTOR": distill.COLUMNS_PER_LOAD[TRITON_DTYPES[dtype]]}
     return Variant(
         name=f"distill {dtype}" + " gradient" * gradient + " num_rows" * num_rows,
         kernel=distill._distill_kernel,
@@ -63,11 +51,7 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool) -> Variant:
     by_width = flash_tiles.TILES[arch][head_dim]
     tiles = flash_tiles.FP32_TILES if dtype == "fp32" else by_width
-    tile = {
-        "forward": tiles.forward_dropout if dropout else tiles.forward,
-        "dq": tiles.dq,
-        "dkdv": tiles.dkdv,
-    }[kernel]
+    tile = {"forward": tiles.forward_dropout if dropout else tiles.forward, "dq": tiles.dq, "dkdv": tiles.dkdv}[kernel]
     pointers, scalars = {
         "forward": ("out_ptr lse_ptr", "keep_scale"),
         "dq": ("out_ptr dout_ptr lse_ptr dqkv_ptr delta_ptr", "keep_p dq_scale"),
@@ -87,11 +71,7 @@ def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropou
     }  # fmt: skip
     return Variant(
         name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout,
-        kernel={
-            "forward": flash._forward_kernel,
-            "dq": flash._dq_kernel,
-            "dkdv": flash._dkdv_kernel,
-        }[kernel],
+        kernel={"forward": flash._forward_kernel, "dq": flash._dq_kernel, "dkdv": flash._dkdv_kernel}[kernel],
         signature=signature,
         constexprs=constexprs | ({} if dropout else {"key_ptr": None}),
         num_warps=tile.num_warps,
@@ -119,13 +99,7 @@ def _layernorm_variant(
         signature |= {"dy_ptr": x, "dx_ptr": x, "partial_ptr": "*fp32", "N": "i32", "D": "i32"}
     else:
         signature |= {"bias_ptr": x, "seed_ptr": "*i64", "out_ptr": x}
-        signature |= {
-            "mean_ptr": "*fp32",
-            "rstd_ptr": "*fp32",
-            "N": "i32",
-            "D": "i32",
-            "eps": "fp32",
-        }
+        signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32", "D": "i32", "eps": "fp32"}
     signature |= {"stream": "i32", "threshold": "i32", "scale": "fp32", "rows_per_program": "i32"}
     signature |= {"ROWS": "constexpr", "BLOCK_D": "constexpr"}
     for name, given in (("residual_ptr", residual), ("seed_ptr", dropout), ("dx_ptr", dropout)):
@@ -228,13 +202,9 @@ def variants() -> Iterator[Variant]:
         for backward in (False, True):
             yield _gelu_variant(dtype, backward=backward)
             for width in (384, 768, 1024, 4096) if dtype == "bf16" else (768,):
-                yield _layernorm_variant(
-                    dtype, width, backward=backward, dropout=True, residual=True
-                )
+                yield _layernorm_variant(dtype, width, backward=backward, dropout=True, residual=True)
             for residual in (False, True):
-                yield _layernorm_variant(
-                    dtype, 768, backward=backward, dropout=False, residual=residual
-                )
+                yield _layernorm_variant(dtype, 768, backward=backward, dropout=False, residual=residual)
     for arch in ARCHITECTURES:
         for kernel in ("forward", "dq", "dkdv"):
             for head_dim in flash_tiles.TILES[arch]:
@@ -255,13 +225,5 @@ def specialised_variants() -> Iterator[Variant]:
     yield _keys_variant(N=1, stream=1)
     for backward in (False, True):
         yield _layernorm_variant(
-            "fp32",
-            1,
-            backward=backward,
-            dropout=True,
-            residual=True,
-            N=1,
-            D=1,
-            stream=1,
-            threshold=1,
+            "fp32", 1, backward=backward, dropout=True, residual=True, N=1, D=1, stream=1, threshold=1
         )

@@ -21,28 +21,7 @@ from fastdistil import ops
 WIDTH = 768  # of all heads
 # Lengths like those of English Wikipedia's articles cut at 512 tokens: what many full pieces and their tails look like.
 # A fixed list, made up to that description; not a sample.
-WIKIPEDIA = [
-    512,
-    512,
-    137,
-    512,
-    61,
-    512,
-    512,
-    512,
-    301,
-    88,
-    512,
-    224,
-    512,
-    512,
-    45,
-    512,
-    412,
-    512,
-    173,
-    512,
-]
+WIKIPEDIA = [512, 512, 137, 512, 61, 512, 512, 512, 301, 88, 512, 224, 512, 512, 45, 512, 412, 512, 173, 512]
 
 
 def lengths_of(kind: str, num_tokens: int) -> list[int]:
@@ -56,9 +35,7 @@ def lengths_of(kind: str, num_tokens: int) -> list[int]:
 
 CASES = [
     (num_tokens, kind, head_dim, dropout_p, dtype)
-    for num_tokens, dtype in (
-        [(16384, "bfloat16")] if DEVICE == "cuda" else [(1024, "float32"), (1024, "bfloat16")]
-    )
+    for num_tokens, dtype in ([(16384, "bfloat16")] if DEVICE == "cuda" else [(1024, "float32"), (1024, "bfloat16")])
     for kind in ("512", "128", "wikipedia")
     for head_dim in (64, 32)
     for dropout_p in (0.0, 0.1)
@@ -95,9 +72,7 @@ def varlen(qkv, layout):
     return lambda: varlen_attn(q, k, v, cu, cu, most, most), (q, k, v)
 
 
-def step(
-    forward: Callable[[], Any], leaves: Sequence[torch.Tensor], train: bool
-) -> Callable[[], object]:
+def step(forward: Callable[[], Any], leaves: Sequence[torch.Tensor], train: bool) -> Callable[[], object]:
     if not train:
         return torch.no_grad()(forward)
 
@@ -133,9 +108,7 @@ def test_attention(benchmark, num_tokens, kind, head_dim, dropout_p, dtype, trai
             ("SDPA padded cuDNN", SDPBackend.CUDNN_ATTENTION),
         ):
             providers[name] = step(*padded(qkv, lengths, dropout_p, backend), train)
-        providers["flash-attn varlen"] = ours(
-            "flash-attn"
-        )  # reported as failed where not installed
+        providers["flash-attn varlen"] = ours("flash-attn")  # reported as failed where not installed
         if dropout_p == 0:
             # Built when first called, so that a PyTorch without it is reported and left out.
             built = functools.cache(lambda: step(*varlen(qkv, layout), train))

@@ -9,11 +9,7 @@ import torch
 from benchmarks._harness import DEVICE, OURS, compare
 from fastdistil import ops
 
-CASES = (
-    [(131072, 768, "bfloat16")]
-    if DEVICE == "cuda"
-    else [(16384, 768, "float32"), (16384, 768, "bfloat16")]
-)
+CASES = [(131072, 768, "bfloat16")] if DEVICE == "cuda" else [(16384, 768, "float32"), (16384, 768, "bfloat16")]
 
 
 @pytest.mark.parametrize(("num_rows", "width", "dtype"), CASES)

@@ -109,9 +109,7 @@ def measure(folder: Path, args: argparse.Namespace, name: str) -> None:
         "tokens (10th, 50th, 90th percentile)"
     )
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder / "tokenizer", trust_remote_code=False
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     sequences = [text.sequence(int(i)).tolist() for slot in update.slots for i in slot.sequences]
     batches, first = [], 0
     for slot in update.slots:

@@ -17,11 +17,7 @@ WEIGHTS = (
     if DEVICE == "cuda"
     else [((8, 12, 128, 128), "float32"), ((8, 12, 128, 128), "bfloat16")]
 )
-HIDDEN = (
-    [((131072, 768), "bfloat16")]
-    if DEVICE == "cuda"
-    else [((4096, 768), "float32"), ((4096, 768), "bfloat16")]
-)
+HIDDEN = [((131072, 768), "bfloat16")] if DEVICE == "cuda" else [((4096, 768), "float32"), ((4096, 768), "bfloat16")]
 P = 0.1  # of every BERT
 
 
@@ -69,11 +65,7 @@ def test_forward_and_backward(benchmark, shape, dtype):
         benchmark,
         "dropout",
         f"forward + backward {'x'.join(map(str, shape))} {dtype}",
-        {
-            OURS: lambda: both(ours),
-            "F.dropout": lambda: both(eager),
-            "torch.compile": lambda: both(compiled),
-        },
+        {OURS: lambda: both(ours), "F.dropout": lambda: both(eager), "torch.compile": lambda: both(compiled)},
         num_bytes=4 * x.numel() * kind.itemsize,
         num_flops=2 * x.numel(),
         floor=floor,

@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from benchmarks._harness import DEVICE, OURS, compare
 from fastdistil import ops
 
-CASES = (
-    [(16384, 3072, "bfloat16")]
-    if DEVICE == "cuda"
-    else [(1024, 1536, "float32"), (1024, 1536, "bfloat16")]
-)
+CASES = [(16384, 3072, "bfloat16")] if DEVICE == "cuda" else [(1024, 1536, "float32"), (1024, 1536, "bfloat16")]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])

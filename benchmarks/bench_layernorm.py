@@ -50,13 +50,9 @@ def test_layernorm(benchmark, num_rows, width, dtype, dropout_p, backward):
         "torch.compile": timed(torch.compile(eager)),
     }
     if DEVICE == "cuda" and dropout_p == 0 and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
-            liger_layer_norm,
-        )
+        from liger_kernel.transformers.functional import liger_layer_norm  # pyright: ignore[reportMissingImports]
 
-        providers["Liger (and an add)"] = timed(
-            lambda: liger_layer_norm(residual + x, weight, bias, 1e-12)
-        )
+        providers["Liger (and an add)"] = timed(lambda: liger_layer_norm(residual + x, weight, bias, 1e-12))
     # Forward two reads and a write; backward three reads and two writes, one without dropout.
     units = 3 + (4 + (dropout_p > 0)) * backward
     num_bytes = units * x.numel() * x.element_size()

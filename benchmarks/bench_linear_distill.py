@@ -20,9 +20,7 @@ V, VOCAB = 30528, 30522
 WEIGHTS = {"temperature": 2.0, "kd_scale": 5.0, "mlm_scale": 2.0, "vocab_size": VOCAB}
 # (tokens, width of the student, of the teacher): DistilBERT on a GPU, MiniLM's width on the CPU.
 CASES = (
-    [(16384, 768, 768, "bfloat16")]
-    if DEVICE == "cuda"
-    else [(1024, 384, 384, "float32"), (1024, 384, 384, "bfloat16")]
+    [(16384, 768, 768, "bfloat16")] if DEVICE == "cuda" else [(1024, 384, 384, "float32"), (1024, 384, 384, "bfloat16")]
 )
 MEMORY_CASE = (4096, 384, 384, "float32")
 
@@ -48,12 +46,8 @@ def backward(loss, student, teacher, labels):
 
 def liger_peers(student, teacher, labels):
     """Liger's two fused linears with a KL: without T^2 (both) and, in the first, without biases and MLM term."""
-    from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
-        LigerFusedLinearJSDLoss,
-    )
-    from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
-        LigerFusedLinearJSD,
-    )
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
 
     fused = LigerFusedLinearJSD(jsd_beta=0.0, temperature=2.0)
     chunked = LigerFusedLinearJSDLoss(beta=0.0, temperature=2.0)

@@ -56,9 +56,7 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
             batch = collator(slot)
             ids, labels = (
                 torch.nn.utils.rnn.pad_sequence(
-                    list(x.split(list(batch.lengths)))[: len(batch.sequences)],
-                    batch_first=True,
-                    padding_value=padding,
+                    list(x.split(list(batch.lengths)))[: len(batch.sequences)], batch_first=True, padding_value=padding
                 )
                 for x, padding in ((batch.input_ids, 0), (batch.labels, batches.NO_LABEL))
             )
@@ -68,9 +66,7 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
                 begin = time.perf_counter()
                 logits = model(input_ids=ids, attention_mask=real.long()).logits
                 sums[name]["seconds"] += time.perf_counter() - begin
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), labels.flatten(), reduction="sum"
-                )
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
                 sums[name]["loss"] += loss.item()
                 best[name] = logits.argmax(-1)
             for name in names:

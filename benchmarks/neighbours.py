@@ -53,9 +53,7 @@ def looking(vocab_size: int) -> MaskedLM:
                 turn = torch.zeros(head, head)
                 for f, w in enumerate(frequency.tolist()):
                     cos, sin = math.cos(shift * w), math.sin(shift * w)
-                    turn[2 * f : 2 * f + 2, 2 * f : 2 * f + 2] = torch.tensor(
-                        [[cos, sin], [-sin, cos]]
-                    )
+                    turn[2 * f : 2 * f + 2, 2 * f : 2 * f + 2] = torch.tensor([[cos, sin], [-sin, cos]])
                 rows = slice(i * head, (i + 1) * head)
                 query, key = layer.qkv.weight[:WIDTH][rows], layer.qkv.weight[WIDTH:][rows]  # type: ignore[index]
                 query[:, :head] += SHARPNESS * turn

@@ -71,13 +71,7 @@ def ring_s(num_bytes: float, num_ranks: int, link: Link) -> float:
 
 
 def update_s(
-    *,
-    num_ranks: int,
-    num_micro_batches: int,
-    micro_batch_s: float,
-    optimiser_s: float,
-    sent: Messages,
-    link: Link,
+    *, num_ranks: int, num_micro_batches: int, micro_batch_s: float, optimiser_s: float, sent: Messages, link: Link
 ) -> float:
     """Seconds of an update on the rank with the most to do; `optimiser_s` is its own share's."""
     rounds = -(-num_micro_batches // num_ranks)
@@ -86,13 +80,7 @@ def update_s(
 
 
 def predict(
-    tokens_per_s: float,
-    *,
-    num_parameters: int,
-    num_micro_batches: int,
-    token_budget: int,
-    inside: Link,
-    across: Link,
+    tokens_per_s: float, *, num_parameters: int, num_micro_batches: int, token_budget: int, inside: Link, across: Link
 ) -> list[dict[str, float]]:
     """For every number of GPUs and stage: updates and tokens a second, and how much of linear growth that is."""
     rows = []
@@ -159,9 +147,7 @@ def worker(stage: str) -> None:
     generator = torch.Generator().manual_seed(place.rank)
     batch = synthetic_batch(TOKENS, 64, place.rank)
     ids = torch.randint(5, VOCAB, (TOKENS,), generator=generator)
-    batch = replace(
-        batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, batches.NO_LABEL)
-    )
+    batch = replace(batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, batches.NO_LABEL))
     teacher = Teacher(model(2 * LAYERS), device=place.device, dtype=torch.float32)
 
     def timed(trainer: engine.Engine, steps: int) -> list[float]:
@@ -257,9 +243,7 @@ def check() -> None:
                 f"measured {1e3 * measured['update_s']:7.1f} ms, ratio {predicted / measured['update_s']:.2f}",
                 flush=True,
             )
-    (RESULTS / "scaling.cpu.json").write_text(
-        json.dumps(stamp() | {"rows": rows}, indent=1, sort_keys=True) + "\n"
-    )
+    (RESULTS / "scaling.cpu.json").write_text(json.dumps(stamp() | {"rows": rows}, indent=1, sort_keys=True) + "\n")
 
 
 def main() -> None:
@@ -277,9 +261,7 @@ def main() -> None:
     elif args.check:
         check()
     elif args.tokens_per_s is None:
-        parser.error(
-            "--tokens-per-s is missing: no GPU has been measured yet (make gpu); or --check"
-        )
+        parser.error("--tokens-per-s is missing: no GPU has been measured yet (make gpu); or --check")
     else:
         rows = predict(
             args.tokens_per_s,

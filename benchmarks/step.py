@@ -96,13 +96,7 @@ def synthetic_batch(num_tokens: int, length: int, seed: int) -> data.MicroBatch:
 def packed_batches(folder: Path, num_tokens: int, count: int) -> list[data.MicroBatch]:
     """The first micro-batches that a run on these shards would see."""
     text = shards.Shards(folder)
-    plan = data.Plan(
-        text.lengths,
-        seed=56,
-        token_budget=num_tokens,
-        micro_batches_per_update=1,
-        mask_fraction=0.15,
-    )
+    plan = data.Plan(text.lengths, seed=56, token_budget=num_tokens, micro_batches_per_update=1, mask_fraction=0.15)
     masking = recipes.distilbert().masking
     collator = data.Collator(text, text.counts, token_budget=num_tokens, masking=masking)
     return [collator(plan.update(u).slots[0]) for u in range(count)]
@@ -126,9 +120,7 @@ class Ours:
         fp8_teacher: bool = False,
     ) -> None:
         config = recipes.distilbert()
-        config = dataclasses.replace(
-            config, engine=dataclasses.replace(config.engine, precision=args.precision)
-        )
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=args.precision))
         # before the first tensor, or no memory comes in large pages
         device = ranks.init(DEVICE, timeout_s=config.engine.timeout_s, threads=None).device
         batches = make_batches(args)
@@ -152,9 +144,7 @@ class Ours:
     def evaluate(self) -> float:
         sums = sum(self.engine.evaluate(b, self.teacher(b)) for b in self.batches)
         assert isinstance(sums, Tensor)
-        found = objective.means(
-            sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True
-        )
+        found = objective.means(sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True)
         return found["loss"]
 
     def run(self) -> None:
@@ -167,12 +157,7 @@ class HuggingFace:
     """transformers' models and PyTorch's losses, under torch.compile or not, or with Liger's chunked loss."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        *,
-        compiled: bool = False,
-        liger: bool = False,
-        keep_memory: bool = False,
+        self, args: argparse.Namespace, *, compiled: bool = False, liger: bool = False, keep_memory: bool = False
     ) -> None:
         if keep_memory:
             ranks.keep_freed_memory()
@@ -188,9 +173,7 @@ class HuggingFace:
         if compiled:
             self.compute = torch.compile(self._loss)
         if liger:
-            from liger_kernel.chunked_loss import (  # pyright: ignore[reportMissingImports]
-                LigerFusedLinearJSDLoss,
-            )
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
             # Its distillation term is JSD(beta=0) = KL without T^2; weights stand for 5 and 2.
             self.chunked = LigerFusedLinearJSDLoss(
@@ -237,16 +220,10 @@ class HuggingFace:
         def real_sum(x: Tensor) -> Tensor:
             return x.sum() if real is None else (x * real.flatten()).sum()
 
-        s_logits, t_logits, labels = (
-            s.logits.flatten(0, 1),
-            t.logits.flatten(0, 1),
-            labels.flatten(),
-        )
+        s_logits, t_logits, labels = (s.logits.flatten(0, 1), t.logits.flatten(0, 1), labels.flatten())
         s_hidden, t_hidden = (x.hidden_states[-1].flatten(0, 1).float() for x in (s, t))
         kd = F.kl_div(
-            F.log_softmax(s_logits.float() / 2, dim=-1),
-            F.softmax(t_logits.float() / 2, dim=-1),
-            reduction="none",
+            F.log_softmax(s_logits.float() / 2, dim=-1), F.softmax(t_logits.float() / 2, dim=-1), reduction="none"
         ).sum(-1)
         mlm = F.cross_entropy(s_logits.float(), labels, reduction="sum")
         ones = torch.ones_like(labels)
@@ -384,18 +361,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     on_gpu = DEVICE == "cuda"
     parser.add_argument("--size", choices=SIZES, default="bert-base" if on_gpu else "minilm")
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="bf16" if on_gpu else "fp32"
-    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if on_gpu else "fp32")
     parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 1024)
     parser.add_argument("--length", type=int, default=512 if on_gpu else 128)
+    parser.add_argument("--shards", type=Path, help="prepared text, instead of sequences of one length")
     parser.add_argument(
-        "--shards", type=Path, help="prepared text, instead of sequences of one length"
-    )
-    parser.add_argument(
-        "--batches",
-        type=int,
-        help="micro-batches a round; more of them give the peers less padding to sort out",
+        "--batches", type=int, help="micro-batches a round; more of them give the peers less padding to sort out"
     )
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
     parser.add_argument("--only", help="substring of the providers to run; keeps no results")

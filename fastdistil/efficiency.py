@@ -19,7 +19,9 @@ from typing import Any
 import tyro
 
 log = logging.getLogger("fastdistil.efficiency")
-PUBLISHED = "published: BERT-base 110 M parameters and 668 s, DistilBERT 66 M and 410 s (STS-B's dev set on a CPU at batch 1)"
+PUBLISHED = (
+    "published: BERT-base 110 M parameters and 668 s, DistilBERT 66 M and 410 s (STS-B's dev set on a CPU at batch 1)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +44,12 @@ class EfficiencyConfig:
     def __post_init__(self) -> None:
         for name in ("length", "batch_size", "rounds"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}"
-                )
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be 1 or more, got {self.threads}")
         for model in self.models:
             if not (model / "config.json").is_file():
-                raise ValueError(
-                    f"{model} is no Hugging Face folder: wanted {model / 'config.json'}"
-                )
+                raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
             if not list(model.glob("*.safetensors")):
                 raise ValueError(f"{model} has no weights: wanted *.safetensors in it")
 
@@ -100,9 +98,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     readable = min(getattr(model.config, "max_position_embeddings", 512) for model in models)
     length = min(128, readable) if config.length is None else config.length
     if length > readable:
-        raise ValueError(
-            f"--length {length} is more than the {readable} tokens that all models read"
-        )
+        raise ValueError(f"--length {length} is more than the {readable} tokens that all models read")
     vocab_size = min(model.config.vocab_size for model in models)
     generator = torch.Generator().manual_seed(0)
     shape = config.batch_size, length

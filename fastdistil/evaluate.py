@@ -61,18 +61,12 @@ class EvaluateConfig:
             )
         unknown = set(self.task) - tasks.TASKS.keys() - {"glue", "table"}
         if unknown or not self.task:
-            raise ValueError(
-                f"--task {' '.join(sorted(unknown))}: wanted some of glue table {' '.join(tasks.TASKS)}"
-            )
+            raise ValueError(f"--task {' '.join(sorted(unknown))}: wanted some of glue table {' '.join(tasks.TASKS)}")
         is_table = "table" in self.task
         if is_table != (self.label_column is not None) or is_table != bool(self.text_columns):
-            raise ValueError(
-                "--task table wants --text-columns and --label-column; other tasks have their own"
-            )
+            raise ValueError("--task table wants --text-columns and --label-column; other tasks have their own")
         if not self.data.startswith("hf:") and not Path(self.data).is_dir():
-            raise ValueError(
-                f"--data {self.data} is not a folder: give the one of the tasks' files, or hf:NAME"
-            )
+            raise ValueError(f"--data {self.data} is not a folder: give the one of the tasks' files, or hf:NAME")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -110,21 +104,15 @@ def chosen_tasks(config: EvaluateConfig) -> dict[str, tasks.Task]:
         if name == "glue":
             found = [task for task in tasks.GLUE if (Path(config.data) / task).is_dir()]
             if not found:
-                raise ValueError(
-                    f"--data {config.data} has none of the folders {' '.join(tasks.GLUE)}"
-                )
+                raise ValueError(f"--data {config.data} has none of the folders {' '.join(tasks.GLUE)}")
             names += found
         else:
             names.append(name)
     if len(names) > 1 and config.data.startswith("hf:"):
-        raise ValueError(
-            f"--data {config.data} holds one task, got --task {' '.join(names)}: give one"
-        )
+        raise ValueError(f"--data {config.data} holds one task, got --task {' '.join(names)}: give one")
     assert config.label_column is not None or "table" not in names  # checked by the configuration
     return {
-        name: tasks.table(config.text_columns, config.label_column or "")
-        if name == "table"
-        else tasks.TASKS[name]
+        name: tasks.table(config.text_columns, config.label_column or "") if name == "table" else tasks.TASKS[name]
         for name in dict.fromkeys(names)
     }
 
@@ -205,32 +193,22 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
         examples = data.train.first(settings.max_train_examples)
         train = finetune.Encoded.texts(tokenizer, examples, length)
         validation = finetune.Encoded.texts(tokenizer, data.validation, length)
-    about = {
-        "metrics": list(task.metrics),
-        "num_train": len(train),
-        "num_validation": len(validation),
-    }
+    about = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}
     for seed in missing:
         begin = time.perf_counter()
         teacher = None
         if config.teacher is not None:
-            teacher = finetune.task_teacher(
-                config.teacher, tokenizer, data, train, settings, seed, device
-            )
+            teacher = finetune.task_teacher(config.teacher, tokenizer, data, train, settings, seed, device)
         title = f"{name}, seed {seed}"
         model = finetune.load_model(config.model, data, settings, seed=seed)
-        finetune.fine_tune(
-            model, train, settings, seed=seed, device=device, teacher=teacher, title=title
-        )
+        finetune.fine_tune(model, train, settings, seed=seed, device=device, teacher=teacher, title=title)
         if isinstance(validation, squad.Windows):
             answers = squad.answer(model, validation, 4 * settings.batch_size, device)
             found = squad.score(answers, validation.questions)
         else:
             predicted = finetune.predict(model, validation, 4 * settings.batch_size, device)
             found = tasks.score(task, predicted, validation.labels.numpy())
-        log.info(
-            "%s: %s", title, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items())
-        )
+        log.info("%s: %s", title, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
         results.record |= {
             "class": type(model).__name__,
             "num_parameters": model.num_parameters(),

@@ -58,9 +58,7 @@ def export(config: ExportConfig) -> str:
     student = _architecture(config.run, record, "student")
     teacher = _architecture(config.run, record, "teacher") if record.get("teacher") else None
     if not (config.run / "tokenizer").is_dir():
-        raise ValueError(
-            f"{config.run} is not a whole run: wanted its tokenizer in {config.run / 'tokenizer'}"
-        )
+        raise ValueError(f"{config.run} is not a whole run: wanted its tokenizer in {config.run / 'tokenizer'}")
     _check_out(config.out, overwrite=config.overwrite)
 
     # Two seconds of torch, so only when nothing above was wrong.
@@ -76,13 +74,9 @@ def export(config: ExportConfig) -> str:
     try:
         weights.write_hugging_face_folder(state, student, config.run / "tokenizer", part)
         try:
-            card = model_card(
-                config.out.name, class_name, record, student, teacher, progress, metrics
-            )
+            card = model_card(config.out.name, class_name, record, student, teacher, progress, metrics)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{config.run / 'config.json'} does not describe a run: {error!r}"
-            ) from error
+            raise ValueError(f"{config.run / 'config.json'} does not describe a run: {error!r}") from error
         (part / "README.md").write_text(card, encoding="utf-8")
         replaced = config.out.with_name(f"{config.out.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -114,13 +108,9 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise ValueError(
-            f"--out {out} exists and is not empty: choose another, or replace it by --overwrite"
-        )
+        raise ValueError(f"--out {out} exists and is not empty: choose another, or replace it by --overwrite")
     if not all((out / name).is_file() for name in ("config.json", "model.safetensors")):
-        raise ValueError(
-            f"--out {out} holds no export, so --overwrite does not delete it: choose another"
-        )
+        raise ValueError(f"--out {out} holds no export, so --overwrite does not delete it: choose another")
 
 
 def _last_metrics(path: Path, update: int) -> dict[str, dict[str, Any]]:
@@ -154,16 +144,13 @@ def model_card(
     rows = {
         "recipe": f"`{recipe}`",
         "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
-        "teacher": f"`{Path(teacher_path).name}`, {_sizes(teacher)}"
-        if teacher and teacher_path
-        else "none",
+        "teacher": f"`{Path(teacher_path).name}`, {_sizes(teacher)}" if teacher and teacher_path else "none",
         "updates": f"{progress['update']:,}",
         "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
         "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
         f"{data.get('num_tokens', 0):,} tokens",
         "tokenizer sha256": f"`{data.get('tokenizer_sha256', 'not recorded')}`",
-        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items())
-        or "not recorded",
+        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
         "exported by": f"fastdistil {__version__}",
     }
     measured = [
@@ -248,9 +235,7 @@ def _sources(sources: Any) -> str:
 
 def _table(header: tuple[str, ...], rows: Any) -> str:
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,7 @@ from fastdistil.kernels.attention import (
     resolve_backend,
     sequence_layout,
 )
-from fastdistil.kernels.cosine import (
-    cosine_loss,
-    cosine_loss_reference,
-    cosine_rows,
-    cosine_rows_torch,
-)
+from fastdistil.kernels.cosine import cosine_loss, cosine_loss_reference, cosine_rows, cosine_rows_torch
 from fastdistil.kernels.distill import (
     DistillLoss,
     distill_loss,
@@ -39,16 +34,8 @@ from fastdistil.kernels.distill import (
 from fastdistil.kernels.dropout import dropout, dropout_, dropout_seed, dropout_torch_
 from fastdistil.kernels.flash import attention_backward, attention_forward
 from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
-from fastdistil.kernels.gelu import (
-    bias_gelu,
-    bias_gelu_reference,
-    linear_gelu,
-)
-from fastdistil.kernels.layernorm import (
-    dropout_add_layernorm,
-    dropout_add_layernorm_reference,
-    layernorm,
-)
+from fastdistil.kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu
+from fastdistil.kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference, layernorm
 from fastdistil.kernels.linear import linear
 from fastdistil.kernels.linear_distill import (
     LinearDistillLoss,

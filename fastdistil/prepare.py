@@ -86,12 +86,7 @@ class Config:
 
     @property
     def options(self) -> Options:
-        return Options(
-            text_field=self.text_field,
-            split=self.split,
-            streaming=self.streaming,
-            errors=self.errors,
-        )
+        return Options(text_field=self.text_field, split=self.split, streaming=self.streaming, errors=self.errors)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -193,9 +188,7 @@ def _open_folder(config: Config, preparation: dict[str, Any]) -> dict[str, Any] 
             differ = [key for key in preparation if there.get(key) != preparation[key]]
             num_shards = len(found["shards"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error!r}): begin anew with --overwrite"
-            ) from None
+            raise ValueError(f"{path} is damaged ({error!r}): begin anew with --overwrite") from None
         if not differ:
             return None if path.name == "meta.json" else found
         if num_shards:
@@ -242,9 +235,7 @@ def _sample(config: Config, read: list[Source]) -> Iterator[str]:
             return
 
 
-def _write_shards(
-    config: Config, read: list[Source], spec: tokenizer.Spec, progress: dict[str, Any]
-) -> None:
+def _write_shards(config: Config, read: list[Source], spec: tokenizer.Spec, progress: dict[str, Any]) -> None:
     """Everything after the arguments have been checked."""
     import numpy as np
     from tqdm import tqdm
@@ -340,9 +331,7 @@ def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard]
         finished.append(Shard(**checked(parts.get("shard"), Shard, where)))
         texts.append(Text(**checked(parts.get("text"), Text, where)))
         if finished[-1].name != shard_name(index):
-            raise ValueError(
-                f"{where} is called {finished[-1].name!r:.80}: begin anew with --overwrite"
-            )
+            raise ValueError(f"{where} is called {finished[-1].name!r:.80}: begin anew with --overwrite")
     return finished, texts
 
 
@@ -357,11 +346,7 @@ def _skip(text: Text, batches: Iterator[Batch], bar: Any) -> None:
 
 
 def _fill(
-    writer: "ShardWriter",
-    encoded: "Iterator[tuple[Batch, Encoded]]",
-    counts: "np.ndarray",
-    shard_tokens: int,
-    bar: Any,
+    writer: "ShardWriter", encoded: "Iterator[tuple[Batch, Encoded]]", counts: "np.ndarray", shard_tokens: int, bar: Any
 ) -> Text:
     """Move sequences to the shard until it has `shard_tokens` tokens; adds to `counts` (V,)."""
     import numpy as np
@@ -389,10 +374,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             free = shutil.disk_usage(config.out).free
-            print(
-                f"{config.out} has {free:,} bytes free: make room, and the same command goes on",
-                file=sys.stderr,
-            )
+            print(f"{config.out} has {free:,} bytes free: make room, and the same command goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("prepare: interrupted; the same command goes on where it stopped")

@@ -42,12 +42,7 @@ log = logging.getLogger("fastdistil")
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: finished, or stopped by a signal with a checkpoint. 1: the run failed, RUN/status.json says why. 2: bad input."""
     here = launched()
-    logging.basicConfig(
-        stream=sys.stdout,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.WARNING,
-    )
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     log.setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
     config = parse(args, quiet=here.rank != 0)
     try:
@@ -129,9 +124,7 @@ def main(args: list[str] | None = None) -> int:
         assert text is not None
         assert student is not None
         assert needed is not None
-        watchdog = Watchdog(
-            config.out, place.rank, config.engine.timeout_s, alone=place.world_size == 1
-        )
+        watchdog = Watchdog(config.out, place.rank, config.engine.timeout_s, alone=place.world_size == 1)
         try:
             error = train(resolved, text, teacher, student, saved, place, stop, watchdog)
         except Exception as caught:  # torchrun ends the other ranks
@@ -206,9 +199,7 @@ def train(
     dtype = engine.compute_dtype(config, place.device)
     peak, peak_source = metrics.peak_flops(place.device, dtype)
     head_fraction = 1.0 if teacher else config.masking.fraction
-    flops = flops_per_token(
-        resolved.teacher, resolved.student, text.mean_attended_length, head_fraction=head_fraction
-    )
+    flops = flops_per_token(resolved.teacher, resolved.student, text.mean_attended_length, head_fraction=head_fraction)
     writer = None
     if place.is_main:
         folder.start(config.out, describe(resolved), resolved.tokenizer_path)
@@ -320,12 +311,7 @@ def train(
         say("failed", update=update, updates=num_updates, reason=failure)
     elif update < num_updates:
         log.info("stopped after update %d of %d: --resume auto goes on", update, num_updates)
-        say(
-            "stopped",
-            update=update,
-            updates=num_updates,
-            reason=stop.reason or "another rank was asked to",
-        )
+        say("stopped", update=update, updates=num_updates, reason=stop.reason or "another rank was asked to")
     else:
         say("finished", update=update, updates=num_updates)
     profile.close()
@@ -416,10 +402,7 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.asked, self.reason = True, signal.Signals(number).name
-        log.info(
-            "%s: stopping after this update; send it again to stop at once",
-            signal.Signals(number).name,
-        )
+        log.info("%s: stopping after this update; send it again to stop at once", signal.Signals(number).name)
 
 
 def describe(resolved: Resolved) -> dict[str, Any]:
@@ -438,37 +421,20 @@ def describe(resolved: Resolved) -> dict[str, Any]:
             "tokenizer_sha256": meta.tokenizer_sha256,
             "sources": meta.preparation.get("sources"),
         },
-        "versions": {
-            "fastdistil": __version__,
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-        },
+        "versions": {"fastdistil": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
 
 
-def say_what_runs(
-    resolved: Resolved, text: Text, place: Place, dtype: torch.dtype, engine: str
-) -> None:
+def say_what_runs(resolved: Resolved, text: Text, place: Place, dtype: torch.dtype, engine: str) -> None:
     """The first lines of a log: backend, models, batch, length."""
     import torch
 
     from fastdistil import ops
 
-    config, meta, student, teacher = (
-        resolved.config,
-        resolved.meta,
-        resolved.student,
-        resolved.teacher,
-    )
+    config, meta, student, teacher = (resolved.config, resolved.meta, resolved.student, resolved.teacher)
     on_cuda = place.device.type == "cuda"
-    device = (
-        torch.cuda.get_device_name(place.device)
-        if on_cuda
-        else f"CPU with {torch.get_num_threads()} threads"
-    )
-    arithmetic = (
-        f"{str(dtype).removeprefix('torch.')}, {'triton' if on_cuda else ops.CPU_BACKEND} operators"
-    )
+    device = torch.cuda.get_device_name(place.device) if on_cuda else f"CPU with {torch.get_num_threads()} threads"
+    arithmetic = f"{str(dtype).removeprefix('torch.')}, {'triton' if on_cuda else ops.CPU_BACKEND} operators"
     log.info("fastdistil %s, torch %s, %s", __version__, torch.__version__, engine)
     log.info("%d x %s, %s", place.num_devices, device, arithmetic)
     log.info("attention: %s", ", ".join(_attention_backends(resolved, place, dtype)))
@@ -478,9 +444,7 @@ def say_what_runs(
     log.info("student: %s from %s", _size(student), layers if resolved.layers else "random weights")
     plan, first = text.plan, text.plan.update(0)
     held_out = meta.num_sequences - len(plan.lengths)
-    log.info(
-        f"text: {meta.num_tokens:,} tokens in {meta.num_sequences:,} sequences, {held_out:,} held out"
-    )
+    log.info(f"text: {meta.num_tokens:,} tokens in {meta.num_sequences:,} sequences, {held_out:,} held out")
     count, sequences = len(first.slots), sum(len(s.sequences) for s in first.slots)
     log.info(
         f"{text.num_updates:,} updates of {count} micro-batches of {plan.token_budget:,} tokens; "
@@ -505,8 +469,7 @@ def _attention_backends(resolved: Resolved, place: Place, dtype: torch.dtype) ->
         models["teacher"] = 0.0, engine.teacher_dtype(resolved.config, place.device)
     asked = resolved.config.engine.attention
     return [
-        f"{ops.resolve_backend(asked, place.device, dropout_p=p, dtype=d)} ({name})"
-        for name, (p, d) in models.items()
+        f"{ops.resolve_backend(asked, place.device, dropout_p=p, dtype=d)} ({name})" for name, (p, d) in models.items()
     ]
 
 

@@ -96,9 +96,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
         compute = engine.Bf16Compute(objective)
     update = asked.update - 1
     if state["update"] != update and not _skipped_since(state, asked):
-        print(
-            f"weights of update {state['update']}: before update {asked.update} the run's were others"
-        )
+        print(f"weights of update {state['update']}: before update {asked.update} the run's were others")
     step = text.plan.update(update)
     broken = 0
     for k, slot in enumerate(step.slots):
@@ -124,9 +122,7 @@ def _skipped_since(state: dict[str, Any], asked: ReplayConfig) -> bool:
     return 0 <= state["update"] - asked.update < state.get("skipped", 0)
 
 
-def diagnosis(
-    objective: "Objective", batch: "MicroBatch", hints: "TeacherOutput | None", sums: "Tensor"
-) -> list[str]:
+def diagnosis(objective: "Objective", batch: "MicroBatch", hints: "TeacherOutput | None", sums: "Tensor") -> list[str]:
     """What of a micro-batch is not finite, from its inputs to its gradients."""
     import torch
 

@@ -161,11 +161,7 @@ def _facts(run: Run) -> dict[str, str]:
         "tokens/s, median": f"{statistics.median(speeds):,.0f}" if speeds else none,
         "MFU, median": f"{statistics.median(mfu):.1%}" if mfu else none,
         "training time": _duration(
-            sum(
-                line["tokens"] / line["tokens_per_s"]
-                for line in run.train
-                if "tokens_per_s" in line
-            )
+            sum(line["tokens"] / line["tokens_per_s"] for line in run.train if "tokens_per_s" in line)
         )
         if speeds
         else none,
@@ -181,9 +177,7 @@ def _size(sizes: dict[str, Any]) -> str:
         model = Architecture(**sizes)
     except (TypeError, ValueError):
         return "unknown"
-    return (
-        f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_parameters:,} parameters"
-    )
+    return f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_parameters:,} parameters"
 
 
 def _duration(seconds: float) -> str:
@@ -219,10 +213,7 @@ def _plots(runs: list[Run]) -> list[tuple[str, str]]:
     for key, title in titles.items():
         series = {}
         for run in runs:
-            for split, line in (
-                ("", stretches(run.train, key)),
-                (", validation", _points(run, key)),
-            ):
+            for split, line in (("", stretches(run.train, key)), (", validation", _points(run, key))):
                 if line[0]:
                     series[run.name + split] = line
         if series:

@@ -85,9 +85,7 @@ class StudyConfig:
                 f"--variants must be distilbert and others of {' '.join(VARIANTS)}, got {' '.join(self.variants)}"
             )
         if self.jobs > 1 and self.launcher:
-            raise ValueError(
-                f"--launcher {self.launcher!r} takes the devices of several --jobs: give one of the two"
-            )
+            raise ValueError(f"--launcher {self.launcher!r} takes the devices of several --jobs: give one of the two")
         if self.teacher is not None and self.teacher_options:
             raise ValueError("--teacher-options has no effect with --teacher: give one of the two")
 
@@ -204,16 +202,7 @@ class Study:
 
     def _evaluate(self, name: str, model: Path, seed: int) -> None:
         config = self.config
-        options = (
-            "--task",
-            *config.tasks,
-            "--data",
-            config.data,
-            "--first-seed",
-            seed,
-            "--seeds",
-            1,
-        )
+        options = ("--task", *config.tasks, "--data", config.data, "--first-seed", seed, "--seeds", 1)
         result = self.out / "scores" / f"{name}.json"
         result.parent.mkdir(exist_ok=True)
         words = (model, *options, "--out", result, *shlex.split(config.evaluate_options))
@@ -302,11 +291,7 @@ class Study:
 def gather(config: StudyConfig, teacher: Path) -> dict[str, Any]:
     """What the steps that are done have measured, as OUT/study.json holds it; study_tables.py reads nothing else."""
     out = config.out
-    names = {
-        f"{variant}-{seed}": (variant, seed)
-        for seed in range(1, config.seeds + 1)
-        for variant in config.variants
-    }
+    names = {f"{variant}-{seed}": (variant, seed) for seed in range(1, config.seeds + 1) for variant in config.variants}
     runs = {
         name: {"variant": variant, "seed": seed, **_curves(out / "runs" / name)}
         for name, (variant, seed) in names.items()
@@ -323,8 +308,7 @@ def gather(config: StudyConfig, teacher: Path) -> dict[str, Any]:
             for task, found in record["tasks"].items()
         }
         scores[path.stem] = {
-            task: next(iter(found["seeds"].values()))["score"]
-            for task, found in record["tasks"].items()
+            task: next(iter(found["seeds"].values()))["score"] for task, found in record["tasks"].items()
         }
     efficiency = out / "efficiency.json"
     wanted = len(names) + config.seeds + len(config.variants) * (config.points - 1)
@@ -349,18 +333,14 @@ def _curves(run: Path) -> dict[str, Any]:
         if record["split"] == "train":
             tokens, update = tokens + record["tokens"], record["update"]
         else:
-            validations.append(
-                {k: v for k, v in record.items() if k != "split"} | {"tokens": tokens}
-            )
+            validations.append({k: v for k, v in record.items() if k != "split"} | {"tokens": tokens})
     return {"tokens": tokens, "updates": update, "validations": validations}
 
 
 def _parse(arguments: list[str]) -> Config:
     """The configuration that fastdistil.pretrain would make of these words; a mistake ends the program as it does there."""
     recipe, *options = arguments
-    return tyro.cli(
-        Config, args=options, default=RECIPES[recipe](), prog="--options of fastdistil.pretrain"
-    )
+    return tyro.cli(Config, args=options, default=RECIPES[recipe](), prog="--options of fastdistil.pretrain")
 
 
 def _cores(jobs: int) -> int:

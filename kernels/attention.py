@@ -42,9 +42,7 @@ from .flash import LOG2_E, TILE_ROWS, attention_forward
 from .flash_tiles import MAX_HEAD_DIM
 
 AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
-CHUNK_SCORES = (
-    2**18
-)  # 1 MiB of fp32, a core's L2: 2^16 to 2^22 differ by less than this machine's noise
+CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2: 2^16 to 2^22 differ by less than this machine's noise
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,9 +65,7 @@ class SequenceLayout:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SequenceLayout":
         """The same layout with its tensors on `device`."""
         cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return replace(
-            self, cu_seqlens=cu_seqlens, tiles=self.tiles.to(device, non_blocking=non_blocking)
-        )
+        return replace(self, cu_seqlens=cu_seqlens, tiles=self.tiles.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SequenceLayout":
         """The same layout in pinned memory, from which copies to a GPU are asynchronous."""
@@ -77,11 +73,7 @@ class SequenceLayout:
 
 
 def sequence_layout(
-    lengths: Sequence[int],
-    device: torch.device | str = "cpu",
-    *,
-    sequence_step: int = 1,
-    tile_step: int = 1,
+    lengths: Sequence[int], device: torch.device | str = "cpu", *, sequence_step: int = 1, tile_step: int = 1
 ) -> SequenceLayout:
     """The layout of sequences of `lengths` tokens, in order and the trailing pad included.
 
@@ -103,9 +95,7 @@ def sequence_layout(
     place_T = np.arange(sequence_T.size) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
     start_T = bounds[sequence_T]
     tile_T3 = np.zeros((-(-sequence_T.size // tile_step) * tile_step, 3), np.int32)
-    tile_T3[: sequence_T.size] = np.stack(
-        [start_T, bounds[sequence_T + 1], start_T + TILE_ROWS * place_T], axis=1
-    )
+    tile_T3[: sequence_T.size] = np.stack([start_T, bounds[sequence_T + 1], start_T + TILE_ROWS * place_T], axis=1)
     cu_seqlens = np.pad(bounds.astype(np.int32), (0, -length_S.size % sequence_step), mode="edge")
     changes = np.flatnonzero(np.diff(length_S, prepend=-1))  # first sequence of every run
     counts = np.diff(changes, append=length_S.size)
@@ -120,12 +110,7 @@ def sequence_layout(
 
 
 def attention_reference(
-    qkv_N3HD: Tensor,
-    layout: SequenceLayout,
-    *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    stream: int = 0,
+    qkv_N3HD: Tensor, layout: SequenceLayout, *, dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0
 ) -> Tensor:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs): (N, H, Dh) in that dtype."""
     qkv = qkv_N3HD.to(torch.promote_types(qkv_N3HD.dtype, torch.float32))
@@ -223,9 +208,7 @@ def _sdpa_by_run(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> 
     # split, not slices: its backward is one concatenation; that of a slice fills a whole (N, 3, H,
     # Dh) with zeros.
     for (batch, length), rows in zip(layout.runs, qkv_N3HD.split(sizes), strict=True):
-        q_BHLD, k_BHLD, v_BHLD = rows.view(batch, length, 3, num_heads, head_dim).permute(
-            2, 0, 3, 1, 4
-        )
+        q_BHLD, k_BHLD, v_BHLD = rows.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
         out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, dropout_p=dropout_p)
         outputs.append(out_BHLD.transpose(1, 2).reshape(batch * length, num_heads, head_dim))
     return torch.cat(outputs)
@@ -235,17 +218,11 @@ def _sdpa_by_run(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> 
 def _flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
     from flash_attn import flash_attn_varlen_qkvpacked_func  # pyright: ignore[reportMissingImports]
 
-    return flash_attn_varlen_qkvpacked_func(
-        qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p
-    )
+    return flash_attn_varlen_qkvpacked_func(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p)
 
 
 def resolve_backend(
-    backend: AttentionBackend,
-    device: torch.device | str,
-    *,
-    dropout_p: float = 0.0,
-    dtype: torch.dtype | None = None,
+    backend: AttentionBackend, device: torch.device | str, *, dropout_p: float = 0.0, dtype: torch.dtype | None = None
 ) -> Literal["fused", "sdpa", "flash-attn"]:
     """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
 
@@ -266,9 +243,7 @@ def resolve_backend(
     if backend == "auto":
         return "sdpa" if device_type == "cpu" and dropout_p == 0 else "fused"
     if backend not in ("fused", "sdpa", "flash-attn"):
-        raise ValueError(
-            f"attention wants backend auto, fused, sdpa or flash-attn, got {backend!r}"
-        )
+        raise ValueError(f"attention wants backend auto, fused, sdpa or flash-attn, got {backend!r}")
     if backend == "flash-attn":
         if device_type != "cuda" or dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(
@@ -329,9 +304,7 @@ def attention(
     if chosen == "flash-attn":
         return _flash_attn(qkv_N3HD, layout, dropout_p)
     if dtype not in DTYPES:
-        raise ValueError(
-            f"attention wants fp32, bf16 or fp16, got {dtype}: convert it, or use backend sdpa"
-        )
+        raise ValueError(f"attention wants fp32, bf16 or fp16, got {dtype}: convert it, or use backend sdpa")
     by_triton = device.type in TRITON_DEVICES
     if by_triton and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
         raise ValueError(

@@ -22,17 +22,12 @@ EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
 MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps
 
 
-def cosine_loss_reference(
-    student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None
-) -> Tensor:
+def cosine_loss_reference(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None) -> Tensor:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs)."""
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
     index = torch.arange(student_ND.shape[0], device=student_ND.device)
     loss = F.cosine_embedding_loss(
-        student_ND.to(dtype),
-        teacher_ND.detach().to(dtype),
-        torch.ones_like(index),
-        reduction="none",
+        student_ND.to(dtype), teacher_ND.detach().to(dtype), torch.ones_like(index), reduction="none"
     )
     return loss.sum() if num_rows is None else torch.where(index < num_rows, loss, 0.0).sum()
 
@@ -117,9 +112,7 @@ def _backward(ctx, grad_rows, _grad_dstudent):
 cosine_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
-def cosine_loss(
-    student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None
-) -> Tensor:
+def cosine_loss(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None) -> Tensor:
     """0-dim fp32: the sum over rows of 1 - cos(student, teacher). Divide by the tokens that count.
 
     Args:
@@ -140,9 +133,7 @@ def cosine_loss(
     if student_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"cosine_loss wants fp32, bf16 or fp16, got {student_ND.dtype}")
     if not 1 <= student_ND.shape[1] <= MAX_WIDTH:
-        raise ValueError(
-            f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[1]}"
-        )
+        raise ValueError(f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[1]}")
     if num_rows is not None and (num_rows.ndim or num_rows.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
             f"cosine_loss wants num_rows as a 0-dim int32 or int64 tensor, got {num_rows.dtype} of "

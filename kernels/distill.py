@@ -79,9 +79,7 @@ def distill_loss_reference(
     agree = (student == student.amax(-1, True)) & (teacher == teacher.amax(-1, True))
     kd_sum, mlm_sum = torch.where(real, kd, 0.0).sum(), mlm.sum()
     loss = kd_scale * kd_sum + mlm_scale * mlm_sum
-    return DistillLoss(
-        loss, kd_sum.detach(), mlm_sum.detach(), (agree.any(-1) & real).sum().float()
-    )
+    return DistillLoss(loss, kd_sum.detach(), mlm_sum.detach(), (agree.any(-1) & real).sum().float())
 
 
 def _real_rows(rows: Tensor, num_rows: Tensor | None, first_row: int) -> Tensor:
@@ -141,10 +139,7 @@ def _distill_kernel(
     z_label = tl.load(s_row + label, mask=inside, other=float("nan")).to(tl.float32)
 
     c = LOG2E / temperature
-    s_max, t_max = (
-        tl.full((LANES,), NO_COLUMN, tl.float32),
-        tl.full((LANES,), NO_COLUMN, tl.float32),
-    )
+    s_max, t_max = (tl.full((LANES,), NO_COLUMN, tl.float32), tl.full((LANES,), NO_COLUMN, tl.float32))
     s_total, t_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for start in range(0, width, step):
         z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last")
@@ -190,9 +185,7 @@ def _distill_kernel(
     tl.store(out_ptr + 2 * N + row, tl.where(tl.max(nearest, axis=0) == 0.0, 1.0, 0.0))
 
 
-@torch.library.custom_op(
-    "fastdistil::distill_rows", mutates_args=("dstudent",), device_types=TRITON_DEVICES
-)
+@torch.library.custom_op("fastdistil::distill_rows", mutates_args=("dstudent",), device_types=TRITON_DEVICES)
 def distill_rows(
     student: Tensor,
     teacher: Tensor,
@@ -349,9 +342,7 @@ def distill_loss(
             f"{teacher_NV.dtype}: convert one of them"
         )
     if vocab_size > student_NV.shape[1]:
-        raise ValueError(
-            f"distill_loss: vocab_size {vocab_size} is more than the {student_NV.shape[1]} columns"
-        )
+        raise ValueError(f"distill_loss: vocab_size {vocab_size} is more than the {student_NV.shape[1]} columns")
     needs_grad = torch.is_grad_enabled() and student_NV.requires_grad
     loss, sums, _ = _distill(
         student_NV, teacher_NV.detach(), labels_N, num_rows, float(temperature), float(kd_scale),
@@ -361,12 +352,7 @@ def distill_loss(
 
 
 def check_operands(
-    op: str,
-    student: Tensor,
-    labels: Tensor,
-    temperature: float,
-    vocab_size: int,
-    num_rows: Tensor | None,
+    op: str, student: Tensor, labels: Tensor, temperature: float, vocab_size: int, num_rows: Tensor | None
 ) -> None:
     """Raises ValueError naming `op` unless what the two public losses share fits together."""
     if student.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -375,8 +361,7 @@ def check_operands(
         raise ValueError(f"{op} wants at least one row, got none")
     if labels.shape != student.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"{op} wants int64 labels of shape ({student.shape[0]},), got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}"
+            f"{op} wants int64 labels of shape ({student.shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
@@ -389,6 +374,4 @@ def check_operands(
         )
     for name, tensor in (("labels", labels), ("num_rows", num_rows)):
         if tensor is not None and tensor.device != student.device:
-            raise ValueError(
-                f"{op} wants everything on {student.device}, got {name} on {tensor.device}"
-            )
+            raise ValueError(f"{op} wants everything on {student.device}, got {name} on {tensor.device}")

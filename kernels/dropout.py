@@ -51,9 +51,7 @@ def keys_reference(seed: Tensor, stream: int, side: int, heads: Tensor, index: T
     return c0
 
 
-def keep_reference(
-    seed: Tensor, stream: int, dropout_p: float, heads: Tensor, rows: Tensor, columns: Tensor
-) -> Tensor:
+def keep_reference(seed: Tensor, stream: int, dropout_p: float, heads: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The definition of the mask: (H, R, C) bool, True where an element is kept, for these indices."""
     low = 0xFFFFFFFF
     row_HR = keys_reference(seed, stream, 0, heads, rows)
@@ -87,13 +85,9 @@ def _keys_kernel(seed_ptr, out_ptr, N, stream, H: tl.constexpr, BLOCK: tl.conste
     head = tl.program_id(1)
     seed = tl.load(seed_ptr)
     at = out_ptr + head.to(tl.int64) * N + index
-    tl.store(
-        at, keys(seed, stream, ROW_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N
-    )
+    tl.store(at, keys(seed, stream, ROW_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N)
     at += H * tl.cast(N, tl.int64)
-    tl.store(
-        at, keys(seed, stream, COLUMN_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N
-    )
+    tl.store(at, keys(seed, stream, COLUMN_SIDE, head, index).to(tl.int32, bitcast=True), mask=index < N)
 
 
 def row_and_column_keys(seed: Tensor, stream: int, num_heads: int, num_tokens: int) -> Tensor:
@@ -195,9 +189,7 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
     return _dropout(x_ND, seed, stream, dropout_p)
 
 
-def check_dropout(
-    operator: str, x: Tensor, seed: Tensor | None, stream: int, dropout_p: float
-) -> None:
+def check_dropout(operator: str, x: Tensor, seed: Tensor | None, stream: int, dropout_p: float) -> None:
     """ValueError if the arguments of an operator with dropout do not fit."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{operator}: dropout_p must be at least 0 and below 1, got {dropout_p}")

@@ -77,9 +77,7 @@ def _store_rows(ptr, at, x, num_left, D: tl.constexpr):
 
 @triton.jit
 def _numbers(ptr, index, num_left, other, MASKED: tl.constexpr):
-    return (
-        tl.load(ptr + index, mask=index < num_left, other=other) if MASKED else tl.load(ptr + index)
-    )
+    return tl.load(ptr + index, mask=index < num_left, other=other) if MASKED else tl.load(ptr + index)
 
 
 @triton.jit
@@ -327,9 +325,7 @@ def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES
-)
+@torch.library.custom_op("fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES)
 def attention_forward(
     qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
@@ -352,9 +348,7 @@ def _(qkv, tiles, seed, stream, dropout_p):
     return qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "fastdistil::attention_backward", mutates_args=(), device_types=TRITON_DEVICES
-)
+@torch.library.custom_op("fastdistil::attention_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     seed: Tensor | None, stream: int, dropout_p: float,
@@ -390,9 +384,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, _dlse):
     qkv, out, lse, tiles, seed = ctx.saved_tensors
-    dqkv = attention_backward(
-        dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p
-    )
+    dqkv = attention_backward(dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p)
     return dqkv, None, None, None, None
 
 

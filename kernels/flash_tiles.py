@@ -7,9 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-MAX_HEAD_DIM = (
-    128  # two accumulators and two operands of a wider head leave no registers on any of the GPUs
-)
+MAX_HEAD_DIM = 128  # two accumulators and two operands of a wider head leave no registers on any of the GPUs
 # The next block's loads fly while one computes. A third stage takes shared memory and changes nothing else in the code.
 NUM_STAGES = 2
 

@@ -25,9 +25,7 @@ from .gelu import SQRT_HALF
 E4M3_MAX, LEAST_AMAX = tl.constexpr(448.0), tl.constexpr(1e-12)
 
 
-def quantise_rows_reference(
-    x_ND: Tensor, gelu_bias_D: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quantise_rows_reference(x_ND: Tensor, gelu_bias_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition, in fp32 PyTorch."""
     y = x_ND.float()
     if gelu_bias_D is not None:
@@ -90,9 +88,7 @@ def quantise_rows(x_ND: Tensor, gelu_bias_D: Tensor | None = None) -> tuple[Tens
         raise ValueError(f"quantise_rows wants (N, D) with D of 1 or more, got {tuple(x_ND.shape)}")
     if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"quantise_rows wants fp32, bf16 or fp16, got {x_ND.dtype}")
-    if gelu_bias_D is not None and (
-        gelu_bias_D.shape != x_ND.shape[1:] or gelu_bias_D.dtype != x_ND.dtype
-    ):
+    if gelu_bias_D is not None and (gelu_bias_D.shape != x_ND.shape[1:] or gelu_bias_D.dtype != x_ND.dtype):
         raise ValueError(
             f"quantise_rows wants a bias of shape {tuple(x_ND.shape[1:])} and {x_ND.dtype}, got {tuple(gelu_bias_D.shape)} "
             f"and {gelu_bias_D.dtype}: convert the module to the dtype of its input"

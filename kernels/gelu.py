@@ -81,9 +81,7 @@ def _(x, bias):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(
-    "fastdistil::bias_gelu_backward", mutates_args=(), device_types=TRITON_DEVICES
-)
+@torch.library.custom_op("fastdistil::bias_gelu_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, dbias)."""
     N, width = x.shape
@@ -123,9 +121,7 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
         ValueError: on shapes or dtypes that do not fit.
     """
     if x_NF.ndim != 2 or bias_F.shape != x_NF.shape[1:]:
-        raise ValueError(
-            f"bias_gelu wants (N, F) and (F,), got {tuple(x_NF.shape)} and {tuple(bias_F.shape)}"
-        )
+        raise ValueError(f"bias_gelu wants (N, F) and (F,), got {tuple(x_NF.shape)} and {tuple(bias_F.shape)}")
     if x_NF.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"bias_gelu wants fp32, bf16 or fp16, got {x_NF.dtype}")
     if bias_F.dtype != x_NF.dtype:

@@ -24,22 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
-from .dropout import (
-    COLUMN_SIDE,
-    ROW_SIDE,
-    check_dropout,
-    dropout,
-    keep,
-    keep_reference,
-    keys,
-    threshold,
-)
+from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_reference, keys, threshold
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
 ROWS_PER_PROGRAM = 32  # a program draws its column keys once for them; 512 programs at 16,384 rows
-MAX_PROGRAMS = (
-    1024  # beyond, programs take more rows: the partial sums stay below 6 MB at width 768
-)
+MAX_PROGRAMS = 1024  # beyond, programs take more rows: the partial sums stay below 6 MB at width 768
 
 
 def dropout_add_layernorm_reference(
@@ -54,9 +43,7 @@ def dropout_add_layernorm_reference(
     stream: int = 0,
 ) -> Tensor:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs), in that dtype."""
-    x, weight, bias = (
-        t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, weight_D, bias_D)
-    )
+    x, weight, bias = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, weight_D, bias_D))
     if seed is not None and dropout_p > 0:
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
         kept = keep_reference(seed, stream, dropout_p, torch.zeros_like(rows[:1]), rows, columns)
@@ -165,11 +152,7 @@ def tile(width: int, itemsize: int) -> dict[str, int]:
     within a thread, and the two sums of a row cross four warps.
     """
     block = triton.next_power_of_2(width)
-    return {
-        "ROWS": max(1, 4096 // (itemsize * block)),
-        "BLOCK_D": block,
-        "num_warps": max(4, block // 256),
-    }
+    return {"ROWS": max(1, 4096 // (itemsize * block)), "BLOCK_D": block, "num_warps": max(4, block // 256)}
 
 
 def _launch(kernel, x: Tensor, *arguments) -> None:
@@ -185,9 +168,7 @@ def _rows_per_program(num_rows: int, rows: int) -> int:
     return triton.cdiv(wanted, rows) * rows
 
 
-@torch.library.custom_op(
-    "fastdistil::dropout_add_layernorm", mutates_args=(), device_types=TRITON_DEVICES
-)
+@torch.library.custom_op("fastdistil::dropout_add_layernorm", mutates_args=(), device_types=TRITON_DEVICES)
 def layernorm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
@@ -209,9 +190,7 @@ def _(x, residual, weight, bias, eps, seed, stream, dropout_p):
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op(
-    "fastdistil::dropout_add_layernorm_backward", mutates_args=(), device_types=TRITON_DEVICES
-)
+@torch.library.custom_op("fastdistil::dropout_add_layernorm_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def layernorm_backward(
     dout: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
     seed: Tensor | None, stream: int, dropout_p: float,

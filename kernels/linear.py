@@ -20,9 +20,7 @@ ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_avai
 
 def runs_on_onednn(x: Tensor) -> bool:
     """Whether `linear_product` serves this tensor."""
-    return (
-        x.device.type == "cpu" and x.dtype in ONEDNN_DTYPES and not torch.is_autocast_enabled("cpu")
-    )
+    return x.device.type == "cpu" and x.dtype in ONEDNN_DTYPES and not torch.is_autocast_enabled("cpu")
 
 
 def linear_product(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:

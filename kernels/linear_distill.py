@@ -21,13 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distill import (
-    DistillLoss,
-    check_operands,
-    distill_loss_reference,
-    distill_rows,
-    weighted_sums,
-)
+from .distill import DistillLoss, check_operands, distill_loss_reference, distill_rows, weighted_sums
 from .linear import linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
@@ -99,9 +93,7 @@ def _linear_distill(
         teacher_weight = teacher_weight.to(teacher.dtype)
         teacher_bias = teacher_bias.to(teacher.dtype)
         z_buffer, y_buffer = _buffer(student, chunk, V), _buffer(teacher, chunk, V)
-        dstudent, dweight, dbias = _empty_gradients(
-            student, student_weight, student_bias, needs_grad
-        )
+        dstudent, dweight, dbias = _empty_gradients(student, student_weight, student_bias, needs_grad)
         # One chunk needs no fp32 sum: its product is rounded to the weight's dtype once, by the GEMM.
         one_rounding = chunk == N and student.dtype == student_weight.dtype
         sum_dtype = student.dtype if one_rounding else torch.float32
@@ -255,8 +247,7 @@ def linear_distill_loss(
     check_operands(op, student_ND, labels_N, temperature, vocab_size, num_rows)
     if vocab_size > student_weight_VD.shape[0]:
         raise ValueError(
-            f"{op}: vocab_size {vocab_size} is more than the {student_weight_VD.shape[0]} rows of "
-            f"the weights"
+            f"{op}: vocab_size {vocab_size} is more than the {student_weight_VD.shape[0]} rows of the weights"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{op}: chunk_tokens must be 1 or more, got {chunk_tokens}")

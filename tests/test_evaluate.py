@@ -136,17 +136,7 @@ def test_a_distilbert_reads_pairs(folders, tmp_path):
     for split in ("train", "dev"):
         (tmp_path / f"{split}.tsv").write_text("a\tb\tl\n" + rows)
     table = ["--text-columns", "a", "b", "--label-column", "l"]
-    words = [
-        str(folder),
-        "--task",
-        "table",
-        "--data",
-        str(tmp_path),
-        *table,
-        "--seeds",
-        "1",
-        *QUICK,
-    ]
+    words = [str(folder), "--task", "table", "--data", str(tmp_path), *table, "--seeds", "1", *QUICK]
     assert evaluate.main([*words, "--epochs", "1"]) == 0
     kept = json.loads((folder / "evaluation.json").read_text())  # the default place
     assert kept["tasks"]["table"]["num_train"] == 24
@@ -163,9 +153,7 @@ def test_padding_changes_no_prediction(folders):
     model = finetune.load_model(str(folders[0]), data, settings, seed=1)
     train = finetune.Encoded.texts(tokenizer, data.train, 64)
     finetune.fine_tune(model, train, settings, seed=1, device=torch.device("cpu"))
-    alone, together = (
-        finetune.predict(model, encoded, size, torch.device("cpu")) for size in (1, 60)
-    )
+    alone, together = (finetune.predict(model, encoded, size, torch.device("cpu")) for size in (1, 60))
     assert (alone == together).all()
     assert len(set(alone)) == 2  # or it would say nothing
 
@@ -293,8 +281,6 @@ def test_help_and_mistakes_are_quick():
         times = []
         for _ in range(3):
             begin = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "fastdistil.evaluate", *words], capture_output=True
-            )
+            subprocess.run([sys.executable, "-m", "fastdistil.evaluate", *words], capture_output=True)
             times.append(time.perf_counter() - begin)
         assert min(times) < 2.0  # torch alone takes longer; 0.3 s on a quiet machine

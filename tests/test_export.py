@@ -22,13 +22,7 @@ from tests.support.models import MINILM, one_by_one, packed
 from tests.support.toy import student_of
 
 TEACHER = Architecture(
-    vocab_size=30522,
-    hidden_size=12,
-    num_layers=4,
-    num_heads=2,
-    ffn_size=20,
-    max_positions=32,
-    token_types=2,
+    vocab_size=30522, hidden_size=12, num_layers=4, num_heads=2, ffn_size=20, max_positions=32, token_types=2
 )
 METRICS = [
     {"split": "train", "update": 5, "loss": 9.25, "tokens_per_s": 1e4},
@@ -40,9 +34,7 @@ METRICS = [
 
 def _model(seed):
     """The student as it was after `seed` updates."""
-    return MaskedLM(
-        student_of(TEACHER, num_layers=2), generator=torch.Generator().manual_seed(seed)
-    )
+    return MaskedLM(student_of(TEACHER, num_layers=2), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -89,10 +81,7 @@ def test_the_command(run, tmp_path):
     done = _command(run, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "DistilBertForMaskedLM" in done.stdout
-    assert (
-        f"{student_of(TEACHER, num_layers=2).num_parameters:,} parameters, after update 10"
-        in done.stdout
-    )
+    assert f"{student_of(TEACHER, num_layers=2).num_parameters:,} parameters, after update 10" in done.stdout
     assert sorted(p.name for p in out.iterdir()) == [
         "README.md",
         "config.json",
@@ -164,9 +153,7 @@ def test_an_existing_folder(run, tmp_path):
     out = tmp_path / "student"
     out.mkdir()  # empty: as good as none
     export(ExportConfig(run=run, out=out))
-    with pytest.raises(
-        ValueError, match="exists and is not empty: choose another, or replace it by --overwrite"
-    ):
+    with pytest.raises(ValueError, match="exists and is not empty: choose another, or replace it by --overwrite"):
         export(ExportConfig(run=run, out=out))
     (out / "old").touch()
     export(ExportConfig(run=run, out=out, overwrite=True))
@@ -230,11 +217,7 @@ def test_errors_come_before_torch(tmp_path):
         assert done.returncode == status
         assert message in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        assert (
-            time.perf_counter() - begin < 2
-        )  # 0.4 s on a quiet machine; torch alone takes longer than this
+        assert time.perf_counter() - begin < 2  # 0.4 s on a quiet machine; torch alone takes longer than this
     code = "import sys, fastdistil.export; print('torch' in sys.modules)"
-    imported = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "False"

@@ -379,10 +379,7 @@ def commands(good, tmp_path_factory) -> tuple[Path, str]:
         f"open({str(calls)!r}, 'a').write('audited\\n')\n"
     )
     environment = launch.ENVIRONMENT | dict.fromkeys(SECRETS, SECRET)
-    environment |= {
-        "PYTHONPATH": f"{root / 'site'}{os.pathsep}{launch.ROOT}",
-        "HF_HOME": str(root / "cache"),
-    }
+    environment |= {"PYTHONPATH": f"{root / 'site'}{os.pathsep}{launch.ROOT}", "HF_HOME": str(root / "cache")}
     del environment["HF_HUB_OFFLINE"]  # nothing but the names given keeps it from the hub
     (root / "text.txt").write_text("\n".join(f"w{i} w{i + 1} w{i + 2} w3 w4 w5 w6 w7 w8 w9 w10 w11 w12" for i in range(80)))  # fmt: skip
     (root / "task").mkdir()
@@ -429,8 +426,7 @@ def test_python_calls_nobody_but_this_machine(commands):
 
 
 @pytest.mark.skipif(
-    shutil.which("strace") is None,
-    reason="strace is not installed: what C++ asks of sockets was not seen",
+    shutil.which("strace") is None, reason="strace is not installed: what C++ asks of sockets was not seen"
 )
 def test_nothing_calls_another_machine(commands):
     root, _ = commands

@@ -76,9 +76,7 @@ def test_the_environment_is_no_configuration(path):
 
 
 @pytest.mark.parametrize(
-    "path",
-    [*MODULES, *sorted(ROOT.glob("kernels/*.py")), *sorted(ROOT.glob("benchmarks/*.py"))],
-    ids=lambda p: p.stem,
+    "path", [*MODULES, *sorted(ROOT.glob("kernels/*.py")), *sorted(ROOT.glob("benchmarks/*.py"))], ids=lambda p: p.stem
 )
 def test_no_pickle_and_no_unsafe_load(path):
     """Traps of the file formats: nothing the program reads may run code."""
@@ -86,14 +84,7 @@ def test_no_pickle_and_no_unsafe_load(path):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            assert name not in (
-                "eval",
-                "exec",
-                "os.system",
-                "os.popen",
-                "yaml.load",
-                "yaml.unsafe_load",
-            )
+            assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load")
             assert not name.startswith("pickle.")  # its errors alone have a use
             assert keywords.get("shell", "False") == "False"
             if name.endswith(".from_pretrained"):  # its default asks on the terminal
@@ -114,7 +105,5 @@ def test_kernels_is_a_bare_folder():
 
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, fastdistil; print(sorted({'torch', 'numpy', 'triton', 'deepspeed'} & set(sys.modules)))"
-    got = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert got.stdout.strip() == "[]"

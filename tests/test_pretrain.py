@@ -46,10 +46,7 @@ def losses(run: Path) -> list[tuple]:
     timing = {"tokens_per_s", "mfu"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        tuple(
-            (k, v.hex() if isinstance(v, float) else v) for k, v in line.items() if k not in timing
-        )
-        for line in lines
+        tuple((k, v.hex() if isinstance(v, float) else v) for k, v in line.items() if k not in timing) for line in lines
     ]
 
 
@@ -114,9 +111,7 @@ def test_workers_change_nothing(root, quiet, tmp_path):
     ],
     ids=["plain", "zero-2-of-2-ranks", "zero-3-of-3-ranks-bf16"],
 )
-def test_stopped_by_a_signal_and_resumed_is_bitwise_the_run_that_never_stopped(
-    root, tmp_path, ranks, extra, quiet
-):
+def test_stopped_by_a_signal_and_resumed_is_bitwise_the_run_that_never_stopped(root, tmp_path, ranks, extra, quiet):
     """Stopped mid-epoch at an update that is no multiple of anything; dropout on; metrics, weights and moments bitwise."""
     straight = quiet[0]
     if ranks:
@@ -136,9 +131,7 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_the_run_that_never_stopped(
     assert f"resuming after update {stopped} of 12" in done.stdout
     assert losses(run) == losses(straight)
     assert same(tensors(run, 12), tensors(straight, 12))
-    again = launch.run(
-        *arguments(root, run, resume="auto", **extra), ranks=ranks
-    )  # finished: nothing to do
+    again = launch.run(*arguments(root, run, resume="auto", **extra), ranks=ranks)  # finished: nothing to do
     assert "resuming after update 12 of 12" in again.stdout
     assert losses(run) == losses(straight)
 
@@ -181,50 +174,26 @@ def test_text_to_hugging_face(root, tmp_path):
         "of",
         "green",
     ]
-    text.write_text(
-        "\n".join(" ".join(words[(i * k) % 15] for k in range(5, 40)) for i in range(1, 300))
-    )
-    launch.run(
-        "fastdistil.prepare",
-        text,
-        "--tokenizer",
-        "train:200",
-        "--max-length",
-        64,
-        "--out",
-        tmp_path / "shards",
-    )
+    text.write_text("\n".join(" ".join(words[(i * k) % 15] for k in range(5, 40)) for i in range(1, 300)))
+    launch.run("fastdistil.prepare", text, "--tokenizer", "train:200", "--max-length", 64, "--out", tmp_path / "shards")
     common = [*COMMON, "--data.shards", tmp_path / "shards"]
-    size = options(
-        student__num_layers=2, student__hidden_size=32, student__num_heads=2, student__token_types=2
-    )
+    size = options(student__num_layers=2, student__hidden_size=32, student__num_heads=2, student__token_types=2)
     launch.run("fastdistil.pretrain", "mlm", "--out", tmp_path / "teacher-run", *size, *common)
     launch.run("fastdistil.export", tmp_path / "teacher-run", "--out", tmp_path / "teacher")
     launch.run(
-        "fastdistil.pretrain",
-        "quickstart",
-        "--out",
-        tmp_path / "run",
-        "--teacher.path",
-        tmp_path / "teacher",
-        *common,
+        "fastdistil.pretrain", "quickstart", "--out", tmp_path / "run", "--teacher.path", tmp_path / "teacher", *common
     )
     launch.run("fastdistil.export", tmp_path / "run", "--out", tmp_path / "student")
     import transformers
 
-    model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-        tmp_path / "student", output_loading_info=True
-    )
+    model, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert type(model).__name__ == "DistilBertForMaskedLM"
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
     logits = model(**tokenizer("the cat sat on a [MASK]", return_tensors="pt")).logits
     assert logits.shape[-1] == len(tokenizer)
-    assert (
-        type(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "teacher")).__name__
-        == "BertForMaskedLM"
-    )
+    assert type(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "teacher")).__name__ == "BertForMaskedLM"
 
 
 class TestMistakes:
@@ -233,10 +202,7 @@ class TestMistakes:
     def refused(self, *args: object, ranks: int | None = None) -> str:
         done = launch.run(*args, ok=False, ranks=ranks)
         assert done.returncode == (2 if ranks is None else 1)  # torchrun has its own
-        assert (
-            "Traceback (most recent call last):\n  File"
-            not in done.stderr.split("torch/distributed")[0]
-        )
+        assert "Traceback (most recent call last):\n  File" not in done.stderr.split("torch/distributed")[0]
         return done.stderr
 
     def test_a_teacher_without_a_head(self, root, tmp_path):
@@ -272,9 +238,7 @@ class TestMistakes:
         shards = shutil.copytree(root / "shards", tmp_path / "shards")
         path = shards / "shard-00001.tokens"
         path.write_bytes(path.read_bytes()[:-2])
-        assert "shard-00001.tokens has" in self.refused(
-            *arguments(root, tmp_path / "run", data__shards=shards)
-        )
+        assert "shard-00001.tokens has" in self.refused(*arguments(root, tmp_path / "run", data__shards=shards))
 
     def test_other_text_at_a_resume(self, root, tmp_path):
         launch.run(*arguments(root, tmp_path / "run"))
@@ -285,9 +249,7 @@ class TestMistakes:
         config = json.loads((tmp_path / "run/config.json").read_text())
         config["config"]["data"]["shards"] = str(shards)
         (tmp_path / "run/config.json").write_text(json.dumps(config))
-        message = self.refused(
-            *arguments(root, tmp_path / "run", data__shards=shards, resume="auto")
-        )
+        message = self.refused(*arguments(root, tmp_path / "run", data__shards=shards, resume="auto"))
         assert "is not the text that the run" in message
 
     def test_zero_without_torchrun(self, root, tmp_path):
@@ -301,20 +263,14 @@ class TestMistakes:
         assert "wants a GPU" in message
 
     def test_flash_attn_on_a_cpu(self, root, tmp_path):
-        run = arguments(
-            root, tmp_path / "run", engine__attention="flash-attn", engine__device="cpu"
-        )
-        assert "flash-attn wants bf16 or fp16 on CUDA, got torch.float32 on cpu" in self.refused(
-            *run
-        )
+        run = arguments(root, tmp_path / "run", engine__attention="flash-attn", engine__device="cpu")
+        assert "flash-attn wants bf16 or fp16 on CUDA, got torch.float32 on cpu" in self.refused(*run)
 
     def test_a_full_disk_leaves_the_run_as_it_was(self, root, tmp_path):
         """A file size limit of 64 kB stops the checkpoint of update 5: said in one line, no half a checkpoint."""
         script = f"ulimit -f 64; trap '' XFSZ; exec {' '.join(launch.command(*arguments(root, tmp_path / 'run', log__tensorboard=''))[:-1])} --log.no-tensorboard"
         script = script.replace("--log.tensorboard", "").replace("  ", " ")
-        done = subprocess.run(
-            ["bash", "-c", script], capture_output=True, text=True, env=launch.ENVIRONMENT
-        )
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=launch.ENVIRONMENT)
         assert done.returncode == 1
         assert "cannot write the checkpoint" in done.stderr
         assert "free" in done.stderr

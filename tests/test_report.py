@@ -18,12 +18,7 @@ STUDENT = {
 def make_run(folder: Path, *, updates: int = 20, validated: bool = True, lr: float = 1e-3, **record) -> Path:  # fmt: skip
     folder.mkdir(parents=True)
     config = {"recipe": "distilbert", "optim": {"lr": lr, "eps": 1e-6}, "out": str(folder)}
-    contents = {
-        "config": config,
-        "student": STUDENT,
-        "teacher": None,
-        "versions": {"torch": "2.13"},
-    }
+    contents = {"config": config, "student": STUDENT, "teacher": None, "versions": {"torch": "2.13"}}
     (folder / "config.json").write_text(json.dumps(contents | record))
     lines = []
     for update in range(1, updates + 1):

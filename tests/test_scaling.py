@@ -18,8 +18,7 @@ def test_what_every_stage_sends(precision):
     line = next(x for x in log.splitlines() if x.startswith("RESULT "))
     for stage, counted in json.loads(line.removeprefix("RESULT ")).items():
         inner, boundary = (
-            sum(HALF_RINGS[kind] * n for kind, n in counted[phase].items())
-            for phase in ("inner", "boundary")
+            sum(HALF_RINGS[kind] * n for kind, n in counted[phase].items()) for phase in ("inner", "boundary")
         )
         num_parameters = counted["num_parameters"]
         want = messages(int(stage), num_parameters, 4 if precision == "fp32" else 2)
@@ -27,9 +26,7 @@ def test_what_every_stage_sends(precision):
             assert counted["inner"] == {}, stage
         # norms and flags are a few bytes; stage 3 gathers its smallest weights (6 %) once an update instead
         assert inner == pytest.approx(want.a_micro_batch, rel=0.05, abs=64), stage
-        assert boundary == pytest.approx(want.a_micro_batch + want.boundary, rel=0.05, abs=64), (
-            stage
-        )
+        assert boundary == pytest.approx(want.a_micro_batch + want.boundary, rel=0.05, abs=64), stage
 
 
 def test_a_ring_by_hand():
@@ -42,12 +39,8 @@ def test_a_ring_by_hand():
 def test_an_update_by_hand():
     link = Link(bytes_per_s=100.0, latency_s=1.0)
     sent = Messages(a_micro_batch=400, boundary=800)
-    seconds = update_s(
-        num_ranks=4, num_micro_batches=10, micro_batch_s=5.0, optimiser_s=0.5, sent=sent, link=link
-    )
-    assert seconds == 3 * (5 + 3 * (1 + 1)) + 0.5 + 3 * (
-        1 + 2
-    )  # ten on four: the slowest has three
+    seconds = update_s(num_ranks=4, num_micro_batches=10, micro_batch_s=5.0, optimiser_s=0.5, sent=sent, link=link)
+    assert seconds == 3 * (5 + 3 * (1 + 1)) + 0.5 + 3 * (1 + 2)  # ten on four: the slowest has three
 
 
 def test_predictions_are_sane():
@@ -62,6 +55,4 @@ def test_predictions_are_sane():
         assert all(by[n, stage]["efficiency"] <= 1 + 1e-9 for n in (2, 4, 8, 16, 32))
         assert by[16, stage]["updates_per_s"] < by[32, stage]["updates_per_s"]
     assert by[8, 1]["updates_per_s"] > by[8, 2]["updates_per_s"]
-    assert (
-        by[32, 1]["efficiency"] < 60 / 64
-    )  # 60 micro-batches on 32 ranks: 4 places of 64 stay empty
+    assert by[32, 1]["efficiency"] < 60 / 64  # 60 micro-batches on 32 ranks: 4 places of 64 stay empty

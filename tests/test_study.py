@@ -23,10 +23,7 @@ OPTIONS = (
 def folders(tmp_path_factory):
     """(shards, teacher, data): data is CoLA's own files, whose texts are words of the toy vocabulary."""
     root = tmp_path_factory.mktemp("study")
-    shards, teacher = (
-        toy.make_shards(root / "shards"),
-        toy.make_teacher(root / "teacher", root / "shards"),
-    )
+    shards, teacher = (toy.make_shards(root / "shards"), toy.make_teacher(root / "teacher", root / "shards"))
     for split, count in (("train", 40), ("dev", 20)):
         file = root / "data" / "cola" / f"{split}.tsv"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +69,7 @@ def test_every_step_is_done_and_measured(finished):
     assert measured["complete"] == "2 of 2 pre-trainings, 5 of 5 evaluations"
     runs = measured["runs"]
     assert runs.keys() == {"distilbert-1", "no-teacher-1"}
-    assert {r["updates"] for r in runs.values()} == {
-        5
-    }  # 2560 tokens of 512 an update: not a whole number of `points`
+    assert {r["updates"] for r in runs.values()} == {5}  # 2560 tokens of 512 an update: not a whole number of `points`
     assert runs["distilbert-1"]["tokens"] == runs["no-teacher-1"]["tokens"] > 2250
     assert set(measured["scores"]) == {
         "teacher-1", "distilbert-1", "no-teacher-1", "distilbert-1-at-3", "no-teacher-1-at-3",
@@ -181,9 +176,7 @@ def test_jobs_share_cores_and_gpus(monkeypatch):
     monkeypatch.setattr(study.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert study._devices(1) == [{}]
-    assert study._devices(4) == [
-        {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in "5757"
-    ]
+    assert study._devices(4) == [{"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in "5757"]
 
 
 def test_a_variant_is_refused_by_name():

@@ -52,12 +52,8 @@ class MicroBatch:
     input_ids: Tensor  # (N,) int64, masked
     position_ids: Tensor  # (N,) int64, 0 on padding
     labels: Tensor  # (N,) int64, the original id where it is predicted, else -100
-    masked_rows: (
-        Tensor  # (num_masked(N),) int64, where labels are, then the first row that has none
-    )
-    num_rows: (
-        Tensor  # () int32, real tokens R, for operators that skip the padding without a host sync
-    )
+    masked_rows: Tensor  # (num_masked(N),) int64, where labels are, then the first row that has none
+    num_rows: Tensor  # () int32, real tokens R, for operators that skip the padding without a host sync
     lengths: tuple[int, ...]  # of all sequences, padding included; they sum to N
     layout: ops.SequenceLayout  # of the same
     num_tokens: int  # R
@@ -66,9 +62,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch with its tensors on `device`, copied asynchronously where memory is pinned."""
-        return replace(
-            self, **{n: getattr(self, n).to(device, non_blocking=True) for n in ON_DEVICE}
-        )
+        return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in ON_DEVICE})
 
     def pin_memory(self) -> "MicroBatch":
         """Called by the DataLoader."""
@@ -180,9 +174,7 @@ class Plan:
     def update(self, update: int) -> UpdatePlan:
         """The plan of update `update` (from 0)."""
         slots = []
-        for index in range(
-            update * self.micro_batches_per_update, (update + 1) * self.micro_batches_per_update
-        ):
+        for index in range(update * self.micro_batches_per_update, (update + 1) * self.micro_batches_per_update):
             epoch = 0
             while index >= self.micro_batches_through(epoch):
                 epoch += 1
@@ -190,12 +182,7 @@ class Plan:
             order, boundaries = self._epoch(epoch)
             if local == len(boundaries) // 2:
                 self._begin(epoch + 1)  # seconds for ten million sequences: not when it is due
-            slots.append(
-                Slot(
-                    order[boundaries[local] : boundaries[local + 1]],
-                    (self.seed, "mask", epoch, local),
-                )
-            )
+            slots.append(Slot(order[boundaries[local] : boundaries[local + 1]], (self.seed, "mask", epoch, local)))
         return _with_counts(slots, self.lengths, self.mask_fraction)
 
     def epoch_of(self, update: int) -> float:
@@ -213,23 +200,15 @@ def _with_counts(slots: list[Slot], lengths: NDArray[np.int32], mask_fraction: f
 
 
 def validation_plan(
-    sequences: NDArray[np.int64],
-    lengths: NDArray[np.int32],
-    *,
-    token_budget: int,
-    mask_fraction: float,
+    sequences: NDArray[np.int64], lengths: NDArray[np.int32], *, token_budget: int, mask_fraction: float
 ) -> UpdatePlan:
     """All validation micro-batches: in order, and with the same masks in every run, so that runs compare."""
     boundaries = cut(lengths[sequences], token_budget)
-    slots = [
-        Slot(sequences[a:b], ("validation", i)) for i, (a, b) in enumerate(pairwise(boundaries))
-    ]
+    slots = [Slot(sequences[a:b], ("validation", i)) for i, (a, b) in enumerate(pairwise(boundaries))]
     return _with_counts(slots, lengths, mask_fraction)
 
 
-def masking_weights(
-    counts: NDArray[np.int64], special_ids: list[int], smoothing: float
-) -> NDArray[np.float64]:
+def masking_weights(counts: NDArray[np.int64], special_ids: list[int], smoothing: float) -> NDArray[np.float64]:
     """(V,) unnormalised probability that a token is drawn: max(count, 1)^-smoothing, 0 for special tokens."""
     weights = np.maximum(counts, 1).astype(np.float64) ** -smoothing
     weights[special_ids] = 0.0
@@ -237,12 +216,7 @@ def masking_weights(
 
 
 def mask(
-    ids: NDArray[np.int64],
-    slot: Slot,
-    *,
-    weights: NDArray[np.float64],
-    mask_id: int,
-    masking: MaskingConfig,
+    ids: NDArray[np.int64], slot: Slot, *, weights: NDArray[np.float64], mask_id: int, masking: MaskingConfig
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(masked ids, sorted indices of the predicted tokens) of one micro-batch's real tokens.
 
@@ -266,15 +240,11 @@ def mask(
     is_mask = share < 1 - masking.keep - masking.random
     is_random = ~is_mask & (share < 1 - masking.keep)
     masked[chosen[is_mask]] = mask_id
-    masked[chosen[is_random]] = (replacement[chosen[is_random]] % np.uint64(len(weights))).astype(
-        np.int64
-    )
+    masked[chosen[is_random]] = (replacement[chosen[is_random]] % np.uint64(len(weights))).astype(np.int64)
     return masked, chosen
 
 
-def usual_most(
-    amounts: NDArray[np.integer], lengths: NDArray[np.integer], token_budget: int
-) -> int:
+def usual_most(amounts: NDArray[np.integer], lengths: NDArray[np.integer], token_budget: int) -> int:
     """What no micro-batch of sequences drawn at random exceeds, but for about one in 10^9, if each has such an amount.
 
     Mean and six standard deviations of a renewal-reward process (Cox 1962, ch. 8), and the padding's own.
@@ -291,14 +261,7 @@ class Collator:
     compiled or captured once serves all. A micro-batch with more, of text that is not in a random order, has twice that.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        counts: NDArray[np.int64],
-        *,
-        token_budget: int,
-        masking: MaskingConfig,
-    ) -> None:
+    def __init__(self, shards: Shards, counts: NDArray[np.int64], *, token_budget: int, masking: MaskingConfig) -> None:
         meta = shards.meta
         self.shards, self.token_budget, self.masking = shards, token_budget, masking
         self.pad_id, self.mask_id = meta.special_ids["pad"], meta.special_ids["mask"]
@@ -311,36 +274,28 @@ class Collator:
     def __call__(self, slot: Slot) -> MicroBatch:
         real = [self.shards.sequence(int(i)) for i in slot.sequences]
         ids = np.concatenate(real).astype(np.int64) if real else np.empty(0, np.int64)
-        masked, chosen = mask(
-            ids, slot, weights=self.weights, mask_id=self.mask_id, masking=self.masking
-        )
+        masked, chosen = mask(ids, slot, weights=self.weights, mask_id=self.mask_id, masking=self.masking)
         num_pad = self.token_budget - len(ids)
         # padding is attended to by itself alone; whole empty micro-batches would cost a square of the budget in one piece
-        pads = [self.max_length] * (num_pad // self.max_length) + [
+        pads = [self.max_length] * (num_pad // self.max_length) + [num_pad % self.max_length] * bool(
             num_pad % self.max_length
-        ] * bool(num_pad % self.max_length)
+        )
         lengths = [len(s) for s in real]
         starts = np.cumsum([0, *lengths[:-1]]) if lengths else np.empty(0, np.int64)
         labels = np.full(self.token_budget, NO_LABEL, np.int64)
         labels[chosen] = ids[chosen]
-        masked_rows = np.full(
-            num_masked(self.token_budget, self.masking.fraction), (labels == NO_LABEL).argmax()
-        )
+        masked_rows = np.full(num_masked(self.token_budget, self.masking.fraction), (labels == NO_LABEL).argmax())
         masked_rows[: len(chosen)] = chosen
         position_ids = np.zeros(self.token_budget, np.int64)
         position_ids[: len(ids)] = np.arange(len(ids)) - np.repeat(starts, lengths)
         return MicroBatch(
-            input_ids=torch.from_numpy(
-                np.concatenate([masked, np.full(num_pad, self.pad_id, np.int64)])
-            ),
+            input_ids=torch.from_numpy(np.concatenate([masked, np.full(num_pad, self.pad_id, np.int64)])),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
             masked_rows=torch.from_numpy(masked_rows),
             num_rows=torch.tensor(len(ids), dtype=torch.int32),
             lengths=(*lengths, *pads),
-            layout=ops.sequence_layout(
-                [*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step
-            ),
+            layout=ops.sequence_layout([*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step),
             num_tokens=len(ids),
             num_masked=len(chosen),
             sequences=tuple(slot.sequences.tolist()),
@@ -351,10 +306,7 @@ def rank_slots(plan: UpdatePlan, *, rank: int, world_size: int) -> list[Slot]:
     """The micro-batches of one rank: dealt in turn. Where the ranks do not divide them the last round has empty ones."""
     rounds = math.ceil(len(plan.slots) / world_size)
     empty = Slot(np.empty(0, np.int64), ("empty",))
-    return [
-        plan.slots[i] if (i := k * world_size + rank) < len(plan.slots) else empty
-        for k in range(rounds)
-    ]
+    return [plan.slots[i] if (i := k * world_size + rank) < len(plan.slots) else empty for k in range(rounds)]
 
 
 class _Slots:
@@ -379,13 +331,7 @@ class _Collated:
 
 
 def micro_batches(
-    plans: Iterator[UpdatePlan],
-    collator: Collator,
-    *,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool,
+    plans: Iterator[UpdatePlan], collator: Collator, *, rank: int, world_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of the given updates, in order, made ahead in `num_workers` processes."""
     loader = DataLoader(

@@ -29,11 +29,7 @@ PIECES_AT_ONCE = 64
 
 
 def build_sequences(
-    ids: "np.ndarray",
-    document_lengths: "np.ndarray",
-    *,
-    special_ids: dict[str, int],
-    max_length: int,
+    ids: "np.ndarray", document_lengths: "np.ndarray", *, special_ids: dict[str, int], max_length: int
 ) -> "Encoded":
     """The sequences of some documents: (tokens, lengths, dropped_short, dropped_unknown).
 

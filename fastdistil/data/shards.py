@@ -87,8 +87,7 @@ def checked(record: Any, kind: type, where: str) -> dict[str, Any]:
             good = isinstance(value, list if wanted == tuple[Shard, ...] else dict)
         if not good:
             raise ValueError(
-                f"{where}: {name}={value!r:.80} is not a valid {getattr(wanted, '__name__', wanted)}: "
-                f"{_REPAIR}"
+                f"{where}: {name}={value!r:.80} is not a valid {getattr(wanted, '__name__', wanted)}: {_REPAIR}"
             )
         fields[name] = value
     return fields
@@ -117,8 +116,7 @@ def read_meta(folder: str | Path) -> Meta:
         )
     fields = checked(record, Meta, str(path))
     fields["shards"] = tuple(
-        Shard(**checked(shard, Shard, f"{path}: shards[{index}]"))
-        for index, shard in enumerate(fields["shards"])
+        Shard(**checked(shard, Shard, f"{path}: shards[{index}]")) for index, shard in enumerate(fields["shards"])
     )
     meta = Meta(**fields)
 
@@ -126,9 +124,7 @@ def read_meta(folder: str | Path) -> Meta:
         if not condition:
             raise ValueError(f"{path}: {message}: {_REPAIR}")
 
-    require(
-        meta.dtype in ("uint16", "uint32"), f"dtype={meta.dtype!r:.80}, wanted uint16 or uint32"
-    )
+    require(meta.dtype in ("uint16", "uint32"), f"dtype={meta.dtype!r:.80}, wanted uint16 or uint32")
     require(0 < meta.vocab_size <= 2**31, f"vocab_size={meta.vocab_size}")
     require(meta.dtype == token_dtype(meta.vocab_size), f"dtype={meta.dtype} with that vocab_size")
     require(3 <= meta.max_length <= 2**31, f"max_length={meta.max_length}")
@@ -178,9 +174,7 @@ class Shards:
     `read_meta` raises, and ValueError with the name of a truncated or edited file.
     """
 
-    def __init__(
-        self, folder: str | Path, *, verify: bool = True, verify_part: tuple[int, int] = (0, 1)
-    ) -> None:
+    def __init__(self, folder: str | Path, *, verify: bool = True, verify_part: tuple[int, int] = (0, 1)) -> None:
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         itemsize = np.dtype(self.meta.dtype).itemsize
@@ -254,10 +248,7 @@ class Shards:
         if not isinstance(counts, np.ndarray) or (counts.dtype, counts.shape) != wanted:
             raise ValueError(f"{path} is not an int64 array of {self.meta.vocab_size}: {_REPAIR}")
         if counts.min() < 0 or counts.sum() != self.meta.num_tokens:
-            raise ValueError(
-                f"{path} counts {counts.sum()} tokens, {META_FILE} says {self.meta.num_tokens}: "
-                f"{_REPAIR}"
-            )
+            raise ValueError(f"{path} counts {counts.sum()} tokens, {META_FILE} says {self.meta.num_tokens}: {_REPAIR}")
         return counts
 
     def _shard_lengths(self, shard: Shard) -> np.ndarray:
@@ -266,8 +257,7 @@ class Shards:
         lengths = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != shard.num_tokens:
             raise ValueError(
-                f"{path} runs from {offsets[0]} to {offsets[-1]}, wanted 0 to {shard.num_tokens}: "
-                f"{_REPAIR}"
+                f"{path} runs from {offsets[0]} to {offsets[-1]}, wanted 0 to {shard.num_tokens}: {_REPAIR}"
             )
         if lengths.min() < 1 or lengths.max() > self.meta.max_length:
             raise ValueError(

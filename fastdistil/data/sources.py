@@ -72,9 +72,7 @@ class Source:
             return {
                 "name": "docs",
                 "packages": {
-                    name: platform.python_version()
-                    if name == "python"
-                    else importlib.metadata.version(name)
+                    name: platform.python_version() if name == "python" else importlib.metadata.version(name)
                     for name in self.packages
                 },
             }
@@ -123,24 +121,14 @@ def _resolve(spec: str) -> Source:
             )
         return Source(spec=spec, kind="files", files=((path.name, path),))
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"source {spec!r} does not exist: wanted a file, a folder, hf:NAME or docs:"
-        )
+        raise FileNotFoundError(f"source {spec!r} does not exist: wanted a file, a folder, hf:NAME or docs:")
     # Sorted by the parts of the name: the order must not depend on the file system or locale.
     found = sorted(
-        (file.relative_to(path).parts, file)
-        for file in path.rglob("*")
-        if _suffix(file) is not None and file.is_file()
+        (file.relative_to(path).parts, file) for file in path.rglob("*") if _suffix(file) is not None and file.is_file()
     )
-    files = tuple(
-        ("/".join(parts), file)
-        for parts, file in found
-        if not any(part.startswith(".") for part in parts)
-    )
+    files = tuple(("/".join(parts), file) for parts, file in found if not any(part.startswith(".") for part in parts))
     if not files:
-        raise ValueError(
-            f"source {spec}: no {' '.join(LINES + JSON_LINES + PARQUET)} file in this folder"
-        )
+        raise ValueError(f"source {spec}: no {' '.join(LINES + JSON_LINES + PARQUET)} file in this folder")
     return Source(spec=spec, kind="files", files=files)
 
 
@@ -224,9 +212,7 @@ def _parquet_documents(path: Path, options: Options) -> Iterator[tuple[str, floa
                 or pyarrow.types.is_large_string(kind)
                 or pyarrow.types.is_string_view(kind)
             ):
-                raise ValueError(
-                    f"{path}: the column {options.text_field!r} is not text but {kind}"
-                )
+                raise ValueError(f"{path}: the column {options.text_field!r} is not text but {kind}")
             num_rows = 0
             total = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=256, columns=[options.text_field]):
@@ -244,9 +230,7 @@ def _hub_documents(name: str, options: Options) -> Iterator[str]:
 
     name, _, config = name.partition(":")
     try:
-        rows = datasets.load_dataset(
-            name, config or None, split=options.split, streaming=options.streaming
-        )
+        rows = datasets.load_dataset(name, config or None, split=options.split, streaming=options.streaming)
     except Exception as error:  # datasets raises its own, the hub's and the file systems' errors
         raise ValueError(
             f"hf:{name}: cannot be loaded ({type(error).__name__}: {error}); check the name, the "
@@ -313,7 +297,5 @@ def _docstrings(path: Path) -> Iterator[str]:
             yield from (
                 inspect.cleandoc(part.value)
                 for part in ast.walk(node.value)
-                if isinstance(part, ast.Constant)
-                and isinstance(part.value, str)
-                and part.value.count("\n") > 2
+                if isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.count("\n") > 2
             )

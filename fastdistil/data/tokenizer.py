@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPECIAL_TOKENS = {
-    "pad": "[PAD]",
-    "unk": "[UNK]",
-    "cls": "[CLS]",
-    "sep": "[SEP]",
-    "mask": "[MASK]",
-}
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 """What BERT calls them; a tokenizer_config.json or special_tokens_map.json may rename them."""
 MIN_VOCAB_SIZE = 128
 """Below it a trained vocabulary is hardly more than an alphabet."""
@@ -49,9 +43,7 @@ def read_vocabulary(source: str | Path) -> list[str]:
         pairs = [
             (index, token)
             for token, index in (
-                vocab.items()
-                if isinstance(vocab, dict)
-                else ((piece[0], index) for index, piece in enumerate(vocab))
+                vocab.items() if isinstance(vocab, dict) else ((piece[0], index) for index, piece in enumerate(vocab))
             )
         ]
         pairs += [(token["id"], token["content"]) for token in record.get("added_tokens", ())]
@@ -112,8 +104,7 @@ def _vocabulary_file(source: Path) -> Path:
         if (source / name).is_file():
             return source / name
     raise FileNotFoundError(
-        f"no tokenizer in {source}: wanted a folder with a tokenizer.json or a vocab.txt, or one "
-        "of these files"
+        f"no tokenizer in {source}: wanted a folder with a tokenizer.json or a vocab.txt, or one of these files"
     )
 
 
@@ -153,9 +144,7 @@ def parse_spec(text: str, *, cased: bool = False) -> Spec:
     if text.startswith("train:"):
         size = text.removeprefix("train:")
         if not size.isdecimal() or not MIN_VOCAB_SIZE <= int(size) <= 2**24:
-            raise ValueError(
-                f"--tokenizer {text}: wanted train:SIZE with a SIZE of {MIN_VOCAB_SIZE} or more"
-            )
+            raise ValueError(f"--tokenizer {text}: wanted train:SIZE with a SIZE of {MIN_VOCAB_SIZE} or more")
         return int(size)
     path = Path(text)
     if path.exists():
@@ -168,8 +157,7 @@ def parse_spec(text: str, *, cased: bool = False) -> Spec:
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or path.suffix in (".json", ".txt"):
         raise FileNotFoundError(
-            f"--tokenizer {text}: no such file or folder, and not a name on the hub; wanted one of "
-            "these or train:SIZE"
+            f"--tokenizer {text}: no such file or folder, and not a name on the hub; wanted one of these or train:SIZE"
         )
     if cased:
         raise ValueError(f"--cased has no effect on {text}, a name on the hub: leave it out")
@@ -202,14 +190,10 @@ def load(path: Path, *, cased: bool = False) -> "Tokenizer":
             tokenizer.no_truncation()
             # Some files do not mark them so, and then `encode_special_tokens` would not see them.
             tokenizer.add_special_tokens(list(special_tokens(path).values()))
-            tokenizer.encode(
-                "a \U0010fffe"
-            )  # fails here rather than in a worker, e.g. without [UNK]
+            tokenizer.encode("a \U0010fffe")  # fails here rather than in a worker, e.g. without [UNK]
         except (KeyboardInterrupt, MemoryError):
             raise
-        except (
-            BaseException
-        ) as error:  # `tokenizers` raises nothing more precise, and a panic is no Exception
+        except BaseException as error:  # `tokenizers` raises nothing more precise, and a panic is no Exception
             raise ValueError(f"{file}: `tokenizers` cannot read it ({error})") from error
         return tokenizer
     config_file = file.parent / "tokenizer_config.json"
@@ -300,10 +284,7 @@ def save(tokenizer: "Tokenizer", folder: Path, *, names: dict[str, str], max_len
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     # not tokenizer.save, which raises a bare Exception on a full disk
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    for file_name, value in (
-        ("tokenizer_config.json", config),
-        ("special_tokens_map.json", specials),
-    ):
+    for file_name, value in (("tokenizer_config.json", config), ("special_tokens_map.json", specials)):
         (folder / file_name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     if word_piece:
         tokens = read_vocabulary(folder / "tokenizer.json")
@@ -340,7 +321,5 @@ def _word_piece(
 
 def _may_continue(character: str) -> bool:
     """Whether BERT's pre-tokenizer leaves the character inside a word, so that "##c" can occur."""
-    punctuation = unicodedata.category(character).startswith("P") or (
-        character.isascii() and not character.isalnum()
-    )
+    punctuation = unicodedata.category(character).startswith("P") or (character.isascii() and not character.isalnum())
     return not punctuation and not 0x4E00 <= ord(character) <= 0x9FFF

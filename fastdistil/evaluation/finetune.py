@@ -54,10 +54,7 @@ class Encoded:
         self.columns = {name: table[name] for name in table if name in MODEL_INPUTS}
         self.lengths = np.array([len(ids) for ids in table["input_ids"]])
         self.labels = labels
-        self.padding = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
+        self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
 
     @classmethod
     def texts(cls, tokenizer: Any, examples: tasks.Examples, max_length: int) -> "Encoded":
@@ -73,22 +70,15 @@ class Encoded:
         inputs = {}
         for name, column in self.columns.items():
             parts = [torch.tensor(column[i]) for i in rows]
-            inputs[name] = torch.nn.utils.rnn.pad_sequence(
-                parts, batch_first=True, padding_value=self.padding[name]
-            )
+            inputs[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=self.padding[name])
         lengths = torch.from_numpy(self.lengths[rows])
         inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         on_cuda = device.type == "cuda"
-        moved = {
-            k: (v.pin_memory() if on_cuda else v).to(device, non_blocking=True)
-            for k, v in inputs.items()
-        }
+        moved = {k: (v.pin_memory() if on_cuda else v).to(device, non_blocking=True) for k, v in inputs.items()}
         return moved, self.labels[rows].T.flatten().to(device)
 
 
-def shuffled(
-    lengths: np.ndarray, batch_size: int, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
+def shuffled(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Rows of the batches of an epoch: shuffled, of similar length within a stretch of 50 batches, so that little is padded."""
     order = rng.permutation(len(lengths))
     stretch = 50 * batch_size
@@ -106,9 +96,7 @@ def pretrained(auto_class: Any, path: str | Path, **changes: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **changes)
     except Exception as error:  # transformers raises whatever a file leads to
-        raise ValueError(
-            f"{path} cannot be loaded by transformers ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{path} cannot be loaded by transformers ({type(error).__name__}: {error})") from error
 
 
 def configuration(path: str | Path) -> Any:
@@ -151,13 +139,7 @@ def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
 
 
 def task_teacher(
-    path: str,
-    tokenizer: Any,
-    data: Any,
-    train: Encoded,
-    settings: Settings,
-    seed: int,
-    device: torch.device,
+    path: str, tokenizer: Any, data: Any, train: Encoded, settings: Settings, seed: int, device: torch.device
 ) -> Any:
     """The teacher of a task: the model in a folder, fine-tuned first if it was saved without a head for it.
 
@@ -166,14 +148,10 @@ def task_teacher(
     import transformers
 
     if data.task.regression:
-        raise ValueError(
-            "--teacher wants a task with classes: a regression has no distribution to imitate"
-        )
+        raise ValueError("--teacher wants a task with classes: a regression has no distribution to imitate")
     theirs = pretrained(transformers.AutoTokenizer, path)
     if theirs.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(
-            f"--teacher {path} has another vocabulary than the model: both must read the same ids"
-        )
+        raise ValueError(f"--teacher {path} has another vocabulary than the model: both must read the same ids")
     config = configuration(path)
     kind = "ForQuestionAnswering" if data.task.spans else "ForSequenceClassification"
     fine_tuned = any(a.endswith(kind) for a in config.architectures or ())
@@ -187,9 +165,7 @@ def task_teacher(
     return teacher
 
 
-def loss_of(
-    logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, settings: Settings
-) -> Tensor:
+def loss_of(logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, settings: Settings) -> Tensor:
     """Mean over the batch: cross-entropy; mean squared error for one column; with a teacher (1 - kd) * CE + kd * T^2 KL(teacher || student)."""
     if logits_BC.shape[1] == 1:
         return F.mse_loss(logits_BC[:, 0].float(), labels_B)
@@ -230,8 +206,7 @@ def fine_tune(
     updates = settings.epochs * math.ceil(len(train.lengths) / settings.batch_size)
     warmup = math.ceil(settings.warmup * updates)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda u: min((u + 1) / max(1, warmup), (updates - u) / max(1, updates - warmup)),
+        optimizer, lambda u: min((u + 1) / max(1, warmup), (updates - u) / max(1, updates - warmup))
     )
     total = torch.zeros((), device=device)
     with tqdm(total=updates, desc=title, disable=not sys.stderr.isatty()) as bar:

@@ -15,10 +15,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, title: str
 ) -> Figure:
     """A line for each name, through its (x, y); few points are marked."""
     figure, axes = _axes(xlabel, ylabel, title)
@@ -38,15 +35,11 @@ def curves(
     return figure
 
 
-def points(
-    rows: Sequence[tuple[str, float, float, float | None]], xlabel: str, ylabel: str, title: str
-) -> Figure:
+def points(rows: Sequence[tuple[str, float, float, float | None]], xlabel: str, ylabel: str, title: str) -> Figure:
     """A named point for each (name, x, y, half the height of its error bar or None)."""
     figure, axes = _axes(xlabel, ylabel, title)
     for i, (name, x, y, error) in enumerate(rows):
-        axes.errorbar(
-            [x], [y], yerr=error, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=name
-        )
+        axes.errorbar([x], [y], yerr=error, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=name)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

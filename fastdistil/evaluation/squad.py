@@ -82,9 +82,7 @@ def _read(path: Path) -> list[Question]:
             for question in paragraph["qas"]
         ]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not SQuAD's JSON (data, paragraphs, qas): {error!r}"
-        ) from error
+        raise ValueError(f"{path} is not SQuAD's JSON (data, paragraphs, qas): {error!r}") from error
 
 
 def _of_row(row: dict[str, Any], where: Path | str) -> Question:
@@ -98,16 +96,12 @@ def _of_row(row: dict[str, Any], where: Path | str) -> Question:
         ) from error
 
 
-def _question(
-    text: str, passage: str, answers: list[tuple[str, int]], where: Path | str
-) -> Question:
+def _question(text: str, passage: str, answers: list[tuple[str, int]], where: Path | str) -> Question:
     if not isinstance(text, str) or not isinstance(passage, str):
         raise TypeError("question and context must be text")
     for answer, start in answers:
         if start < 0 or passage[start : start + len(answer)] != answer:
-            raise ValueError(
-                f"{where}: the answer {answer[:40]!r} is not at character {start} of its passage"
-            )
+            raise ValueError(f"{where}: the answer {answer[:40]!r} is not at character {start} of its passage")
     return Question(text, passage, tuple(a for a, _ in answers), tuple(s for _, s in answers))
 
 
@@ -116,9 +110,7 @@ class Windows(Encoded):
 
     def __init__(self, tokenizer: Any, questions: list[Question], max_length: int) -> None:
         if not tokenizer.is_fast:
-            raise ValueError(
-                "SQuAD wants a tokenizer with character offsets: give a tokenizer.json"
-            )
+            raise ValueError("SQuAD wants a tokenizer with character offsets: give a tokenizer.json")
         self.questions = questions
         longest = max(1, max_length // 6)  # of a question, so that a window holds some passage
         heads = tokenizer(
@@ -129,10 +121,7 @@ class Windows(Encoded):
             return_offsets_mapping=True,
         )["offset_mapping"]
         table = tokenizer(
-            [
-                q.text[: ends[-1][1] if ends else 0]
-                for q, ends in zip(questions, heads, strict=True)
-            ],
+            [q.text[: ends[-1][1] if ends else 0] for q, ends in zip(questions, heads, strict=True)],
             [q.passage for q in questions],
             truncation="only_second",
             max_length=max_length,
@@ -187,15 +176,10 @@ def answer(model: Any, windows: Windows, batch_size: int, device: torch.device) 
                 first, last = int(firsts_B[i]), int(lasts_B[i])
                 passage = windows.questions[question].passage
                 best[question] = scores_B[i], passage[span_L2[first, 0] : span_L2[last, 1]]
-    return [
-        "" if none_allowed and none[question] > found else text
-        for question, (found, text) in enumerate(best)
-    ]
+    return ["" if none_allowed and none[question] > found else text for question, (found, text) in enumerate(best)]
 
 
-def best_spans(
-    starts_BL: Tensor, ends_BL: Tensor, allowed_BL: Tensor
-) -> tuple[list[float], list[int], list[int]]:
+def best_spans(starts_BL: Tensor, ends_BL: Tensor, allowed_BL: Tensor) -> tuple[list[float], list[int], list[int]]:
     """(sums, first tokens, last tokens) of the spans with the highest sum of both logits, of LONGEST_ANSWER tokens at most, in allowed tokens."""
     batch, length = starts_BL.shape
     outside_BL = ~allowed_BL.to(starts_BL.device)

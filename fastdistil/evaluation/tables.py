@@ -51,9 +51,7 @@ def by_seed(study: dict[str, Any], model: str, task: str | None = None) -> dict[
     return found
 
 
-def difference(
-    ours: dict[int, float], other: dict[int, float]
-) -> tuple[float, float | None] | None:
+def difference(ours: dict[int, float], other: dict[int, float]) -> tuple[float, float | None] | None:
     """(mean of ours - other over the seeds that both have, half its 95 % interval); the half is None for one seed."""
     pairs = [ours[seed] - other[seed] for seed in ours.keys() & other.keys()]
     if not pairs:
@@ -109,9 +107,7 @@ def _ablation(study: dict[str, Any]) -> Iterable[str]:
     for model in _rows(study)[2:]:
         cells, total = [], difference(by_seed(study, model), base)
         for task in tasks:
-            cells.append(
-                _change(difference(by_seed(study, model, task), by_seed(study, "distilbert", task)))
-            )
+            cells.append(_change(difference(by_seed(study, model, task), by_seed(study, "distilbert", task))))
         published = f"{PUBLISHED[model]:+.2f}" if model in PUBLISHED else "-"
         rows.append((TITLES[model], _change(total), _verdict(total), *cells, published))
     yield _table(("", "score", "outside the noise", *tasks, "in the paper (GLUE)"), rows)
@@ -151,15 +147,7 @@ def _pretraining(study: dict[str, Any]) -> Iterable[str]:
         tokens = sorted({run["tokens"] for run in ends})
         amount = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
         rows.append((TITLES[variant], len(ends), amount, *cells))
-    head = (
-        "",
-        "seeds",
-        "tokens",
-        "MLM",
-        "KD (T²KL)",
-        "1 - cos",
-        "top-1 agreement with the teacher",
-    )
+    head = ("", "seeds", "tokens", "MLM", "KD (T²KL)", "1 - cos", "top-1 agreement with the teacher")
     yield _table(head, rows)
 
 
@@ -192,17 +180,12 @@ def _plots(out: Path, study: dict[str, Any]) -> Iterable[str]:
             x = [v["tokens"] / 1e6 for v in run["validations"]]
             curves[TITLES[variant]] = (x, [v["mlm"] for v in run["validations"]])
     if curves:
-        figure = plots.curves(
-            curves, "million tokens", "masked-LM loss on held-out text", "Pre-training, first seed"
-        )
+        figure = plots.curves(curves, "million tokens", "masked-LM loss on held-out text", "Pre-training, first seed")
         plots.save_png(figure, out / "loss.png")
         yield "![masked-LM loss against tokens](loss.png)\n"
     if study["settings"]["points"] > 1 and (series := _score_against_tokens(study)):
         figure = plots.curves(
-            series,
-            "million tokens",
-            "score",
-            "Score after fine-tuning, first seed, against tokens of pre-training",
+            series, "million tokens", "score", "Score after fine-tuning, first seed, against tokens of pre-training"
         )
         plots.save_png(figure, out / "score-tokens.png")
         yield "![score against tokens](score-tokens.png)\n"
@@ -216,10 +199,7 @@ def _plots(out: Path, study: dict[str, Any]) -> Iterable[str]:
                 latency = teacher if model == "teacher" else student
                 points.append((TITLES[model], latency, statistics.mean(scores), noise))
         figure = plots.points(
-            points,
-            "CPU latency at batch 1, ms",
-            "score",
-            "Score (± standard deviation over seeds) against latency",
+            points, "CPU latency at batch 1, ms", "score", "Score (± standard deviation over seeds) against latency"
         )
         plots.save_png(figure, out / "score-latency.png")
         yield "![score against latency](score-latency.png)\n"

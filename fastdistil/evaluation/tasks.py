@@ -58,31 +58,20 @@ TASKS: dict[str, Task] = {
         published=(89.0, 86.9),
     ),
     "qqp": Task(
-        layouts=(
-            _pair("question1", "question2"),
-            _pair("question1", "question2", "is_duplicate"),
-        ),
+        layouts=(_pair("question1", "question2"), _pair("question1", "question2", "is_duplicate")),
         metrics=("accuracy", "f1"),
         published=(89.6, 88.5),
     ),
     "mnli": Task(
-        layouts=(
-            _pair("premise", "hypothesis"),
-            _pair("sentence1", "sentence2", "gold_label"),
-        ),
+        layouts=(_pair("premise", "hypothesis"), _pair("sentence1", "sentence2", "gold_label")),
         metrics=("accuracy",),
         published=(86.7, 82.2),
     ),
-    "qnli": Task(
-        layouts=(_pair("question", "sentence"),), metrics=("accuracy",), published=(91.8, 89.2)
-    ),
+    "qnli": Task(layouts=(_pair("question", "sentence"),), metrics=("accuracy",), published=(91.8, 89.2)),
     "rte": Task(layouts=(SENTENCES,), metrics=("accuracy",), published=(69.3, 59.9)),
     "wnli": Task(layouts=(SENTENCES,), metrics=("accuracy",), published=(53.5, 56.3)),
     "imdb": Task(
-        layouts=(Layout(texts=("text",), label="label"),),
-        metrics=("accuracy",),
-        glue=False,
-        published=(93.46, 92.82),
+        layouts=(Layout(texts=("text",), label="label"),), metrics=("accuracy",), glue=False, published=(93.46, 92.82)
     ),
     "squad": Task(  # published: the mean of EM 81.2 and F1 88.5, of 77.7 and 85.8
         layouts=(), metrics=("exact_match", "f1"), spans=True, glue=False, published=(84.85, 81.75)
@@ -197,9 +186,7 @@ def load(name: str, task: Task, source: str) -> TaskData:
             f"{source}: {name} has labels in {held_out} that train has not: {', '.join(map(str, sorted(unknown)[:5]))}"
         )
     if len(order) < 2:
-        raise ValueError(
-            f"{source}: every row of {name} is labelled {train_labels[0]!r}: wanted two classes"
-        )
+        raise ValueError(f"{source}: every row of {name} is labelled {train_labels[0]!r}: wanted two classes")
     return TaskData(
         task,
         Examples(train_texts, [order[label] for label in train_labels]),
@@ -273,9 +260,7 @@ def rows_of(files: list[Path]) -> Any:
                 options |= {"column_names": list(names)}
         return datasets.load_dataset(reader, data_files=paths, split="train", **options)
     except Exception as error:  # its own, pandas' and pyarrow's
-        raise ValueError(
-            f"{', '.join(paths)}: not readable as {reader} ({error.__cause__ or error!r})"
-        ) from error
+        raise ValueError(f"{', '.join(paths)}: not readable as {reader} ({error.__cause__ or error!r})") from error
 
 
 def _names_without_header(path: Path) -> tuple[str, ...] | None:

@@ -49,28 +49,20 @@ class Architecture:
             value = getattr(self, field.name)
             if field.type is bool:
                 if type(value) is not bool or (value and not self.token_types):
-                    raise ValueError(
-                        f"{field.name} must be true or false, and true wants token types, got {value!r}"
-                    )
+                    raise ValueError(f"{field.name} must be true or false, and true wants token types, got {value!r}")
                 continue
             if field.type is int:
                 least = 0 if field.name in ("token_types", "pad_id") else 1
                 if type(value) is not int or value < least:
-                    raise ValueError(
-                        f"{field.name} must be an integer of {least} or more, got {value!r}"
-                    )
+                    raise ValueError(f"{field.name} must be an integer of {least} or more, got {value!r}")
             elif type(value) not in (int, float) or not 0 <= value < 1:
-                raise ValueError(
-                    f"{field.name} must be a number of at least 0 and below 1, got {value!r}"
-                )
+                raise ValueError(f"{field.name} must be a number of at least 0 and below 1, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads must divide hidden_size, got {self.num_heads} heads for a width of {self.hidden_size}"
             )
         if self.pad_id >= self.vocab_size:
-            raise ValueError(
-                f"pad_id must lie below vocab_size {self.vocab_size}, got {self.pad_id}"
-            )
+            raise ValueError(f"pad_id must lie below vocab_size {self.vocab_size}, got {self.pad_id}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -181,13 +173,9 @@ def _refuse_what_is_not_computed(path: Path, config: dict[str, Any]) -> None:
         )
     for flag in ("is_decoder", "add_cross_attention"):
         if config.get(flag):
-            raise ValueError(
-                f"{path}: {flag} must be false, got {config[flag]!r}: only bidirectional encoders"
-            )
+            raise ValueError(f"{path}: {flag} must be false, got {config[flag]!r}: only bidirectional encoders")
     if config.get("tie_word_embeddings", True) is False:
-        raise ValueError(
-            f"{path}: tie_word_embeddings is false: the MLM decoder must be the word embeddings"
-        )
+        raise ValueError(f"{path}: tie_word_embeddings is false: the MLM decoder must be the word embeddings")
 
 
 class FlopsPerToken(NamedTuple):
@@ -209,11 +197,7 @@ class FlopsPerToken(NamedTuple):
 
 
 def flops_per_token(
-    teacher: Architecture | None,
-    student: Architecture,
-    mean_attended_length: float,
-    *,
-    head_fraction: float = 1.0,
+    teacher: Architecture | None, student: Architecture, mean_attended_length: float, *, head_fraction: float = 1.0
 ) -> FlopsPerToken:
     """The cost model of performance.md.
 

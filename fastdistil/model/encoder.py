@@ -46,15 +46,11 @@ class LayerNorm(nn.LayerNorm):
     A module for its two parameters, because ZeRO-3 gathers them only while it runs.
     """
 
-    def __init__(
-        self, architecture: Architecture, *, dropout_p: float = 0.0, stream: int = 0
-    ) -> None:
+    def __init__(self, architecture: Architecture, *, dropout_p: float = 0.0, stream: int = 0) -> None:
         super().__init__(architecture.hidden_size, eps=architecture.layer_norm_eps)
         self.dropout_p, self.stream = dropout_p, stream
 
-    def forward(
-        self, input: Tensor, residual_ND: Tensor | None = None, dropout_seed: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, residual_ND: Tensor | None = None, dropout_seed: Tensor | None = None) -> Tensor:
         if residual_ND is None:
             return ops.layernorm(input, self.weight, self.bias, eps=self.eps)
         return ops.dropout_add_layernorm(
@@ -83,9 +79,7 @@ class EncoderLayer(nn.Module):
         self.attention_out = Linear(width, width)
         # transformers' DistilBERT, which the authors trained, has no dropout here; BERT has.
         self.attention_norm = LayerNorm(
-            architecture,
-            dropout_p=dropout_p if architecture.token_types else 0.0,
-            stream=self.stream + 1,
+            architecture, dropout_p=dropout_p if architecture.token_types else 0.0, stream=self.stream + 1
         )
         self.ffn_in = LinearGelu(width, architecture.ffn_size)
         self.ffn_out = Linear(architecture.ffn_size, width)
@@ -136,25 +130,15 @@ class Encoder(nn.Module):
         self.attention_backend: AttentionBackend = "auto"
         # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random
         # replacement.
-        self.word_embeddings = nn.Embedding(
-            architecture.padded_vocab_size, width, padding_idx=architecture.pad_id
-        )
+        self.word_embeddings = nn.Embedding(architecture.padded_vocab_size, width, padding_idx=architecture.pad_id)
         self.position_embeddings = nn.Embedding(architecture.max_positions, width)
-        self.token_type_embeddings = (
-            nn.Embedding(architecture.token_types, width) if architecture.token_types else None
-        )
+        self.token_type_embeddings = nn.Embedding(architecture.token_types, width) if architecture.token_types else None
         self.embedding_norm = LayerNorm(architecture)
         self.dropout_p = architecture.dropout
-        self.layers = nn.ModuleList(
-            EncoderLayer(architecture, index) for index in range(architecture.num_layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(architecture, index) for index in range(architecture.num_layers))
 
     def forward(
-        self,
-        input_ids_N: Tensor,
-        position_ids_N: Tensor,
-        layout: SequenceLayout,
-        keep: Keep | None = None,
+        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout, keep: Keep | None = None
     ) -> Any:
         """Last hidden states (N, D), in the dtype of the weights; with `keep` a pair of them and a tuple of what is to be kept.
 
@@ -168,12 +152,8 @@ class Encoder(nn.Module):
         if self.token_type_embeddings is not None:
             # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only
             # there.
-            embedded_ND = embedded_ND + self.token_type_embeddings(
-                torch.zeros_like(input_ids_N[:1])
-            )
-        hidden_ND = ops.dropout(
-            self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p
-        )
+            embedded_ND = embedded_ND + self.token_type_embeddings(torch.zeros_like(input_ids_N[:1]))
+        hidden_ND = ops.dropout(self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p)
         outputs: dict[int, Tensor] = {}
         values: Sequence[Tensor] = ()
         for index, layer in enumerate(self.layers):
@@ -208,9 +188,7 @@ class VocabHead(nn.Module):
         self.weight = word_embeddings.weight
         self.bias = nn.Parameter(torch.empty(architecture.padded_vocab_size))
 
-    def forward(
-        self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None
-    ) -> Any:
+    def forward(self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None) -> Any:
         """Logits (N, vocab_size), or whatever `reduce(transformed_ND, weight_VD, bias_V)` returns.
 
         Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it
@@ -229,12 +207,7 @@ class MaskedLM(nn.Module):
     are those of named_parameters(); load_state_dict wants the same keys.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, architecture: Architecture, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.architecture = architecture
         self.encoder = Encoder(architecture)
@@ -255,16 +228,12 @@ class MaskedLM(nn.Module):
         self.encoder.word_embeddings.weight[self.architecture.vocab_size :] = 0.0
         self.encoder.word_embeddings.weight[self.architecture.pad_id] = 0.0
 
-    def forward(
-        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout
-    ) -> Tensor:
+    def forward(self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout) -> Tensor:
         """Logits (N, vocab_size) of every token."""
         return self.head(self.encoder(input_ids_N, position_ids_N, layout))
 
 
-def _drop_tied_weight(
-    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
-) -> None:
+def _drop_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     state.pop(f"{prefix}head.weight", None)
 
 

@@ -76,14 +76,9 @@ _DISTILBERT_HEAD = {
     "head": ("vocab_projector",),
 }
 _ROBERTA_EMBEDDINGS = {
-    ours: tuple(name.replace("bert.", "roberta.") for name in theirs)
-    for ours, theirs in _BERT_EMBEDDINGS.items()
+    ours: tuple(name.replace("bert.", "roberta.") for name in theirs) for ours, theirs in _BERT_EMBEDDINGS.items()
 }
-_ROBERTA_HEAD = {
-    "head.dense": ("lm_head.dense",),
-    "head.norm": ("lm_head.layer_norm",),
-    "head": ("lm_head",),
-}
+_ROBERTA_HEAD = {"head.dense": ("lm_head.dense",), "head.norm": ("lm_head.layer_norm",), "head": ("lm_head",)}
 # Second names of a tensor, by its first. Old files hold them; they must be equal to it.
 _ALIASES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -110,12 +105,7 @@ def _their_names(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     embeddings, layer, head, prefix = {
         "bert": (_BERT_EMBEDDINGS, _BERT_LAYER, _BERT_HEAD, "bert.encoder.layer"),
         "roberta": (_ROBERTA_EMBEDDINGS, _BERT_LAYER, _ROBERTA_HEAD, "roberta.encoder.layer"),
-        "distilbert": (
-            _DISTILBERT_EMBEDDINGS,
-            _DISTILBERT_LAYER,
-            _DISTILBERT_HEAD,
-            "distilbert.transformer.layer",
-        ),
+        "distilbert": (_DISTILBERT_EMBEDDINGS, _DISTILBERT_LAYER, _DISTILBERT_HEAD, "distilbert.transformer.layer"),
     }[architecture.model_type]
     modules: dict[str, tuple[str, ...]] = {**embeddings, **head}
     for i in range(architecture.num_layers):
@@ -125,17 +115,12 @@ def _their_names(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     for ours, theirs in modules.items():
         for kind in ("weight", "bias"):
             # Tables have no bias, and the decoder's weight is the word embeddings.
-            if not (ours.endswith("_embeddings") and kind == "bias") and (ours, kind) != (
-                "head",
-                "weight",
-            ):
+            if not (ours.endswith("_embeddings") and kind == "bias") and (ours, kind) != ("head", "weight"):
                 names[f"{ours}.{kind}"] = tuple(f"{name}.{kind}" for name in theirs)
     return names
 
 
-def load_masked_lm(
-    folder: str | Path, *, need_head: bool, generator: torch.Generator | None = None
-) -> MaskedLM:
+def load_masked_lm(folder: str | Path, *, need_head: bool, generator: torch.Generator | None = None) -> MaskedLM:
     """The model of a Hugging Face folder, in fp32 on the CPU, in training mode.
 
     Reads BertModel, BertForMaskedLM, BertForPreTraining, DistilBertModel, DistilBertForMaskedLM, RobertaModel
@@ -174,15 +159,11 @@ def load_masked_lm(
                     f"{folder}: {name} must be floats of shape {shape} according to config.json, "
                     f"got {found[name].dtype} of shape {tuple(found[name].shape)}"
                 )
-        target.copy_(
-            torch.cat([found[name] for name in theirs])
-        )  # state dict values share the parameters' memory
+        target.copy_(torch.cat([found[name] for name in theirs]))  # state dict values share the parameters' memory
     return model
 
 
-def _refuse_wild_sizes(
-    folder: Path, architecture: Architecture, found: Mapping[str, Tensor]
-) -> None:
+def _refuse_wild_sizes(folder: Path, architecture: Architecture, found: Mapping[str, Tensor]) -> None:
     """Before such a model is made: its memory is bounded by that of the file. Smaller differences are named later."""
     width, vocab_size = architecture.hidden_size, architecture.vocab_size
     held = sum(tensor.numel() for tensor in found.values())
@@ -202,16 +183,12 @@ def _no_head_message(folder: Path) -> str:
     )
 
 
-def _canonical_names(
-    tensors: Mapping[str, Tensor], architecture: Architecture
-) -> dict[str, Tensor]:
+def _canonical_names(tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """The tensors by the names that today's ...ForMaskedLM gives them, without aliases."""
     base = f"{architecture.model_type}."
     found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.replace(".gamma", ".weight").replace(
-            ".beta", ".bias"
-        )  # TensorFlow's, in the first releases
+        name = key.replace(".gamma", ".weight").replace(".beta", ".bias")  # TensorFlow's, in the first releases
         if name.startswith(("embeddings.", "encoder.", "transformer.", "pooler.")):
             name = base + name  # saved from the bare encoder
         if name.startswith(_IGNORED):
@@ -251,9 +228,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         return _read_safetensors(folder / "model.safetensors")
     if index.is_file():
         try:
-            files = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from None
         tensors: dict[str, Tensor] = {}
@@ -273,9 +248,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
         ):
-            raise ValueError(
-                f"{pickled} must hold a state dict, names to tensors, got {type(state).__name__}"
-            )
+            raise ValueError(f"{pickled} must hold a state dict, names to tensors, got {type(state).__name__}")
         return state
     raise ValueError(
         f"no weights in {folder}: wanted model.safetensors, model.safetensors.index.json or pytorch_model.bin"
@@ -314,9 +287,7 @@ def student_from_teacher(
         generator: draws what is fresh; seed 0 if none is given.
     """
     source = teacher.architecture
-    if len(layers) != architecture.num_layers or not all(
-        0 <= i < source.num_layers for i in layers
-    ):
+    if len(layers) != architecture.num_layers or not all(0 <= i < source.num_layers for i in layers):
         raise ValueError(
             f"the layer map must name {architecture.num_layers} layers, one for each of the student's, "
             f"from 0 to {source.num_layers - 1} of the teacher, got {list(layers)}"
@@ -392,9 +363,7 @@ def hugging_face_config(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def hugging_face_state(
-    state: Mapping[str, Tensor], architecture: Architecture
-) -> dict[str, Tensor]:
+def hugging_face_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Our state dict under Hugging Face's names: q, k and v apart, no vocabulary padding.
 
     Every tensor owns its memory and the tied decoder weight appears once, as the word embeddings:
@@ -423,9 +392,7 @@ def write_hugging_face_folder(
     tokenizer, out = Path(tokenizer), Path(out)
     files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
     if not files:
-        raise ValueError(
-            f"no tokenizer in {tokenizer}: wanted at least one of {', '.join(TOKENIZER_FILES)}"
-        )
+        raise ValueError(f"no tokenizer in {tokenizer}: wanted at least one of {', '.join(TOKENIZER_FILES)}")
     config = json.dumps(hugging_face_config(architecture), indent=2, sort_keys=True)
     (out / "config.json").write_text(config + "\n", encoding="utf-8")
     try:

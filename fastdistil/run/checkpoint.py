@@ -92,11 +92,7 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         final.parent.mkdir(parents=True, exist_ok=True)
         require_space(final.parent, num_bytes + 2**20)
         part.mkdir()
-        weights = {
-            k.removeprefix("weight."): v.contiguous()
-            for k, v in tensors.items()
-            if k.startswith("weight.")
-        }
+        weights = {k.removeprefix("weight."): v.contiguous() for k, v in tensors.items() if k.startswith("weight.")}
         moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight.")}
         set_id = uuid.uuid4().hex
         hashes: dict[str, Future[str]] = {}
@@ -113,8 +109,7 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
             for sync in syncs:
                 sync.result()
         files = {
-            name: {"bytes": (part / name).stat().st_size, "sha256": found.result()}
-            for name, found in hashes.items()
+            name: {"bytes": (part / name).stat().st_size, "sha256": found.result()} for name, found in hashes.items()
         }
         manifest = {"set": set_id, "files": files}
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -204,11 +199,7 @@ class Saver:
 def _all(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, whole or not."""
     folder = run / FOLDER
-    found = (
-        [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
-        if folder.is_dir()
-        else []
-    )
+    found = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=_update_of)
 
 
@@ -236,11 +227,7 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
         for name in FILES:
             path, wanted = checkpoint / name, files[name]
             size = path.stat().st_size
-            if (
-                not isinstance(wanted, dict)
-                or wanted.keys() != {"bytes", "sha256"}
-                or size != wanted["bytes"]
-            ):
+            if not isinstance(wanted, dict) or wanted.keys() != {"bytes", "sha256"} or size != wanted["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {wanted}"
             if contents and _sha256(path) != wanted["sha256"]:
                 return f"{name} differs from its SHA-256 in the manifest"
@@ -318,11 +305,7 @@ def load(run: Path, place: ranks.Place) -> Checkpoint | None:
         return None
     state, shapes = header
     for name, shape in shapes:
-        on_device = (
-            tensors[name].to(place.device)
-            if place.is_main
-            else torch.empty(shape, device=place.device)
-        )
+        on_device = tensors[name].to(place.device) if place.is_main else torch.empty(shape, device=place.device)
         tensors[name] = ranks.broadcast_tensor(on_device).cpu()  # a sync, once at the start
     return Checkpoint(tensors, state)
 

@@ -32,12 +32,7 @@ class DataConfig:
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.validation_sequences >= 1,
-            "data.validation_sequences",
-            "1 or more",
-            self.validation_sequences,
-        )
+        _check(self.validation_sequences >= 1, "data.validation_sequences", "1 or more", self.validation_sequences)
         _check(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers)
 
 
@@ -118,16 +113,9 @@ class StudentConfig:
             value = getattr(self, name)
             _check(value is None or value >= 1, f"student.{name}", "1 or more", value)
         for name in ("dropout", "attention_dropout"):
-            _check(
-                0 <= getattr(self, name) < 1, f"student.{name}", "in [0, 1)", getattr(self, name)
-            )
+            _check(0 <= getattr(self, name) < 1, f"student.{name}", "in [0, 1)", getattr(self, name))
         if self.layers is not None and self.num_layers is not None:
-            _check(
-                len(self.layers) == self.num_layers,
-                "student.layers",
-                f"{self.num_layers} numbers",
-                self.layers,
-            )
+            _check(len(self.layers) == self.num_layers, "student.layers", f"{self.num_layers} numbers", self.layers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,17 +140,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         _check(self.relation_heads >= 1, "loss.relation_heads", "1 or more", self.relation_heads)
         for name in ("kd", "mlm", "cosine", "hidden", "values"):
-            _check(
-                0 <= getattr(self, name) < float("inf"),
-                f"loss.{name}",
-                "0 or more",
-                getattr(self, name),
-            )
+            _check(0 <= getattr(self, name) < float("inf"), f"loss.{name}", "0 or more", getattr(self, name))
         _check(
-            self.kd + self.mlm + self.cosine + self.hidden + self.values > 0,
-            "loss",
-            "at least one weight above 0",
-            0,
+            self.kd + self.mlm + self.cosine + self.hidden + self.values > 0, "loss", "at least one weight above 0", 0
         )
         _check(0 < self.temperature < float("inf"), "loss.temperature", "above 0", self.temperature)
 
@@ -182,18 +162,8 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.fraction <= 0.4, "masking.fraction", "in (0, 0.4]", self.fraction)
-        _check(
-            self.keep >= 0 and self.random >= 0,
-            "masking.keep",
-            "0 or more",
-            (self.keep, self.random),
-        )
-        _check(
-            self.keep + self.random <= 1,
-            "masking.keep",
-            "at most 1 together with random",
-            (self.keep, self.random),
-        )
+        _check(self.keep >= 0 and self.random >= 0, "masking.keep", "0 or more", (self.keep, self.random))
+        _check(self.keep + self.random <= 1, "masking.keep", "at most 1 together with random", (self.keep, self.random))
         _check(self.smoothing >= 0, "masking.smoothing", "0 or more", self.smoothing)
 
 
@@ -220,21 +190,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.lr < 1, "optim.lr", "in (0, 1)", self.lr)
-        _check(
-            all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas
-        )
+        _check(all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
         _check(self.eps > 0, "optim.eps", "above 0", self.eps)
         _check(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
         _check(self.clip_norm >= 0, "optim.clip_norm", "0 or more", self.clip_norm)
         _check(0 <= self.warmup < 1, "optim.warmup", "in [0, 1)", self.warmup)
         _check(0 < self.duration < float("inf"), "optim.duration", "above 0", self.duration)
         if self.unit == "updates":
-            _check(
-                self.duration == int(self.duration),
-                "optim.duration",
-                "a whole number of updates",
-                self.duration,
-            )
+            _check(self.duration == int(self.duration), "optim.duration", "a whole number of updates", self.duration)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,17 +226,10 @@ class EngineConfig:
     """CPU threads a process. None: the cores of the machine shared between its processes."""
 
     def __post_init__(self) -> None:
-        _check(
-            self.bucket_elements >= 1000,
-            "engine.bucket_elements",
-            "1000 or more",
-            self.bucket_elements,
-        )
+        _check(self.bucket_elements >= 1000, "engine.bucket_elements", "1000 or more", self.bucket_elements)
         _check(self.timeout_s >= 1, "engine.timeout_s", "1 or more", self.timeout_s)
         _check(self.max_skipped >= 1, "engine.max_skipped", "1 or more", self.max_skipped)
-        _check(
-            self.threads is None or self.threads >= 1, "engine.threads", "1 or more", self.threads
-        )
+        _check(self.threads is None or self.threads >= 1, "engine.threads", "1 or more", self.threads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -415,9 +371,7 @@ def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = flatten(to_json(Config())) | flatten(saved), flatten(now)
 
     def free(name: str) -> bool:
-        return name not in BOUND_AT_RESUME and any(
-            name == f or name.startswith(f + ".") for f in FREE_AT_RESUME
-        )
+        return name not in BOUND_AT_RESUME and any(name == f or name.startswith(f + ".") for f in FREE_AT_RESUME)
 
     return [
         f"--{name.replace('_', '-')}: was {old.get(name)!r}, now {new.get(name)!r}"

@@ -64,9 +64,7 @@ def check(config: Config) -> None:
             raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
         return
     if config.resume == "never":
-        raise ValueError(
-            f"--out {run} already holds a run: use --resume auto to go on with it, or another --out"
-        )
+        raise ValueError(f"--out {run} already holds a run: use --resume auto to go on with it, or another --out")
     differences = resume_differences(read(run)["config"], to_json(config))
     if differences:
         raise ValueError(
@@ -98,7 +96,5 @@ def read(run: Path) -> dict[str, Any]:
             f"{run} is not a run folder: wanted {path}, which `python -m fastdistil.pretrain` writes"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a run's configuration ({error}): start another --out"
-        ) from None
+        raise ValueError(f"{path} is not a run's configuration ({error}): start another --out") from None
     return record

@@ -71,9 +71,7 @@ class MetricsWriter:
         self.file = self.path.open("a", encoding="utf-8")
         self.board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import (
-                SummaryWriter,
-            )  # half a second; only where it is wanted
+            from torch.utils.tensorboard import SummaryWriter  # half a second; only where it is wanted
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1)
 
@@ -147,9 +145,7 @@ class Journal:
         # fp64, in which sums of fp32 numbers are exact: the order of micro-batches, ranks and flushes leaves no trace
         self.sums = torch.zeros(num_sums, device=device, dtype=torch.float64)
         self.open: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, sums, gradient norm
-        self.num_skipped = (
-            num_skipped  # updates whose gradient was not finite: they changed nothing
-        )
+        self.num_skipped = num_skipped  # updates whose gradient was not finite: they changed nothing
         self.skipped_in_a_row = 0  # as of the last flush
         self.recent: deque[float] = deque(maxlen=100)  # gradient norms
         self.begin = time.perf_counter()
@@ -199,11 +195,7 @@ class Journal:
         if not math.isfinite(norm):
             self.num_skipped += 1
             self.skipped_in_a_row += 1
-            log.warning(
-                "update %d skipped: its gradient is not finite (%d so far)",
-                update,
-                self.num_skipped,
-            )
+            log.warning("update %d skipped: its gradient is not finite (%d so far)", update, self.num_skipped)
             return
         self.skipped_in_a_row = 0
         usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf

@@ -116,11 +116,7 @@ class Profile:
     """
 
     def __init__(
-        self,
-        window: range,
-        folder: Path | None,
-        device: torch.device,
-        floors: Callable[[], dict[Part, float]],
+        self, window: range, folder: Path | None, device: torch.device, floors: Callable[[], dict[Part, float]]
     ) -> None:
         self.window, self.folder, self.device, self.floors = window, folder, device, floors
         self.on_cuda = device.type == "cuda"
@@ -186,9 +182,7 @@ class Profile:
         for line in lines(seconds[UPDATE] / n, rows):
             log.info("profile: %s", line)
         if self.on_cuda:
-            log.info(
-                "profile: teacher and communication may overlap the rest, on streams of their own"
-            )
+            log.info("profile: teacher and communication may overlap the rest, on streams of their own")
         log.info("profile: %s/trace.json, table.json, %s", self.folder, memory)
 
     def _start(self, *, warm_up: bool) -> profile:
@@ -202,9 +196,7 @@ class Profile:
 
         profiler = profile(activities=activities, schedule=action, profile_memory=not self.on_cuda)
         profiler.start()
-        atexit.register(
-            self.close
-        )  # a process that an error ends would crash in a running profiler
+        atexit.register(self.close)  # a process that an error ends would crash in a running profiler
         return profiler
 
 
@@ -229,9 +221,7 @@ def nccl_seconds(trace: list[dict[str, Any]]) -> float:
     return sum(e["dur"] for e in kernels) / 1e6
 
 
-def table(
-    seconds: dict[str, float], other: float, floors: dict[Part, float]
-) -> dict[str, dict[str, float | None]]:
+def table(seconds: dict[str, float], other: float, floors: dict[Part, float]) -> dict[str, dict[str, float | None]]:
     """{part: {seconds, share, floor}} an update; "other" is what no span covers."""
     rows = {part: seconds[part] for part in PARTS if part in seconds} | {"other": max(0.0, other)}
     return {

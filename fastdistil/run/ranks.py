@@ -50,12 +50,7 @@ class Place:
 
 
 def init(
-    device: str,
-    *,
-    timeout_s: int,
-    threads: int | None,
-    teacher_ranks: int = 0,
-    second_device: bool = False,
+    device: str, *, timeout_s: int, threads: int | None, teacher_ranks: int = 0, second_device: bool = False
 ) -> Place:
     """Choose the device, join the process group if torchrun made one, and share the cores between the processes.
 
@@ -85,16 +80,12 @@ def init(
                 )
     else:
         if second_device:
-            raise ValueError(
-                "--teacher.device second wants a second GPU, got the CPU: use --teacher.device same"
-            )
+            raise ValueError("--teacher.device second wants a second GPU, got the CPU: use --teacher.device same")
         place_device = torch.device("cpu")
         keep_freed_memory()
         settle_vector_math()
         # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves cores idle
-        torch.set_num_threads(
-            threads or max(1, len(os.sched_getaffinity(0)) // here.local_world_size)
-        )
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here.local_world_size))
     host_group = link = None
     num_students = here.world_size - teacher_ranks
     if here.by_torchrun:
@@ -103,12 +94,7 @@ def init(
         store, *_ = next(rendezvous("env://", timeout=timeout))
         if teacher_ranks:
             link = TeacherLink(
-                PrefixStore("teachers", store),
-                here.rank,
-                num_students,
-                teacher_ranks,
-                backend=backend,
-                timeout=timeout,
+                PrefixStore("teachers", store), here.rank, num_students, teacher_ranks, backend=backend, timeout=timeout
             )
         if here.rank < num_students:
             torch_dist.init_process_group(
@@ -120,9 +106,7 @@ def init(
                 device_id=place_device if device == "cuda" else None,
             )
             host_group = (
-                torch_dist.group.WORLD
-                if backend == "gloo"
-                else torch_dist.new_group(backend="gloo", timeout=timeout)
+                torch_dist.group.WORLD if backend == "gloo" else torch_dist.new_group(backend="gloo", timeout=timeout)
             )
     return Place(here.rank, num_students, place_device, host_group, second, link)
 
@@ -140,14 +124,7 @@ class TeacherLink:
     STOP: Question = (-1, 0)
 
     def __init__(
-        self,
-        store: Any,
-        rank: int,
-        num_students: int,
-        num_teachers: int,
-        *,
-        backend: str,
-        timeout: timedelta,
+        self, store: Any, rank: int, num_students: int, num_teachers: int, *, backend: str, timeout: timedelta
     ) -> None:
         size = num_students + num_teachers
         self.num_teachers = num_teachers

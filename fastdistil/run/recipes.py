@@ -4,14 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastdistil.run.config import (
-    BatchConfig,
-    Config,
-    LogConfig,
-    LossConfig,
-    OptimConfig,
-    StudentConfig,
-)
+from fastdistil.run.config import BatchConfig, Config, LogConfig, LossConfig, OptimConfig, StudentConfig
 
 
 def distilbert() -> Config:
@@ -46,20 +39,14 @@ def hidden_cosine() -> Config:
     """distilbert, and the cosine of the hidden states at every layer, not only the last."""
     config = distilbert()
     return replace(
-        config,
-        recipe="hidden_cosine",
-        out=Path("runs/hidden_cosine"),
-        loss=replace(config.loss, hidden=1.0),
+        config, recipe="hidden_cosine", out=Path("runs/hidden_cosine"), loss=replace(config.loss, hidden=1.0)
     )
 
 
 def minilm() -> Config:
     """MiniLMv2's value relation of the last layers, for students of any width; masked LM trains the head that the export has."""
     return replace(
-        distilbert(),
-        recipe="minilm",
-        out=Path("runs/minilm"),
-        loss=LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=1.0),
+        distilbert(), recipe="minilm", out=Path("runs/minilm"), loss=LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=1.0)
     )
 
 
@@ -67,10 +54,7 @@ def distilroberta() -> Config:
     """distilbert for a RoBERTa, whose student is one, too: masked tokens are drawn uniformly, as when RoBERTa was trained."""
     config = distilbert()
     return replace(
-        config,
-        recipe="distilroberta",
-        out=Path("runs/distilroberta"),
-        masking=replace(config.masking, smoothing=0.0),
+        config, recipe="distilroberta", out=Path("runs/distilroberta"), masking=replace(config.masking, smoothing=0.0)
     )
 
 
@@ -78,22 +62,10 @@ def multilingual() -> Config:
     """distilbert for a multilingual BERT, whose vocabulary of 119,547 takes most of the memory: micro-batches half as long."""
     config = distilbert()
     return replace(
-        config,
-        recipe="multilingual",
-        out=Path("runs/multilingual"),
-        batch=replace(config.batch, token_budget=8192),
+        config, recipe="multilingual", out=Path("runs/multilingual"), batch=replace(config.batch, token_budget=8192)
     )
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    f.__name__: f
-    for f in (
-        distilbert,
-        mlm,
-        quickstart,
-        distilroberta,
-        multilingual,
-        hidden_cosine,
-        minilm,
-    )
+    f.__name__: f for f in (distilbert, mlm, quickstart, distilroberta, multilingual, hidden_cosine, minilm)
 }

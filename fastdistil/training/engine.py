@@ -64,9 +64,7 @@ def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.optim.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=True)
 
 
 class Bf16Compute(nn.Module):
@@ -175,16 +173,14 @@ def _replicated_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> St
     return result
 
 
-def _load_replicated(
-    module: nn.Module, optimizer: torch.optim.Optimizer, state: State, step: int
-) -> None:
+def _load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, state: State, step: int) -> None:
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(state[f"weight.{name}"])
             if p.requires_grad and step:
-                optimizer.state[p] = {
-                    "step": torch.tensor(0.0, device=p.device if p.is_cuda else "cpu")
-                } | {moment: state[f"{moment}.{name}"].to(p.device).clone() for moment in MOMENTS}
+                optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device if p.is_cuda else "cpu")} | {
+                    moment: state[f"{moment}.{name}"].to(p.device).clone() for moment in MOMENTS
+                }
     _set_step(optimizer, step)
 
 
@@ -192,24 +188,13 @@ class DeepSpeedEngine:
     """ZeRO under torchrun. Stage 0 replicates, 1 shards the moments, 2 the gradients, 3 the parameters."""
 
     def __init__(
-        self,
-        objective: Objective,
-        config: Config,
-        *,
-        stage: int,
-        accumulation: int,
-        place: ranks.Place,
+        self, objective: Objective, config: Config, *, stage: int, accumulation: int, place: ranks.Place
     ) -> None:
-        assert place.host_group is not None, (
-            "ZeRO wants a process group; preflight refuses it without torchrun"
-        )
+        assert place.host_group is not None, "ZeRO wants a process group; preflight refuses it without torchrun"
         deepspeed = _import_deepspeed(place.device)
         self.place, self.stage, self.clip_norm = place, stage, config.optim.clip_norm
         self.objective, self.forward_ended = objective.to(place.device), 0.0
-        masters: State = {
-            f"weight.{n}": p.detach().float().clone()
-            for n, p in objective.student.named_parameters()
-        }
+        masters: State = {f"weight.{n}": p.detach().float().clone() for n, p in objective.student.named_parameters()}
         bf16 = compute_dtype(config, place.device) == torch.bfloat16
         # DeepSpeed has no stage 0 with bf16 arithmetic and fp32 accumulation: there it gets the fp32 module that casts itself
         module = Bf16Compute(objective) if bf16 and stage == 0 else objective
@@ -218,9 +203,7 @@ class DeepSpeedEngine:
             model=module,
             optimizer=self.optimizer,
             dist_init_required=False,
-            config=_deepspeed_config(
-                config, stage=stage, accumulation=accumulation, bf16=bf16 and stage > 0
-            ),
+            config=_deepspeed_config(config, stage=stage, accumulation=accumulation, bf16=bf16 and stage > 0),
         )
         ranks.bound_every_group(config.engine.timeout_s)
         self.description = f"DeepSpeed {deepspeed.__version__} ZeRO stage {stage}"
@@ -253,9 +236,7 @@ class DeepSpeedEngine:
             self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return torch.as_tensor(
-            0.0 if norm is None else norm, dtype=torch.float32, device=self.place.device
-        )
+        return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=self.place.device)
 
     def evaluate(self, batch: MicroBatch, teacher: TeacherOutput | None) -> Tensor:
         """As PlainEngine.evaluate; every rank must call it equally often (stage 3 gathers parameters)."""
@@ -268,11 +249,7 @@ class DeepSpeedEngine:
     def state(self) -> State:
         """As PlainEngine.state. Every rank must call it; only rank 0 gets tensors, the others an empty dict."""
         if self.stage == 0:
-            return (
-                _replicated_state(self.objective.student, self.optimizer)
-                if self.place.is_main
-                else {}
-            )
+            return _replicated_state(self.objective.student, self.optimizer) if self.place.is_main else {}
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         stepped = self._link_moments()
@@ -325,17 +302,11 @@ class DeepSpeedEngine:
         if self.stage == 3:
             # safe_set_full_* reads beyond the end where the ranks do not divide the parameter (0.19.8): pad and cut here
             size, rank = p.ds_tensor.numel(), self.place.rank  # type: ignore[attr-defined]
-            padded = torch.nn.functional.pad(
-                value.flatten(), (0, size * self.place.world_size - value.numel())
-            )
+            padded = torch.nn.functional.pad(value.flatten(), (0, size * self.place.world_size - value.numel()))
             part = padded[size * rank : size * (rank + 1)]
-            safe_set_local_optimizer_state(
-                p, part, moment
-            ) if moment else safe_set_local_fp32_param(p, part)
+            safe_set_local_optimizer_state(p, part, moment) if moment else safe_set_local_fp32_param(p, part)
         else:
-            safe_set_full_optimizer_state(p, value, moment) if moment else safe_set_full_fp32_param(
-                p, value
-            )
+            safe_set_full_optimizer_state(p, value, moment) if moment else safe_set_full_fp32_param(p, value)
 
     def _link_moments(self) -> bool:
         """Whether the optimiser has moments yet; then `safe_get_full_optimizer_state` finds them.
@@ -375,15 +346,11 @@ def _import_deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 calls old, several times a second
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # compiling it takes a minute and changes no number
-    )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes a minute and changes no number
     return deepspeed
 
 
-def _deepspeed_config(
-    config: Config, *, stage: int, accumulation: int, bf16: bool
-) -> dict[str, Any]:
+def _deepspeed_config(config: Config, *, stage: int, accumulation: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's dictionary, derived from ours; users never write one."""
     size = config.engine.bucket_elements
     clip_norm = config.optim.clip_norm if stage else 0  # there `step` clips, and knows the norm
@@ -409,17 +376,11 @@ def _deepspeed_config(
 Engine = PlainEngine | DeepSpeedEngine
 
 
-def make_engine(
-    objective: Objective, config: Config, *, accumulation: int, place: ranks.Place
-) -> Engine:
+def make_engine(objective: Objective, config: Config, *, accumulation: int, place: ranks.Place) -> Engine:
     """The engine the configuration asks for: plain for one process, ZeRO stage 1 for several, unless it says."""
     stage = config.engine.zero_stage
     if stage is None and place.world_size == 1:
         return PlainEngine(objective, config, device=place.device)
     return DeepSpeedEngine(
-        objective,
-        config,
-        stage=1 if stage is None else stage,
-        accumulation=accumulation,
-        place=place,
+        objective, config, stage=1 if stage is None else stage, accumulation=accumulation, place=place
     )

@@ -17,10 +17,7 @@ from fastdistil.run import metrics
 from fastdistil.training import engine, inputs, memory
 from fastdistil.training.preflight import Resolved
 
-H100_BYTES, H100_FLOPS = (
-    80 * 2**30,
-    989e12,
-)  # the GPU meant where there is none; dense bf16, data sheet
+H100_BYTES, H100_FLOPS = (80 * 2**30, 989e12)  # the GPU meant where there is none; dense bf16, data sheet
 UTILISATION = 0.5  # assumed where there is no measurement
 EXACT_SEQUENCES = 2**21  # read in all epochs together; the orders of more take seconds an epoch
 STEP_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout only
@@ -42,35 +39,22 @@ def _rows(resolved: Resolved, world_size: int) -> Iterator[tuple[str, str]]:
     yield "ranks", f"{world_size} x {device_name}, {str(dtype).removeprefix('torch.')}"
     for name, model in (("teacher", teacher), ("student", student)):
         if model is not None:
-            yield (
-                name,
-                f"{model.num_parameters:,} parameters ({model.num_layers} layers, {model.hidden_size} wide)",
-            )
+            yield (name, f"{model.num_parameters:,} parameters ({model.num_layers} layers, {model.hidden_size} wide)")
 
     # without the hashes, and without the orders of all epochs: each takes longer than the rest together
     quick = replace(
-        config,
-        data=replace(config.data, verify=False),
-        optim=replace(config.optim, unit="updates", duration=1),
+        config, data=replace(config.data, verify=False), optim=replace(config.optim, unit="updates", duration=1)
     )
     text = inputs.load_text(replace(resolved, config=quick), rank=0, world_size=1)
     fraction = config.masking.fraction
-    flops = flops_per_token(
-        teacher,
-        student,
-        text.mean_attended_length,
-        head_fraction=1.0 if teacher else fraction,
-    )
+    flops = flops_per_token(teacher, student, text.mean_attended_length, head_fraction=1.0 if teacher else fraction)
     yield (
         "FLOPs a token",
         f"{flops.total / 1e6:,.1f} million: teacher {flops.teacher / 1e6:,.1f}, student {flops.student / 1e6:,.1f}",
     )
     num_updates, tokens_per_update, about = _length(resolved, text.plan)
     num_tokens = num_updates * tokens_per_update
-    yield (
-        "an update",
-        f"{count:,} micro-batches of {config.batch.token_budget:,} tokens, {rounds:,} a rank",
-    )
+    yield ("an update", f"{count:,} micro-batches of {config.batch.token_budget:,} tokens, {rounds:,} a rank")
     yield "updates", f"{about}{num_updates:,}"
     yield "tokens", f"{about}{num_tokens / 1e9:,.3f} billion, padding not counted"
 

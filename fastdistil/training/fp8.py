@@ -25,9 +25,7 @@ class Fp8Linear(nn.Module):
     bias_F: Tensor | None
     gelu_bias_D: Tensor | None
 
-    def __init__(
-        self, weight_FD: Tensor, bias_F: Tensor | None, gelu_bias_D: Tensor | None = None
-    ) -> None:
+    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None, gelu_bias_D: Tensor | None = None) -> None:
         super().__init__()
         # the definition, once: no Triton, which would want the weight's device to be the current one
         quantised_FD, scale_F1 = ops.quantise_rows_reference(weight_FD.detach())

@@ -34,11 +34,7 @@ def hidden_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor], num_rows
 
 
 def value_relation(
-    student_ND: Tensor,
-    teacher_NE: Tensor,
-    lengths: Sequence[int],
-    cu_seqlens: Tensor,
-    num_heads: int,
+    student_ND: Tensor, teacher_NE: Tensor, lengths: Sequence[int], cu_seqlens: Tensor, num_heads: int
 ) -> Tensor:
     """0-dim fp32: the sum over real tokens of the mean over relation heads of KL(teacher || student), nats.
 
@@ -69,15 +65,11 @@ def value_relation(
     return total
 
 
-def _relation(
-    student_ND: Tensor, teacher_NE: Tensor, bounds: Tensor, longest: int, num_heads: int
-) -> Tensor:
+def _relation(student_ND: Tensor, teacher_NE: Tensor, bounds: Tensor, longest: int, num_heads: int) -> Tensor:
     begin_S1, end_S1 = bounds[:-1, None], bounds[1:, None]
     row_SL = begin_S1 + torch.arange(longest, device=bounds.device)
     real_SL = row_SL < end_S1
-    row_SL = row_SL.minimum(
-        end_S1 - 1
-    )  # the padding repeats the last token, whose number is finite
+    row_SL = row_SL.minimum(end_S1 - 1)  # the padding repeats the last token, whose number is finite
 
     def log_relation(values: Tensor) -> Tensor:
         padded = values.index_select(0, row_SL.flatten()).float()  # fp32: scores and softmax

@@ -62,9 +62,7 @@ def load_text(resolved: Resolved, *, rank: int, world_size: int) -> Text:
     return Text(
         plan=plan,
         collator=Collator(shards, shards.counts, token_budget=budget, masking=masking),
-        validation=validation_plan(
-            validation, other.lengths, token_budget=budget, mask_fraction=masking.fraction
-        ),
+        validation=validation_plan(validation, other.lengths, token_budget=budget, mask_fraction=masking.fraction),
         validation_collator=Collator(other, shards.counts, token_budget=budget, masking=masking),
         num_updates=int(duration) if config.optim.unit == "updates" else plan.updates_of(duration),
         mean_attended_length=float(np.square(lengths, dtype=np.float64).sum() / lengths.sum()),
@@ -80,9 +78,7 @@ def load_models(
     and cannot be had.
     """
     config = resolved.config
-    teacher = (
-        weights.load_masked_lm(config.teacher.path, need_head=True) if config.teacher.path else None
-    )
+    teacher = weights.load_masked_lm(config.teacher.path, need_head=True) if config.teacher.path else None
     student = _student(resolved, teacher)
     student.encoder.activation_checkpointing = config.engine.activation_checkpointing
     for model in (student, teacher):

@@ -53,9 +53,7 @@ class Footprint:
         return ", ".join(f"{name} {n / 1e9:.2f}" for name, n in self.parts.items() if n)
 
 
-def predict(
-    resolved: Resolved, *, world_size: int, device: torch.device, device_bytes: int
-) -> Footprint:
+def predict(resolved: Resolved, *, world_size: int, device: torch.device, device_bytes: int) -> Footprint:
     """What a rank that trains the student needs on a device of `device_bytes` in all; needs no such device."""
     config, student, teacher = resolved.config, resolved.student, resolved.teacher
     settings, on_cuda = config.engine, device.type == "cuda"
@@ -93,9 +91,7 @@ def predict(
     if settings.activation_checkpointing:
         kept, again = student.num_layers * token * D, layer
     head_tokens = N if teacher else int(config.masking.fraction * N)
-    kept += (
-        (2 * N + 4 * head_tokens) * D * s
-    )  # embeddings' sum, last hidden states; four of the head
+    kept += (2 * N + 4 * head_tokens) * D * s  # embeddings' sum, last hidden states; four of the head
 
     # --- the loss
     dweight = V * D * s
@@ -123,8 +119,7 @@ def predict(
     moments = {
         "teacher": update | {"teacher": handed + inference},
         "loss": update | {"weights": copies, "activations": kept, "loss": loss},
-        "backward": update
-        | {"weights": copies, "activations": kept + again + token * F, "loss": 2 * dweight},
+        "backward": update | {"weights": copies, "activations": kept + again + token * F, "loss": 2 * dweight},
         "step": update | {"gradients": whole - standing},
         "checkpoint": {} if on_cuda else {"checkpoint": 12 * P, "teacher": handed},
     }
@@ -168,9 +163,7 @@ def _teacher_bytes(resolved: Resolved, s: int) -> tuple[int, int, int]:
     return held, handed * token, (2 * F + 4 * E) * token
 
 
-def require(
-    resolved: Resolved, *, world_size: int, device: torch.device, device_bytes: int
-) -> Footprint:
+def require(resolved: Resolved, *, world_size: int, device: torch.device, device_bytes: int) -> Footprint:
     """The prediction, where it fits. Raises ValueError with its parts and the largest token budget that would."""
 
     def need(resolved: Resolved) -> Footprint:
@@ -188,8 +181,7 @@ def require(
         smaller = replace(
             resolved,
             config=replace(config, batch=replace(config.batch, token_budget=64 * middle)),
-            micro_batches_per_update=2
-            * world_size,  # more of them, and so their gradients are summed
+            micro_batches_per_update=2 * world_size,  # more of them, and so their gradients are summed
         )
         low, high = (middle, high) if fits(smaller) else (low, middle)
     if 64 * low >= resolved.meta.max_length:
@@ -212,9 +204,7 @@ def check(resolved: Resolved, place: Place, *, local_world_size: int) -> Footpri
         there = host_bytes() // local_world_size
     ranks = place.world_size + resolved.config.teacher.ranks
     needed = require(resolved, world_size=ranks, device=place.device, device_bytes=there)
-    log.info(
-        f"memory: {needed.total / 1e9:.2f} GB a rank predicted ({needed}), {there / 1e9:.2f} GB there"
-    )
+    log.info(f"memory: {needed.total / 1e9:.2f} GB a rank predicted ({needed}), {there / 1e9:.2f} GB there")
     return needed
 
 

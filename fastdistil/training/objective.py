@@ -93,9 +93,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         config = self.loss
 
-        def distil(
-            transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
-        ) -> ops.LinearDistillLoss:
+        def distil(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> ops.LinearDistillLoss:
             return ops.linear_distill_loss(
                 transformed_ND,
                 weight_VD,
@@ -131,9 +129,7 @@ class Objective(nn.Module):
         sums = (kd_sum, mlm_sum, cosine_sum, num_agree, zero, hidden_sum, values_sum)
         return loss, torch.stack([s.detach().float() for s in sums])
 
-    def _masked_lm(
-        self, hidden_ND: Tensor, batch: MicroBatch, num_masked: int
-    ) -> tuple[Tensor, Tensor]:
+    def _masked_lm(self, hidden_ND: Tensor, batch: MicroBatch, num_masked: int) -> tuple[Tensor, Tensor]:
         # only the masked rows need logits: 15 % of the head's work
         logits_MV = self.student.head(hidden_ND.index_select(0, batch.masked_rows)).float()
         labels_M = batch.labels.index_select(0, batch.masked_rows)
@@ -150,11 +146,7 @@ def means(
     """Reported losses of an update (or a validation) from its sums over all ranks, weighted as the objective is."""
     kd, mlm, cosine, agree, correct, hidden, values = sums
     if not has_teacher:
-        return {
-            "loss": loss.mlm * mlm / num_masked,
-            "mlm": mlm / num_masked,
-            "accuracy": correct / num_masked,
-        }
+        return {"loss": loss.mlm * mlm / num_masked, "mlm": mlm / num_masked, "accuracy": correct / num_masked}
     parts = {"kd": kd / num_tokens, "mlm": mlm / num_masked}
     total = loss.kd * parts["kd"] + loss.mlm * parts["mlm"]
     optional = (loss.cosine, cosine), (loss.hidden, hidden), (loss.values, values)

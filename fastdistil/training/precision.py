@@ -40,9 +40,7 @@ MICRO_BATCHES = 2  # a rank
 
 
 @torch.no_grad()
-def kl_sum(
-    exact: TeacherOutput, low: TeacherOutput, batch: MicroBatch, *, vocab_size: int
-) -> Tensor:
+def kl_sum(exact: TeacherOutput, low: TeacherOutput, batch: MicroBatch, *, vocab_size: int) -> Tensor:
     """Sum over the real tokens of KL(low || exact), nats, 0-dim fp32; a chunk of the logits at a time."""
     # `exact` as the student: the operator computes in its dtype, and takes the teacher's logits in theirs
     return ops.linear_distill_loss(
@@ -62,10 +60,7 @@ def kl_sum(
 
 
 def require(
-    teacher: Teacher | RemoteTeacher,
-    config: TeacherConfig,
-    validation: Iterable[MicroBatch],
-    place: Place,
+    teacher: Teacher | RemoteTeacher, config: TeacherConfig, validation: Iterable[MicroBatch], place: Place
 ) -> None:
     """Measure and log the drift of `teacher`; nothing if it runs in fp32.
 

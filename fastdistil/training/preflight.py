@@ -44,9 +44,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     Raises ValueError or FileNotFoundError.
     """
     if config.data.shards is None:
-        raise ValueError(
-            "--data.shards is missing: give a folder written by `python -m fastdistil.prepare`"
-        )
+        raise ValueError("--data.shards is missing: give a folder written by `python -m fastdistil.prepare`")
     if config.world_size is not None:
         if not config.dry_run:
             raise ValueError(
@@ -88,10 +86,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     if config.data.validation is not None:
         validation = read_meta(config.data.validation)
         _same_tokenizer(
-            f"--data.validation {config.data.validation}",
-            validation,
-            f"--data.shards {config.data.shards}",
-            meta,
+            f"--data.validation {config.data.validation}", validation, f"--data.shards {config.data.shards}", meta
         )
         if validation.max_length > student.max_positions:
             raise ValueError(
@@ -174,9 +169,7 @@ def _read_teacher(config: Config, meta: Meta) -> Architecture | None:
     return architecture
 
 
-def _source(
-    config: Config, teacher: Architecture | None, meta: Meta
-) -> tuple[Path | None, Architecture | None]:
+def _source(config: Config, teacher: Architecture | None, meta: Meta) -> tuple[Path | None, Architecture | None]:
     init = config.student.init
     if init == "random":
         return None, None
@@ -193,11 +186,7 @@ def _source(
 
 def _matches_shards(option: str, folder: Path, architecture: Architecture, meta: Meta) -> None:
     """A model reads the shards only if both mean the same by every id (recipe.md, trap 16)."""
-    fix = (
-        "prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer "
-        + str(folder)
-        + "`"
-    )
+    fix = "prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer " + str(folder) + "`"
     if architecture.vocab_size != meta.vocab_size:
         raise ValueError(
             f"{option} {folder} has a vocabulary of {architecture.vocab_size}, the shards have {meta.vocab_size}: {fix}"
@@ -212,9 +201,7 @@ def _matches_shards(option: str, folder: Path, architecture: Architecture, meta:
     except FileNotFoundError:
         return  # weights without a tokenizer: the size is all there is to compare, and export says whose tokenizer it was
     if ids != meta.special_ids:
-        raise ValueError(
-            f"{option} {folder} has the special ids {ids}, the shards {meta.special_ids}: {fix}"
-        )
+        raise ValueError(f"{option} {folder} has the special ids {ids}, the shards {meta.special_ids}: {fix}")
     if digest != meta.tokenizer_sha256:
         raise ValueError(
             f"{option} {folder} has a tokenizer with hash {digest[:12]}, the shards were made with {meta.tokenizer_sha256[:12]}: {fix}"
@@ -281,22 +268,11 @@ def _student(
     elif wanted.num_layers is not None:
         num_layers = wanted.num_layers
     else:
-        num_layers = (
-            max(1, _of(model, "num_layers") // 2)
-            if teacher is not None
-            else _of(model, "num_layers")
-        )
+        num_layers = max(1, _of(model, "num_layers") // 2) if teacher is not None else _of(model, "num_layers")
     layers: tuple[int, ...] = ()
     if source is not None:
-        layers = (
-            wanted.layers if wanted.layers is not None else spread(num_layers, source.num_layers)
-        )
-        if (
-            not layers
-            or min(layers) < 0
-            or max(layers) >= source.num_layers
-            or num_layers > source.num_layers
-        ):
+        layers = wanted.layers if wanted.layers is not None else spread(num_layers, source.num_layers)
+        if not layers or min(layers) < 0 or max(layers) >= source.num_layers or num_layers > source.num_layers:
             raise ValueError(
                 f"--student.layers {' '.join(map(str, layers))} wants layers that the source with 0..{source.num_layers - 1} does not have"
             )
@@ -318,10 +294,8 @@ def _student(
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=wanted.num_heads or _of(model, "num_heads"),
-        ffn_size=wanted.ffn_size
-        or (model.ffn_size if same_width and model is not None else 4 * hidden_size),
-        max_positions=wanted.max_positions
-        or (model.max_positions if model is not None else meta.max_length),
+        ffn_size=wanted.ffn_size or (model.ffn_size if same_width and model is not None else 4 * hidden_size),
+        max_positions=wanted.max_positions or (model.max_positions if model is not None else meta.max_length),
         token_types=token_types,
         dropout=wanted.dropout,
         attention_dropout=wanted.attention_dropout,

@@ -78,10 +78,7 @@ class Teacher:
 
 @torch.no_grad()
 def _output(head: VocabHead, hidden_NE: Tensor) -> TeacherOutput:
-    return head(
-        hidden_NE,
-        lambda transformed, weight, bias: TeacherOutput(hidden_NE, transformed, weight, bias),
-    )
+    return head(hidden_NE, lambda transformed, weight, bias: TeacherOutput(hidden_NE, transformed, weight, bias))
 
 
 class Split(IntEnum):
@@ -94,9 +91,7 @@ class Split(IntEnum):
 class RemoteTeacher:
     """What a student rank keeps of a teacher that has ranks of its own: the head, and a link to the rest."""
 
-    def __init__(
-        self, model: MaskedLM, link: TeacherLink, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: MaskedLM, link: TeacherLink, *, device: torch.device, dtype: torch.dtype) -> None:
         self.head = model.head.to(device=device, dtype=dtype).requires_grad_(False).eval()
         self.link = link
 
@@ -113,11 +108,7 @@ class RemoteTeacher:
         return answer
 
 
-def serve(
-    teacher: Teacher,
-    link: TeacherLink,
-    batches_from: Callable[[int, Split, int], Iterator[MicroBatch]],
-) -> None:
+def serve(teacher: Teacher, link: TeacherLink, batches_from: Callable[[int, Split, int], Iterator[MicroBatch]]) -> None:
     """The work of a teacher rank: answer its students in turn until all have stopped.
 
     `batches_from(student, split, number)` makes a student's micro-batches from `number` on. Raises RuntimeError where a
@@ -154,9 +145,7 @@ class Feed:
     TIMED_WITH = range(5, 9)  # updates, from 1; those before warm up
     TIMED_WITHOUT = range(10, 14)  # not 9, whose first hints were made ahead
 
-    def __init__(
-        self, teacher: Teacher | RemoteTeacher | None, device: torch.device, *, overlap: bool
-    ) -> None:
+    def __init__(self, teacher: Teacher | RemoteTeacher | None, device: torch.device, *, overlap: bool) -> None:
         self.teacher, self.device = teacher, device
         on_cuda, local = device.type == "cuda", isinstance(teacher, Teacher)
         self.overlapping = on_cuda and (overlap or not local)  # copies alone always gain
@@ -172,9 +161,7 @@ class Feed:
         elif teacher is not None and not self.overlapping:
             log.info("teacher: precedes the student on every micro-batch")
 
-    def ahead(
-        self, batches: Iterator[MicroBatch], split: Split = Split.TRAIN, first: int = 0
-    ) -> Iterator[Pair]:
+    def ahead(self, batches: Iterator[MicroBatch], split: Split = Split.TRAIN, first: int = 0) -> Iterator[Pair]:
         """(batch, hints) for each of `batches`, which are those of `split` from number `first` on.
 
         The next one is begun before this one is handed out.
@@ -237,9 +224,7 @@ class Feed:
 
     def _keep_if_it_gains(self) -> None:
         with_it, without = (
-            statistics.median(
-                begin.elapsed_time(end) for begin, end in self.times[r[0] - 1 : r[-1]]
-            )
+            statistics.median(begin.elapsed_time(end) for begin, end in self.times[r[0] - 1 : r[-1]])
             for r in (self.TIMED_WITH, self.TIMED_WITHOUT)
         )
         self.timing, self.overlapping = False, with_it < without

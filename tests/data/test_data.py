@@ -31,9 +31,7 @@ def make_plan(shards, *, seed=56, micro_batches=4):
 
 
 def make_collator(shards, **masking):
-    return data.Collator(
-        shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig(**masking)
-    )
+    return data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig(**masking))
 
 
 @settings(deadline=None)
@@ -80,10 +78,7 @@ def test_updates_may_be_asked_for_in_any_order(shards):
     plan = make_plan(shards)
     for u in reversed(range(40)):
         again = plan.update(u)
-        assert (again.num_tokens, again.num_masked) == (
-            forward[u].num_tokens,
-            forward[u].num_masked,
-        )
+        assert (again.num_tokens, again.num_masked) == (forward[u].num_tokens, forward[u].num_masked)
         for a, b in zip(again.slots, forward[u].slots, strict=True):
             assert (a.sequences == b.sequences).all()
             assert a.coordinates == b.coordinates
@@ -97,10 +92,7 @@ def test_the_seed_decides_the_order(shards):
 def test_order_is_the_one_that_was_released():
     """Philox words are guaranteed across NumPy versions; if this changes, old runs do not resume exactly."""
     assert data.seed_of(56, "order", 0) == 9135442637613753851
-    assert data.random_words(2, 56, "order", 0).tolist() == [
-        5182073502920544270,
-        499630438824064292,
-    ]
+    assert data.random_words(2, 56, "order", 0).tolist() == [5182073502920544270, 499630438824064292]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -173,9 +165,7 @@ def test_micro_batch_is_what_was_stored(shards):
     assert (batch.labels[len(real) :] == data.NO_LABEL).all()
     positions = [p for i in slot.sequences for p in range(len(shards.sequence(int(i))))]
     assert batch.position_ids[: len(real)].tolist() == positions
-    rows, filled = batch.masked_rows.split(
-        [batch.num_masked, data.num_masked(BUDGET, 0.15) - batch.num_masked]
-    )
+    rows, filled = batch.masked_rows.split([batch.num_masked, data.num_masked(BUDGET, 0.15) - batch.num_masked])
     assert torch.equal(rows, (batch.labels >= 0).nonzero().flatten())
     assert (batch.labels[filled] == data.NO_LABEL).all()
     layout = ops.sequence_layout(batch.lengths)
@@ -187,15 +177,11 @@ def test_micro_batch_is_what_was_stored(shards):
 @pytest.mark.parametrize("budget", [48, BUDGET, 1000])
 def test_all_micro_batches_have_the_same_shapes(shards, budget):
     """So that a step is compiled or captured once: three epochs, the empty micro-batch and the validation."""
-    plan = data.Plan(
-        shards.lengths, seed=1, token_budget=budget, micro_batches_per_update=1, mask_fraction=0.15
-    )
+    plan = data.Plan(shards.lengths, seed=1, token_budget=budget, micro_batches_per_update=1, mask_fraction=0.15)
     collator = data.Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
     slots = [plan.update(u).slots[0] for u in range(plan.micro_batches_through(2))]
     slots += data.rank_slots(plan.update(0), rank=1, world_size=2)
-    slots += data.validation_plan(
-        np.arange(50), shards.lengths, token_budget=budget, mask_fraction=0.15
-    ).slots
+    slots += data.validation_plan(np.arange(50), shards.lengths, token_budget=budget, mask_fraction=0.15).slots
     batches = [collator(slot) for slot in slots]
     assert len({len(b.lengths) for b in batches}) > 1  # or there was nothing to even out
     assert len({b.num_masked for b in batches}) > 1
@@ -321,19 +307,12 @@ def test_masks_differ_between_epochs(shards):
 def test_too_few_tokens_that_may_be_masked_is_an_error_that_names_the_place():
     slot = data.Slot(np.array([3]), ("test",))
     with pytest.raises(ValueError, match=r"masking wants 2 of 10 tokens .* sequences \[3\]"):
-        data.mask(
-            np.full(10, 2),
-            slot,
-            weights=np.array([1.0, 1, 0, 0, 0]),
-            mask_id=4,
-            masking=MaskingConfig(),
-        )
+        data.mask(np.full(10, 2), slot, weights=np.array([1.0, 1, 0, 0, 0]), mask_id=4, masking=MaskingConfig())
 
 
 def test_validation_is_the_same_in_every_run(shards):
     plans = [
-        data.validation_plan(np.arange(50), shards.lengths, token_budget=BUDGET, mask_fraction=0.15)
-        for _ in range(2)
+        data.validation_plan(np.arange(50), shards.lengths, token_budget=BUDGET, mask_fraction=0.15) for _ in range(2)
     ]
     a, b = ([make_collator(shards)(s).labels for s in p.slots] for p in plans)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

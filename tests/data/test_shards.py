@@ -104,9 +104,7 @@ def test_an_unfinished_folder(tmp_path):
         read_meta(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["shard-00001.tokens", "shard-00002.offsets", "shard-00000.tokens", "counts.npy"]
-)
+@pytest.mark.parametrize("name", ["shard-00001.tokens", "shard-00002.offsets", "shard-00000.tokens", "counts.npy"])
 @pytest.mark.parametrize("damage", ["truncate", "extend", "flip", "remove", "folder"])
 def test_a_damaged_file_is_named(folder, name, damage):
     path = folder / name

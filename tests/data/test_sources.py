@@ -14,11 +14,7 @@ from fastdistil.data.sources import Options, resolve
 
 
 def read(*specs, **options):
-    return [
-        document
-        for source in resolve(tuple(map(str, specs)))
-        for document in source.documents(Options(**options))
-    ]
+    return [document for source in resolve(tuple(map(str, specs))) for document in source.documents(Options(**options))]
 
 
 def jsonl(*records):
@@ -41,9 +37,7 @@ def test_lines_of_text(tmp_path):
 
 def test_json_lines(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        "\ufeff" + jsonl({"text": "one\ntwo"}, {"text": None}, {"text": ""}, {"text": "é", "x": 1})
-    )
+    path.write_text("\ufeff" + jsonl({"text": "one\ntwo"}, {"text": None}, {"text": ""}, {"text": "é", "x": 1}))
     with open(path, "a") as file:
         file.write('\n{"text": "\\ud800 lone"}')
     assert read(path) == ["one\ntwo", "é", "\ud800 lone"]
@@ -55,8 +49,7 @@ def test_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
 def test_parquet(tmp_path, kind):
     texts = [f"text {index}\nécole" for index in range(1000)]
@@ -125,9 +118,7 @@ def test_documentation_of_installed_packages():
 
 def test_documentation_does_not_import_what_it_reads():
     code = "import sys; from fastdistil.sources import *; s = resolve(('docs:',)); print(s[0].packages, 'torch' in sys.modules)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert "'python', 'torch', 'numpy'" in run.stdout, run.stderr
     assert run.stdout.endswith("False\n")
 

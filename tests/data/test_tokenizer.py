@@ -53,10 +53,7 @@ def test_the_identity_imports_nothing_heavy():
         "print({'tokenizers', 'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(MINILM)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", code, str(MINILM)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert run.stdout.strip() == "set()", run.stderr
 
@@ -184,6 +181,4 @@ def test_transformers_loads_what_was_saved_to_the_same_encoding(tmp_path, docume
         assert loaded.model_max_length == 128
     (folder / "tokenizer.json").unlink()
     assert transformers.BertTokenizerFast.from_pretrained(folder)(TEXT)["input_ids"] == wanted
-    assert tokenizer.special_ids(folder) == {
-        name: made.token_to_id(token) for name, token in SPECIAL_TOKENS.items()
-    }
+    assert tokenizer.special_ids(folder) == {name: made.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}

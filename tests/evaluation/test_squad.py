@@ -87,18 +87,7 @@ def test_every_answer_stands_whole_in_a_window_and_in_no_other_place():
     """A passage of many windows; real word pieces, where offsets differ from characters (an accent, a capital)."""
     rng = random.Random(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(MINILM)
-    words = [
-        "the",
-        "Vega,",
-        "Néstor's",
-        "harbour;",
-        "(1921)",
-        "unbelievably",
-        "naïve",
-        "ships",
-        "were",
-        "lost",
-    ]
+    words = ["the", "Vega,", "Néstor's", "harbour;", "(1921)", "unbelievably", "naïve", "ships", "were", "lost"]
     passage = " ".join(rng.choice(words) for _ in range(300))
     questions = []
     for _ in range(40):
@@ -116,10 +105,7 @@ def test_every_answer_stands_whole_in_a_window_and_in_no_other_place():
             continue
         span = windows.spans[row]
         asked = questions[question]
-        assert (span[first, 0], span[last, 1]) == (
-            asked.starts[0],
-            asked.starts[0] + len(asked.answers[0]),
-        )
+        assert (span[first, 0], span[last, 1]) == (asked.starts[0], asked.starts[0] + len(asked.answers[0]))
         found.add(question)
     assert found == set(range(40))
 
@@ -170,15 +156,11 @@ def make_squad(folder: Path, *, marked: bool, none: bool) -> Path:
             if not none or i % 3:
                 if marked:
                     words[place] = f"w{rng.randrange(3)}"
-                answers = [
-                    {"text": words[place], "answer_start": sum(len(w) + 1 for w in words[:place])}
-                ]
+                answers = [{"text": words[place], "answer_start": sum(len(w) + 1 for w in words[:place])}]
             qas = [{"id": f"{split}{i}", "question": "w3 w4", "answers": answers}]
             paragraphs.append({"context": " ".join(words), "qas": qas})
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{split}-v2.0.json").write_text(
-            json.dumps({"data": [{"paragraphs": paragraphs}]})
-        )
+        (folder / f"{split}-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     return folder
 
 

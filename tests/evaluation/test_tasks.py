@@ -40,14 +40,10 @@ def test_parquet_in_several_files_as_the_hub_distributes_it(tmp_path):
 
 def test_colas_own_files_have_no_header(tmp_path):
     folder = write(
-        tmp_path,
-        train_tsv='gj04\t1\t\tHe said "no.\ngj04\t0\t*\tnull\n',
-        dev_tsv="x\t1\t\tA\tb\n".replace("\tb", " b"),
+        tmp_path, train_tsv='gj04\t1\t\tHe said "no.\ngj04\t0\t*\tnull\n', dev_tsv="x\t1\t\tA\tb\n".replace("\tb", " b")
     )
     data = tasks.load("cola", tasks.TASKS["cola"], folder)
-    assert data.train.texts == (
-        ['He said "no.', "null"],
-    )  # an open quote; a word that pandas takes for nothing
+    assert data.train.texts == (['He said "no.', "null"],)  # an open quote; a word that pandas takes for nothing
     assert data.train.labels == [1.0, 0.0]
     assert data.validation.texts == (["A b"],)
 

@@ -5,9 +5,7 @@ import pytest
 from benchmarks import aot, aot_variants
 from tests.support.precision import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
 
 
 def name(variant: aot.Variant) -> str:

@@ -18,13 +18,7 @@ from torch import Tensor
 from fastdistil import ops
 from fastdistil.kernels import attention as attention_module
 from fastdistil.kernels.dropout import keep_reference
-from tests.support.precision import (
-    DEVICE,
-    DTYPES,
-    INTERPRETED,
-    assert_no_worse_than_pytorch,
-    results,
-)
+from tests.support.precision import DEVICE, DTYPES, INTERPRETED, assert_no_worse_than_pytorch, results
 
 # Below, at and across the blocks of 32 and 64 and the tile of 128; the interpreter gets fewer, a program costs it 10 ms.
 LENGTHS = [[1], [3, 3, 3], [31, 32, 33, 7, 7], [64, 130] if INTERPRETED else [63, 64, 65, 128, 130]]
@@ -34,18 +28,11 @@ def make_leaves(lengths, dtype=torch.float32, heads=2, width=20, seed=0) -> dict
     gen = torch.Generator().manual_seed(seed)
     qkv = torch.randn(sum(lengths), 3, heads, width, generator=gen)
     weight = torch.randn(sum(lengths), heads, width, generator=gen)
-    return {
-        "qkv_N3HD": qkv.to(DEVICE, dtype).requires_grad_(),
-        "weight_NHD": weight.to(DEVICE, dtype),
-    }
+    return {"qkv_N3HD": qkv.to(DEVICE, dtype).requires_grad_(), "weight_NHD": weight.to(DEVICE, dtype)}
 
 
 def dropout(dropout_p=0.3, seed=2**62 + 12345, stream=7) -> dict[str, Any]:
-    return {
-        "dropout_p": dropout_p,
-        "seed": torch.tensor(seed, device=DEVICE),
-        "stream": stream,
-    }
+    return {"dropout_p": dropout_p, "seed": torch.tensor(seed, device=DEVICE), "stream": stream}
 
 
 def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0) -> Tensor:
@@ -59,10 +46,7 @@ def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0) -> Te
         q, k, v = part.view(batch, length, 3, H, D).permute(2, 0, 3, 1, 4)
         weight = (q @ k.mT / D**0.5).softmax(-1)
         if seed is not None:
-            kept = [
-                keep_reference(seed, stream, dropout_p, heads, row, row)
-                for row in rows.view(batch, length)
-            ]
+            kept = [keep_reference(seed, stream, dropout_p, heads, row, row) for row in rows.view(batch, length)]
             weight = weight * torch.stack(kept) / (1 - dropout_p)
         outputs.append((weight @ v).transpose(1, 2).reshape(batch * length, H, D))
     return torch.cat(outputs)
@@ -85,9 +69,7 @@ def judged(operator, layout, **options):
 
 def check(lengths, leaves, **options):
     layout = ops.sequence_layout(lengths, DEVICE)
-    assert_no_worse_than_pytorch(
-        judged(fused, layout, **options), judged(eager, layout, **options), leaves
-    )
+    assert_no_worse_than_pytorch(judged(fused, layout, **options), judged(eager, layout, **options), leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -238,9 +220,7 @@ def test_no_number_is_taken_from_torchs_generator(backend):
 def test_reference_is_pytorchs_attention_in_fp64():
     lengths = [3, 17, 17]
     qkv, layout = make_leaves(lengths)["qkv_N3HD"].double(), ops.sequence_layout(lengths, DEVICE)
-    torch.testing.assert_close(
-        ops.attention_reference(qkv, layout), ops.attention(qkv, layout, backend="sdpa")
-    )
+    torch.testing.assert_close(ops.attention_reference(qkv, layout), ops.attention(qkv, layout, backend="sdpa"))
 
 
 def test_reference_has_the_derivative_it_claims():
@@ -256,13 +236,10 @@ def test_registration():
     leaves, layout = make_leaves(lengths, width=16), ops.sequence_layout(lengths, DEVICE)
     qkv, weight = leaves.values()
     for mask in ((None, 0, 0.0), (torch.tensor(5, device=DEVICE), 2, 0.3)):
-        torch.library.opcheck(
-            torch.ops.fastdistil.attention_forward.default, (qkv, layout.tiles, *mask)
-        )
+        torch.library.opcheck(torch.ops.fastdistil.attention_forward.default, (qkv, layout.tiles, *mask))
         out, lse = torch.ops.fastdistil.attention_forward(qkv.detach(), layout.tiles, *mask)
         torch.library.opcheck(
-            torch.ops.fastdistil.attention_backward.default,
-            (weight, qkv.detach(), out, lse, layout.tiles, *mask),
+            torch.ops.fastdistil.attention_backward.default, (weight, qkv.detach(), out, lse, layout.tiles, *mask)
         )
 
 
@@ -368,15 +345,10 @@ def test_layout_is_filled_up_to_a_step():
 @pytest.mark.parametrize("backend", ["fused", "sdpa", "reference"])
 def test_empty_sequences_and_tiles_change_nothing(backend):
     lengths = [33, 9, 9, 130]
-    operator = {"reference": ops.attention_reference}.get(
-        backend, functools.partial(ops.attention, backend=backend)
-    )
+    operator = {"reference": ops.attention_reference}.get(backend, functools.partial(ops.attention, backend=backend))
     options = {} if backend == "sdpa" else dropout()  # whose masks are drawn anew in every call
     plain, filled = (
-        results(
-            judged(operator, ops.sequence_layout(lengths, DEVICE, **steps), **options),
-            make_leaves(lengths),
-        )
+        results(judged(operator, ops.sequence_layout(lengths, DEVICE, **steps), **options), make_leaves(lengths))
         for steps in ({}, {"sequence_step": 7, "tile_step": 8})
     )
     for name, value in plain.items():

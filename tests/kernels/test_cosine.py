@@ -10,31 +10,18 @@ from torch.nn import functional as F
 from fastdistil import ops
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
 
-SHAPES = [
-    (1, 2),
-    (5, 31),
-    (3, 384),
-    (127, 65),
-    (2, 768),
-    (3, 769),
-    (1, 8192),
-]  # rows per CTA: 2,048 to 1
+SHAPES = [(1, 2), (5, 31), (3, 384), (127, 65), (2, 768), (3, 769), (1, 8192)]  # rows per CTA: 2,048 to 1
 
 
 def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(shape, generator=gen) for _ in range(2))
-    return {
-        "student_ND": student.to(DEVICE, dtype).requires_grad_(),
-        "teacher_ND": teacher.to(DEVICE, dtype),
-    }
+    return {"student_ND": student.to(DEVICE, dtype).requires_grad_(), "teacher_ND": teacher.to(DEVICE, dtype)}
 
 
 def check(leaves, **options):
     assert_no_worse_than_pytorch(
-        functools.partial(ops.cosine_loss, **options),
-        functools.partial(ops.cosine_loss_reference, **options),
-        leaves,
+        functools.partial(ops.cosine_loss, **options), functools.partial(ops.cosine_loss_reference, **options), leaves
     )
 
 
@@ -62,9 +49,7 @@ def test_zero_vectors_give_what_pytorch_gives(zero):
         leaves[zero][1] = 0
     check(leaves)
     student, teacher = leaves.values()
-    expected = F.cosine_embedding_loss(
-        student, teacher, torch.ones(3, device=DEVICE), reduction="sum"
-    )
+    expected = F.cosine_embedding_loss(student, teacher, torch.ones(3, device=DEVICE), reduction="sum")
     torch.testing.assert_close(ops.cosine_loss(**leaves), expected)
 
 
@@ -98,9 +83,7 @@ def test_mapped_layers_with_a_projection():
     leaves = [*students, *projection.parameters()]
 
     def gradients(loss):
-        total = torch.stack(
-            [loss(projection(s), t) for s, t in zip(students, teachers, strict=True)]
-        )
+        total = torch.stack([loss(projection(s), t) for s, t in zip(students, teachers, strict=True)])
         return torch.autograd.grad(total.sum(), leaves)
 
     torch.testing.assert_close(gradients(ops.cosine_loss), gradients(ops.cosine_loss_reference))
@@ -109,9 +92,7 @@ def test_mapped_layers_with_a_projection():
 def test_registration():
     leaves = make_leaves((3, 50))
     for num_rows in (None, torch.tensor(2, device=DEVICE)):
-        torch.library.opcheck(
-            torch.ops.fastdistil.cosine_rows.default, (*leaves.values(), num_rows)
-        )
+        torch.library.opcheck(torch.ops.fastdistil.cosine_rows.default, (*leaves.values(), num_rows))
 
 
 def test_compiles_without_graph_breaks():
@@ -130,12 +111,7 @@ def test_reference_has_the_derivative_it_claims():
 @pytest.mark.parametrize(
     ("student", "teacher", "num_rows", "message"),
     [
-        (
-            torch.zeros(2, 3),
-            torch.zeros(2, 4),
-            None,
-            r"\(2, 3\) and teacher \(2, 4\): where widths",
-        ),
+        (torch.zeros(2, 3), torch.zeros(2, 4), None, r"\(2, 3\) and teacher \(2, 4\): where widths"),
         (torch.zeros(2, 3).double(), torch.zeros(2, 3), None, "got torch.float64"),
         (torch.zeros(2, 8193), torch.zeros(2, 8193), None, "a width of 1 to 8192, got 8193"),
         (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor(1.0), "got torch.float32"),

@@ -8,29 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from fastdistil import ops
-from tests.support.precision import (
-    DEVICE,
-    DTYPES,
-    INTERPRETED,
-    assert_no_worse_than_pytorch,
-    results,
-)
+from tests.support.precision import DEVICE, DTYPES, INTERPRETED, assert_no_worse_than_pytorch, results
 
 # One element; below, at and across a thread's load, a lane block, the C++ block of 1,024; real vocabularies.
-SHAPES = [
-    (1, 1),
-    (2, 7),
-    (127, 33),
-    (3, 1024),
-    (2, 2049),
-    (2, 4097),
-    (5, 30522),
-    (2, 30528),
-    (1, 119547),
-]
-MANY_ROWS = (
-    (257, 3) if INTERPRETED else (4097, 3)
-)  # one program after the other: 4,097 take a minute
+SHAPES = [(1, 1), (2, 7), (127, 33), (3, 1024), (2, 2049), (2, 4097), (5, 30522), (2, 30528), (1, 119547)]
+MANY_ROWS = (257, 3) if INTERPRETED else (4097, 3)  # one program after the other: 4,097 take a minute
 OPTIONS: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.7, "mlm_scale": 0.3}
 
 
@@ -77,10 +59,7 @@ def test_is_the_objective_of_the_authors():
     """Trap 1 and 2: batchmean over rows times T^2, and cross-entropy at temperature 1."""
     leaves = make_leaves((6, 50), labelled=1.0)
     student, teacher, labels = leaves.values()
-    kd = (
-        F.kl_div((student / 3).log_softmax(-1), (teacher / 3).softmax(-1), reduction="batchmean")
-        * 9
-    )
+    kd = F.kl_div((student / 3).log_softmax(-1), (teacher / 3).softmax(-1), reduction="batchmean") * 9
     mlm = F.cross_entropy(student, labels)
     got = ops.distill_loss(**leaves, temperature=3.0, kd_scale=5 / 6, mlm_scale=2 / 6)
     torch.testing.assert_close(got.loss, 5 * kd + 2 * mlm)
@@ -92,10 +71,7 @@ def test_is_the_objective_of_the_authors():
 def test_identical_rows_cost_exactly_nothing(temperature, dtype):
     leaves = make_leaves((5, 3001), dtype, spread=8.0)
     leaves["teacher_NV"] = leaves["student_NV"].detach().clone()
-    got = results(
-        functools.partial(ops.distill_loss, temperature=temperature, kd_scale=1.0, mlm_scale=0.0),
-        leaves,
-    )
+    got = results(functools.partial(ops.distill_loss, temperature=temperature, kd_scale=1.0, mlm_scale=0.0), leaves)
     assert got["value 1"] == 0
     assert (got["dstudent_NV"] == 0).all()
     assert got["value 3"] == 5  # all agree
@@ -112,16 +88,7 @@ def test_kl_is_never_negative():
 
 def kernel_rows(student, teacher, labels, *, num_rows=None, dstudent=None, vocab_size=None):
     return torch.ops.fastdistil.distill_rows(
-        student,
-        teacher,
-        labels,
-        num_rows,
-        dstudent,
-        0,
-        2.0,
-        0.7,
-        0.3,
-        vocab_size or student.shape[1],
+        student, teacher, labels, num_rows, dstudent, 0, 2.0, 0.7, 0.3, vocab_size or student.shape[1]
     )
 
 
@@ -131,9 +98,7 @@ def test_extreme_logits(temperature):
     leaves["student_NV"] = leaves["student_NV"].detach().sign().mul_(1e4).requires_grad_()
     leaves["teacher_NV"] = leaves["teacher_NV"].sign() * -1e4
     check(leaves, temperature=temperature)
-    check(
-        leaves | {"teacher_NV": torch.full_like(leaves["teacher_NV"], 1e4)}, temperature=temperature
-    )
+    check(leaves | {"teacher_NV": torch.full_like(leaves["teacher_NV"], 1e4)}, temperature=temperature)
 
 
 @pytest.mark.parametrize("broken", ["student_NV", "teacher_NV"])
@@ -149,9 +114,7 @@ def test_gradient_is_written_over_the_logits():
     apart = torch.full_like(student, 7.0)
     rows = kernel_rows(student, teacher, labels, dstudent=apart)
     in_place = student.clone()
-    torch.testing.assert_close(
-        rows, kernel_rows(in_place, teacher, labels, dstudent=in_place), rtol=0, atol=0
-    )
+    torch.testing.assert_close(rows, kernel_rows(in_place, teacher, labels, dstudent=in_place), rtol=0, atol=0)
     torch.testing.assert_close(in_place, apart, rtol=0, atol=0)
     values_only = kernel_rows(student, teacher, labels)
     torch.testing.assert_close(rows, values_only, rtol=0, atol=0)
@@ -211,15 +174,11 @@ def test_rows_beyond_2_to_the_31_elements():
     """The third row starts at element 2^31: address space is allocated, memory is only for the rows touched."""
     V, stride = 40, 2**30
     student, teacher, labels = (x.detach() for x in make_leaves((3, V), torch.bfloat16).values())
-    far = torch.empty(2 * stride + V, dtype=torch.bfloat16, device=DEVICE).as_strided(
-        (3, V), (stride, 1)
-    )
+    far = torch.empty(2 * stride + V, dtype=torch.bfloat16, device=DEVICE).as_strided((3, V), (stride, 1))
     far.copy_(student)
     near_gradient = torch.empty_like(student)
     rows = kernel_rows(student, teacher, labels, dstudent=near_gradient)
-    torch.testing.assert_close(
-        kernel_rows(far, teacher, labels, dstudent=far), rows, rtol=0, atol=0
-    )
+    torch.testing.assert_close(kernel_rows(far, teacher, labels, dstudent=far), rows, rtol=0, atol=0)
     torch.testing.assert_close(far, near_gradient, rtol=0, atol=0, check_stride=False)
 
 
@@ -228,14 +187,12 @@ def test_registration():
     num_rows = torch.tensor(2, device=DEVICE)
     for rows, gradient in ((None, torch.empty_like(student)), (num_rows, None)):
         torch.library.opcheck(
-            torch.ops.fastdistil.distill_rows.default,
-            (student, teacher, labels, rows, gradient, 0, 2.0, 1.0, 1.0, 48),
+            torch.ops.fastdistil.distill_rows.default, (student, teacher, labels, rows, gradient, 0, 2.0, 1.0, 1.0, 48)
         )
     for needs_grad in (True, False):
         leaf = student.clone().requires_grad_(needs_grad)
         torch.library.opcheck(
-            torch.ops.fastdistil.distill.default,
-            (leaf, teacher, labels, num_rows, 2.0, 1.0, 1.0, 48, needs_grad),
+            torch.ops.fastdistil.distill.default, (leaf, teacher, labels, num_rows, 2.0, 1.0, 1.0, 48, needs_grad)
         )
 
 
@@ -250,9 +207,7 @@ def test_compiles_without_graph_breaks():
 def test_reference_has_the_derivative_it_claims():
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     teacher, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([2, -100, 0])
-    assert torch.autograd.gradcheck(
-        lambda x: ops.distill_loss_reference(x, teacher, labels, **OPTIONS).loss, student
-    )
+    assert torch.autograd.gradcheck(lambda x: ops.distill_loss_reference(x, teacher, labels, **OPTIONS).loss, student)
 
 
 def test_label_outside_the_vocabulary():
@@ -269,15 +224,9 @@ def test_label_outside_the_vocabulary():
     [
         ({"teacher_NV": torch.zeros(2, 4)}, r"student \(2, 3\) and teacher \(2, 4\)"),
         ({"student_NV": torch.zeros(0, 3), "teacher_NV": torch.zeros(0, 3)}, "at least one row"),
-        (
-            {"teacher_NV": torch.zeros(2, 3).half()},
-            r"student torch.float32 and teacher torch.float16",
-        ),
+        ({"teacher_NV": torch.zeros(2, 3).half()}, r"student torch.float32 and teacher torch.float16"),
         ({"student_NV": torch.zeros(2, 3).double()}, "got torch.float64"),
-        (
-            {"labels_N": torch.zeros(3, dtype=torch.int64)},
-            r"shape \(2,\), got torch.int64 of shape \(3,\)",
-        ),
+        ({"labels_N": torch.zeros(3, dtype=torch.int64)}, r"shape \(2,\), got torch.int64 of shape \(3,\)"),
         ({"labels_N": torch.zeros(2, dtype=torch.int32)}, "got torch.int32"),
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be > 0, got nan"),

@@ -85,9 +85,7 @@ def test_keys_are_philox():
         assert module.keys_reference(seed, counter[2], counter[3], head, row).item() == word
 
 
-@pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="these keys feed Triton kernels only"
-)
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="these keys feed Triton kernels only")
 @pytest.mark.parametrize("num_tokens", [1, 257])
 def test_keys_of_the_device(num_tokens):
     heads, tokens = torch.arange(2, device=DEVICE), torch.arange(num_tokens, device=DEVICE)
@@ -99,9 +97,7 @@ def test_keys_of_the_device(num_tokens):
 
 @pytest.mark.parametrize("dropout_p", [2.0**-32, 0.001, 0.1, 0.5, 0.9, 1 - 2.0**-12, 1 - 1e-12])
 def test_rate(dropout_p):
-    kept = ops.dropout(
-        torch.ones(128, 512, device=DEVICE), seed_of(SEED), stream=3, dropout_p=dropout_p
-    )
+    kept = ops.dropout(torch.ones(128, 512, device=DEVICE), seed_of(SEED), stream=3, dropout_p=dropout_p)
     dropped = (kept == 0).sum().item()
     sigma = (kept.numel() * dropout_p * (1 - dropout_p)) ** 0.5
     assert abs(dropped - kept.numel() * dropout_p) <= 5 * sigma + 0.5  # 0.5: a count is whole
@@ -279,9 +275,7 @@ def test_a_seed_and_its_use_do_not_read_the_device():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
-@pytest.mark.parametrize(
-    "variant", list(aot_variants.specialised_variants()), ids=lambda variant: variant.name
-)
+@pytest.mark.parametrize("variant", list(aot_variants.specialised_variants()), ids=lambda variant: variant.name)
 def test_kernels_compile_where_an_argument_is_one(variant):
     """Triton makes an integer argument of 1 a Python constant, which has not a tensor's methods."""
     assert aot.compile_variant(variant, 90).num_spills == 0

@@ -25,11 +25,7 @@ def definition(x: Tensor, bias: Tensor | None) -> Tensor:
 def check(x: Tensor, bias: Tensor | None) -> None:
     """Every number within half a step of e4m3: 2^-4 of itself, or of the subnormals' 2^-9."""
     q, scale = ops.quantise_rows(x, bias)
-    assert (q.dtype, scale.dtype, scale.shape) == (
-        torch.float8_e4m3fn,
-        torch.float32,
-        (len(x), 1),
-    )
+    assert (q.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (len(x), 1))
     exact = definition(x, bias)
     amax = exact.abs().amax(1, keepdim=True)
     torch.testing.assert_close(scale.double(), amax / 448, rtol=1e-5, atol=0)
@@ -98,17 +94,13 @@ def test_strided_inputs():
     assert torch.equal(got[1], wanted[1])
 
 
-@pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
-)
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own")
 def test_registration():
     # e4m3 has no allclose, which the comparison with aot_autograd needs
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x, bias = make_x((5, 48))
     for arguments in ((x, None), (x, bias)):
-        torch.library.opcheck(
-            torch.ops.fastdistil.quantise_rows.default, arguments, test_utils=checks
-        )
+        torch.library.opcheck(torch.ops.fastdistil.quantise_rows.default, arguments, test_utils=checks)
 
 
 def test_compiles_without_graph_breaks():

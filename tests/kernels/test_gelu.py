@@ -59,9 +59,7 @@ def test_no_worse_than_twice_pytorch(shape, dtype):
 
 def test_extremes():
     """Far out GELU is 0 or z and its derivative 0 or 1, without a NaN from 0 * inf or inf - inf."""
-    x = torch.tensor(
-        [[-1e30, -50.0, -6.0, 0.0, 6.0, 50.0, 1e30]], device=DEVICE, requires_grad=True
-    )
+    x = torch.tensor([[-1e30, -50.0, -6.0, 0.0, 6.0, 50.0, 1e30]], device=DEVICE, requires_grad=True)
     out = ops.bias_gelu(x, torch.zeros(7, device=DEVICE))
     out.sum().backward()
     exact = x.detach().double().requires_grad_()
@@ -88,9 +86,7 @@ def test_backward_is_deterministic():
 
 def test_linear_gelu_is_linear_then_gelu():
     gen = torch.Generator().manual_seed(0)
-    x, weight, bias = (
-        torch.randn(s, generator=gen).to(DEVICE).requires_grad_() for s in ((5, 8), (20, 8), (20,))
-    )
+    x, weight, bias = (torch.randn(s, generator=gen).to(DEVICE).requires_grad_() for s in ((5, 8), (20, 8), (20,)))
     wanted = F.gelu(F.linear(x, weight, bias))
     got = ops.linear_gelu(x, weight, bias)
     torch.testing.assert_close(got, wanted)
@@ -130,14 +126,10 @@ def test_no_rows():
     assert not got["dbias_F"].any()
 
 
-@pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
-)
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own")
 def test_registration():
     leaves = make_leaves((5, 48))
-    torch.library.opcheck(
-        torch.ops.fastdistil.bias_gelu.default, (leaves["x_NF"], leaves["bias_F"])
-    )
+    torch.library.opcheck(torch.ops.fastdistil.bias_gelu.default, (leaves["x_NF"], leaves["bias_F"]))
 
 
 def test_compiles_without_graph_breaks():

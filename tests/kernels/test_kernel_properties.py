@@ -3,13 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels import (
-    test_attention,
-    test_cosine,
-    test_distill,
-    test_layernorm,
-    test_linear_distill,
-)
+from tests.kernels import test_attention, test_cosine, test_distill, test_layernorm, test_linear_distill
 from tests.support.precision import DTYPES, INTERPRETED
 
 

@@ -24,8 +24,7 @@ def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
     N, D = shape
     sizes = {"x_ND": (N, D), "residual_ND": (N, D), "weight_D": (D,), "bias_D": (D,)}
     leaves: dict[str, Any] = {
-        name: torch.randn(size, generator=gen).to(DEVICE, dtype).requires_grad_()
-        for name, size in sizes.items()
+        name: torch.randn(size, generator=gen).to(DEVICE, dtype).requires_grad_() for name, size in sizes.items()
     }
     leaves["dout_ND"] = torch.randn(shape, generator=gen).to(DEVICE, dtype)
     return leaves
@@ -81,15 +80,11 @@ def test_no_worse_than_twice_pytorch(shape, dtype, options):
 def test_without_a_residual(dtype):
     leaves = make_leaves((7, 100), dtype)
     del leaves["residual_ND"]
-    truth = results(
-        judged(functools.partial(ops_layernorm_reference, residual_ND=None)), fp64(leaves)
-    )
+    truth = results(judged(functools.partial(ops_layernorm_reference, residual_ND=None)), fp64(leaves))
     theirs = results(judged(functools.partial(eager, residual_ND=None)), leaves)
     mine = results(judged(ops.layernorm), leaves)
     for name, exact in truth.items():
-        allowed = (
-            SLACK * (theirs[name] - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-        )
+        allowed = SLACK * (theirs[name] - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (mine[name] - exact).abs().max() <= allowed, name
 
 
@@ -103,15 +98,12 @@ def test_more_rows_than_programs(monkeypatch):
     check(make_leaves((130, 40)), **OPTIONS["dropout"])
 
 
-@pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="PyTorch's LayerNorm for CPUs sums them in bf16"
-)
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="PyTorch's LayerNorm for CPUs sums them in bf16")
 def test_parameter_gradients_are_summed_in_fp32():
     """Programs of 256.25 and -256 leave 0.25, of which bf16 sums would keep nothing. xhat is 1 and -1."""
     x = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16, device=DEVICE).repeat(64, 32)
     weight, bias = (
-        torch.full((64,), value, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-        for value in (1.0, 0.0)
+        torch.full((64,), value, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for value in (1.0, 0.0)
     )
     dout = torch.full_like(x, 8.0)
     dout[0], dout[32:] = 8.25, -8.0
@@ -187,9 +179,7 @@ def test_no_rows():
     assert not got["dweight_D"].any()
 
 
-@pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own"
-)
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="on the CPU it is put together from PyTorch's own")
 def test_registration():
     leaves = make_leaves((5, 48))
     x, residual, weight, bias = list(leaves.values())[:4]

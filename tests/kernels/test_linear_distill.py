@@ -12,18 +12,11 @@ from fastdistil.kernels.linear_distill import default_chunk_tokens
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
 
 V, VOCAB = 320, 301  # padded and real vocabulary
-OPTIONS: dict[str, Any] = {
-    "temperature": 2.0,
-    "kd_scale": 0.7,
-    "mlm_scale": 0.3,
-    "vocab_size": VOCAB,
-}
+OPTIONS: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.7, "mlm_scale": 0.3, "vocab_size": VOCAB}
 TRAINED = ("student_ND", "student_weight_VD", "student_bias_V")
 
 
-def make_leaves(
-    num_tokens=13, dtype=torch.float32, *, widths=(24, 40), num_columns=V, seed=0
-) -> dict[str, Any]:
+def make_leaves(num_tokens=13, dtype=torch.float32, *, widths=(24, 40), num_columns=V, seed=0) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -88,12 +81,8 @@ def test_weights_may_have_a_dtype_of_their_own():
     leaves = make_leaves(dtype=torch.bfloat16)
     mixed = leaves | {name: leaves[name].detach().float().requires_grad_() for name in TRAINED[1:]}
     bf16, fp32 = results(ours(), leaves), results(ours(), mixed)
-    assert (
-        torch.autograd.grad(ours()(**mixed).loss, mixed["student_bias_V"])[0].dtype == torch.float32
-    )
-    assert_same(
-        {k: v.bfloat16() for k, v in fp32.items()}, {k: v.bfloat16() for k, v in bf16.items()}
-    )
+    assert torch.autograd.grad(ours()(**mixed).loss, mixed["student_bias_V"])[0].dtype == torch.float32
+    assert_same({k: v.bfloat16() for k, v in fp32.items()}, {k: v.bfloat16() for k, v in bf16.items()})
     teacher_in_fp32 = leaves | {k: v.float() for k, v in leaves.items() if k.startswith("teacher")}
     assert_same(results(ours(), teacher_in_fp32), bf16, rtol=0.05, atol=0.02)
 
@@ -127,10 +116,7 @@ def test_accumulates_over_micro_batches():
         part = slice(start, start + 4)
         of_tokens = {k: v[part] for k, v in whole.items() if k.endswith("N") or k.endswith("_ND")}
         ours()(**whole | of_tokens).loss.backward()
-    assert_same(
-        {f"d{n}": whole[n].grad.double() for n in TRAINED},
-        {k: v for k, v in expected.items() if k[0] == "d"},
-    )
+    assert_same({f"d{n}": whole[n].grad.double() for n in TRAINED}, {k: v for k, v in expected.items() if k[0] == "d"})
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -189,17 +175,13 @@ def test_registration():
 def test_compiles_without_graph_breaks():
     leaves = make_leaves()
     num_rows = torch.tensor(9, device=DEVICE)
-    compiled = torch.compile(
-        lambda **leaves: tuple(ours(num_rows=num_rows)(**leaves)), fullgraph=True
-    )
+    compiled = torch.compile(lambda **leaves: tuple(ours(num_rows=num_rows)(**leaves)), fullgraph=True)
     assert_same(results(compiled, leaves), results(ours(num_rows=num_rows), leaves))
 
 
 def test_default_chunk_depends_on_shapes_and_device_only():
     device = torch.device(DEVICE)
-    chunks = [
-        default_chunk_tokens(columns, torch.bfloat16, device) for columns in (320, 30528, 10**6)
-    ]
+    chunks = [default_chunk_tokens(columns, torch.bfloat16, device) for columns in (320, 30528, 10**6)]
     assert chunks == sorted(chunks, reverse=True)
     assert all(chunk % 256 == 0 for chunk in chunks)
     assert chunks[-1] == 256
@@ -208,15 +190,9 @@ def test_default_chunk_depends_on_shapes_and_device_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"student_ND": torch.zeros(13, 23)},
-            r"student hidden states .* got \(13, 23\) and \(320, 24\)",
-        ),
+        ({"student_ND": torch.zeros(13, 23)}, r"student hidden states .* got \(13, 23\) and \(320, 24\)"),
         ({"teacher_ND": torch.zeros(12, 40)}, "got 13 of the student and 12 of the teacher"),
-        (
-            {"teacher_bias_V": torch.zeros(3)},
-            r"one teacher bias for each of the 320 rows .* \(3,\)",
-        ),
+        ({"teacher_bias_V": torch.zeros(3)}, r"one teacher bias for each of the 320 rows .* \(3,\)"),
         (
             {"teacher_weight_VE": torch.zeros(301, 40), "teacher_bias_V": torch.zeros(301)},
             "320 rows of the student and 301 of the teacher",

@@ -37,9 +37,7 @@ def test_interpreter_is_chosen_by_the_environment():
     assert (ops.CPU_BACKEND == "triton-interpreter") == INTERPRETED
 
 
-@pytest.mark.skipif(
-    not ops.CPU_BACKEND.startswith("cpp-"), reason="csrc/ is not built or not in use"
-)
+@pytest.mark.skipif(not ops.CPU_BACKEND.startswith("cpp-"), reason="csrc/ is not built or not in use")
 def test_one_build_serves_both_instruction_sets_and_neither():
     here, expected, log = run()
     assert here == f"cpp-{torch.backends.cpu.get_cpu_capability().lower()}"

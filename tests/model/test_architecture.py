@@ -12,13 +12,7 @@ from tests.support.models import MINILM
 from tests.support.toy import student_of
 
 BERT_BASE = Architecture(
-    vocab_size=30522,
-    hidden_size=768,
-    num_layers=12,
-    num_heads=12,
-    ffn_size=3072,
-    max_positions=512,
-    token_types=2,
+    vocab_size=30522, hidden_size=768, num_layers=12, num_heads=12, ffn_size=3072, max_positions=512, token_types=2
 )
 
 
@@ -95,10 +89,7 @@ def test_every_field_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            _bert(model_type="gpt2"),
-            "model_type must be one of bert, distilbert, roberta, got 'gpt2'",
-        ),
+        (_bert(model_type="gpt2"), "model_type must be one of bert, distilbert, roberta, got 'gpt2'"),
         (_bert(hidden_act="gelu_new"), r"hidden_act must be 'gelu' \(exact erf.*'gelu_new'"),
         ({"model_type": "distilbert", "activation": "relu"}, "activation must be 'gelu'.*'relu'"),
         (_bert(position_embedding_type="relative_key"), "must be 'absolute', got 'relative_key'"),
@@ -122,9 +113,7 @@ def test_refusals(config, message, tmp_path):
         read_architecture(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"{", b"\xff\xfe", b"[" * 100_000], ids=["cut", "bytes", "deep"]
-)
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000], ids=["cut", "bytes", "deep"])
 def test_unreadable_config(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is not readable as JSON"):
@@ -132,15 +121,11 @@ def test_unreadable_config(content, tmp_path):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"not a Hugging Face folder: wanted config\.json in .*nowhere"
-    ):
+    with pytest.raises(ValueError, match=r"not a Hugging Face folder: wanted config\.json in .*nowhere"):
         read_architecture(tmp_path / "nowhere")
 
 
 def test_imports_nothing_but_the_standard_library():
     code = "import sys, fastdistil.architecture as a; print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"

@@ -16,13 +16,7 @@ from fastdistil.model.weights import hugging_face_state, load_masked_lm
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 
 SMALL = Architecture(
-    vocab_size=101,
-    hidden_size=60,
-    num_layers=2,
-    num_heads=3,
-    ffn_size=77,
-    max_positions=64,
-    token_types=2,
+    vocab_size=101, hidden_size=60, num_layers=2, num_heads=3, ffn_size=77, max_positions=64, token_types=2
 )
 
 
@@ -117,9 +111,7 @@ def test_dropout_is_where_transformers_has_it(class_name, tmp_path, monkeypatch)
     ours.encoder.attention_backend = "fused"
     is_bert = class_name == "BertForMaskedLM"
     # Streams as bert.py numbers them; a DistilBERT has no dropout after the attention's projection.
-    streams = [0] + [
-        s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2
-    ]
+    streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2]
     ids, positions, layout = packed([24], 101)
     torch.manual_seed(0)
     seed = ops.dropout_seed("cpu")
@@ -156,9 +148,7 @@ def test_layer_norm_eps_and_its_statistics():
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
     norm = model.encoder.embedding_norm
     x = 1e-6 * torch.randn(4, 60, generator=torch.Generator().manual_seed(0)) + 1e-5
-    exact = F.layer_norm(
-        x.bfloat16().double(), (60,), norm.weight.double(), norm.bias.double(), 1e-12
-    )
+    exact = F.layer_norm(x.bfloat16().double(), (60,), norm.weight.double(), norm.bias.double(), 1e-12)
     got = copy.deepcopy(norm).bfloat16()(x.bfloat16())
     torch.testing.assert_close(got.double(), exact, rtol=2e-2, atol=2e-2)
 
@@ -184,13 +174,9 @@ def test_token_type_zero_is_added():
         table.weight[1] += torch.arange(60)
     assert torch.equal(model.encoder(ids, positions, layout), before)
     with torch.no_grad():
-        table.weight[0] += torch.arange(
-            60
-        )  # not one constant: LayerNorm would take that away again
+        table.weight[0] += torch.arange(60)  # not one constant: LayerNorm would take that away again
     assert ((model.encoder(ids, positions, layout) - before).abs().amax(1) > 0.1).all()
-    assert not any(
-        "token_type" in name for name in MaskedLM(replace(SMALL, token_types=0)).state_dict()
-    )
+    assert not any("token_type" in name for name in MaskedLM(replace(SMALL, token_types=0)).state_dict())
 
 
 def test_padded_vocabulary():
@@ -230,9 +216,7 @@ def test_tied_decoder():
 def test_state_dict_goes_round_also_inside_another_module():
     model, other = _model(), MaskedLM(SMALL)
     other.load_state_dict(model.state_dict())
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     outer = nn.ModuleDict({"student": model})
     assert "student.head.weight" not in outer.state_dict()
     outer.load_state_dict(outer.state_dict())
@@ -259,9 +243,7 @@ def test_initial_weights():
     torch.manual_seed(2)
     again = MaskedLM(SMALL, generator=torch.Generator().manual_seed(5))
     other = MaskedLM(SMALL, generator=torch.Generator().manual_seed(6))
-    for (name, a), b, c in zip(
-        first.named_parameters(), again.parameters(), other.parameters(), strict=True
-    ):
+    for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         if name.endswith("bias"):
             assert not a.any()
@@ -277,9 +259,7 @@ def test_initial_weights():
 def test_parameter_count_is_the_architectures():
     for architecture in (SMALL, replace(SMALL, token_types=0, vocab_size=128, num_layers=3)):
         model = MaskedLM(architecture)
-        padding = (architecture.padded_vocab_size - architecture.vocab_size) * (
-            architecture.hidden_size + 1
-        )
+        padding = (architecture.padded_vocab_size - architecture.vocab_size) * (architecture.hidden_size + 1)
         assert sum(p.numel() for p in model.parameters()) - padding == architecture.num_parameters
 
 
@@ -365,9 +345,7 @@ def test_compiles_once_for_all_layouts():
     compiled = torch.compile(model.encoder, backend=backend)
     for i, lengths in enumerate(([5, 5, 7, 3], [20], [1, 19], [4] * 5)):
         ids, positions, layout = packed(lengths, 101, seed=i)
-        torch.testing.assert_close(
-            compiled(ids, positions, layout), model.encoder(ids, positions, layout)
-        )
+        torch.testing.assert_close(compiled(ids, positions, layout), model.encoder(ids, positions, layout))
         if i == 0:
             graphs_of_first = len(graphs)
     assert len(graphs) == graphs_of_first > 0

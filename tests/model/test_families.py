@@ -168,10 +168,7 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("recipe", "class_name", "vocab_size"),
-    [
-        ("distilroberta", "RobertaForMaskedLM", None),
-        ("multilingual", "DistilBertForMaskedLM", 119_547),
-    ],
+    [("distilroberta", "RobertaForMaskedLM", None), ("multilingual", "DistilBertForMaskedLM", 119_547)],
 )
 def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_size):
     teacher, shards, run, out = (tmp_path / n for n in ("teacher", "shards", "run", "export"))

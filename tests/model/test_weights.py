@@ -22,13 +22,7 @@ from fastdistil.model.weights import (
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 from tests.support.toy import student_of
 
-CLASSES = [
-    "BertModel",
-    "BertForMaskedLM",
-    "BertForPreTraining",
-    "DistilBertModel",
-    "DistilBertForMaskedLM",
-]
+CLASSES = ["BertModel", "BertForMaskedLM", "BertForPreTraining", "DistilBertModel", "DistilBertForMaskedLM"]
 
 
 def _hidden(model, ids, positions, layout):
@@ -47,11 +41,7 @@ def _edit(folder, change):
     """Rewrite model.safetensors after `change(tensors)`."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "sharded", "bin"])
@@ -91,9 +81,7 @@ def test_old_names_gamma_and_beta(tmp_path):
     wanted = load_masked_lm(tmp_path, need_head=True).state_dict()
 
     def old(key):
-        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        )
+        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
     _as_bin(tmp_path, model, old)
     got = load_masked_lm(tmp_path, need_head=True).state_dict()
@@ -102,23 +90,18 @@ def test_old_names_gamma_and_beta(tmp_path):
 
 def test_half_precision_weights_become_fp32(tmp_path):
     random_model("BertForMaskedLM").bfloat16().save_pretrained(tmp_path)
-    assert {p.dtype for p in load_masked_lm(tmp_path, need_head=True).parameters()} == {
-        torch.float32
-    }
+    assert {p.dtype for p in load_masked_lm(tmp_path, need_head=True).parameters()} == {torch.float32}
 
 
 def test_no_head_names_the_mlm_recipe(tmp_path):
     with pytest.raises(
-        ValueError,
-        match=r"masked-LM head in .*model, got \['BertModel'\] without one.*pretrain mlm --student\.init",
+        ValueError, match=r"masked-LM head in .*model, got \['BertModel'\] without one.*pretrain mlm --student\.init"
     ):
         load_masked_lm(MINILM, need_head=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
     folder = tmp_path
     save_random("BertModel", folder)
-    a, b, c = (
-        load_masked_lm(folder, need_head=False, generator=g).head.dense.weight for g in generators
-    )
+    a, b, c = (load_masked_lm(folder, need_head=False, generator=g).head.dense.weight for g in generators)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -131,10 +114,7 @@ def test_no_head_names_the_mlm_recipe(tmp_path):
             lambda t: t.pop("bert.encoder.layer.3.attention.self.key.bias"),
             r"1 missing \(bert\.encoder\.layer\.3\.attention\.self\.key\.bias\)",
         ),
-        (
-            lambda t: t.update({"classifier.weight": torch.ones(2)}),
-            r"1 unexpected \(classifier\.weight\)",
-        ),
+        (lambda t: t.update({"classifier.weight": torch.ones(2)}), r"1 unexpected \(classifier\.weight\)"),
         (
             lambda t: t.update({"bert.encoder.layer.5.output.dense.bias": torch.ones(60)}),
             r"1 unexpected \(bert\.encoder\.layer\.5\.output\.dense\.bias\)",
@@ -144,9 +124,7 @@ def test_no_head_names_the_mlm_recipe(tmp_path):
             r"word_embeddings\.weight must be floats of shape \(101, 60\).*got torch\.float32 of shape \(100, 60\)",
         ),
         (
-            lambda t: t.update(
-                {"bert.encoder.layer.0.attention.self.query.weight": torch.ones(60, 61)}
-            ),
+            lambda t: t.update({"bert.encoder.layer.0.attention.self.query.weight": torch.ones(60, 61)}),
             r"query\.weight must be floats of shape \(60, 60\)",
         ),
         (
@@ -190,22 +168,14 @@ def test_missing_and_damaged_files(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "{",
-        "[]",
-        '{"weight_map": 3}',
-        '{"weight_map": {"a": "../model.safetensors"}}',
-        '{"weight_map": {"a": 3}}',
-    ],
+    ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": 3}}'],
 )
 def test_hostile_index(content, tmp_path):
     folder = tmp_path / "model"
     save_random("BertForMaskedLM", folder)
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"not an index of safetensors files|must name files beside itself"
-    ):
+    with pytest.raises(ValueError, match=r"not an index of safetensors files|must name files beside itself"):
         load_masked_lm(folder, need_head=True)
 
 
@@ -225,9 +195,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     planted = tmp_path / "executed"
     for legacy in (False, True):
         torch.save(
-            {"bert.x": _Trap(str(planted))},
-            tmp_path / "pytorch_model.bin",
-            _use_new_zipfile_serialization=not legacy,
+            {"bert.x": _Trap(str(planted))}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy
         )
         with pytest.raises(ValueError, match="refused, because it holds more than tensors"):
             load_masked_lm(tmp_path, need_head=True)
@@ -256,11 +224,7 @@ def test_student_from_teacher(teacher, copy_transform):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     architecture = student_of(teacher.architecture, num_layers=3)
     student = student_from_teacher(
-        teacher,
-        [0, 4, 2],
-        architecture,
-        copy_transform=copy_transform,
-        generator=torch.Generator().manual_seed(9),
+        teacher, [0, 4, 2], architecture, copy_transform=copy_transform, generator=torch.Generator().manual_seed(9)
     )
     fresh = MaskedLM(architecture, generator=torch.Generator().manual_seed(9)).state_dict()
     for name, tensor in student.state_dict().items():
@@ -277,9 +241,7 @@ def test_student_from_teacher(teacher, copy_transform):
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1)
-    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), (
-        "the teacher shares memory"
-    )
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items()), "the teacher shares memory"
 
 
 def test_student_that_stays_a_bert_keeps_token_types(teacher):
@@ -293,8 +255,7 @@ def test_student_that_stays_a_bert_keeps_token_types(teacher):
 def test_layer_map_must_fit(teacher, layers):
     architecture = student_of(teacher.architecture, num_layers=3)
     with pytest.raises(
-        ValueError,
-        match="must name 3 layers, one for each of the student's, from 0 to 4 of the teacher",
+        ValueError, match="must name 3 layers, one for each of the student's, from 0 to 4 of the teacher"
     ):
         student_from_teacher(teacher, layers, architecture, copy_transform=False)
 
@@ -304,9 +265,7 @@ def test_layer_map_must_fit(teacher, layers):
 )
 def test_sizes_must_fit(teacher, change):
     architecture = replace(student_of(teacher.architecture, num_layers=1), **change)
-    with pytest.raises(
-        ValueError, match="must have the teacher's widths, heads, vocabulary and positions"
-    ):
+    with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary and positions"):
         student_from_teacher(teacher, [0], architecture, copy_transform=False)
 
 
@@ -358,9 +317,7 @@ def test_export_refusals(teacher, tmp_path):
     with pytest.raises(ValueError, match="a DistilBERT, whose layer_norm_eps is 1e-12, got 1e-05"):
         hugging_face_class(replace(architecture, token_types=0, layer_norm_eps=1e-5))
     incomplete = {k: v for k, v in teacher.state_dict().items() if k != "head.bias"}
-    with pytest.raises(
-        ValueError, match=r"not the weights of this architecture: 1 missing \(head\.bias\)"
-    ):
+    with pytest.raises(ValueError, match=r"not the weights of this architecture: 1 missing \(head\.bias\)"):
         hugging_face_state(incomplete, architecture)
     with pytest.raises(ValueError, match="no tokenizer in"):
         write_hugging_face_folder(teacher.state_dict(), architecture, tmp_path, tmp_path)

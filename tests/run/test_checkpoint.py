@@ -20,9 +20,7 @@ def tensors(seed=0):
 
 
 def save(run, update, keep=2):
-    return checkpoint.save(
-        run, tensors(update), {"update": update, "tokens": 10 * update}, keep=keep
-    )
+    return checkpoint.save(run, tensors(update), {"update": update, "tokens": 10 * update}, keep=keep)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -40,10 +38,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_the_last_ones_are_kept(tmp_path):
     for update in (5, 10, 15, 100000000):
         save(tmp_path, update)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "update-00000015",
-        "update-100000000",
-    ]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["update-00000015", "update-100000000"]
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert newest.name == "update-100000000"
@@ -54,9 +49,7 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint \(found: none\)"):
         checkpoint.load_weights(tmp_path)
     save(tmp_path, 5)
-    with pytest.raises(
-        FileNotFoundError, match=r"no checkpoint of update 7 \(found: update-00000005\)"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of update 7 \(found: update-00000005\)"):
         checkpoint.load_weights(tmp_path, 7)
 
 
@@ -80,10 +73,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage, c
     newest = checkpoint.newest(tmp_path)
     assert newest == checkpoint.folder_of(tmp_path, 5)
     assert "update-00000010" in caplog.text
-    assert name in caplog.text or (name, damage) == (
-        "manifest.json",
-        "flip",
-    )  # then of what differs
+    assert name in caplog.text or (name, damage) == ("manifest.json", "flip")  # then of what differs
     with pytest.raises(ValueError, match="cannot be used"):
         checkpoint.load_weights(tmp_path, 10)
 
@@ -149,9 +139,7 @@ FORGED = {
     "name outside": lambda m: rename_in(m, "../update-00000005/weights.safetensors"),
     "absolute name": lambda m: rename_in(m, "/etc/passwd"),
     "numbers": lambda m: m | {"files": dict.fromkeys(m["files"], 1)},
-    "wrong size": lambda m: (
-        m | {"files": m["files"] | {"state.json": m["files"]["state.json"] | {"bytes": 1}}}
-    ),
+    "wrong size": lambda m: m | {"files": m["files"] | {"state.json": m["files"]["state.json"] | {"bytes": 1}}},
     "stray key": lambda m: m | {"next": "../update-00000005"},
     "other set": lambda m: m | {"set": "0" * 32},
 }
@@ -181,8 +169,7 @@ def test_a_full_disk_is_said_with_path_and_bytes_and_leaves_the_earlier_one(tmp_
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
         with pytest.raises(
-            OSError,
-            match=r"cannot write the checkpoint .*update-00000010 \(16,000 bytes, [0-9,]+ free\)",
+            OSError, match=r"cannot write the checkpoint .*update-00000010 \(16,000 bytes, [0-9,]+ free\)"
         ):
             save(tmp_path, 10)
     finally:

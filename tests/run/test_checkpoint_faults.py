@@ -242,7 +242,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays_and_is_named(tmp_path, m
 
 def in_child(code: str, *before: str) -> subprocess.CompletedProcess[str]:
     """Run Python after the command words `before`; `save` is that of test_checkpoint.py."""
-    code = f"from pathlib import Path\nfrom fastdistil import checkpoint\nfrom tests.test_checkpoint import save\n{code}"
+    code = (
+        f"from pathlib import Path\nfrom fastdistil import checkpoint\nfrom tests.test_checkpoint import save\n{code}"
+    )
     words = [*before, sys.executable, "-c", code]
     return subprocess.run(words, env=launch.ENVIRONMENT, capture_output=True, text=True, timeout=120)  # fmt: skip
 

@@ -15,25 +15,10 @@ from tests.support import launch
 def test_distilbert_is_the_paper():
     c = recipes.distilbert()
     assert (c.loss.kd, c.loss.mlm, c.loss.cosine, c.loss.temperature) == (5.0, 2.0, 1.0, 2.0)
-    assert (c.optim.lr, c.optim.betas, c.optim.eps, c.optim.weight_decay) == (
-        5e-4,
-        (0.9, 0.98),
-        1e-6,
-        0.0,
-    )
-    assert (c.optim.clip_norm, c.optim.warmup, c.optim.duration, c.optim.unit) == (
-        5.0,
-        0.05,
-        3.0,
-        "epochs",
-    )
+    assert (c.optim.lr, c.optim.betas, c.optim.eps, c.optim.weight_decay) == (5e-4, (0.9, 0.98), 1e-6, 0.0)
+    assert (c.optim.clip_norm, c.optim.warmup, c.optim.duration, c.optim.unit) == (5.0, 0.05, 3.0, "epochs")
     assert (c.batch.size, c.batch.unit, c.seed) == (4000, "sequences", 56)
-    assert (c.masking.fraction, c.masking.keep, c.masking.random, c.masking.smoothing) == (
-        0.15,
-        0.1,
-        0.1,
-        0.7,
-    )
+    assert (c.masking.fraction, c.masking.keep, c.masking.random, c.masking.smoothing) == (0.15, 0.1, 0.1, 0.7)
     assert (c.student.init, c.student.dropout, c.student.attention_dropout) == ("teacher", 0.1, 0.1)
     assert (c.student.copy_transform, c.student.freeze_positions) == (False, False)
 
@@ -98,9 +83,7 @@ def test_no_option_of_ours_is_taken_by_torchrun():
     parser = get_args_parser()
     assert isinstance(parser, argparse.ArgumentParser)
     theirs = list(parser._option_string_actions)
-    ours = {
-        "--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.distilbert()))
-    }
+    ours = {"--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.distilbert()))}
     taken = {o for o in ours for t in theirs if t.startswith(o)}
     assert not taken
 
@@ -112,10 +95,7 @@ def seconds_and_output(*args):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", *args],
-        capture_output=True,
-        text=True,
-        env=launch.ENVIRONMENT,
+        [sys.executable, "-X", "importtime", "-m", *args], capture_output=True, text=True, env=launch.ENVIRONMENT
     )
     wall = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -166,17 +146,7 @@ def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
     )
     assert config.resume_differences(saved, config.to_json(free)) == []
     bound = parse(
-        [
-            "distilbert",
-            "--optim.lr",
-            "1e-4",
-            "--seed",
-            "7",
-            "--engine.precision",
-            "bf16",
-            "--engine.attention",
-            "sdpa",
-        ],
+        ["distilbert", "--optim.lr", "1e-4", "--seed", "7", "--engine.precision", "bf16", "--engine.attention", "sdpa"],
         quiet=False,
     )
     assert config.resume_differences(saved, config.to_json(bound)) == [

@@ -82,9 +82,7 @@ def workers_of(run: Path) -> dict[int, int]:
 def test_a_second_job_in_a_folder_is_refused_until_the_first_is_dead(root, tmp_path):
     run = tmp_path / "run"
     words = launch.command("fastdistil.pretrain", *arguments(root, run))
-    first = launch.start_until(
-        "wrote ", words
-    )  # a checkpoint, which a slow disk may delay for seconds
+    first = launch.start_until("wrote ", words)  # a checkpoint, which a slow disk may delay for seconds
     try:
         second = launch.run("fastdistil.pretrain", *arguments(root, run), ok=False)
         assert second.returncode == 2
@@ -181,9 +179,7 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(root, tmp_pa
     assert newest is not None
     assert newest.name == "update-00000005"
     assert (run / "checkpoints" / "update-00000010.part").exists()
-    again = launch.start_until(
-        "update 6/", launch.command("fastdistil.pretrain", *arguments(root, run))
-    )
+    again = launch.start_until("update 6/", launch.command("fastdistil.pretrain", *arguments(root, run)))
     again.terminate()
     launch.rest_of(again)
     assert again.returncode == 0
@@ -191,9 +187,7 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(root, tmp_pa
 
 
 # torchrun waits 30 s for a process that was stopped
-@pytest.mark.parametrize(
-    "kind", ["hang", "leave", "fail", pytest.param("stop", marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize("kind", ["hang", "leave", "fail", pytest.param("stop", marks=pytest.mark.soak)])
 def test_a_rank_that_is_lost_ends_the_run(root, tmp_path, kind):
     run, timeout = tmp_path / "run", 8
     words = launch.command(
@@ -267,9 +261,7 @@ def same_ends(one: Path, other: Path) -> None:
 
 
 def test_killed_ranks_are_restarted_and_leave_no_trace(root, tmp_path):
-    launch.run(
-        "fastdistil.pretrain", *arguments(root, tmp_path / "quiet", optim__duration=40), ranks=2
-    )
+    launch.run("fastdistil.pretrain", *arguments(root, tmp_path / "quiet", optim__duration=40), ranks=2)
     (tmp_path / "killed").mkdir()
     killed_at_random(root, tmp_path / "killed" / "run", kills=2, updates=40, seed=1)
     same_ends(tmp_path / "quiet", tmp_path / "killed" / "run")
@@ -277,9 +269,7 @@ def test_killed_ranks_are_restarted_and_leave_no_trace(root, tmp_path):
 
 @pytest.mark.soak
 def test_twenty_killed_ranks(root, tmp_path):
-    launch.run(
-        "fastdistil.pretrain", *arguments(root, tmp_path / "quiet", optim__duration=300), ranks=2
-    )
+    launch.run("fastdistil.pretrain", *arguments(root, tmp_path / "quiet", optim__duration=300), ranks=2)
     (tmp_path / "killed").mkdir()
     killed_at_random(root, tmp_path / "killed" / "run", kills=20, updates=300, seed=2)
     same_ends(tmp_path / "quiet", tmp_path / "killed" / "run")

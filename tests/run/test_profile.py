@@ -36,9 +36,7 @@ def test_a_profiled_run(arguments, tmp_path, ranks):
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     launch.run(PRETRAIN, "distilbert", *arguments, "--out", plain, ranks=ranks)
     assert not (plain / "profile").exists()
-    log = launch.run(
-        PRETRAIN, "distilbert", *arguments, "--out", profiled, "--profile", "2:4", ranks=ranks
-    ).stdout
+    log = launch.run(PRETRAIN, "distilbert", *arguments, "--out", profiled, "--profile", "2:4", ranks=ranks).stdout
     assert losses(profiled) == losses(plain)
 
     found = json.loads((profiled / "profile" / "table.json").read_text())
@@ -61,9 +59,7 @@ def test_a_profiled_run(arguments, tmp_path, ranks):
 
 
 def test_a_window_beyond_the_run_is_refused(arguments, tmp_path):
-    done = launch.run(
-        PRETRAIN, "distilbert", *arguments, "--out", tmp_path / "run", "--profile", "5:7", ok=False
-    )
+    done = launch.run(PRETRAIN, "distilbert", *arguments, "--out", tmp_path / "run", "--profile", "5:7", ok=False)
     assert done.returncode == 2
     assert "goes beyond the run's 5 updates" in done.stderr
 
@@ -101,9 +97,7 @@ def updates(profile, clock, numbers):
         clock.work("loss", 100.0)
 
 
-@pytest.mark.parametrize(
-    ("window", "made", "count"), [((1, 5), (0, 3), 2), ((1, 3), (0, 9), 2), ((1, 4), (2, 9), 2)]
-)
+@pytest.mark.parametrize(("window", "made", "count"), [((1, 5), (0, 3), 2), ((1, 3), (0, 9), 2), ((1, 4), (2, 9), 2)])
 def test_what_is_written_where_a_run_ends_or_resumes_in_the_window(
     tmp_path, caplog, monkeypatch, window, made, count
 ):  # fmt: skip
@@ -118,9 +112,7 @@ def test_what_is_written_where_a_run_ends_or_resumes_in_the_window(
     assert caplog.text.count("table.json") == 1
     found = json.loads((tmp_path / "table.json").read_text())
     assert (found["updates"], found["seconds_an_update"]) == (count, 10.0)
-    got = {
-        name: (row["seconds"], row["share"], row["floor"]) for name, row in found["parts"].items()
-    }
+    got = {name: (row["seconds"], row["share"], row["floor"]) for name, row in found["parts"].items()}
     assert got == {
         "loss": (3.0, 0.3, 0.5), "backward": (1.0, 0.1, None), "communication": (0.0, 0.0, None),
         "other": (6.0, 0.6, None),
@@ -165,9 +157,7 @@ def test_collectives_that_run_at_once_count_once():
         event("gloo:all_gather", 55, 75), event("gloo:all_gather", 60, 65), event("gloo:all_gather", 70, 80),
         event("gloo:all_reduce", 110, 130), {"ph": "i", "name": "[memory]", "ts": 1},
     ]  # fmt: skip
-    assert profiling.gloo_seconds(trace) == pytest.approx(
-        {"update": 0.045, "backward": 0.015, "optimiser": 0.025}
-    )
+    assert profiling.gloo_seconds(trace) == pytest.approx({"update": 0.045, "backward": 0.015, "optimiser": 0.025})
     assert profiling.gloo_seconds(trace[:3])["update"] == 0
 
 

@@ -15,13 +15,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.run.test_interruptions import (
-    arguments,
-    processes_of,
-    same_ends,
-    status,
-    workers_of,
-)
+from tests.run.test_interruptions import arguments, processes_of, same_ends, status, workers_of
 from tests.support import launch
 
 MINUTES = float(os.environ.get("FASTDISTIL_SOAK_MINUTES", "30"))
@@ -152,10 +146,7 @@ def soak(inputs: Path, folder: Path, *, minutes: float, seed: int) -> dict:
         "minutes": (time.monotonic() - began) / 60,
         "faults": faults,
         "resumed": (folder / "faulty" / "log").read_text().count("resuming after update"),
-        "growth": {
-            name: growth(found, num_late_threads=int(name == "faulty"))
-            for name, found in samples.items()
-        },
+        "growth": {name: growth(found, num_late_threads=int(name == "faulty")) for name, found in samples.items()},
         "held": {name: held(found) for name, found in samples.items()},
     }
 
@@ -165,10 +156,7 @@ def held(samples: Samples) -> dict[str, list[Sample]]:
     return {
         f"{role} {pid}": [
             Sample(*(round(statistics.median(v), 1) for v in zip(*part, strict=True)))
-            for part in (
-                series[len(series) // 4 : len(series) // 2],
-                series[-(len(series) // 4) :],
-            )
+            for part in (series[len(series) // 4 : len(series) // 2], series[-(len(series) // 4) :])
         ]
         for (role, pid), series in samples.items()
         if len(series) >= 30
@@ -182,9 +170,7 @@ def test_half_an_hour_of_faults(root, tmp_path):
     same_ends(tmp_path / "quiet" / "run", tmp_path / "faulty" / "run")
     num_faults = sum(found["faults"].values())
     assert num_faults >= MINUTES
-    assert (
-        found["resumed"] >= num_faults / 2
-    )  # some come before the first checkpoint, or two in one start
+    assert found["resumed"] >= num_faults / 2  # some come before the first checkpoint, or two in one start
     assert found["growth"] == {"quiet": [], "faulty": []}
     for name in ("quiet", "faulty"):
         run = tmp_path / name / "run"

@@ -50,11 +50,7 @@ def one_update(
             real += length
             masked += int((labels >= 0).sum())
             begin += length
-    terms = [
-        torch.stack(kd).sum() / real,
-        torch.stack(mlm).sum() / masked,
-        torch.stack(cosine).sum() / real,
-    ]
+    terms = [torch.stack(kd).sum() / real, torch.stack(mlm).sum() / masked, torch.stack(cosine).sum() / real]
     loss = torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
     loss.backward()
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}

@@ -92,9 +92,7 @@ class Target:
         least_refused: share of the mutations that must be refused, or the fuzzing would show nothing.
     """
 
-    def __init__(
-        self, folder: Path, name: str, read: Callable[[Path], object], least_refused: float
-    ) -> None:
+    def __init__(self, folder: Path, name: str, read: Callable[[Path], object], least_refused: float) -> None:
         self.folder, self.path, self.read = folder, folder / name, read
         self.least_refused = least_refused
         self.good = self.path.read_bytes()

@@ -20,9 +20,7 @@ RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """The environment that `restarts` want: else one after SIGKILL often fails, pytorch#135712."""
 
 
-def command(
-    *args: object, ranks: int | None = None, script: bool = False, restarts: int | None = None
-) -> list[str]:
+def command(*args: object, ranks: int | None = None, script: bool = False, restarts: int | None = None) -> list[str]:
     """The argument list: `python -m module ...` or `torchrun ... -m module ...`; `script` runs a file instead of a module."""
     words = [str(a) for a in args]
     how = [] if script else ["-m"]
@@ -48,17 +46,13 @@ def run(
         env=ENVIRONMENT | (environment or {}), cwd=cwd,
     )  # fmt: skip
     if ok:
-        assert done.returncode == 0, (
-            f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
-        )
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done
 
 
 def start_until(text: str, words: Sequence[str]) -> subprocess.Popen[str]:
     """A running command that has just printed `text`; its output can be read on from there."""
-    process = subprocess.Popen(
-        words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if text in line:

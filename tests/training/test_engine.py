@@ -13,9 +13,7 @@ from tests.training.test_objective import folder, make_batches, make_student  # 
 WORKER = launch.ROOT / "tests" / "workers" / "engine_worker.py"
 
 
-@pytest.fixture(
-    scope="module", params=[(1, "fp32"), (2, "fp32"), (2, "bf16")], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+@pytest.fixture(scope="module", params=[(1, "fp32"), (2, "fp32"), (2, "bf16")], ids=lambda p: f"{p[0]}-{p[1]}")
 def results(request, folder, tmp_path_factory):  # noqa: F811
     ranks, precision = request.param
     out = tmp_path_factory.mktemp("engine") / "results.pt"
@@ -30,9 +28,10 @@ def test_one_update_equals_the_authors(results):
     terms, exact = authors.one_update(root / "teacher", root / "student", batches)
     for stage, result in by_stage.items():
         for name, value in terms.items():
-            assert result["means"][name] == pytest.approx(
-                value, rel=1e-4 if precision == "fp32" else 0.05
-            ), (stage, name)
+            assert result["means"][name] == pytest.approx(value, rel=1e-4 if precision == "fp32" else 0.05), (
+                stage,
+                name,
+            )
         error, where = authors.worst_relative_error(result["gradients"], exact)
         assert error < (1e-4 if precision == "fp32" else 0.03), (stage, where)  # bf16 arithmetic
 
@@ -85,9 +84,7 @@ def test_learning_rate_is_the_authors_schedule():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 50, 1000)
     for update in range(1000):
-        assert learning_rate(config, update, 1000) == pytest.approx(
-            optimizer.param_groups[0]["lr"], rel=1e-12
-        )
+        assert learning_rate(config, update, 1000) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         optimizer.step()
         schedule.step()
 

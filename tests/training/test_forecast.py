@@ -40,10 +40,7 @@ def config(root, monkeypatch):
 def rows(config: c.Config, world_size: int = 1) -> dict[str, str]:
     resolved = resolve(config, world_size=world_size)
     lines = forecast.report(resolved, world_size=world_size).splitlines()
-    return {
-        name.strip(): value
-        for name, value in (re.split(r"  +", x.lstrip(), maxsplit=1) for x in lines)
-    }
+    return {name.strip(): value for name, value in (re.split(r"  +", x.lstrip(), maxsplit=1) for x in lines)}
 
 
 def test_the_command(root):

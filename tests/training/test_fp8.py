@@ -92,9 +92,7 @@ def test_every_linear_of_the_layers_and_no_more():
 def test_compiles_without_graph_breaks():
     linear = fp8.Fp8Linear(normal(48, 64, seed=1), None, normal(64, seed=3))
     x = normal(16, 64, seed=0)
-    torch.testing.assert_close(
-        torch.compile(linear, fullgraph=True, backend="aot_eager")(x), linear(x)
-    )
+    torch.testing.assert_close(torch.compile(linear, fullgraph=True, backend="aot_eager")(x), linear(x))
 
 
 def test_widths_have_to_be_whole_words():
@@ -102,9 +100,7 @@ def test_widths_have_to_be_whole_words():
         fp8.quantise(encoder(hidden_size=40))
 
 
-@pytest.mark.parametrize(
-    ("capability", "wanted"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)]
-)
+@pytest.mark.parametrize(("capability", "wanted"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
 def test_only_gpus_that_have_it(monkeypatch, capability, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")

@@ -43,9 +43,7 @@ def folder(tmp_path_factory):
                 if p.ndim > 1:
                     p.mul_(5.0)  # relations that are not flat
         (root / name).mkdir()
-        write_hugging_face_folder(
-            student.state_dict(), architecture, root / "shards" / "tokenizer", root / name
-        )
+        write_hugging_face_folder(student.state_dict(), architecture, root / "shards" / "tokenizer", root / name)
     return root
 
 
@@ -53,11 +51,7 @@ def make_batches(root, micro_batches: int, ranks: int = 1):
     """An update and its micro-batches, those of the first rank first."""
     shards, budget = Shards(root / "shards"), 1024 // micro_batches
     plan = data.Plan(
-        shards.lengths,
-        seed=3,
-        token_budget=budget,
-        micro_batches_per_update=micro_batches,
-        mask_fraction=0.15,
+        shards.lengths, seed=3, token_budget=budget, micro_batches_per_update=micro_batches, mask_fraction=0.15
     )
     collator = data.Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
     update = plan.update(0)
@@ -136,8 +130,7 @@ def reference(root, name: str, micro_batches: int, config: LossConfig):
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize(
-    ("name", "config"),
-    [("same", HIDDEN), ("same", VALUES), ("narrow", VALUES), ("same", replace(VALUES, hidden=2.0))],
+    ("name", "config"), [("same", HIDDEN), ("same", VALUES), ("narrow", VALUES), ("same", replace(VALUES, hidden=2.0))]
 )
 def test_terms_and_gradients_equal_the_reference(folder, name, config, micro_batches):
     means, gradients = ours(folder, name, micro_batches, config)
@@ -175,9 +168,7 @@ def test_equal_values_cost_nothing_and_the_padding_never_counts():
     values = torch.randn(40, 12)
     lengths = (7, 20, 5)  # 32 real rows
     bounds = ops.sequence_layout((*lengths, 8), "cpu", sequence_step=6).cu_seqlens
-    assert hints.value_relation(values, values, lengths, bounds, 3).item() == pytest.approx(
-        0, abs=1e-5
-    )
+    assert hints.value_relation(values, values, lengths, bounds, 3).item() == pytest.approx(0, abs=1e-5)
     other = torch.randn(40, 12)
     wanted = hints.value_relation(values, other, lengths, bounds, 3)
     values[32:] = float("nan")

@@ -45,9 +45,7 @@ ALONE = {
     "no teacher": replace(MINILM, teacher=None, tokens=2048),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "BERT's vocabulary": Case(
-        student=model(2, 384, vocab_size=30522),
-        teacher=model(2, 384, vocab_size=30522),
-        tokens=1024,
+        student=model(2, 384, vocab_size=30522), teacher=model(2, 384, vocab_size=30522), tokens=1024
     ),
 }
 ZERO = {
@@ -75,9 +73,7 @@ def measured(tmp_path_factory):
 
 
 def predicted(case: Case) -> memory.Footprint:
-    return memory.predict(
-        case.resolved(), world_size=case.ranks, device=torch.device(case.device), device_bytes=2**34
-    )
+    return memory.predict(case.resolved(), world_size=case.ranks, device=torch.device(case.device), device_bytes=2**34)
 
 
 @pytest.mark.parametrize("name", [*ALONE, *ZERO])
@@ -119,9 +115,7 @@ def test_on_a_gpu(tmp_path, checkpointing):
     launch.run(WORKER, tmp_path / "case", tmp_path / "out", script=True)
     (peak,) = json.loads((tmp_path / "out").read_text())
     device_bytes = torch.cuda.get_device_properties(0).total_memory
-    need = memory.predict(
-        case.resolved(), world_size=1, device=torch.device("cuda"), device_bytes=device_bytes
-    )
+    need = memory.predict(case.resolved(), world_size=1, device=torch.device("cuda"), device_bytes=device_bytes)
     # the allocator does not see CUDA's own part
     assert need.total - memory.CUDA_CONTEXT == pytest.approx(peak, rel=memory.ACCURACY), need
 
@@ -133,9 +127,7 @@ def on_cuda(**changes) -> memory.Footprint:
     resolved = case.resolved()
     teacher = replace(resolved.config.teacher, **changes)
     resolved = replace(resolved, config=replace(resolved.config, teacher=teacher))
-    return memory.predict(
-        resolved, world_size=4, device=torch.device("cuda"), device_bytes=80 * 10**9
-    )
+    return memory.predict(resolved, world_size=4, device=torch.device("cuda"), device_bytes=80 * 10**9)
 
 
 class TestTeacher:

@@ -62,9 +62,7 @@ def test_three_in_a_row_end_the_run_and_a_command_shows_why(toy_folder, tmp_path
     words = given(toy_folder, tmp_path / "run", optim__lr=0.5, optim__warmup=0.0, optim__clip_norm=0, engine__max_skipped=2)  # fmt: skip
     broken = toy.make_teacher(tmp_path / "broken", toy_folder / "shards")
     enlarge(broken)
-    done = launch.run(
-        "fastdistil.pretrain", "quickstart", *words, "--teacher.path", broken, ok=False
-    )
+    done = launch.run("fastdistil.pretrain", "quickstart", *words, "--teacher.path", broken, ok=False)
     assert done.returncode == 1
     assert "update 1 skipped: its gradient is not finite (1 so far)" in done.stdout
     command = f"python -m fastdistil.replay {tmp_path / 'run'} --update 2"
@@ -73,9 +71,7 @@ def test_three_in_a_row_end_the_run_and_a_command_shows_why(toy_folder, tmp_path
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["update"]) == ("failed", 2)
     assert command in status["reason"]
-    lines = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [True, True]
     assert lines[0]["gradient_norm"] is None  # strict JSON has no NaN
 
@@ -128,9 +124,7 @@ def test_extreme_temperatures_and_logits_stay_finite(temperature, scale):
     log_q = (student.detach().double() / temperature).log_softmax(-1)
     log_p = (teacher.double() / temperature).log_softmax(-1)
     expected = temperature**2 * (p * (log_p - log_q)).sum()
-    expected += torch.nn.functional.cross_entropy(
-        student.detach().double(), labels, reduction="sum"
-    )
+    expected += torch.nn.functional.cross_entropy(student.detach().double(), labels, reduction="sum")
     assert result.loss.item() == pytest.approx(
         expected.item(), rel=1e-4, abs=1e-4 + temperature**2 * 2**-22
     )  # a logarithm's rounding in fp32

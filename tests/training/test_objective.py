@@ -8,12 +8,7 @@ import torch
 from fastdistil.data import batches as data
 from fastdistil.data.shards import Shards
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import (
-    hugging_face_state,
-    load_masked_lm,
-    student_from_teacher,
-    write_hugging_face_folder,
-)
+from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher, write_hugging_face_folder
 from fastdistil.run.config import LossConfig, MaskingConfig
 from fastdistil.training import objective as losses
 from fastdistil.training.objective import Objective
@@ -21,9 +16,7 @@ from fastdistil.training.preflight import spread
 from fastdistil.training.teacher import Teacher
 from tests.support import authors, toy
 
-DEVICE = torch.device(
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # CUDA runs the Triton kernels
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # CUDA runs the Triton kernels
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +26,7 @@ def folder(tmp_path_factory):
     toy.make_teacher(root / "teacher", toy.make_shards(root / "shards"))
     student = make_student(root)
     (root / "student").mkdir()
-    write_hugging_face_folder(
-        student.state_dict(), student.architecture, root / "shards/tokenizer", root / "student"
-    )
+    write_hugging_face_folder(student.state_dict(), student.architecture, root / "shards/tokenizer", root / "student")
     return root
 
 
@@ -43,11 +34,7 @@ def make_student(root: Path, device: torch.device = DEVICE) -> MaskedLM:
     architecture = toy.architecture(num_layers=2, token_types=0, dropout=0.0, attention_dropout=0.0)
     teacher = load_masked_lm(root / "teacher", need_head=True)
     return student_from_teacher(
-        teacher,
-        spread(2, 4),
-        architecture,
-        copy_transform=False,
-        generator=torch.Generator().manual_seed(5),
+        teacher, spread(2, 4), architecture, copy_transform=False, generator=torch.Generator().manual_seed(5)
     ).to(device)
 
 
@@ -55,11 +42,7 @@ def make_batches(root: Path, micro_batches: int, device: torch.device = DEVICE):
     shards = Shards(root / "shards")
     budget = 1024 // micro_batches
     plan = data.Plan(
-        shards.lengths,
-        seed=3,
-        token_budget=budget,
-        micro_batches_per_update=micro_batches,
-        mask_fraction=0.15,
+        shards.lengths, seed=3, token_budget=budget, micro_batches_per_update=micro_batches, mask_fraction=0.15
     )
     collator = data.Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
     update = plan.update(0)
@@ -67,11 +50,7 @@ def make_batches(root: Path, micro_batches: int, device: torch.device = DEVICE):
 
 
 def make_teacher(root: Path, device: torch.device = DEVICE) -> Teacher:
-    return Teacher(
-        load_masked_lm(root / "teacher", need_head=True),
-        device=device,
-        dtype=torch.float32,
-    )
+    return Teacher(load_masked_lm(root / "teacher", need_head=True), device=device, dtype=torch.float32)
 
 
 def ours(root: Path, update, batches, config: LossConfig):
@@ -85,9 +64,7 @@ def ours(root: Path, update, batches, config: LossConfig):
         total += loss.item()
     student = objective.student
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    means = losses.means(
-        sums.tolist(), update.num_tokens, update.num_masked, config, has_teacher=True
-    )
+    means = losses.means(sums.tolist(), update.num_tokens, update.num_masked, config, has_teacher=True)
     assert means["loss"] == pytest.approx(total, rel=1e-5)
     return means, hugging_face_state(gradients, student.architecture)
 
@@ -97,9 +74,7 @@ def ours(root: Path, update, batches, config: LossConfig):
 def test_one_update_equals_the_authors(folder, micro_batches, temperature):
     """Traps 1, 2, 3, 5: real tokens as the denominator, T^2, sums over the update, T that is not a power of two."""
     update, batches = make_batches(folder, micro_batches)
-    terms, exact = authors.one_update(
-        folder / "teacher", folder / "student", batches, temperature=temperature
-    )
+    terms, exact = authors.one_update(folder / "teacher", folder / "student", batches, temperature=temperature)
     means, gradients = ours(folder, update, batches, LossConfig(temperature=temperature))
     for name, value in terms.items():
         assert means[name] == pytest.approx(value, rel=1e-4), name
@@ -116,9 +91,7 @@ def test_micro_batches_add_up_to_one_update_not_to_a_mean_of_means(folder):
         loss, _ = objective(batch, teacher(batch), batch.num_tokens, batch.num_masked)
         (loss / len(batches)).backward()
     wrong = {n: p.grad for n, p in objective.student.named_parameters() if p.grad is not None}
-    error, _ = authors.worst_relative_error(
-        hugging_face_state(wrong, objective.student.architecture), exact
-    )
+    error, _ = authors.worst_relative_error(hugging_face_state(wrong, objective.student.architecture), exact)
     assert error > 1e-3  # so that the test above would notice
 
 
@@ -127,10 +100,7 @@ def test_each_term_alone_equals_the_authors(folder, part):
     update, batches = make_batches(folder, 1)
     only = {name: float(name == part) for name in ("kd", "mlm", "cosine")}
     _, exact = authors.one_update(
-        folder / "teacher",
-        folder / "student",
-        batches,
-        weights=(only["kd"], only["mlm"], only["cosine"]),
+        folder / "teacher", folder / "student", batches, weights=(only["kd"], only["mlm"], only["cosine"])
     )
     config = LossConfig(kd=only["kd"], mlm=only["mlm"], cosine=only["cosine"])
     _, gradients = ours(folder, update, batches, config)
@@ -146,9 +116,7 @@ def test_padding_counts_for_nothing(folder):
     slot = make_batches(folder, 4)[0].slots[0]
     results = []
     for budget in (256, 1024):
-        collator = data.Collator(
-            shards, shards.counts, token_budget=budget, masking=MaskingConfig()
-        )
+        collator = data.Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
         batch = collator(slot).to(DEVICE)
         objective = Objective(make_student(folder), LossConfig())
         loss, sums = objective(batch, make_teacher(folder)(batch), 200, 30)
@@ -163,14 +131,10 @@ def test_vocabulary_padding_gets_no_gradient(folder):
     update, batches = make_batches(folder, 1)
     objective = Objective(make_student(folder), LossConfig())
     assert objective.student.architecture.padded_vocab_size == 128
-    loss, sums = objective(
-        batches[0], make_teacher(folder)(batches[0]), update.num_tokens, update.num_masked
-    )
+    loss, sums = objective(batches[0], make_teacher(folder)(batches[0]), update.num_tokens, update.num_masked)
     with torch.no_grad():
         objective.student.head.bias[101:] = 50.0  # would dominate every softmax
-    again, same = objective(
-        batches[0], make_teacher(folder)(batches[0]), update.num_tokens, update.num_masked
-    )
+    again, same = objective(batches[0], make_teacher(folder)(batches[0]), update.num_tokens, update.num_masked)
     assert torch.equal(sums, same)
     again.backward()
     assert loss.item() == again.item()
@@ -185,11 +149,7 @@ def test_identical_models_have_no_kl_in_bf16(folder):
     """Trap 4: the KL of identical logits is 0 and never negative, in bf16 too."""
     model = load_masked_lm(folder / "teacher", need_head=True).bfloat16().eval().to(DEVICE)
     objective = Objective(model, LossConfig())
-    teacher = Teacher(
-        load_masked_lm(folder / "teacher", need_head=True),
-        device=DEVICE,
-        dtype=torch.bfloat16,
-    )
+    teacher = Teacher(load_masked_lm(folder / "teacher", need_head=True), device=DEVICE, dtype=torch.bfloat16)
     _, batches = make_batches(folder, 1)
     _, sums = objective(batches[0], teacher(batches[0]), 1, 1)
     kd, _, cosine, agree, *_ = sums.tolist()
@@ -207,13 +167,9 @@ def test_tied_weight_gets_both_gradients(folder):
         assert student.head.weight is student.encoder.word_embeddings.weight
         assert sum(p is student.head.weight for p in student.parameters()) == 1
         if frozen_decoder:
-            student.head.weight = torch.nn.Parameter(
-                student.head.weight.detach(), requires_grad=False
-            )
+            student.head.weight = torch.nn.Parameter(student.head.weight.detach(), requires_grad=False)
         hints = make_teacher(folder)(batches[0])
-        loss, _ = Objective(student, LossConfig())(
-            batches[0], hints, update.num_tokens, update.num_masked
-        )
+        loss, _ = Objective(student, LossConfig())(batches[0], hints, update.num_tokens, update.num_masked)
         loss.backward()
         gradients.append(student.encoder.word_embeddings.weight.grad)
     both, embedding = gradients
@@ -245,8 +201,6 @@ def test_without_a_teacher_only_masked_rows_count(folder):
     loss, sums = objective(batches[0], None, update.num_tokens, update.num_masked)
     terms, _ = authors.one_update(folder / "teacher", folder / "student", batches)
     assert loss.item() == pytest.approx(terms["mlm"], rel=1e-5)
-    means = losses.means(
-        sums.tolist(), update.num_tokens, update.num_masked, config, has_teacher=False
-    )
+    means = losses.means(sums.tolist(), update.num_tokens, update.num_masked, config, has_teacher=False)
     assert means["loss"] == means["mlm"] == pytest.approx(terms["mlm"], rel=1e-5)
     assert 0 <= means["accuracy"] <= 1

@@ -55,13 +55,7 @@ def test_a_good_configuration_is_resolved(root):
 
 @pytest.mark.parametrize(
     ("num", "source", "layers"),
-    [
-        (6, 12, (0, 2, 4, 7, 9, 11)),
-        (3, 6, (0, 2, 5)),
-        (1, 4, (0,)),
-        (4, 4, (0, 1, 2, 3)),
-        (2, 4, (0, 3)),
-    ],
+    [(6, 12, (0, 2, 4, 7, 9, 11)), (3, 6, (0, 2, 5)), (1, 4, (0,)), (4, 4, (0, 1, 2, 3)), (2, 4, (0, 3))],
 )
 def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
     assert spread(num, source) == layers
@@ -98,17 +92,14 @@ def test_a_token_budget_below_one_sequence(root):
     edit(root / "shards/meta.json", max_length=65)
     edit(root / "teacher/config.json", max_position_embeddings=128)
     with pytest.raises(
-        ValueError,
-        match=r"--batch.token-budget 64 cannot hold a sequence of 65 tokens: use at least 128",
+        ValueError, match=r"--batch.token-budget 64 cannot hold a sequence of 65 tokens: use at least 128"
     ):
         resolve(config(root, batch={"token_budget": 64}), world_size=1)
 
 
 def test_mlm_from_nothing_needs_sizes(root):
     mlm = replace(recipes.mlm(), out=root / "run", data=c.DataConfig(shards=root / "shards"))
-    with pytest.raises(
-        ValueError, match=r"--student.num-layers, --student.hidden-size and --student.num-heads"
-    ):
+    with pytest.raises(ValueError, match=r"--student.num-layers, --student.hidden-size and --student.num-heads"):
         resolve(mlm, world_size=1)
     sized = replace(
         mlm,
@@ -139,8 +130,7 @@ class TestVocabularies:
     def test_another_size(self, root):
         edit(root / "teacher/config.json", vocab_size=120)
         with pytest.raises(
-            ValueError,
-            match=r"vocabulary of 120, the shards have 101: prepare the shards with its tokenizer",
+            ValueError, match=r"vocabulary of 120, the shards have 101: prepare the shards with its tokenizer"
         ):
             resolve(config(root), world_size=1)
 
@@ -148,8 +138,7 @@ class TestVocabularies:
         words = (root / "teacher/vocab.txt").read_text().replace("w17\n", "v17\n")
         (root / "teacher/vocab.txt").write_text(words)
         with pytest.raises(
-            ValueError,
-            match=r"has a tokenizer with hash [0-9a-f]{12}, the shards were made with [0-9a-f]{12}",
+            ValueError, match=r"has a tokenizer with hash [0-9a-f]{12}, the shards were made with [0-9a-f]{12}"
         ):
             resolve(config(root), world_size=1)
 
@@ -158,8 +147,7 @@ class TestVocabularies:
         words[3], words[4] = words[4], words[3]
         (root / "teacher/vocab.txt").write_text("\n".join(words))
         with pytest.raises(
-            ValueError,
-            match=r"special ids \{.*'sep': 4, 'mask': 3\}, the shards \{.*'sep': 3, 'mask': 4\}",
+            ValueError, match=r"special ids \{.*'sep': 4, 'mask': 3\}, the shards \{.*'sep': 3, 'mask': 4\}"
         ):
             resolve(config(root), world_size=1)
 
@@ -172,8 +160,7 @@ class TestVocabularies:
         shutil.copytree(root / "shards", root / "validation")
         edit(root / "validation/meta.json", tokenizer_sha256="0" * 64)
         with pytest.raises(
-            ValueError,
-            match=r"--data.validation .* was made with tokenizer 000000000000, --data.shards",
+            ValueError, match=r"--data.validation .* was made with tokenizer 000000000000, --data.shards"
         ):
             resolve(config(root, data={"validation": root / "validation"}), world_size=1)
 
@@ -197,9 +184,7 @@ class TestRunFolder:
 
     def test_a_run_with_another_configuration(self, root):
         self.start(root, config(root))
-        with pytest.raises(
-            ValueError, match=r"started with another configuration; --loss.kd: was 5.0, now 3.0"
-        ):
+        with pytest.raises(ValueError, match=r"started with another configuration; --loss.kd: was 5.0, now 3.0"):
             resolve(config(root, resume="auto", loss={"kd": 3.0}), world_size=1)
         resolve(config(root, resume="auto", log={"every": 1}), world_size=1)
 

@@ -12,8 +12,7 @@ WORKER = launch.ROOT / "tests" / "workers" / "resume_worker.py"
 
 
 @pytest.mark.parametrize(
-    ("ranks", "which"),
-    [(None, "cells"), (2, "cells"), pytest.param(2, "everything", marks=pytest.mark.soak)],
+    ("ranks", "which"), [(None, "cells"), (2, "cells"), pytest.param(2, "everything", marks=pytest.mark.soak)]
 )
 def test_twelve_updates_are_six_and_six_for_every_engine(folder, tmp_path, ranks, which):  # noqa: F811
     launch.run(WORKER, folder, tmp_path, which, ranks=ranks, script=True, timeout_s=900)

@@ -25,9 +25,7 @@ from tests.test_pretrain import arguments, losses, root, same, tensors  # noqa: 
 from tests.training.test_objective import folder, make_batches, make_student, make_teacher  # noqa: F401
 
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="streams and their allocator exist on a GPU only"
-)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and their allocator exist on a GPU only")
 
 
 def equal(a: TeacherOutput, b: TeacherOutput) -> bool:
@@ -45,9 +43,7 @@ def test_on_a_cpu_the_teacher_precedes(folder, caplog):
     assert "precedes the student" in caplog.text
     for given, (batch, hints) in zip(batches, feed.ahead(iter(batches)), strict=True):
         happened.append("student")
-        assert all(
-            torch.equal(getattr(batch, n), getattr(given, n)) for n in ("input_ids", "labels")
-        )
+        assert all(torch.equal(getattr(batch, n), getattr(given, n)) for n in ("input_ids", "labels"))
         assert hints is not None
         assert equal(hints, make_teacher(folder, CPU)(given))
     assert happened == ["teacher", "student"] * 4
@@ -130,9 +126,7 @@ class FakeTeacher(Teacher):
 
 @pytest.mark.parametrize("encoder_index", [0, 1])
 @pytest.mark.parametrize("with_teacher", [True, False])
-def test_streams_wait_for_each_other_and_for_no_more(
-    folder, monkeypatch, encoder_index, with_teacher
-):
+def test_streams_wait_for_each_other_and_for_no_more(folder, monkeypatch, encoder_index, with_teacher):
     _, batches = make_batches(folder, 4, CPU)
     cuda = FakeCuda(monkeypatch)
     device, encoder_device = torch.device("cuda", 0), torch.device("cuda", encoder_index)
@@ -146,24 +140,14 @@ def test_streams_wait_for_each_other_and_for_no_more(
     for k, (batch, hints) in enumerate(feed.ahead(iter(batches))):
         before = cuda.work("student", batch, device)
         side = {w for w in before if w[0] in ("copy", "teacher")}
-        done = {("copy", i) for i in ids[: k + 1]} | {
-            ("teacher", i) for i in (ids[: k + 1] if with_teacher else ())
-        }
+        done = {("copy", i) for i in ids[: k + 1]} | {("teacher", i) for i in (ids[: k + 1] if with_teacher else ())}
         assert side == done, "waits for its own hints, and not for the next"
-        tensors_ = [
-            batch.input_ids,
-            batch.position_ids,
-            batch.labels,
-            batch.masked_rows,
-            batch.num_rows,
-        ]
+        tensors_ = [batch.input_ids, batch.position_ids, batch.labels, batch.masked_rows, batch.num_rows]
         tensors_ += [batch.layout.cu_seqlens, batch.layout.tiles, *(hints or ())[:2]]
         assert {id(t) for t in tensors_} <= cuda.recorded, "trap 14"
         if teacher and k + 1 < len(ids):
             students = {w for w in teacher.began[ids[k + 1]] if w[0] == "student"}
-            assert students == {("student", i) for i in ids[:k]}, (
-                "one ahead of the student: no more, no less"
-            )
+            assert students == {("student", i) for i in ids[:k]}, "one ahead of the student: no more, no less"
 
 
 class FakeEvent:
@@ -191,9 +175,7 @@ def test_the_overlap_is_measured_and_kept_where_it_gains(monkeypatch, caplog, ov
     states = []
     with caplog.at_level(logging.INFO, "fastdistil"):
         for update in range(1, 20):
-            FakeEvent.ready = (
-                update > 15
-            )  # the device is behind the host: read later, without waiting
+            FakeEvent.ready = update > 15  # the device is behind the host: read later, without waiting
             states.append(feed.overlapping)
             with feed.update():
                 # what surrounds the two measurements must not count: warm-up, and an update half with and half without
@@ -204,10 +186,7 @@ def test_the_overlap_is_measured_and_kept_where_it_gains(monkeypatch, caplog, ov
     gains = overlapped_ms < 10
     assert states == [True] * 8 + [False] * 5 + [True] * 3 + [gains] * 3
     assert caplog.text.count("teacher overlap") == 1
-    assert (
-        f"teacher overlap: {says} than teacher-then-student (updates 5-8 against 10-13)"
-        in caplog.text
-    )
+    assert f"teacher overlap: {says} than teacher-then-student (updates 5-8 against 10-13)" in caplog.text
 
 
 # --- on a GPU
@@ -266,9 +245,7 @@ def linked(num_students: int, num_teachers: int, work) -> list:
     def one(rank: int) -> None:
         try:
             timeout = timedelta(seconds=30)
-            link = dist.TeacherLink(
-                store, rank, num_students, num_teachers, backend="gloo", timeout=timeout
-            )
+            link = dist.TeacherLink(store, rank, num_students, num_teachers, backend="gloo", timeout=timeout)
             results[rank] = work(link, rank)
         except Exception as error:
             results[rank] = error
@@ -297,10 +274,7 @@ def test_teacher_ranks_answer_what_a_teacher_of_ones_own_would(folder, num_teach
         if rank >= 2:
             return serve(make_teacher(folder, CPU), link, batches_from)
         remote = RemoteTeacher(
-            load_masked_lm(folder / "teacher", need_head=True),
-            link,
-            device=CPU,
-            dtype=torch.float32,
+            load_masked_lm(folder / "teacher", need_head=True), link, device=CPU, dtype=torch.float32
         )
         feed, got = Feed(remote, CPU, overlap=True), []
         training = feed.ahead(iter(train[rank + 1 :]), Split.TRAIN, 1)
@@ -314,12 +288,7 @@ def test_teacher_ranks_answer_what_a_teacher_of_ones_own_would(folder, num_teach
     results = linked(2, num_teachers, work)
     teacher = make_teacher(folder, CPU)
     for rank, got in enumerate(results[:2]):
-        wanted = [
-            train[rank + 1],
-            train[rank + 2],
-            *validation[rank : rank + 2] * 2,
-            train[rank + 3],
-        ]
+        wanted = [train[rank + 1], train[rank + 2], *validation[rank : rank + 2] * 2, train[rank + 3]]
         assert len(got) == len(wanted)
         assert all(equal(a, teacher(b)) for a, b in zip(got, wanted, strict=True))
     assert results[2:] == [None] * num_teachers
@@ -354,8 +323,7 @@ def test_students_with_teacher_ranks_are_bitwise_those_without(root, tmp_path):
     launch.run(*arguments(root, tmp_path / "straight", **fixed), ranks=2)
     run = tmp_path / "run"
     process = launch.start_until(
-        "update 7/12",
-        launch.command(*arguments(root, run, teacher__ranks=1, **fixed), ranks=3),
+        "update 7/12", launch.command(*arguments(root, run, teacher__ranks=1, **fixed), ranks=3)
     )
     process.send_signal(signal.SIGTERM)
     assert "--resume auto goes on" in launch.rest_of(process)

@@ -29,12 +29,7 @@ CPU = torch.device("cpu")
 
 
 def make(
-    root: Path,
-    config: Config,
-    stage: int | None,
-    accumulation: int,
-    place: ranks.Place,
-    dropout: float,
+    root: Path, config: Config, stage: int | None, accumulation: int, place: ranks.Place, dropout: float
 ) -> Engine:
     student = make_student(root, CPU)
     if dropout:
@@ -63,25 +58,14 @@ def one_update(root: Path, config: Config, stage: int | None, place: ranks.Place
         full = {n: safe_get_full_grad(p) for n, p in engine.objective.student.named_parameters()}
     grads = {n: g.float() for n, g in full.items() if g is not None}
     means = losses.means(
-        ranks.sum_over_ranks(sums).tolist(),
-        update.num_tokens,
-        update.num_masked,
-        config.loss,
-        has_teacher=True,
+        ranks.sum_over_ranks(sums).tolist(), update.num_tokens, update.num_masked, config.loss, has_teacher=True
     )
-    return {
-        "means": means,
-        "gradients": hugging_face_state(grads, engine.objective.student.architecture),
-    }
+    return {"means": means, "gradients": hugging_face_state(grads, engine.objective.student.architecture)}
 
 
-def train(
-    root: Path, config: Config, engine: Engine, updates: range, place: ranks.Place
-) -> list[list[float]]:
+def train(root: Path, config: Config, engine: Engine, updates: range, place: ranks.Place) -> list[list[float]]:
     shards = Shards(root / "shards")
-    plan = data.Plan(
-        shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15
-    )
+    plan = data.Plan(shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15)
     collator = data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
     teacher = make_teacher(root, CPU)
     teacher.model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
@@ -89,24 +73,17 @@ def train(
     for u in updates:
         update = plan.update(u)
         sums = torch.zeros(len(losses.SUMS))
-        for k, slot in enumerate(
-            data.rank_slots(update, rank=place.rank, world_size=place.world_size)
-        ):
+        for k, slot in enumerate(data.rank_slots(update, rank=place.rank, world_size=place.world_size)):
             batch = collator(slot)
             torch.manual_seed(data.seed_of(7, "dropout", u, k * place.world_size + place.rank))
-            sums += engine.forward_backward(
-                batch, teacher(batch), update.num_tokens, update.num_masked
-            )
+            sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
         norm = engine.step(1e-3)
         history.append([*ranks.sum_over_ranks(sums).tolist(), norm.item()])
     return history
 
 
 def main(root: Path, out: Path, precision: str) -> None:
-    config = Config(
-        optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
-        engine=EngineConfig(bucket_elements=10_000),
-    )
+    config = Config(optim=OptimConfig(clip_norm=1.0, weight_decay=0.01), engine=EngineConfig(bucket_elements=10_000))
     config = replace(config, engine=replace(config.engine, precision=precision))
     place = ranks.init("cpu", timeout_s=120, threads=1)
     results = {}

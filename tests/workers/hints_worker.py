@@ -30,9 +30,7 @@ def main(root: Path, out: Path) -> None:
         engine = DeepSpeedEngine(objective, config, stage=stage, accumulation=2, place=place)
         teacher, sums = make_teacher(root, loss), torch.zeros(len(losses.SUMS))
         for batch in batches[2 * place.rank :][:2]:
-            sums += engine.forward_backward(
-                batch, teacher(batch), update.num_tokens, update.num_masked
-            )
+            sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
         from deepspeed.utils import safe_get_full_grad
 
         student = engine.objective.student

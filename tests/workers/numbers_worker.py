@@ -20,14 +20,10 @@ from tests.training.test_objective import make_teacher
 from tests.workers.engine_worker import BUDGET, CPU, make
 
 
-def train(
-    root: Path, engine: Engine, updates: list[int], spoilt: dict[int, float], place: ranks.Place
-) -> list[float]:
+def train(root: Path, engine: Engine, updates: list[int], spoilt: dict[int, float], place: ranks.Place) -> list[float]:
     """Gradient norms of some updates; in a spoilt one a number of the last rank's teacher is what the dictionary says."""
     shards = Shards(root / "shards")
-    plan = batches.Plan(
-        shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15
-    )
+    plan = batches.Plan(shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15)
     collator = batches.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
     teacher, norms = make_teacher(root, CPU), []
     teacher.model.float()

@@ -25,10 +25,7 @@ from fastdistil.training.objective import Objective
 from fastdistil.training.teacher import Teacher
 
 BUDGET, SEED = 256, 7
-SOME = (
-    ("fp32", 4),
-    ("bf16", 1),
-)  # precision and accumulation of `cells` with several ranks: 40 s less of CI
+SOME = (("fp32", 4), ("bf16", 1))  # precision and accumulation of `cells` with several ranks: 40 s less of CI
 CPU = torch.device("cpu")
 
 
@@ -56,8 +53,7 @@ class Job:
     def __init__(self, root: Path, place: ranks.Place, stage: int | None, precision: str, micro_batches: int, num_sequences: int) -> None:  # fmt: skip
         self.place = place
         config = Config(
-            optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
-            engine=EngineConfig(bucket_elements=10_000),
+            optim=OptimConfig(clip_norm=1.0, weight_decay=0.01), engine=EngineConfig(bucket_elements=10_000)
         )
         config = replace(config, engine=replace(config.engine, precision=precision))
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -134,11 +130,7 @@ def cells(root: Path, out: Path, place: ranks.Place, *, everything: bool) -> Non
                 ways = {"straight": [12], "6 + 6": [6, 12]}
                 if everything or stage is None:
                     ways["4 + 4 + 4"] = [4, 8, 12]
-                if (
-                    accumulation == 4
-                    and precision == "fp32"
-                    and stage in ((None, 1) if everything else (None,))
-                ):
+                if accumulation == 4 and precision == "fp32" and stage in ((None, 1) if everything else (None,)):
                     ways["every update"] = list(range(1, 13))
                 for way, ends in ways.items():
                     result = pieces(root, out / name / way, place, cell, ends)
