@@ -8,7 +8,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 
 def _check(ok: bool, name: str, wanted: str, got: object) -> None:
@@ -118,6 +118,59 @@ class StudentConfig:
             _check(len(self.layers) == self.num_layers, "student.layers", f"{self.num_layers} numbers", self.layers)
 
 
+class LossTerm(NamedTuple):
+    """What the whole program knows of one term of the loss. Its function, of the same name, is in training/objective.py."""
+
+    name: str
+    """The field of LossConfig that holds its weight, and its key in metrics.jsonl."""
+    title: str
+    """What the report calls it, with its unit."""
+    formula: str
+    """What the model card multiplies by the weight; may name fields of LossConfig in braces."""
+    mean_over: Literal["tokens", "masked tokens"] = "tokens"
+    """What the sum over a whole update is divided by."""
+    wants: Literal["nothing", "logits", "last hidden states", "layers", "values"] = "last hidden states"
+    """What the teacher hands over for it: layers are the outputs of the imitated layers, values those of the last attention."""
+    same_width: bool = False
+    """Whether it compares vectors of teacher and student, which then must have one width."""
+
+
+LOSS_TERMS = (
+    LossTerm(
+        "kd",
+        title="KD: T²KL to the teacher, nats a token",
+        formula="T² KL(teacher, student) at temperature {temperature} over all tokens",
+        wants="logits",
+    ),
+    LossTerm(
+        "mlm",
+        title="masked LM: cross-entropy, nats a masked token",
+        formula="cross-entropy of the masked tokens",
+        mean_over="masked tokens",
+        wants="nothing",
+    ),
+    LossTerm(
+        "cosine",
+        title="1 - cos of the last hidden states",
+        formula="(1 - cos) of the last hidden states",
+        same_width=True,
+    ),
+    LossTerm(
+        "hidden",
+        title="1 - cos of the outputs of every layer",
+        formula="(1 - cos) of the outputs of every layer",
+        wants="layers",
+        same_width=True,
+    ),
+    LossTerm(
+        "values",
+        title="KL of the value relations (MiniLMv2), nats a token",
+        formula="KL of the value relations (MiniLMv2) of the last layers",
+        wants="values",
+    ),
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """L = kd * T^2 * KL + mlm * cross-entropy + cosine * (1 - cos), each a mean over the whole update."""
@@ -139,12 +192,20 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _check(self.relation_heads >= 1, "loss.relation_heads", "1 or more", self.relation_heads)
-        for name in ("kd", "mlm", "cosine", "hidden", "values"):
-            _check(0 <= getattr(self, name) < float("inf"), f"loss.{name}", "0 or more", getattr(self, name))
-        _check(
-            self.kd + self.mlm + self.cosine + self.hidden + self.values > 0, "loss", "at least one weight above 0", 0
-        )
+        weights = {term.name: self.weight(term) for term in LOSS_TERMS}
+        for name, weight in weights.items():
+            _check(0 <= weight < float("inf"), f"loss.{name}", "0 or more", weight)
+        _check(sum(weights.values()) > 0, "loss", "at least one weight above 0", 0)
         _check(0 < self.temperature < float("inf"), "loss.temperature", "above 0", self.temperature)
+
+    def weight(self, term: LossTerm) -> float:
+        """What `term` is multiplied by."""
+        return getattr(self, term.name)
+
+    @property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The terms whose weight is above 0."""
+        return tuple(term for term in LOSS_TERMS if self.weight(term))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
