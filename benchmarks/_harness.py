@@ -30,7 +30,7 @@ def device_name() -> str:
 
 def stamp() -> dict[str, str]:
     """What a result depends on besides the code: device, versions, commit."""
-    from fastdistil import ops
+    from fastdistil.kernels._backend import CPU_BACKEND
 
     # Absent from a copy of the tree without its history, as on a GPU machine.
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -42,7 +42,7 @@ def stamp() -> dict[str, str]:
         triton_version = "none"
     return {
         "device": device_name(),
-        "cpu_backend": ops.CPU_BACKEND,
+        "cpu_backend": CPU_BACKEND,
         "torch": torch.__version__,
         "triton": triton_version,
         "commit": git.stdout.strip() or "unknown",

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.aot import ARCHITECTURES, TRITON_DTYPES, Variant
-from fastdistil.kernels import cosine, distill, dropout, flash, flash_tiles, fp8_rows, gelu, layernorm
+from fastdistil.kernels import attention, attention_tiles, cosine, distill, dropout, fp8_rows, gelu, layernorm
+from fastdistil.kernels.layout import TILE_ROWS
 
 
 def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
@@ -49,8 +50,8 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 
 
 def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool) -> Variant:
-    by_width = flash_tiles.TILES[arch][head_dim]
-    tiles = flash_tiles.FP32_TILES if dtype == "fp32" else by_width
+    by_width = attention_tiles.TILES[arch][head_dim]
+    tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
     tile = {"forward": tiles.forward_dropout if dropout else tiles.forward, "dq": tiles.dq, "dkdv": tiles.dkdv}[kernel]
     pointers, scalars = {
         "forward": ("out_ptr lse_ptr", "keep_scale"),
@@ -58,7 +59,7 @@ def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropou
         "dkdv": ("dout_ptr lse_ptr delta_ptr dqkv_ptr", "dk_scale dv_scale"),
     }[kernel]
     constexprs = {
-        "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": flash.TILE_ROWS,
+        "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }  # fmt: skip
     statistics = ("lse_ptr", "delta_ptr")
@@ -71,11 +72,11 @@ def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropou
     }  # fmt: skip
     return Variant(
         name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout,
-        kernel={"forward": flash._forward_kernel, "dq": flash._dq_kernel, "dkdv": flash._dkdv_kernel}[kernel],
+        kernel={"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}[kernel],
         signature=signature,
         constexprs=constexprs | ({} if dropout else {"key_ptr": None}),
         num_warps=tile.num_warps,
-        num_stages=flash_tiles.NUM_STAGES,
+        num_stages=attention_tiles.NUM_STAGES,
         archs=(arch,),
         # Heads of 32 and 64, which BERT models have: two warps for each of an SM's four schedulers.
         min_ctas=8 // tile.num_warps if head_dim in (32, 64) and dtype != "fp32" else 1,
@@ -207,7 +208,7 @@ def variants() -> Iterator[Variant]:
                 yield _layernorm_variant(dtype, 768, backward=backward, dropout=False, residual=residual)
     for arch in ARCHITECTURES:
         for kernel in ("forward", "dq", "dkdv"):
-            for head_dim in flash_tiles.TILES[arch]:
+            for head_dim in attention_tiles.TILES[arch]:
                 yield _attention_variant("bf16", head_dim, kernel, arch, True)
                 if head_dim in (32, 64):
                     yield _attention_variant("bf16", head_dim, kernel, arch, False)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil import ops
+from fastdistil.kernels.attention import attention
+from fastdistil.kernels.dropout import dropout_seed
+from fastdistil.kernels.layout import sequence_layout
 
 WIDTH = 768  # of all heads
 # Lengths like those of English Wikipedia's articles cut at 512 tokens: what many full pieces and their tails look like.
@@ -87,15 +89,15 @@ def step(forward: Callable[[], Any], leaves: Sequence[torch.Tensor], train: bool
 @pytest.mark.parametrize(("num_tokens", "kind", "head_dim", "dropout_p", "dtype"), CASES)
 def test_attention(benchmark, num_tokens, kind, head_dim, dropout_p, dtype, train):
     lengths, heads = lengths_of(kind, num_tokens), WIDTH // head_dim
-    layout = ops.sequence_layout(lengths, DEVICE)
+    layout = sequence_layout(lengths, DEVICE)
     element = getattr(torch, dtype)
     qkv = torch.randn(num_tokens, 3, heads, head_dim, device=DEVICE, dtype=element)
     qkv.requires_grad_()
-    seed = ops.dropout_seed(DEVICE)
+    seed = dropout_seed(DEVICE)
 
     def ours(backend):
         options = {"dropout_p": dropout_p, "seed": seed, "backend": backend}
-        return step(functools.partial(ops.attention, qkv, layout, **options), [qkv], train)
+        return step(functools.partial(attention, qkv, layout, **options), [qkv], train)
 
     providers = {
         OURS: ours("fused"),

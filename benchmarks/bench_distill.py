@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil import ops
+from fastdistil.kernels.distill import distill_loss, distill_loss_reference
 
 TEMPERATURE, KD_SCALE, MLM_SCALE = 2.0, 5.0, 2.0
 # GPU rows as the trained models have them, padded to 30,528; sizes well beyond the L2 cache.
@@ -40,12 +40,12 @@ def test_rows(benchmark, num_rows, num_columns, dtype):
         loss(student, teacher, labels, **weights).loss.backward()
 
     def eager(*args, **kwargs):
-        return ops.distill_loss_reference(*args, **kwargs)
+        return distill_loss_reference(*args, **kwargs)
 
     compiled = torch.compile(eager)
     providers = {
         OURS: lambda: rows(student),  # loss and gradient, as linear_distill_loss calls it
-        "fastdistil autograd": lambda: backward(ops.distill_loss),
+        "fastdistil autograd": lambda: backward(distill_loss),
         "eager PyTorch": lambda: backward(eager),
         "torch.compile": lambda: backward(compiled),
     }

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil import ops
+from fastdistil.kernels.dropout import dropout_seed
+from fastdistil.kernels.layernorm import dropout_add_layernorm
 
 CASES = (
     [(16384, 768, "bfloat16"), (65536, 768, "bfloat16")]
@@ -28,10 +29,10 @@ def test_layernorm(benchmark, num_rows, width, dtype, dropout_p, backward):
     x, residual, dout = (torch.randn(num_rows, width, device=DEVICE, dtype=kind) for _ in range(3))
     weight, bias = (torch.randn(width, device=DEVICE, dtype=kind) for _ in range(2))
     leaves = [t.requires_grad_(backward) for t in (x, residual, weight, bias)]
-    seed = ops.dropout_seed(DEVICE)
+    seed = dropout_seed(DEVICE)
 
     def ours():
-        return ops.dropout_add_layernorm(*leaves, dropout_p=dropout_p, seed=seed)
+        return dropout_add_layernorm(*leaves, dropout_p=dropout_p, seed=seed)
 
     def eager():
         return F.layer_norm(residual + F.dropout(x, dropout_p), (width,), weight, bias, 1e-12)

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil import ops
+from fastdistil.kernels.linear_distill import linear_distill_loss, linear_distill_loss_reference
 
 V, VOCAB = 30528, 30522
 WEIGHTS = {"temperature": 2.0, "kd_scale": 5.0, "mlm_scale": 2.0, "vocab_size": VOCAB}
@@ -69,11 +69,11 @@ def test_forward_and_backward(benchmark, num_tokens, student_width, teacher_widt
     student, teacher, labels = make_inputs(num_tokens, student_width, teacher_width, dtype)
 
     def eager(*args, **kwargs):
-        return ops.linear_distill_loss_reference(*args, **kwargs)
+        return linear_distill_loss_reference(*args, **kwargs)
 
     compiled = torch.compile(eager)
     providers: dict[str, Callable[[], object]] = {
-        OURS: lambda: backward(ops.linear_distill_loss, student, teacher, labels),
+        OURS: lambda: backward(linear_distill_loss, student, teacher, labels),
         "eager PyTorch": lambda: backward(eager, student, teacher, labels),
         "torch.compile": lambda: backward(compiled, student, teacher, labels),
     }
@@ -110,7 +110,7 @@ def _growth_mib(provider: str) -> float:
 def print_growth(provider: str) -> None:
     """Run in a process of its own. Linux: the kernel's own high-water mark, reset before the call."""
     student, teacher, labels = make_inputs(*MEMORY_CASE)
-    loss = ops.linear_distill_loss if provider == OURS else ops.linear_distill_loss_reference
+    loss = linear_distill_loss if provider == OURS else linear_distill_loss_reference
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
     backward(loss, student, teacher, labels)

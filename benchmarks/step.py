@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import DEVICE, OURS, _results_file, device_name, stamp, time_call
-from fastdistil import ops
 from fastdistil.data import batches as data
 from fastdistil.data import shards
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model import weights
 from fastdistil.model.architecture import Architecture, flops_per_token
 from fastdistil.model.encoder import MaskedLM
@@ -86,7 +86,7 @@ def synthetic_batch(num_tokens: int, length: int, seed: int) -> data.MicroBatch:
         masked_rows=chosen.sort().values,
         num_rows=torch.tensor(num_tokens, dtype=torch.int32),
         lengths=tuple(lengths),
-        layout=ops.sequence_layout(lengths),
+        layout=sequence_layout(lengths),
         num_tokens=num_tokens,
         num_masked=len(chosen),
         sequences=tuple(range(len(lengths))),

@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
         if here.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    from fastdistil import ops
+    from fastdistil.kernels.attention_backends import resolve_backend
     from fastdistil.run import checkpoint, folder
     from fastdistil.run import ranks as dist
     from fastdistil.training import engine, inputs, memory, precision
@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> int:
     text = teacher = student = saved = needed = error = lock = None
     try:
         for dtype in dtypes:
-            ops.resolve_backend(config.engine.attention, place.device, dtype=dtype)
+            resolve_backend(config.engine.attention, place.device, dtype=dtype)
         needed = memory.check(resolved, place, local_world_size=here.local_world_size)
         text = inputs.load_text(resolved, rank=here.rank, world_size=here.world_size)
         if config.profile_window.stop > text.num_updates:
@@ -429,12 +429,12 @@ def say_what_runs(resolved: Resolved, text: Text, place: Place, dtype: torch.dty
     """The first lines of a log: backend, models, batch, length."""
     import torch
 
-    from fastdistil import ops
+    from fastdistil.kernels._backend import CPU_BACKEND
 
     config, meta, student, teacher = (resolved.config, resolved.meta, resolved.student, resolved.teacher)
     on_cuda = place.device.type == "cuda"
     device = torch.cuda.get_device_name(place.device) if on_cuda else f"CPU with {torch.get_num_threads()} threads"
-    arithmetic = f"{str(dtype).removeprefix('torch.')}, {'triton' if on_cuda else ops.CPU_BACKEND} operators"
+    arithmetic = f"{str(dtype).removeprefix('torch.')}, {'triton' if on_cuda else CPU_BACKEND} operators"
     log.info("fastdistil %s, torch %s, %s", __version__, torch.__version__, engine)
     log.info("%d x %s, %s", place.num_devices, device, arithmetic)
     log.info("attention: %s", ", ".join(_attention_backends(resolved, place, dtype)))
@@ -461,16 +461,14 @@ def say_what_runs(resolved: Resolved, text: Text, place: Place, dtype: torch.dty
 
 
 def _attention_backends(resolved: Resolved, place: Place, dtype: torch.dtype) -> list[str]:
-    from fastdistil import ops
+    from fastdistil.kernels.attention_backends import resolve_backend
     from fastdistil.training import engine
 
     models = {"student": (resolved.student.attention_dropout, dtype)}
     if resolved.teacher:
         models["teacher"] = 0.0, engine.teacher_dtype(resolved.config, place.device)
     asked = resolved.config.engine.attention
-    return [
-        f"{ops.resolve_backend(asked, place.device, dropout_p=p, dtype=d)} ({name})" for name, (p, d) in models.items()
-    ]
+    return [f"{resolve_backend(asked, place.device, dropout_p=p, dtype=d)} ({name})" for name, (p, d) in models.items()]
 
 
 def _size(architecture: Architecture) -> str:

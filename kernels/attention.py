@@ -1,4 +1,4 @@
-"""Bidirectional attention inside each sequence of a packed micro-batch.
+"""Bidirectional attention inside each sequence of a packed micro-batch, with dropout inside: flash attention in Triton.
 
 For the rows a..b-1 of one sequence and one head (Vaswani et al. 2017, eq. 1):
 
@@ -7,106 +7,57 @@ For the rows a..b-1 of one sequence and one head (Vaswani et al. 2017, eq. 1):
 No row sees another sequence, so the trailing pad sequence needs no mask: it attends to itself, and
 since no loss counts its rows, nothing flows back from it.
 
-Backends behind the one function:
+The kernels, with c = log2(e) / sqrt(Dh), Z[r, j] = keep[r, j] / (1 - p) for L rows (Dao 2023, alg. 1 and 2):
 
-    fused       kernels/flash.py: Triton on CUDA; on the CPU the PyTorch kernels below
-    sdpa        PyTorch's scaled_dot_product_attention, one call for each run of equal lengths
-    flash-attn  flash_attn_varlen_qkvpacked_func of that package (CUDA, bf16 and fp16)
+    s = q k.T      lse[r] = log2 sum_j 2^(c s[r, j])      P = 2^(c s - lse)      out = (Z P) v
 
-The dropout masks of fused are those of kernels/dropout.py, with a token's row in the micro-batch as its index, so that
-they do not depend on tiles or backends of it; sdpa and flash-attn draw from torch's generator.
+    dv = (Z P).T dout      dP = Z (dout v.T)      ds = P (dP - delta)      delta[r] = sum_d dout[r, d] out[r, d]
+    dq = ds k / sqrt(Dh)   dk = ds.T q / sqrt(Dh)
 
-`sdpa`, measured on two CPU cores (4,096 tokens, 12 heads of 32 and of 64, forward and backward, with and without
-dropout, fp32 and bf16): against gathering the sequences into groups of exactly one length one call a run is 1.0 to 1.6
-times as fast on lengths like Wikipedia's (20 sequences) and 0.9 to 1.3 times on 12 to 128 tokens. Lengths rounded up
-to 16, 32 or 64, with a key mask, gain 12 % at most (16, short sequences) and lose up to a factor of 2.9 (64, the
-same). So there are no gather indices.
+delta is sum_j P dP: the softmax's own term, and out holds the same sum after v was applied. The kernels leave 1 / (1 - p)
+out of ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics and sums are fp32; P and ds are
+rounded to the input's dtype before they meet a tensor core, as in the paper.
 
-Shapes: N tokens of the micro-batch, H heads, Dh width of a head, S sequences, L tokens of one sequence, T tiles.
+Saved: qkv, out, lse. Masks are those of dropout.py, with a token's row in the micro-batch as its index: they depend on no
+tile. They are drawn again from one key for each head and row and one for each head and column, which a small kernel draws
+before: 8 H N bytes.
+
+The backward is two kernels, dq by rows and dk with dv by columns, each of which computes s and dP: 7 products of
+2 L^2 Dh FLOP where 5 would do if tiles added to one dq. That is the price of a sum in one order, without atomics: a step
+is the same to the last bit each time. FLOP a head and sequence: 4 L^2 Dh forward, 14 L^2 Dh backward (10 is what
+benchmarks count). Bytes: forward reads qkv and writes out; backward reads qkv and dout twice, out once, writes dqkv. A
+sequence's rows are read again by every tile of it, from L2: that is why a tile has 128 rows where registers allow.
+
+One program has one tile and one head, heads running fastest: the programs that run together read the same rows of qkv,
+and long sequences start first for all heads.
+
+Shapes: N tokens, H heads, D width of a head, T tiles, M and N in BLOCK_M and BLOCK_N rows of queries and of keys.
 """
 
-import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ._triton import TRITON_DEVICES
-from .dropout import check_dropout, keep_reference
-from .flash import LOG2_E, TILE_ROWS, attention_forward
-from .flash_tiles import MAX_HEAD_DIM
+from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES
+from .attention_backends import (
+    LOG2_E,
+    AttentionBackend,
+    attention_backward_torch,
+    attention_flash_attn,
+    attention_forward_torch,
+    attention_sdpa,
+    resolve_backend,
+)
+from .attention_tiles import MAX_HEAD_DIM, NUM_STAGES, Tile, block_d, tiles_for
+from .dropout import check_dropout, keep, keep_reference, row_and_column_keys, threshold
+from .layout import TILE_ROWS, SequenceLayout
 
-AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
-CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2: 2^16 to 2^22 differ by less than this machine's noise
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SequenceLayout:
-    """Where the sequences of a packed micro-batch begin and end. Made once, on the host, for all layers."""
-
-    cu_seqlens: Tensor
-    """(S + 1,) int32: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]. Trailing ones may be empty."""
-    tiles: Tensor
-    """(T, 3) int32: start and end of a sequence, first of the up to 128 rows of a tile. A tile never crosses a boundary;
-    longest sequences come first, so that the last programs to run are short ones, and tiles of nothing, all 0, last."""
-    max_length: int
-    """Tokens of the longest sequence."""
-    num_tokens: int
-    """N, known to the host without a sync."""
-    runs: tuple[tuple[int, int], ...]
-    """(number of neighbouring sequences, their common length), in order: one SDPA call each."""
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "SequenceLayout":
-        """The same layout with its tensors on `device`."""
-        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return replace(self, cu_seqlens=cu_seqlens, tiles=self.tiles.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "SequenceLayout":
-        """The same layout in pinned memory, from which copies to a GPU are asynchronous."""
-        return replace(self, cu_seqlens=self.cu_seqlens.pin_memory(), tiles=self.tiles.pin_memory())
-
-
-def sequence_layout(
-    lengths: Sequence[int], device: torch.device | str = "cpu", *, sequence_step: int = 1, tile_step: int = 1
-) -> SequenceLayout:
-    """The layout of sequences of `lengths` tokens, in order and the trailing pad included.
-
-    The numbers of sequences and tiles are rounded up to a multiple of their step, with empty ones: a step that is rarely
-    exceeded keeps the shapes of all micro-batches the same, for torch.compile and CUDA graphs.
-
-    Raises ValueError if there is no sequence or one without a token.
-    """
-    length_S = np.asarray(lengths, dtype=np.int64)
-    if length_S.size == 0 or length_S.min() < 1:
-        raise ValueError(
-            "sequence_layout wants at least one sequence, each of 1 token or more, got "
-            f"{length_S.tolist()}: leave an empty trailing pad sequence out"
-        )
-    bounds = np.concatenate([[0], length_S.cumsum()])
-    order = np.argsort(-length_S, kind="stable")
-    num_tiles = -(-length_S[order] // TILE_ROWS)
-    sequence_T = np.repeat(order, num_tiles)
-    place_T = np.arange(sequence_T.size) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
-    start_T = bounds[sequence_T]
-    tile_T3 = np.zeros((-(-sequence_T.size // tile_step) * tile_step, 3), np.int32)
-    tile_T3[: sequence_T.size] = np.stack([start_T, bounds[sequence_T + 1], start_T + TILE_ROWS * place_T], axis=1)
-    cu_seqlens = np.pad(bounds.astype(np.int32), (0, -length_S.size % sequence_step), mode="edge")
-    changes = np.flatnonzero(np.diff(length_S, prepend=-1))  # first sequence of every run
-    counts = np.diff(changes, append=length_S.size)
-    layout = SequenceLayout(
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        tiles=torch.from_numpy(tile_T3),
-        max_length=int(length_S.max()),
-        num_tokens=int(bounds[-1]),
-        runs=tuple(zip(counts.tolist(), length_S[changes].tolist(), strict=True)),
-    )
-    return layout.to(device)
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 def attention_reference(
@@ -129,133 +80,357 @@ def attention_reference(
     return torch.cat(outputs)
 
 
-def _chunks(tiles: Tensor, num_heads: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, B sequences, their length L) of neighbours of one length, with up to CHUNK_SCORES scores, in order."""
-    # the first tile of every sequence that is not empty
-    whole = tiles[(tiles[:, 0] == tiles[:, 2]) & (tiles[:, 0] < tiles[:, 1])]
-    whole = whole[whole[:, 0].argsort()]
-    lengths, counts = torch.unique_consecutive(whole[:, 1] - whole[:, 0], return_counts=True)
-    first = 0
-    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-        most = max(1, CHUNK_SCORES // (num_heads * length**2))
-        for done in range(0, count, most):
-            batch = min(most, count - done)
-            yield first, batch, length
-            first += batch * length
+@triton.jit
+def _dot(a, b, acc=None):
+    """a @ b + acc in fp32: on tensor cores for bf16 and fp16, in full fp32 for fp32."""
+    if INTERPRETED:  # whose dot takes the bits of bf16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
-def _by_head(rows: Tensor, batch: int) -> Tensor:
-    """(B L, ..., H, D) -> (..., B H, L, D) fp32, which bmm wants: bf16 would round the scores."""
-    H, D = rows.shape[-2:]
-    split = rows.view(batch, rows.shape[0] // batch, -1, H, D).permute(2, 0, 3, 1, 4).float()
-    return split.reshape(split.shape[0], batch * H, -1, D)
+@triton.jit
+def _rows(ptr, at, num_left, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at ptr + at, zero from row num_left and from column D on; no mask where neither can be."""
+    R: tl.constexpr = at.shape[0]
+    C: tl.constexpr = at.shape[1]
+    if MASKED:
+        live = (tl.arange(0, R) < num_left)[:, None]
+        if D < C:
+            live = live & (tl.arange(0, C) < D)[None, :]
+        x = tl.load(ptr + at, mask=live, other=0.0)
+    elif D < C:
+        x = tl.load(ptr + at, mask=(tl.arange(0, C) < D)[None, :], other=0.0)
+    else:
+        x = tl.load(ptr + at)
+    return x
 
 
-def attention_forward_torch(
+@triton.jit
+def _store_rows(ptr, at, x, num_left, D: tl.constexpr):
+    live = (tl.arange(0, x.shape[0]) < num_left)[:, None]
+    if x.shape[1] > D:
+        live = live & (tl.arange(0, x.shape[1]) < D)[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _numbers(ptr, index, num_left, other, MASKED: tl.constexpr):
+    return tl.load(ptr + index, mask=index < num_left, other=other) if MASKED else tl.load(ptr + index)
+
+
+@triton.jit
+def _keys(ptr, index, num_left, MASKED: tl.constexpr):
+    return _numbers(ptr, index, num_left, 0, MASKED).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _tile(tile_ptr, H: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, sequence start, sequence end and first row of this program; a block may lie past the end."""
+    program, block = tl.program_id(0), tl.program_id(0) // H
+    tile = tile_ptr + (block // (TILE // BLOCK)) * 3
+    first = tl.load(tile + 2) + block % (TILE // BLOCK) * BLOCK
+    return program % H, tl.load(tile), tl.load(tile + 1), first
+
+
+@triton.jit
+def _forward_step(
+    acc, total, top, q, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, at.shape[0])
+    k = _rows(k_ptr, at, num_left, D, MASKED)
+    s = _dot(q, tl.trans(k))
+    if MASKED:
+        s = tl.where((column < num_left)[None, :], s, -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * scale2)
+    p = tl.exp2(s * scale2 - new_top[:, None])
+    alpha = tl.exp2(top - new_top)
+    total = total * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        column_key = _keys(key_ptr, column, num_left, MASKED)
+        # A zero that the compiler does not know: a constant one it would move behind the rounding of p, and unpack and
+        # pack pairs of bf16 for it: two instructions a score.
+        p = tl.where(keep(row_key[:, None], column_key[None, :], threshold), p, scale2 * 0.0)
+    v = _rows(v_ptr, at, num_left, D, MASKED)
+    acc = _dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, total, new_top
+
+
+@triton.jit(do_not_specialize=["N"])
+def _forward_kernel(
+    qkv_ptr, tile_ptr, key_ptr,  # (N, 3, H, D) contiguous, (T, 3) int32, (2, H, N) int32 or None
+    out_ptr, lse_ptr,            # (N, H, D), (H, N) fp32
+    N, scale2, threshold, keep_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
+    if first >= end:
+        return
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
+    STRIDE: tl.constexpr = 3 * H * D
+    # Scalars carry what may pass 2^31, blocks hold int32: half the registers.
+    q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
+    k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
+    v_ptr = k_ptr + H * D
+    number = head.to(tl.int64) * N
+    q = _rows(q_ptr, row[:, None] * STRIDE + column[None, :], end - first, D, True)
+    row_key, column_key_ptr = row, key_ptr
+    if DROPOUT:
+        row_key = _keys(key_ptr + number + first, row, end - first, True)
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + start
+    at = tl.arange(0, BLOCK_N)[:, None] * STRIDE + column[None, :]
+    length = end - start
+    full = length // BLOCK_N * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for _ in range(0, full, BLOCK_N):
+        acc, total, top = _forward_step(
+            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, scale2, threshold,
+            D, DROPOUT, False,
+        )  # fmt: skip
+        k_ptr, v_ptr = k_ptr + BLOCK_N * STRIDE, v_ptr + BLOCK_N * STRIDE
+        if DROPOUT:
+            column_key_ptr += BLOCK_N
+    if full < length:
+        acc, total, top = _forward_step(
+            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full,
+            scale2, threshold, D, DROPOUT, True,
+        )  # fmt: skip
+    tl.store(lse_ptr + number + first + row, top + tl.log2(total), mask=row < end - first)
+    out_ptr += first.to(tl.int64) * (H * D) + head * D
+    acc *= (keep_scale / total)[:, None]
+    _store_rows(out_ptr, row[:, None] * (H * D) + column[None, :], acc, end - first, D)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, at.shape[0])
+    k = _rows(k_ptr, at, num_left, D, MASKED)
+    s = _dot(q, tl.trans(k))
+    if MASKED:
+        s = tl.where((column < num_left)[None, :], s, -float("inf"))
+    p = tl.exp2(s * scale2 - lse[:, None])
+    v = _rows(v_ptr, at, num_left, D, MASKED)
+    dp = _dot(dout, tl.trans(v))
+    if DROPOUT:
+        column_key = _keys(key_ptr, column, num_left, MASKED)
+        dp = tl.where(keep(row_key[:, None], column_key[None, :], threshold), dp, 0.0)
+    ds = p * (dp - delta[:, None])
+    return _dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _dq_kernel(
+    qkv_ptr, tile_ptr, key_ptr, out_ptr, dout_ptr, lse_ptr,
+    dqkv_ptr, delta_ptr,  # the queries' part; (H, N) fp32, times 1 - p: read by _dkdv_kernel
+    N, scale2, threshold, keep_p, dq_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
+    if first >= end:
+        return
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
+    STRIDE: tl.constexpr = 3 * H * D
+    q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
+    k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
+    v_ptr = k_ptr + H * D
+    number = head.to(tl.int64) * N
+    at_q = row[:, None] * STRIDE + column[None, :]
+    at_out = row[:, None] * (H * D) + column[None, :]
+    out_offset = first.to(tl.int64) * (H * D) + head * D
+    left = end - first
+    out = _rows(out_ptr + out_offset, at_out, left, D, True).to(tl.float32)
+    dout = _rows(dout_ptr + out_offset, at_out, left, D, True)
+    delta = tl.sum(out * dout.to(tl.float32), 1) * keep_p
+    tl.store(delta_ptr + number + first + row, delta, mask=row < left)
+    q = _rows(q_ptr, at_q, left, D, True)
+    lse = _numbers(lse_ptr + number + first, row, left, 0.0, True)
+    row_key, column_key_ptr = row, key_ptr
+    if DROPOUT:
+        row_key = _keys(key_ptr + number + first, row, left, True)
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + start
+    at = tl.arange(0, BLOCK_N)[:, None] * STRIDE + column[None, :]
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    length = end - start
+    full = length // BLOCK_N * BLOCK_N
+    for _ in range(0, full, BLOCK_N):
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, scale2,
+            threshold, D, DROPOUT, False,
+        )  # fmt: skip
+        k_ptr, v_ptr = k_ptr + BLOCK_N * STRIDE, v_ptr + BLOCK_N * STRIDE
+        if DROPOUT:
+            column_key_ptr += BLOCK_N
+    if full < length:
+        dq = _dq_step(
+            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full,
+            scale2, threshold, D, DROPOUT, True,
+        )  # fmt: skip
+    dq_ptr = dqkv_ptr + first.to(tl.int64) * STRIDE + head * D
+    _store_rows(dq_ptr, at_q, dq * dq_scale, left, D)
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key, key_ptr,
+    num_left, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, at_q.shape[0])
+    q = _rows(q_ptr, at_q, num_left, D, MASKED)
+    # Rows past the end have probability 0 by their infinite lse: no mask on the scores.
+    lse = _numbers(lse_ptr, row, num_left, float("inf"), MASKED)
+    p = tl.exp2(_dot(k, tl.trans(q)) * scale2 - lse[None, :])
+    dout = _rows(dout_ptr, at_out, num_left, D, MASKED)
+    dp = _dot(v, tl.trans(dout))
+    kept_p = p
+    if DROPOUT:
+        row_key = _keys(key_ptr, row, num_left, MASKED)
+        kept = keep(row_key[None, :], column_key[:, None], threshold)
+        kept_p = tl.where(kept, p, scale2 * 0.0)
+    dv = _dot(kept_p.to(dout.dtype), dout, dv)
+    delta = _numbers(delta_ptr, row, num_left, 0.0, MASKED)
+    ds = kept_p * dp - p * delta[None, :]
+    dk = _dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["N"])
+def _dkdv_kernel(
+    qkv_ptr, tile_ptr, key_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dqkv_ptr,  # the keys' and the values' part
+    N, scale2, threshold, dk_scale, dv_scale,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_N)
+    if first >= end:
+        return
+    row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
+    STRIDE: tl.constexpr = 3 * H * D
+    offset = first.to(tl.int64) * STRIDE + (H + head) * D
+    at = row[:, None] * STRIDE + column[None, :]
+    left = end - first
+    k = _rows(qkv_ptr + offset, at, left, D, True)
+    v = _rows(qkv_ptr + offset + H * D, at, left, D, True)
+    number = head.to(tl.int64) * N
+    column_key, row_key_ptr = row, key_ptr
+    if DROPOUT:
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + first
+        column_key = _keys(column_key_ptr, row, left, True)
+        row_key_ptr = key_ptr + number + start
+    q_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + head * D
+    dout_ptr += start.to(tl.int64) * (H * D) + head * D
+    lse_ptr, delta_ptr = lse_ptr + number + start, delta_ptr + number + start
+    at_q = tl.arange(0, BLOCK_M)[:, None] * STRIDE + column[None, :]
+    at_out = tl.arange(0, BLOCK_M)[:, None] * (H * D) + column[None, :]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    length = end - start
+    full = length // BLOCK_M * BLOCK_M
+    for _ in range(0, full, BLOCK_M):
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
+            row_key_ptr, 0, scale2, threshold, D, DROPOUT, False,
+        )  # fmt: skip
+        q_ptr, dout_ptr = q_ptr + BLOCK_M * STRIDE, dout_ptr + BLOCK_M * H * D
+        lse_ptr, delta_ptr = lse_ptr + BLOCK_M, delta_ptr + BLOCK_M
+        if DROPOUT:
+            row_key_ptr += BLOCK_M
+    if full < length:
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
+            row_key_ptr, length - full, scale2, threshold, D, DROPOUT, True,
+        )  # fmt: skip
+    _store_rows(dqkv_ptr + offset, at, dk * dk_scale, left, D)
+    _store_rows(dqkv_ptr + offset + H * D, at, dv * dv_scale, left, D)
+
+
+def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor, *arguments: Any):
+    H, D = qkv.shape[2:]
+    kernel[(tiles.shape[0] * (TILE_ROWS // block_rows) * H,)](
+        qkv, tiles, *arguments, H=H, D=D, BLOCK_D=block_d(D), TILE=TILE_ROWS,
+        num_stages=NUM_STAGES, **tile._asdict(), **LAUNCH_OPTIONS,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES)
+def attention_forward(
     qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` in PyTorch: serves CPU tensors. Scores exist for CHUNK_SCORES at a time."""
+    """(N, H, D) attention and (H, N) fp32 log-sum-exp of the scores, to base 2. qkv (N, 3, H, D) contiguous."""
     N, _, H, D = qkv.shape
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
-    for first, B, L in _chunks(tiles, H):
-        rows = slice(first, first + B * L)
-        q, k, v = _by_head(qkv[rows], B)
-        weight = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=D**-0.5)
-        top = weight.amax(2, keepdim=True)
-        total = weight.sub_(top).exp_().sum(2, keepdim=True)
-        chunk_lse = (top + total.log()) * LOG2_E
-        lse[:, rows].view(H, B, L).copy_(chunk_lse.view(B, H, L).transpose(0, 1))
-        if seed is not None:
-            torch.ops.fastdistil.dropout_(weight.view(B, H, L, L), seed, stream, first, dropout_p)
-        chunk_out = torch.bmm(weight, v).div_(total)
-        out[rows].view(B, L, H, D).copy_(chunk_out.view(B, H, L, D).transpose(1, 2))
+    keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
+    tile = tiles_for(qkv).forward if seed is None else tiles_for(qkv).forward_dropout
+    scale2, keep_scale = D**-0.5 * LOG2_E, 1 / (1 - dropout_p)
+    _launch(
+        _forward_kernel, tile, tile.BLOCK_M, tiles, qkv,
+        keys, out, lse, N, scale2, threshold(dropout_p), keep_scale,
+    )  # fmt: skip
     return out, lse
 
 
-def attention_backward_torch(
+@attention_forward.register_fake
+def _(qkv, tiles, seed, stream, dropout_p):
+    N, _, H, D = qkv.shape
+    return qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdistil::attention_backward", mutates_args=(), device_types=TRITON_DEVICES)
+def attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    """`attention_backward` in PyTorch: serves CPU tensors. The gradient as flash.py derives it."""
-    _, _, H, D = qkv.shape
-    dqkv = torch.empty_like(qkv)
-    for first, B, L in _chunks(tiles, H):
-        rows = slice(first, first + B * L)
-        q, k, v = _by_head(qkv[rows], B)
-        (chunk_out,), (chunk_dout,) = _by_head(out[rows], B), _by_head(dout[rows], B)
-        delta = (chunk_dout * chunk_out).sum(2, keepdim=True)
-        chunk_lse = lse[:, rows].view(H, B, L).transpose(0, 1).reshape(B * H, L, 1)
-        weight = torch.baddbmm(chunk_lse * (-1 / LOG2_E), q, k.mT, alpha=D**-0.5).exp_()
-        kept = weight
-        if seed is not None:
-            kept = weight.clone()
-            torch.ops.fastdistil.dropout_(kept.view(B, H, L, L), seed, stream, first, dropout_p)
-        dv = torch.bmm(kept.mT, chunk_dout)
-        dscore = torch.bmm(chunk_dout, v.mT).mul_(kept).addcmul_(weight, delta, value=-1)
-        dq, dk = torch.bmm(dscore, k).mul_(D**-0.5), torch.bmm(dscore.mT, q).mul_(D**-0.5)
-        chunk = torch.stack([dq, dk, dv]).view(3, B, H, L, D).permute(1, 3, 0, 2, 4)
-        dqkv[rows].view(B, L, 3, H, D).copy_(chunk)
+    """dqkv (N, 3, H, D). All contiguous."""
+    N, _, H, D = qkv.shape
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
+    scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
+    _, _, dq, dkdv = tiles_for(qkv)
+    _launch(
+        _dq_kernel, dq, dq.BLOCK_M, tiles, qkv,
+        keys, out, dout, lse, dqkv, delta, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
+    )  # fmt: skip
+    _launch(
+        _dkdv_kernel, dkdv, dkdv.BLOCK_N, tiles, qkv,
+        keys, dout, lse, delta, dqkv, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
+    )  # fmt: skip
     return dqkv
 
 
-# The runs differ from one micro-batch to the next: traced, every new layout would recompile the
-# encoder. As a graph break, the code around it is compiled once, for the constant N.
-@torch.compiler.disable()
-def _sdpa_by_run(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
-    num_heads, head_dim = qkv_N3HD.shape[2:]
-    sizes = [batch * length for batch, length in layout.runs]
-    outputs = []
-    # split, not slices: its backward is one concatenation; that of a slice fills a whole (N, 3, H,
-    # Dh) with zeros.
-    for (batch, length), rows in zip(layout.runs, qkv_N3HD.split(sizes), strict=True):
-        q_BHLD, k_BHLD, v_BHLD = rows.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, dropout_p=dropout_p)
-        outputs.append(out_BHLD.transpose(1, 2).reshape(batch * length, num_heads, head_dim))
-    return torch.cat(outputs)
+@attention_backward.register_fake
+def _(dout, qkv, out, lse, tiles, seed, stream, dropout_p):
+    return torch.empty_like(qkv)
 
 
-@torch.compiler.disable()  # a package of its own, with operators of its own
-def _flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_qkvpacked_func  # pyright: ignore[reportMissingImports]
+def _setup_context(ctx, inputs, output):
+    qkv, tiles, seed, ctx.stream, ctx.dropout_p = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, tiles, seed)
 
-    return flash_attn_varlen_qkvpacked_func(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p)
+
+def _backward(ctx, dout, _dlse):
+    qkv, out, lse, tiles, seed = ctx.saved_tensors
+    dqkv = attention_backward(dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p)
+    return dqkv, None, None, None, None
 
 
-def resolve_backend(
-    backend: AttentionBackend, device: torch.device | str, *, dropout_p: float = 0.0, dtype: torch.dtype | None = None
-) -> Literal["fused", "sdpa", "flash-attn"]:
-    """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
-    auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and fused
-    with: PyTorch's flash kernel for CPUs has no dropout, so that sdpa then writes whole score matrices and draws for each
-    element. Time of sdpa over that of fused, two threads of a quiet AVX-512 machine, 12 heads of 32 / of 64, fp32 (bf16:
-    0.8 to 1.3 times these ratios); at 1,024 tokens, in brackets at 4,096:
-
-        lengths             forward, dropout 0           forward and backward, dropout 0.1
-        all 128             0.69 / 0.88 (0.74 / 0.87)    2.07 / 1.75 (1.89 / 1.59)
-        all 512             0.76 / 0.71 (0.58 / 0.70)    1.99 / 1.89 (3.18 / 2.48)
-        like Wikipedia's    0.58 / 0.73 (0.59 / 0.74)    1.90 / 1.63 (2.40 / 2.03)
-
-    Raises:
-        ValueError: if the backend is unknown, or cannot serve the device or, where it is given, the dtype.
-    """
-    device_type = torch.device(device).type
-    if backend == "auto":
-        return "sdpa" if device_type == "cpu" and dropout_p == 0 else "fused"
-    if backend not in ("fused", "sdpa", "flash-attn"):
-        raise ValueError(f"attention wants backend auto, fused, sdpa or flash-attn, got {backend!r}")
-    if backend == "flash-attn":
-        if device_type != "cuda" or dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"attention backend flash-attn wants bf16 or fp16 on CUDA, got "
-                f"{dtype or 'a tensor'} on {device_type}: use backend auto"
-            )
-        if importlib.util.find_spec("flash_attn") is None:
-            raise ValueError(
-                "attention backend flash-attn wants the package flash-attn, which is not installed: "
-                "use backend auto, or pip install flash-attn --no-build-isolation"
-            )
-    return backend
+if not INTERPRET:
+    attention_forward.register_kernel("cpu")(attention_forward_torch)
+    attention_backward.register_kernel("cpu")(attention_backward_torch)
 
 
 def attention(
@@ -300,9 +475,9 @@ def attention(
     dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
     chosen = resolve_backend(backend, device, dropout_p=dropout_p, dtype=dtype)
     if chosen == "sdpa":
-        return _sdpa_by_run(qkv_N3HD, layout, dropout_p)
+        return attention_sdpa(qkv_N3HD, layout, dropout_p)
     if chosen == "flash-attn":
-        return _flash_attn(qkv_N3HD, layout, dropout_p)
+        return attention_flash_attn(qkv_N3HD, layout, dropout_p)
     if dtype not in DTYPES:
         raise ValueError(f"attention wants fp32, bf16 or fp16, got {dtype}: convert it, or use backend sdpa")
     by_triton = device.type in TRITON_DEVICES

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES
 
 EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
 MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps
@@ -97,6 +97,10 @@ def cosine_rows_torch(student: Tensor, teacher: Tensor, num_rows: Tensor | None)
         real = torch.arange(s.shape[0]) < num_rows
         rows, ds = torch.where(real, rows, 0.0), torch.where(real[:, None], ds, 0.0)
     return rows, ds.to(student.dtype)
+
+
+if CPU_BACKEND == "torch":
+    cosine_rows.register_kernel("cpu")(cosine_rows_torch)
 
 
 def _setup_context(ctx, inputs, output):

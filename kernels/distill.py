@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES
 
 # 16 warps a row: two CTAs fill an SM, and the rows of all CTAs in flight (32 MB on an H100) stay in L2.
 NUM_WARPS = 16
@@ -250,6 +250,10 @@ def distill_rows_torch(
         dz[labelled] += mlm_scale * d_mlm
         dstudent.zero_()[:, :vocab_size] = dz
     return torch.where(real, torch.stack((kd, mlm, agree.float())), 0.0)
+
+
+if CPU_BACKEND == "torch":
+    distill_rows.register_kernel("cpu")(distill_rows_torch)
 
 
 @torch.library.custom_op("fastdistil::distill", mutates_args=())

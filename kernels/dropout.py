@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES
 
 ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 256  # of the plain dropout kernel: 16 elements a thread
@@ -140,6 +140,10 @@ def dropout_torch_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: 
         columns = first + b * C + torch.arange(C, device=x.device)
         kept = keep_reference(seed, stream, dropout_p, heads, rows, columns)
         x[b].mul_(1 / (1 - dropout_p)).masked_fill_(~kept, 0)
+
+
+if CPU_BACKEND == "torch":
+    dropout_.register_kernel("cpu")(dropout_torch_)
 
 
 @torch.library.custom_op("fastdistil::dropout", mutates_args=())

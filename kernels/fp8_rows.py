@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES
 from .gelu import SQRT_HALF
 
 E4M3_MAX, LEAST_AMAX = tl.constexpr(448.0), tl.constexpr(1e-12)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES
 from .linear import linear
 
 SQRT_HALF, INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._triton import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES
 from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_reference, keys, threshold
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps

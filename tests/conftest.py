@@ -4,12 +4,12 @@ import torch
 
 
 def pytest_terminal_summary(terminalreporter):
-    from fastdistil import ops
+    from fastdistil.kernels._backend import CPU_BACKEND
 
     terminalreporter.section("where the operators ran")
     if torch.cuda.is_available():
         terminalreporter.write_line(f"on {torch.cuda.get_device_name()} by Triton")
     else:
         terminalreporter.write_line(
-            f"on the CPU by {ops.CPU_BACKEND}. Not run: the same tests on a GPU, since there is none (make gpu)"
+            f"on the CPU by {CPU_BACKEND}. Not run: the same tests on a GPU, since there is none (make gpu)"
         )

@@ -10,22 +10,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fastdistil"
 ROOMS = {"data", "model", "training", "evaluation", "run", "kernels"}
-COMMANDS = {p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "ops")}
+COMMANDS = {p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
 # A file in fastdistil/ is a command you can type; a folder is what commands are made of. Commands may import anything but each other.
 MAY_IMPORT = {
     "kernels": set(),
     "run": {"model"},
-    "data": {"run", "kernels", "ops"},
-    "model": {"kernels", "ops"},
-    "evaluation": {"run", "kernels", "ops"},
-    "training": {"data", "model", "run", "kernels", "ops"},
+    "data": {"run", "kernels"},
+    "model": {"kernels"},
+    "evaluation": {"run", "kernels"},
+    "training": {"data", "model", "run", "kernels"},
 }
 USES = {
     "transformers": {"evaluation/finetune", "evaluate", "efficiency"},
     "deepspeed": {"training/engine"},
     "torch.distributed": {"run/ranks", "training/engine"},
 }
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts and p.stem != "ops")
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts)
 
 
 def name_of(path: Path) -> str:

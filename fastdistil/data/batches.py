@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdistil import ops
 from fastdistil.data.shards import Shards
+from fastdistil.kernels.layout import TILE_ROWS, SequenceLayout, sequence_layout
 from fastdistil.run.config import MaskingConfig
 
 NO_LABEL = -100  # PyTorch's ignore_index
@@ -55,7 +55,7 @@ class MicroBatch:
     masked_rows: Tensor  # (num_masked(N),) int64, where labels are, then the first row that has none
     num_rows: Tensor  # () int32, real tokens R, for operators that skip the padding without a host sync
     lengths: tuple[int, ...]  # of all sequences, padding included; they sum to N
-    layout: ops.SequenceLayout  # of the same
+    layout: SequenceLayout  # of the same
     num_tokens: int  # R
     num_masked: int  # labels
     sequences: tuple[int, ...]  # indices into the shards
@@ -73,7 +73,7 @@ def one_token(device: torch.device) -> MicroBatch:
     """The smallest micro-batch: one sequence of one predicted token."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     one = torch.tensor(1, dtype=torch.int32, device=device)
-    layout = ops.sequence_layout([1], device)
+    layout = sequence_layout([1], device)
     return MicroBatch(zero, zero, zero, zero, one, (1,), layout, 1, 1, ())
 
 
@@ -269,7 +269,7 @@ class Collator:
         self.weights = masking_weights(counts, list(meta.special_ids.values()), masking.smoothing)
         lengths = shards.lengths
         self.sequence_step = usual_most(np.ones_like(lengths), lengths, token_budget)
-        self.tile_step = usual_most(-(-lengths // ops.TILE_ROWS), lengths, token_budget)
+        self.tile_step = usual_most(-(-lengths // TILE_ROWS), lengths, token_budget)
 
     def __call__(self, slot: Slot) -> MicroBatch:
         real = [self.shards.sequence(int(i)) for i in slot.sequences]
@@ -295,7 +295,7 @@ class Collator:
             masked_rows=torch.from_numpy(masked_rows),
             num_rows=torch.tensor(len(ids), dtype=torch.int32),
             lengths=(*lengths, *pads),
-            layout=ops.sequence_layout([*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step),
+            layout=sequence_layout([*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step),
             num_tokens=len(ids),
             num_masked=len(chosen),
             sequences=tuple(slot.sequences.tolist()),

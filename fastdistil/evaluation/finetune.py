@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fastdistil import ops
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
+from fastdistil.kernels.distill import distill_loss
 
 
 def quiet() -> None:
@@ -171,7 +171,7 @@ def loss_of(logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, sett
         return F.mse_loss(logits_BC[:, 0].float(), labels_B)
     if teacher_BC is None:
         return F.cross_entropy(logits_BC.float(), labels_B.long())
-    return ops.distill_loss(
+    return distill_loss(
         logits_BC.contiguous(),
         teacher_BC.contiguous(),
         labels_B.long(),

@@ -21,23 +21,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdistil import ops
+from fastdistil.kernels.attention import attention
+from fastdistil.kernels.attention_backends import AttentionBackend
+from fastdistil.kernels.dropout import dropout, dropout_seed
+from fastdistil.kernels.gelu import linear_gelu
+from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
+from fastdistil.kernels.layout import SequenceLayout
+from fastdistil.kernels.linear import linear
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture
-from fastdistil.ops import AttentionBackend, SequenceLayout
 
 
 class Linear(nn.Linear):
     """x @ W.T + b, on the CPU by oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
 
 class LinearGelu(nn.Linear):
     """gelu(x @ W.T + b), exact erf."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear_gelu(input, self.weight, self.bias)
+        return linear_gelu(input, self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -52,8 +57,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, residual_ND: Tensor | None = None, dropout_seed: Tensor | None = None) -> Tensor:
         if residual_ND is None:
-            return ops.layernorm(input, self.weight, self.bias, eps=self.eps)
-        return ops.dropout_add_layernorm(
+            return layernorm(input, self.weight, self.bias, eps=self.eps)
+        return dropout_add_layernorm(
             input,
             residual_ND,
             self.weight,
@@ -96,7 +101,7 @@ class EncoderLayer(nn.Module):
         """The layer's output (N, D); `with_values` a pair of it and its values (N, D), all heads side by side."""
         qkv_N3D = self.qkv(hidden_ND)
         values_ND = qkv_N3D.chunk(3, 1)[2] if with_values else None
-        attended_ND = ops.attention(
+        attended_ND = attention(
             qkv_N3D.unflatten(1, (3, self.num_heads, -1)),
             layout,
             dropout_p=self.attention_dropout,
@@ -147,18 +152,18 @@ class Encoder(nn.Module):
         of all layers. With activation checkpointing a layer keeps only its input and is computed
         again in the backward, with the same dropout.
         """
-        dropout_seed = ops.dropout_seed(input_ids_N.device) if self.training else None
+        seed = dropout_seed(input_ids_N.device) if self.training else None
         embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
         if self.token_type_embeddings is not None:
             # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only
             # there.
             embedded_ND = embedded_ND + self.token_type_embeddings(torch.zeros_like(input_ids_N[:1]))
-        hidden_ND = ops.dropout(self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p)
+        hidden_ND = dropout(self.embedding_norm(embedded_ND), seed, stream=0, dropout_p=self.dropout_p)
         outputs: dict[int, Tensor] = {}
         values: Sequence[Tensor] = ()
         for index, layer in enumerate(self.layers):
             with_values = keep is not None and keep.values and index == len(self.layers) - 1
-            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_values)
+            arguments = (hidden_ND, layout, seed, self.attention_backend, with_values)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
             else:

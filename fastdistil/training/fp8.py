@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastdistil import ops
+from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
 from fastdistil.model.encoder import Encoder, EncoderLayer
 
 
@@ -28,14 +28,14 @@ class Fp8Linear(nn.Module):
     def __init__(self, weight_FD: Tensor, bias_F: Tensor | None, gelu_bias_D: Tensor | None = None) -> None:
         super().__init__()
         # the definition, once: no Triton, which would want the weight's device to be the current one
-        quantised_FD, scale_F1 = ops.quantise_rows_reference(weight_FD.detach())
+        quantised_FD, scale_F1 = quantise_rows_reference(weight_FD.detach())
         self.register_buffer("weight_FD", quantised_FD)
         self.register_buffer("scale_1F", scale_F1.t())
         self.register_buffer("bias_F", None if bias_F is None else bias_F.detach())
         self.register_buffer("gelu_bias_D", None if gelu_bias_D is None else gelu_bias_D.detach())
 
     def forward(self, input: Tensor) -> Tensor:
-        quantised_ND, scale_N1 = ops.quantise_rows(input, self.gelu_bias_D)
+        quantised_ND, scale_N1 = quantise_rows(input, self.gelu_bias_D)
         return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             quantised_ND,
             self.weight_FD.t(),

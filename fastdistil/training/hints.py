@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastdistil import ops
+from fastdistil.kernels.cosine import cosine_loss
 
 PADDED_TOKENS = 4096
 """S x L whose relations are in memory at once: A x S x L x L scores in fp32, 25 MB at A = 12 and L = 128."""
@@ -29,7 +29,7 @@ PADDED_TOKENS = 4096
 
 def hidden_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor], num_rows: Tensor) -> Tensor:
     """0-dim fp32: the mean over layers of the sum over real tokens of 1 - cos; (N, D) outputs of each layer and of its example."""
-    sums = [ops.cosine_loss(s, t, num_rows=num_rows) for s, t in zip(student, teacher, strict=True)]
+    sums = [cosine_loss(s, t, num_rows=num_rows) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(sums).mean()
 
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from fastdistil import ops
+from fastdistil.kernels.attention_backends import resolve_backend
+from fastdistil.kernels.linear_distill import default_chunk_tokens
 from fastdistil.model.architecture import Architecture
 from fastdistil.run.ranks import Place
 from fastdistil.training import engine, hints
@@ -81,7 +82,7 @@ def predict(resolved: Resolved, *, world_size: int, device: torch.device, device
     # --- the student. A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result
     #     and GELU's input and output; in fp32 the log-sum-exp of the attention, means and deviations
     dropout_p = student.attention_dropout
-    backend = ops.resolve_backend(settings.attention, device, dropout_p=dropout_p, dtype=dtype)
+    backend = resolve_backend(settings.attention, device, dropout_p=dropout_p, dtype=dtype)
     layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
     if backend == "sdpa":
         layer += token * D  # the runs of equal lengths, put together
@@ -98,7 +99,7 @@ def predict(resolved: Resolved, *, world_size: int, device: torch.device, device
     if teacher is None:  # log-softmax, its gradient and that of the logits
         loss = 12 * head_tokens * V
     else:
-        chunk = min(N, ops.default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
+        chunk = min(N, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
         loss = 2 * chunk * V * s + dweight + V * D * (s if chunk == N else 4)
         if config.loss.values:  # scores, logarithms and probabilities of both, in fp32
             longest = resolved.meta.max_length

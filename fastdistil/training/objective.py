@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdistil import ops
 from fastdistil.data.batches import MicroBatch
+from fastdistil.kernels.cosine import cosine_loss
+from fastdistil.kernels.linear_distill import LinearDistillLoss, linear_distill_loss
 from fastdistil.model.encoder import Keep, MaskedLM
 from fastdistil.run.config import LossConfig
 from fastdistil.run.profile import span
@@ -93,8 +94,8 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         config = self.loss
 
-        def distil(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> ops.LinearDistillLoss:
-            return ops.linear_distill_loss(
+        def distil(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> LinearDistillLoss:
+            return linear_distill_loss(
                 transformed_ND,
                 weight_VD,
                 bias_V,
@@ -112,7 +113,7 @@ class Objective(nn.Module):
         loss, kd_sum, mlm_sum, num_agree = self.student.head(hidden_ND, distil)
         cosine_sum = hidden_ND.new_zeros((), dtype=torch.float32)
         if config.cosine:
-            cosine_sum = ops.cosine_loss(hidden_ND, teacher.hidden_NE, num_rows=batch.num_rows)
+            cosine_sum = cosine_loss(hidden_ND, teacher.hidden_NE, num_rows=batch.num_rows)
             loss = loss + config.cosine / num_tokens * cosine_sum
         zero = torch.zeros_like(kd_sum)
         hidden_sum = values_sum = zero

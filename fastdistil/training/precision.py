@@ -25,8 +25,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fastdistil import ops
 from fastdistil.data.batches import MicroBatch
+from fastdistil.kernels.linear_distill import linear_distill_loss
 from fastdistil.model import weights
 from fastdistil.run import ranks
 from fastdistil.run.config import TeacherConfig
@@ -43,7 +43,7 @@ MICRO_BATCHES = 2  # a rank
 def kl_sum(exact: TeacherOutput, low: TeacherOutput, batch: MicroBatch, *, vocab_size: int) -> Tensor:
     """Sum over the real tokens of KL(low || exact), nats, 0-dim fp32; a chunk of the logits at a time."""
     # `exact` as the student: the operator computes in its dtype, and takes the teacher's logits in theirs
-    return ops.linear_distill_loss(
+    return linear_distill_loss(
         exact.transformed_NE,
         exact.weight_VE,
         exact.bias_V,

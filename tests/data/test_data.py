@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil import ops
 from fastdistil.data import batches as data
 from fastdistil.data.shards import Shards
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.run.config import MaskingConfig
 from tests.support import toy
 
@@ -168,7 +168,7 @@ def test_micro_batch_is_what_was_stored(shards):
     rows, filled = batch.masked_rows.split([batch.num_masked, data.num_masked(BUDGET, 0.15) - batch.num_masked])
     assert torch.equal(rows, (batch.labels >= 0).nonzero().flatten())
     assert (batch.labels[filled] == data.NO_LABEL).all()
-    layout = ops.sequence_layout(batch.lengths)
+    layout = sequence_layout(batch.lengths)
     assert torch.equal(batch.layout.tiles[: len(layout.tiles)], layout.tiles)
     assert torch.equal(batch.layout.cu_seqlens[: len(layout.cu_seqlens)], layout.cu_seqlens)
     assert batch.layout.runs == layout.runs

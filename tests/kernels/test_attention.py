@@ -1,4 +1,4 @@
-"""ops.attention against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (PyTorch); on a GPU Triton.
+"""attention against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (PyTorch); on a GPU Triton.
 
 The backend under test is "fused" unless a test says otherwise: "auto" would be PyTorch's own on the CPU.
 """
@@ -15,9 +15,11 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from fastdistil import ops
 from fastdistil.kernels import attention as attention_module
+from fastdistil.kernels.attention import attention, attention_reference
+from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.kernels.dropout import keep_reference
+from fastdistil.kernels.layout import sequence_layout
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, assert_no_worse_than_pytorch, results
 
 # Below, at and across the blocks of 32 and 64 and the tile of 128; the interpreter gets fewer, a program costs it 10 ms.
@@ -53,7 +55,7 @@ def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0) -> Te
 
 
 def fused(qkv_N3HD: Tensor, layout, **options) -> Tensor:
-    return ops.attention(qkv_N3HD, layout, backend="fused", **options)
+    return attention(qkv_N3HD, layout, backend="fused", **options)
 
 
 def judged(operator, layout, **options):
@@ -68,7 +70,7 @@ def judged(operator, layout, **options):
 
 
 def check(lengths, leaves, **options):
-    layout = ops.sequence_layout(lengths, DEVICE)
+    layout = sequence_layout(lengths, DEVICE)
     assert_no_worse_than_pytorch(judged(fused, layout, **options), judged(eager, layout, **options), leaves)
 
 
@@ -109,14 +111,14 @@ def test_ten_thousand_sequences():
 def test_one_token_sees_itself():
     qkv = make_leaves([1, 1, 1])["qkv_N3HD"]
     for backend in ("auto", "fused", "sdpa"):
-        out = ops.attention(qkv, ops.sequence_layout([1, 1, 1], DEVICE), backend=backend)
+        out = attention(qkv, sequence_layout([1, 1, 1], DEVICE), backend=backend)
         torch.testing.assert_close(out, qkv[:, 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_runs_agree_to_the_last_bit(dtype):
     lengths = [65, 3, 33]
-    loss = judged(fused, ops.sequence_layout(lengths, DEVICE), **dropout())
+    loss = judged(fused, sequence_layout(lengths, DEVICE), **dropout())
     first, second = (results(loss, make_leaves(lengths, dtype)) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -126,14 +128,14 @@ def test_two_runs_agree_to_the_last_bit(dtype):
 @pytest.mark.parametrize("changed", [0, 2, 4])
 def test_sequences_do_not_see_each_other(changed, backend):
     lengths = [5, 1, 33, 9, 3]
-    layout, qkv = ops.sequence_layout(lengths, DEVICE), make_leaves(lengths)["qkv_N3HD"].detach()
+    layout, qkv = sequence_layout(lengths, DEVICE), make_leaves(lengths)["qkv_N3HD"].detach()
     start, end = sum(lengths[:changed]), sum(lengths[: changed + 1])
     other = qkv.clone()
     other[start:end] = float("nan")
     outputs = []
     for x in (qkv, other):
         x = x.clone().requires_grad_()
-        out = ops.attention(x, layout, backend=backend)
+        out = attention(x, layout, backend=backend)
         (gradient,) = torch.autograd.grad(out.sum(), x)
         outputs.append(torch.cat([out.detach()[:, None], gradient], dim=1))
     before, after = outputs
@@ -149,7 +151,7 @@ def test_sequences_do_not_see_each_other(changed, backend):
 def test_extreme_scores_stay_finite(dtype, value, backend):
     lengths = [1, 40]
     qkv = torch.full((41, 3, 2, 20), value, device=DEVICE, dtype=dtype, requires_grad=True)
-    out = ops.attention(qkv, ops.sequence_layout(lengths, DEVICE), backend=backend)
+    out = attention(qkv, sequence_layout(lengths, DEVICE), backend=backend)
     out.float().sum().backward()
     assert out.isfinite().all()
     assert qkv.grad is not None
@@ -164,14 +166,14 @@ def test_one_key_that_wins_by_far():
         leaves["qkv_N3HD"][:, 0] = 10.0
         leaves["qkv_N3HD"][:, 1] = 0.0
         leaves["qkv_N3HD"][69, 1] = 1e4
-    out = fused(leaves["qkv_N3HD"], ops.sequence_layout(lengths, DEVICE))
+    out = fused(leaves["qkv_N3HD"], sequence_layout(lengths, DEVICE))
     expected = leaves["qkv_N3HD"][69:, 2].expand_as(out)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 def test_seed_and_stream_choose_the_mask():
     lengths = [40]
-    qkv, layout = make_leaves(lengths)["qkv_N3HD"], ops.sequence_layout(lengths, DEVICE)
+    qkv, layout = make_leaves(lengths)["qkv_N3HD"], sequence_layout(lengths, DEVICE)
     first = fused(qkv, layout, **dropout())
     assert torch.equal(first, fused(qkv, layout, **dropout()))
     for other in (dropout(seed=1), dropout(stream=8)):
@@ -185,7 +187,7 @@ def test_the_mask_follows_the_rows_not_the_packing():
     """Rows 20 to 59 are one sequence in all three, beside other neighbours and in other tiles."""
     qkv = make_leaves([80])["qkv_N3HD"].detach()
     outputs = [
-        fused(qkv, ops.sequence_layout(lengths, DEVICE), **dropout())[20:60]
+        fused(qkv, sequence_layout(lengths, DEVICE), **dropout())[20:60]
         for lengths in ([20, 40, 20], [5, 15, 40, 1, 19], [1] * 20 + [40] + [1] * 20)
     ]
     for other in outputs[1:]:
@@ -195,45 +197,45 @@ def test_the_mask_follows_the_rows_not_the_packing():
 def test_sdpa_draws_unbiased_dropout_from_torchs_generator():
     draws = 2000  # of one sequence of 6 tokens, in one call
     qkv = make_leaves([6])["qkv_N3HD"].detach()
-    repeated, layout = qkv.repeat(draws, 1, 1, 1), ops.sequence_layout([6] * draws, DEVICE)
-    run = functools.partial(ops.attention, repeated, layout, backend="sdpa", **dropout(0.4))
+    repeated, layout = qkv.repeat(draws, 1, 1, 1), sequence_layout([6] * draws, DEVICE)
+    run = functools.partial(attention, repeated, layout, backend="sdpa", **dropout(0.4))
     torch.manual_seed(3)
     first = run()
     torch.manual_seed(3)
     assert torch.equal(first, run())
     assert not torch.equal(first, run())
     drawn = first.view(draws, 6, 2, 20)
-    exact = ops.attention_reference(qkv, ops.sequence_layout([6], DEVICE))
+    exact = attention_reference(qkv, sequence_layout([6], DEVICE))
     # 240 numbers: six standard errors is a chance of 5e-7
     assert ((drawn.mean(0) - exact).abs() <= 6 * drawn.std(0) / draws**0.5).all()
 
 
 @pytest.mark.parametrize("backend", ["auto", "fused"])
 def test_no_number_is_taken_from_torchs_generator(backend):
-    leaves, layout = make_leaves([2, 5]), ops.sequence_layout([2, 5], DEVICE)
+    leaves, layout = make_leaves([2, 5]), sequence_layout([2, 5], DEVICE)
     options = dropout() if backend == "fused" else {}
     before = torch.get_rng_state()
-    ops.attention(leaves["qkv_N3HD"], layout, backend=backend, **options)
+    attention(leaves["qkv_N3HD"], layout, backend=backend, **options)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_reference_is_pytorchs_attention_in_fp64():
     lengths = [3, 17, 17]
-    qkv, layout = make_leaves(lengths)["qkv_N3HD"].double(), ops.sequence_layout(lengths, DEVICE)
-    torch.testing.assert_close(ops.attention_reference(qkv, layout), ops.attention(qkv, layout, backend="sdpa"))
+    qkv, layout = make_leaves(lengths)["qkv_N3HD"].double(), sequence_layout(lengths, DEVICE)
+    torch.testing.assert_close(attention_reference(qkv, layout), attention(qkv, layout, backend="sdpa"))
 
 
 def test_reference_has_the_derivative_it_claims():
-    layout = ops.sequence_layout([1, 3], "cpu")
+    layout = sequence_layout([1, 3], "cpu")
     qkv = torch.randn(4, 3, 1, 2, dtype=torch.float64, requires_grad=True)
     for options in ({}, {"dropout_p": 0.3, "seed": torch.tensor(5), "stream": 1}):
-        reference = functools.partial(ops.attention_reference, layout=layout, **options)
+        reference = functools.partial(attention_reference, layout=layout, **options)
         assert torch.autograd.gradcheck(reference, qkv)
 
 
 def test_registration():
     lengths = [5, 3]
-    leaves, layout = make_leaves(lengths, width=16), ops.sequence_layout(lengths, DEVICE)
+    leaves, layout = make_leaves(lengths, width=16), sequence_layout(lengths, DEVICE)
     qkv, weight = leaves.values()
     for mask in ((None, 0, 0.0), (torch.tensor(5, device=DEVICE), 2, 0.3)):
         torch.library.opcheck(torch.ops.fastdistil.attention_forward.default, (qkv, layout.tiles, *mask))
@@ -247,7 +249,7 @@ def test_compiles_to_one_graph_for_all_layouts():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused, fullgraph=True, backend=counter)
     for lengths in ([20, 3], [1, 2, 20], [5, 5, 3, 3, 3, 3, 1]):
-        leaves, layout = make_leaves(lengths, torch.float16), ops.sequence_layout(lengths, DEVICE)
+        leaves, layout = make_leaves(lengths, torch.float16), sequence_layout(lengths, DEVICE)
         expected = results(judged(fused, layout, **dropout()), leaves)
         got = results(judged(compiled, layout, **dropout()), leaves)
         for name, value in expected.items():
@@ -260,23 +262,23 @@ def test_flash_attn_gets_what_it_wants(monkeypatch):
     """A stand-in for the package, which needs CUDA to be built: what it is called with, and that its result comes back."""
     calls: list[tuple[tuple, dict]] = []
     lengths = [5, 3]
-    qkv, layout = make_leaves(lengths)["qkv_N3HD"], ops.sequence_layout(lengths, DEVICE)
+    qkv, layout = make_leaves(lengths)["qkv_N3HD"], sequence_layout(lengths, DEVICE)
 
     def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options):
         calls.append(((cu_seqlens, max_seqlen), options))
-        return ops.attention_reference(qkv, layout)
+        return attention_reference(qkv, layout)
 
     package: Any = types.ModuleType("flash_attn")
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     package.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    assert ops.resolve_backend("flash-attn", "cuda", dtype=torch.bfloat16) == "flash-attn"
+    assert resolve_backend("flash-attn", "cuda", dtype=torch.bfloat16) == "flash-attn"
     # Past resolve_backend, which wants CUDA: this has to run anywhere.
     monkeypatch.setattr(attention_module, "resolve_backend", lambda *_args, **_kw: "flash-attn")
-    out = ops.attention(qkv, layout, **dropout(0.25))
-    torch.testing.assert_close(out, ops.attention_reference(qkv, layout))
+    out = attention(qkv, layout, **dropout(0.25))
+    torch.testing.assert_close(out, attention_reference(qkv, layout))
     in_evaluation: dict[str, Any] = dropout(0.25) | {"seed": None}
-    ops.attention(qkv, layout, **in_evaluation)
+    attention(qkv, layout, **in_evaluation)
     (arguments, options), (_, evaluation) = calls
     assert arguments[0] is layout.cu_seqlens
     assert arguments[1] == 5
@@ -284,12 +286,12 @@ def test_flash_attn_gets_what_it_wants(monkeypatch):
 
 
 def test_auto():
-    assert ops.resolve_backend("auto", "cuda") == "fused"
-    assert ops.resolve_backend("auto", torch.device("cuda:1"), dropout_p=0.1) == "fused"
-    assert ops.resolve_backend("auto", "cpu") == "sdpa"
-    assert ops.resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
+    assert resolve_backend("auto", "cuda") == "fused"
+    assert resolve_backend("auto", torch.device("cuda:1"), dropout_p=0.1) == "fused"
+    assert resolve_backend("auto", "cpu") == "sdpa"
+    assert resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
     for backend in ("fused", "sdpa"):
-        assert ops.resolve_backend(backend, "cpu") == backend
+        assert resolve_backend(backend, "cpu") == backend
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_auto():
 def test_backends_that_cannot_run(backend, device, dtype, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed, even where it is
     with pytest.raises(ValueError, match=message):
-        ops.resolve_backend(backend, device, dtype=dtype)
+        resolve_backend(backend, device, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_backends_that_cannot_run(backend, device, dtype, message, monkeypatch):
     ids=lambda lengths: str(lengths[:4]),
 )
 def test_tiles_hold_every_row_once_and_cross_no_boundary(lengths):
-    layout = ops.sequence_layout(lengths, DEVICE)
+    layout = sequence_layout(lengths, DEVICE)
     assert layout.tiles.dtype == layout.cu_seqlens.dtype == torch.int32
     assert layout.tiles.data_ptr() % 16 == 0  # or Triton compiles every kernel twice
     bounds = set(itertools.pairwise([0, *itertools.accumulate(lengths)]))
@@ -329,13 +331,13 @@ def test_tiles_hold_every_row_once_and_cross_no_boundary(lengths):
 
 
 def test_layout():
-    layout = ops.sequence_layout([4, 4, 2, 4], DEVICE)
+    layout = sequence_layout([4, 4, 2, 4], DEVICE)
     assert layout.cu_seqlens.tolist() == [0, 4, 8, 10, 14]
     assert (layout.max_length, layout.num_tokens, layout.runs) == (4, 14, ((2, 4), (1, 2), (1, 4)))
 
 
 def test_layout_is_filled_up_to_a_step():
-    layout = ops.sequence_layout([130, 2, 2], DEVICE, sequence_step=4, tile_step=3)
+    layout = sequence_layout([130, 2, 2], DEVICE, sequence_step=4, tile_step=3)
     assert layout.cu_seqlens.tolist() == [0, 130, 132, 134, 134]
     real = [[0, 130, 0], [0, 130, 128], [130, 132, 130], [132, 134, 132]]
     assert layout.tiles.tolist() == [*real, [0, 0, 0], [0, 0, 0]]
@@ -345,10 +347,10 @@ def test_layout_is_filled_up_to_a_step():
 @pytest.mark.parametrize("backend", ["fused", "sdpa", "reference"])
 def test_empty_sequences_and_tiles_change_nothing(backend):
     lengths = [33, 9, 9, 130]
-    operator = {"reference": ops.attention_reference}.get(backend, functools.partial(ops.attention, backend=backend))
+    operator = {"reference": attention_reference}.get(backend, functools.partial(attention, backend=backend))
     options = {} if backend == "sdpa" else dropout()  # whose masks are drawn anew in every call
     plain, filled = (
-        results(judged(operator, ops.sequence_layout(lengths, DEVICE, **steps), **options), make_leaves(lengths))
+        results(judged(operator, sequence_layout(lengths, DEVICE, **steps), **options), make_leaves(lengths))
         for steps in ({}, {"sequence_step": 7, "tile_step": 8})
     )
     for name, value in plain.items():
@@ -358,7 +360,7 @@ def test_empty_sequences_and_tiles_change_nothing(backend):
 @pytest.mark.parametrize("lengths", [[], [3, 0], [-1]], ids=str)
 def test_layout_refuses_empty_sequences(lengths):
     with pytest.raises(ValueError, match="at least one sequence, each of 1 token or more"):
-        ops.sequence_layout(lengths, "cpu")
+        sequence_layout(lengths, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -375,13 +377,13 @@ def test_layout_refuses_empty_sequences(lengths):
     ],
 )
 def test_errors(shape, options, message):
-    layout = ops.sequence_layout([2, 3], "cpu")
+    layout = sequence_layout([2, 3], "cpu")
     with pytest.raises(ValueError, match=message):
-        ops.attention(torch.zeros(shape), layout, **options)
+        attention(torch.zeros(shape), layout, **options)
 
 
 def test_fused_names_what_it_cannot_do():
-    layout = ops.sequence_layout([2, 3], DEVICE)
+    layout = sequence_layout([2, 3], DEVICE)
     with pytest.raises(ValueError, match=r"got torch.float64: convert it, or use backend sdpa"):
         fused(torch.zeros(5, 3, 3, 20, dtype=torch.float64, device=DEVICE), layout)
     if DEVICE == "cuda" or INTERPRETED:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil import ops
+from fastdistil.kernels.cosine import cosine_loss, cosine_loss_reference
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
 
 SHAPES = [(1, 2), (5, 31), (3, 384), (127, 65), (2, 768), (3, 769), (1, 8192)]  # rows per CTA: 2,048 to 1
@@ -21,7 +21,7 @@ def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
 
 def check(leaves, **options):
     assert_no_worse_than_pytorch(
-        functools.partial(ops.cosine_loss, **options), functools.partial(ops.cosine_loss_reference, **options), leaves
+        functools.partial(cosine_loss, **options), functools.partial(cosine_loss_reference, **options), leaves
     )
 
 
@@ -36,8 +36,8 @@ def test_parallel_vectors_cost_nothing():
     for shape in ((3, 1), (3, 500)):
         student = make_leaves(shape)["student_ND"]
         leaves = {"student_ND": student, "teacher_ND": 2.5 * student.detach()}
-        got = results(ops.cosine_loss, leaves)
-        assert (got["value 0"] - results(ops.cosine_loss_reference, leaves)["value 0"]).abs() < 1e-6
+        got = results(cosine_loss, leaves)
+        assert (got["value 0"] - results(cosine_loss_reference, leaves)["value 0"]).abs() < 1e-6
         scale = 1 / student.detach().double().norm(dim=1, keepdim=True)
         assert (got["dstudent_ND"].abs() <= 1e-6 * scale).all()
 
@@ -50,15 +50,15 @@ def test_zero_vectors_give_what_pytorch_gives(zero):
     check(leaves)
     student, teacher = leaves.values()
     expected = F.cosine_embedding_loss(student, teacher, torch.ones(3, device=DEVICE), reduction="sum")
-    torch.testing.assert_close(ops.cosine_loss(**leaves), expected)
+    torch.testing.assert_close(cosine_loss(**leaves), expected)
 
 
 def test_a_teacher_in_another_precision():
     """bf16 under an fp32 student loses nothing more; fp32 over a bf16 student is rounded to bf16."""
     exact, half = make_leaves((5, 40)), make_leaves((5, 40), torch.bfloat16)
     check(exact | {"teacher_ND": half["teacher_ND"]})
-    got = results(ops.cosine_loss, half | {"teacher_ND": exact["teacher_ND"]})
-    assert all(torch.equal(got[k], v) for k, v in results(ops.cosine_loss, half).items())
+    got = results(cosine_loss, half | {"teacher_ND": exact["teacher_ND"]})
+    assert all(torch.equal(got[k], v) for k, v in results(cosine_loss, half).items())
 
 
 def test_rows_from_num_rows_on_count_for_nothing():
@@ -67,10 +67,10 @@ def test_rows_from_num_rows_on_count_for_nothing():
         leaves["student_ND"][3:] = float("nan")
     for dtype in (torch.int32, torch.int64):
         options = {"num_rows": torch.tensor(3, dtype=dtype, device=DEVICE)}
-        got = results(functools.partial(ops.cosine_loss, **options), leaves)
+        got = results(functools.partial(cosine_loss, **options), leaves)
         assert (got["dstudent_ND"][3:] == 0).all()
         check(clean, **options)
-        for name, value in results(functools.partial(ops.cosine_loss, **options), clean).items():
+        for name, value in results(functools.partial(cosine_loss, **options), clean).items():
             torch.testing.assert_close(got[name], value, rtol=0, atol=0)
 
 
@@ -86,7 +86,7 @@ def test_mapped_layers_with_a_projection():
         total = torch.stack([loss(projection(s), t) for s, t in zip(students, teachers, strict=True)])
         return torch.autograd.grad(total.sum(), leaves)
 
-    torch.testing.assert_close(gradients(ops.cosine_loss), gradients(ops.cosine_loss_reference))
+    torch.testing.assert_close(gradients(cosine_loss), gradients(cosine_loss_reference))
 
 
 def test_registration():
@@ -97,15 +97,15 @@ def test_registration():
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((3, 50))
-    compiled = torch.compile(lambda **leaves: ops.cosine_loss(**leaves), fullgraph=True)
-    for name, value in results(ops.cosine_loss, leaves).items():
+    compiled = torch.compile(lambda **leaves: cosine_loss(**leaves), fullgraph=True)
+    for name, value in results(cosine_loss, leaves).items():
         torch.testing.assert_close(results(compiled, leaves)[name], value)
 
 
 def test_reference_has_the_derivative_it_claims():
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(3, 6, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: ops.cosine_loss_reference(x, teacher), student)
+    assert torch.autograd.gradcheck(lambda x: cosine_loss_reference(x, teacher), student)
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,4 @@ def test_reference_has_the_derivative_it_claims():
 )
 def test_errors_name_the_offender(student, teacher, num_rows, message):
     with pytest.raises(ValueError, match=message):
-        ops.cosine_loss(student, teacher, num_rows=num_rows)
+        cosine_loss(student, teacher, num_rows=num_rows)

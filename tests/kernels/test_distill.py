@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil import ops
+from fastdistil.kernels.distill import distill_loss, distill_loss_reference
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, assert_no_worse_than_pytorch, results
 
 # One element; below, at and across a thread's load, a lane block, the C++ block of 1,024; real vocabularies.
@@ -31,8 +31,8 @@ def make_leaves(shape, dtype=torch.float32, *, labelled=0.3, spread=4.0, seed=0)
 
 def check(leaves, **options):
     assert_no_worse_than_pytorch(
-        functools.partial(ops.distill_loss, **OPTIONS | options),
-        functools.partial(ops.distill_loss_reference, **OPTIONS | options),
+        functools.partial(distill_loss, **OPTIONS | options),
+        functools.partial(distill_loss_reference, **OPTIONS | options),
         leaves,
     )
 
@@ -61,7 +61,7 @@ def test_is_the_objective_of_the_authors():
     student, teacher, labels = leaves.values()
     kd = F.kl_div((student / 3).log_softmax(-1), (teacher / 3).softmax(-1), reduction="batchmean") * 9
     mlm = F.cross_entropy(student, labels)
-    got = ops.distill_loss(**leaves, temperature=3.0, kd_scale=5 / 6, mlm_scale=2 / 6)
+    got = distill_loss(**leaves, temperature=3.0, kd_scale=5 / 6, mlm_scale=2 / 6)
     torch.testing.assert_close(got.loss, 5 * kd + 2 * mlm)
     torch.testing.assert_close((got.kd_sum / 6, got.mlm_sum / 6), (kd.detach(), mlm.detach()))
 
@@ -71,7 +71,7 @@ def test_is_the_objective_of_the_authors():
 def test_identical_rows_cost_exactly_nothing(temperature, dtype):
     leaves = make_leaves((5, 3001), dtype, spread=8.0)
     leaves["teacher_NV"] = leaves["student_NV"].detach().clone()
-    got = results(functools.partial(ops.distill_loss, temperature=temperature, kd_scale=1.0, mlm_scale=0.0), leaves)
+    got = results(functools.partial(distill_loss, temperature=temperature, kd_scale=1.0, mlm_scale=0.0), leaves)
     assert got["value 1"] == 0
     assert (got["dstudent_NV"] == 0).all()
     assert got["value 3"] == 5  # all agree
@@ -106,7 +106,7 @@ def test_a_nan_logit_shows(broken):
     leaves = make_leaves((3, 700))
     with torch.no_grad():
         leaves[broken][1, 600] = float("nan")
-    assert ops.distill_loss(**leaves, **OPTIONS).loss.isnan()
+    assert distill_loss(**leaves, **OPTIONS).loss.isnan()
 
 
 def test_gradient_is_written_over_the_logits():
@@ -134,10 +134,10 @@ def test_padding_counts_for_nothing(rubbish):
     for dtype in (torch.int32, torch.int64):
         num_rows = torch.tensor(3, dtype=dtype, device=DEVICE)
         options = OPTIONS | {"vocab_size": 1000, "num_rows": num_rows}
-        got = results(functools.partial(ops.distill_loss, **options), leaves)
+        got = results(functools.partial(distill_loss, **options), leaves)
         assert (got["dstudent_NV"][:, 1000:] == 0).all()
         assert (got["dstudent_NV"][3:] == 0).all()
-        for name, value in results(functools.partial(ops.distill_loss, **options), clean).items():
+        for name, value in results(functools.partial(distill_loss, **options), clean).items():
             torch.testing.assert_close(got[name], value, rtol=0, atol=0)
         check(clean, vocab_size=1000, num_rows=num_rows)
 
@@ -146,13 +146,13 @@ def test_agreement_counts_a_shared_largest_column():
     student = torch.tensor([[1.0, 2.0, 0.0], [3.0, 3.0, 0.0], [0.0, 1.0, 2.0]], device=DEVICE)
     teacher = torch.tensor([[0.0, 9.0, 1.0], [0.0, 1.0, 0.0], [2.0, 1.0, 0.0]], device=DEVICE)
     labels = torch.full((3,), -100, device=DEVICE)
-    for loss in (ops.distill_loss, ops.distill_loss_reference):
+    for loss in (distill_loss, distill_loss_reference):
         assert loss(student, teacher, labels, **OPTIONS).num_agree == 2
 
 
 def test_upstream_gradient_scales_and_metrics_have_none():
     leaves = make_leaves((3, 40))
-    got = ops.distill_loss(**leaves, **OPTIONS)
+    got = distill_loss(**leaves, **OPTIONS)
     assert [value.requires_grad for value in got] == [True, False, False, False]
     (once,) = torch.autograd.grad(got.loss, leaves["student_NV"], retain_graph=True)
     (thrice,) = torch.autograd.grad(3 * got.loss, leaves["student_NV"])
@@ -163,8 +163,8 @@ def test_without_gradient_the_logits_stay_and_values_are_the_same():
     leaves = make_leaves((3, 40))
     before = leaves["student_NV"].detach().clone()
     with torch.no_grad():
-        quiet = ops.distill_loss(**leaves, **OPTIONS)
-    loud = ops.distill_loss(**leaves, **OPTIONS)
+        quiet = distill_loss(**leaves, **OPTIONS)
+    loud = distill_loss(**leaves, **OPTIONS)
     assert not quiet.loss.requires_grad
     assert torch.equal(leaves["student_NV"], before)
     torch.testing.assert_close(tuple(quiet), tuple(loud), rtol=0, atol=0)
@@ -198,7 +198,7 @@ def test_registration():
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((3, 50))
-    loss = functools.partial(ops.distill_loss, **OPTIONS, num_rows=torch.tensor(2, device=DEVICE))
+    loss = functools.partial(distill_loss, **OPTIONS, num_rows=torch.tensor(2, device=DEVICE))
     compiled = torch.compile(lambda **leaves: tuple(loss(**leaves)), fullgraph=True)
     for name, value in results(loss, leaves).items():
         torch.testing.assert_close(results(compiled, leaves)[name], value)
@@ -207,16 +207,16 @@ def test_compiles_without_graph_breaks():
 def test_reference_has_the_derivative_it_claims():
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     teacher, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([2, -100, 0])
-    assert torch.autograd.gradcheck(lambda x: ops.distill_loss_reference(x, teacher, labels, **OPTIONS).loss, student)
+    assert torch.autograd.gradcheck(lambda x: distill_loss_reference(x, teacher, labels, **OPTIONS).loss, student)
 
 
 def test_label_outside_the_vocabulary():
     leaves = make_leaves((2, 50)) | {"labels_N": torch.tensor([-100, 48], device=DEVICE)}
     if DEVICE == "cuda" or INTERPRETED:
-        assert ops.distill_loss(**leaves, **OPTIONS, vocab_size=48).loss.isnan()
+        assert distill_loss(**leaves, **OPTIONS, vocab_size=48).loss.isnan()
     else:
         with pytest.raises(IndexError, match="48"):
-            ops.distill_loss(**leaves, **OPTIONS, vocab_size=48)
+            distill_loss(**leaves, **OPTIONS, vocab_size=48)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +244,4 @@ def test_errors_name_the_offender(change, message):
         **OPTIONS,
     }
     with pytest.raises(ValueError, match=message):
-        ops.distill_loss(**arguments | change)
+        distill_loss(**arguments | change)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import aot, aot_variants
-from fastdistil import ops
 from fastdistil.kernels import dropout as module
+from fastdistil.kernels.dropout import dropout, dropout_seed
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED
 
 DROPOUT = torch.ops.fastdistil.dropout_
@@ -97,7 +97,7 @@ def test_keys_of_the_device(num_tokens):
 
 @pytest.mark.parametrize("dropout_p", [2.0**-32, 0.001, 0.1, 0.5, 0.9, 1 - 2.0**-12, 1 - 1e-12])
 def test_rate(dropout_p):
-    kept = ops.dropout(torch.ones(128, 512, device=DEVICE), seed_of(SEED), stream=3, dropout_p=dropout_p)
+    kept = dropout(torch.ones(128, 512, device=DEVICE), seed_of(SEED), stream=3, dropout_p=dropout_p)
     dropped = (kept == 0).sum().item()
     sigma = (kept.numel() * dropout_p * (1 - dropout_p)) ** 0.5
     assert abs(dropped - kept.numel() * dropout_p) <= 5 * sigma + 0.5  # 0.5: a count is whole
@@ -120,7 +120,7 @@ def masks_that_should_not_know_each_other(dropout_p: float) -> Tensor:
     # Steps draw their seeds; neighbours, and halves exchanged, would be the worst that could be drawn.
     for rank in range(2):
         torch.manual_seed(rank)
-        masks += [make((1, 1, side, side), ops.dropout_seed(DEVICE))[0, 0] for _ in range(3)]
+        masks += [make((1, 1, side, side), dropout_seed(DEVICE))[0, 0] for _ in range(3)]
     for seed in (SEED + 1, SEED - 1, SEED + 2**32, (SEED >> 32) | (SEED & 0x7FFFFFFF) << 32):
         masks += [make((1, 1, side, side), seed_of(seed))[0, 0]]
     masks += [masks[0].T, masks[1].T, masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].flip(1)]
@@ -196,7 +196,7 @@ def make_leaf(dtype=torch.float32) -> Tensor:
 def test_value_and_gradient_have_one_mask(dtype):
     x, seed = make_leaf(dtype), seed_of(SEED)
     weight = make_leaf(dtype).detach().flip(0)
-    out = ops.dropout(x, seed, stream=4, dropout_p=0.5)  # 1 / (1 - 0.5): no rounding
+    out = dropout(x, seed, stream=4, dropout_p=0.5)  # 1 / (1 - 0.5): no rounding
     (dx,) = torch.autograd.grad(out, x, weight)
     keep = keep_of((1, 1, 9, 40), seed, stream=4)[0, 0]
     assert torch.equal(out, torch.where(keep, 2 * x, 0))
@@ -206,17 +206,17 @@ def test_value_and_gradient_have_one_mask(dtype):
 
 def test_non_contiguous_input_has_the_mask_of_its_indices():
     x, seed = make_leaf().detach(), seed_of(SEED)
-    expected = ops.dropout(x, seed, stream=4, dropout_p=0.5)
+    expected = dropout(x, seed, stream=4, dropout_p=0.5)
     strided = torch.stack([x, x], dim=2)[:, :, 1]
     for view in (strided, x.T.contiguous().T):
         assert not view.is_contiguous()
-        assert torch.equal(ops.dropout(view, seed, stream=4, dropout_p=0.5), expected)
+        assert torch.equal(dropout(view, seed, stream=4, dropout_p=0.5), expected)
 
 
 def test_second_derivative():
     """The map is linear, so its derivative is the map again, and so is what it does to a gradient of a gradient."""
     x, v, seed = make_leaf(), make_leaf(), seed_of(SEED)
-    call = functools.partial(ops.dropout, seed=seed, stream=1, dropout_p=0.5)
+    call = functools.partial(dropout, seed=seed, stream=1, dropout_p=0.5)
     (vjp,) = torch.autograd.grad(call(x), x, v, create_graph=True)
     assert torch.equal(vjp, call(v))
     (dv,) = torch.autograd.grad(vjp, v, x)
@@ -225,8 +225,8 @@ def test_second_derivative():
 
 def test_without_seed_or_rate_it_is_the_input():
     x = make_leaf()
-    assert ops.dropout(x, None, stream=0, dropout_p=0.5) is x
-    assert ops.dropout(x, seed_of(SEED), stream=0, dropout_p=0.0) is x
+    assert dropout(x, None, stream=0, dropout_p=0.5) is x
+    assert dropout(x, seed_of(SEED), stream=0, dropout_p=0.0) is x
 
 
 def test_registration():
@@ -237,7 +237,7 @@ def test_registration():
 
 def test_compiles_without_graph_breaks():
     def loss(x, seed):
-        return ops.dropout(x * 2, seed, stream=2, dropout_p=0.5).square().sum()
+        return dropout(x * 2, seed, stream=2, dropout_p=0.5).square().sum()
 
     # Inductor's cache does not know ATEN_CPU_CAPABILITY: it would compile the loops that it kept for AVX-512 as AVX2.
     compiled = torch.compile(loss, fullgraph=True, options={"fx_graph_cache": False})
@@ -252,26 +252,26 @@ def test_compiles_without_graph_breaks():
 
 def test_seeds_follow_the_default_generator():
     torch.manual_seed(3)
-    first = [ops.dropout_seed(DEVICE) for _ in range(3)]
+    first = [dropout_seed(DEVICE) for _ in range(3)]
     state = torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
-    expected = [ops.dropout_seed(DEVICE) for _ in range(3)]
+    expected = [dropout_seed(DEVICE) for _ in range(3)]
     seeds = [seed.item() for seed in first + expected]
     assert len(set(seeds)) == 6
     assert all(0 <= seed < 2**63 - 1 for seed in seeds)
     assert max(seeds) > 2**32  # the upper half is not left at zero
     torch.manual_seed(3)
-    assert [ops.dropout_seed(DEVICE).item() for _ in range(3)] == seeds[:3]
+    assert [dropout_seed(DEVICE).item() for _ in range(3)] == seeds[:3]
     # A resumed run restores the generator's state.
     (torch.cuda.set_rng_state if DEVICE == "cuda" else torch.set_rng_state)(state)
-    assert [ops.dropout_seed(DEVICE).item() for _ in range(3)] == seeds[3:]
+    assert [dropout_seed(DEVICE).item() for _ in range(3)] == seeds[3:]
 
 
 def test_a_seed_and_its_use_do_not_read_the_device():
     with FakeTensorMode():  # has no values to read: .item() would raise
-        seed = ops.dropout_seed("cuda")
+        seed = dropout_seed("cuda")
         assert (seed.shape, seed.dtype, seed.device.type) == ((), torch.int64, "cuda")
         x = torch.empty(3, 4, device="cuda")
-        assert ops.dropout(x, seed, stream=0, dropout_p=0.1).shape == (3, 4)
+        assert dropout(x, seed, stream=0, dropout_p=0.1).shape == (3, 4)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
@@ -299,7 +299,7 @@ def test_errors_name_the_offender(change, message):
     arguments |= change
     x_ND = arguments.pop("x_ND")
     with pytest.raises(ValueError, match=message):
-        ops.dropout(x_ND, **arguments)
+        dropout(x_ND, **arguments)
 
 
 def test_a_block_is_the_mask_of_its_own_indices():

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdistil import ops
+from fastdistil.kernels.fp8_rows import quantise_rows
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED
 
 # Below, at and across powers of two, which blocks are, and of 8 columns, which a thread takes.
@@ -24,7 +24,7 @@ def definition(x: Tensor, bias: Tensor | None) -> Tensor:
 
 def check(x: Tensor, bias: Tensor | None) -> None:
     """Every number within half a step of e4m3: 2^-4 of itself, or of the subnormals' 2^-9."""
-    q, scale = ops.quantise_rows(x, bias)
+    q, scale = quantise_rows(x, bias)
     assert (q.dtype, scale.dtype, scale.shape) == (torch.float8_e4m3fn, torch.float32, (len(x), 1))
     exact = definition(x, bias)
     amax = exact.abs().amax(1, keepdim=True)
@@ -52,7 +52,7 @@ def test_what_e4m3_holds_comes_back_exactly():
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     numbers = numbers[numbers.isfinite() & (numbers.abs() >= 2**-6)].to(DEVICE)  # no subnormals
     x = numbers * 2.0 ** torch.tensor([[-30.0], [0.0], [60.0]], device=DEVICE)
-    q, scale = ops.quantise_rows(x)
+    q, scale = quantise_rows(x)
     assert torch.equal(q.float() * scale, x)
     assert torch.equal(scale.flatten().cpu(), torch.tensor([2.0**-30, 1.0, 2.0**60]))
 
@@ -61,7 +61,7 @@ def test_an_outlier_costs_its_own_row_only():
     x, _ = make_x((3, 40))
     spoiled = x.clone()
     spoiled[1, 5] = 1e4
-    (q, scale), (spoiled_q, spoiled_scale) = ops.quantise_rows(x), ops.quantise_rows(spoiled)
+    (q, scale), (spoiled_q, spoiled_scale) = quantise_rows(x), quantise_rows(spoiled)
     for row in (0, 2):
         assert torch.equal(q[row].float(), spoiled_q[row].float())
         assert torch.equal(scale[row], spoiled_scale[row])
@@ -69,10 +69,10 @@ def test_an_outlier_costs_its_own_row_only():
 
 
 def test_rows_of_zeros_and_no_rows():
-    q, scale = ops.quantise_rows(torch.zeros(2, 16, device=DEVICE))
+    q, scale = quantise_rows(torch.zeros(2, 16, device=DEVICE))
     assert not q.float().any()
     assert (scale > 0).all()
-    q, scale = ops.quantise_rows(torch.zeros(0, 16, device=DEVICE))
+    q, scale = quantise_rows(torch.zeros(0, 16, device=DEVICE))
     assert (q.shape, scale.shape) == ((0, 16), (0, 1))
 
 
@@ -80,7 +80,7 @@ def test_rows_of_zeros_and_no_rows():
 def test_nan_stays_nan():
     x, _ = make_x((2, 40))
     x[0, 7] = float("nan")
-    q, scale = ops.quantise_rows(x)
+    q, scale = quantise_rows(x)
     y = q.float() * scale
     assert y[0].isnan().any()
     assert y[1].isfinite().all()
@@ -88,8 +88,8 @@ def test_nan_stays_nan():
 
 def test_strided_inputs():
     x, bias = make_x((6, 80), torch.bfloat16)
-    got = ops.quantise_rows(x[:, ::2], bias[::2])
-    wanted = ops.quantise_rows(x[:, ::2].contiguous(), bias[::2].contiguous())
+    got = quantise_rows(x[:, ::2], bias[::2])
+    wanted = quantise_rows(x[:, ::2].contiguous(), bias[::2].contiguous())
     assert torch.equal(got[0].float(), wanted[0].float())
     assert torch.equal(got[1], wanted[1])
 
@@ -105,8 +105,8 @@ def test_registration():
 
 def test_compiles_without_graph_breaks():
     x, bias = make_x((5, 48), torch.bfloat16)
-    compiled = torch.compile(ops.quantise_rows, fullgraph=True, backend="aot_eager")
-    for got, wanted in zip(compiled(x, bias), ops.quantise_rows(x, bias), strict=True):
+    compiled = torch.compile(quantise_rows, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(x, bias), quantise_rows(x, bias), strict=True):
         assert torch.equal(got.float(), wanted.float())
 
 
@@ -123,4 +123,4 @@ def test_compiles_without_graph_breaks():
 )
 def test_errors_name_the_offender(x, bias, message):
     with pytest.raises(ValueError, match=message):
-        ops.quantise_rows(x, bias)
+        quantise_rows(x, bias)

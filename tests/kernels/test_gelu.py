@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdistil import ops
+from fastdistil.kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
 
 # Blocks of 16 rows and 256 columns, strips of 128 rows.
@@ -42,8 +42,8 @@ def judged(operator):
 
 def check(leaves):
     """No worse than twice PyTorch's own error, and one rounding of the largest value."""
-    truth = results(judged(ops.bias_gelu_reference), fp64(leaves))
-    mine, theirs = (results(judged(op), leaves) for op in (ops.bias_gelu, eager))
+    truth = results(judged(bias_gelu_reference), fp64(leaves))
+    mine, theirs = (results(judged(op), leaves) for op in (bias_gelu, eager))
     rounding = torch.finfo(leaves["x_NF"].dtype).eps
     for name, exact in truth.items():
         my_error, their_error = ((r[name] - exact).abs().max().item() for r in (mine, theirs))
@@ -60,7 +60,7 @@ def test_no_worse_than_twice_pytorch(shape, dtype):
 def test_extremes():
     """Far out GELU is 0 or z and its derivative 0 or 1, without a NaN from 0 * inf or inf - inf."""
     x = torch.tensor([[-1e30, -50.0, -6.0, 0.0, 6.0, 50.0, 1e30]], device=DEVICE, requires_grad=True)
-    out = ops.bias_gelu(x, torch.zeros(7, device=DEVICE))
+    out = bias_gelu(x, torch.zeros(7, device=DEVICE))
     out.sum().backward()
     exact = x.detach().double().requires_grad_()
     F.gelu(exact).sum().backward()
@@ -73,14 +73,14 @@ def test_extremes():
 
 def test_exact_erf_and_not_its_approximation():
     x = torch.linspace(-4, 4, 200, device=DEVICE)[None]
-    out, zero = ops.bias_gelu(x, torch.zeros(200, device=DEVICE)), 2e-6
+    out, zero = bias_gelu(x, torch.zeros(200, device=DEVICE)), 2e-6
     assert (out.double() - F.gelu(x.double())).abs().max() < zero
     assert (out - F.gelu(x, approximate="tanh")).abs().max() > 100 * zero
 
 
 def test_backward_is_deterministic():
     leaves = make_leaves((300, 40), torch.bfloat16)
-    first, second = (results(judged(ops.bias_gelu), leaves) for _ in range(2))
+    first, second = (results(judged(bias_gelu), leaves) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -88,7 +88,7 @@ def test_linear_gelu_is_linear_then_gelu():
     gen = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=gen).to(DEVICE).requires_grad_() for s in ((5, 8), (20, 8), (20,)))
     wanted = F.gelu(F.linear(x, weight, bias))
-    got = ops.linear_gelu(x, weight, bias)
+    got = linear_gelu(x, weight, bias)
     torch.testing.assert_close(got, wanted)
     for a, b in zip(
         torch.autograd.grad(got.square().sum(), (x, weight, bias)),
@@ -104,7 +104,7 @@ def test_strided_inputs():
     bias, dout = leaves["bias_F"].detach()[::2], torch.randn(40, 6, device=DEVICE).T
     given = leaves["x_NF"].detach()[:, ::2].requires_grad_()
     copied = given.detach().contiguous().requires_grad_()
-    got, wanted = ops.bias_gelu(given, bias), ops.bias_gelu(copied, bias.contiguous())
+    got, wanted = bias_gelu(given, bias), bias_gelu(copied, bias.contiguous())
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     gradients = torch.autograd.grad(got, given, dout), torch.autograd.grad(wanted, copied, dout)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -116,12 +116,12 @@ def test_bias_gradient_is_summed_in_fp32():
     bias = torch.zeros(1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     dout = torch.ones_like(x)
     dout[0], dout[128:] = 1.25, -1.0
-    (dbias,) = torch.autograd.grad(ops.bias_gelu(x, bias), bias, dout)
+    (dbias,) = torch.autograd.grad(bias_gelu(x, bias), bias, dout)
     assert dbias.item() == 0.25
 
 
 def test_no_rows():
-    got = results(judged(ops.bias_gelu), make_leaves((0, 40)))
+    got = results(judged(bias_gelu), make_leaves((0, 40)))
     assert got["dx_NF"].shape == (0, 40)
     assert not got["dbias_F"].any()
 
@@ -134,7 +134,7 @@ def test_registration():
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((5, 48))
-    loss = judged(ops.bias_gelu)
+    loss = judged(bias_gelu)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = results(compiled, leaves)
     for name, value in results(loss, leaves).items():
@@ -143,7 +143,7 @@ def test_compiles_without_graph_breaks():
 
 def test_reference_has_the_derivative_it_claims():
     leaves = fp64(make_leaves((3, 4)))
-    reference = functools.partial(ops.bias_gelu_reference)
+    reference = functools.partial(bias_gelu_reference)
     assert torch.autograd.gradcheck(reference, (leaves["x_NF"], leaves["bias_F"]))
 
 
@@ -159,4 +159,4 @@ def test_reference_has_the_derivative_it_claims():
 )
 def test_errors_name_the_offender(x, bias, message):
     with pytest.raises(ValueError, match=message):
-        ops.bias_gelu(x, bias)
+        bias_gelu(x, bias)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdistil import ops
 from fastdistil.kernels import layernorm as module
 from fastdistil.kernels.dropout import keep_reference
+from fastdistil.kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference, layernorm
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
 
 # Rows of a program: 32; of a block: 1,024 down to 1. Widths that are no multiple of 16, of a block, of a warp.
@@ -63,10 +63,10 @@ def check(leaves, **options):
 
 
 def ops_layernorm(x_ND, residual_ND, weight_D, bias_D, **options):
-    return ops.dropout_add_layernorm(x_ND, residual_ND, weight_D, bias_D, **options)
+    return dropout_add_layernorm(x_ND, residual_ND, weight_D, bias_D, **options)
 
 
-ops_layernorm_reference = ops.dropout_add_layernorm_reference
+ops_layernorm_reference = dropout_add_layernorm_reference
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -82,7 +82,7 @@ def test_without_a_residual(dtype):
     del leaves["residual_ND"]
     truth = results(judged(functools.partial(ops_layernorm_reference, residual_ND=None)), fp64(leaves))
     theirs = results(judged(functools.partial(eager, residual_ND=None)), leaves)
-    mine = results(judged(ops.layernorm), leaves)
+    mine = results(judged(layernorm), leaves)
     for name, exact in truth.items():
         allowed = SLACK * (theirs[name] - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (mine[name] - exact).abs().max() <= allowed, name
@@ -107,7 +107,7 @@ def test_parameter_gradients_are_summed_in_fp32():
     )
     dout = torch.full_like(x, 8.0)
     dout[0], dout[32:] = 8.25, -8.0
-    out = ops.layernorm(x, weight, bias)
+    out = layernorm(x, weight, bias)
     dweight, dbias = torch.autograd.grad(out, (weight, bias), dout)
     assert torch.equal(dweight, 0.25 * x[0])
     assert torch.equal(dbias, torch.full_like(bias, 0.25))
@@ -166,7 +166,7 @@ def test_strided_input_and_frozen_parameters():
 def test_strided_parameters():
     leaves, wide = make_leaves((6, 40)), torch.randn(2, 80, device=DEVICE)
     weight, bias = wide[:, ::2]
-    for operator in (ops.layernorm, lambda x, *p: ops_layernorm(x, leaves["residual_ND"], *p)):
+    for operator in (layernorm, lambda x, *p: ops_layernorm(x, leaves["residual_ND"], *p)):
         got = operator(leaves["x_ND"], weight, bias)
         wanted = operator(leaves["x_ND"], weight.contiguous(), bias.contiguous())
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
@@ -221,10 +221,10 @@ def test_errors_name_the_offender(changes, message):
     good: dict[str, Any] = {"x_ND": torch.zeros(2, 8), "residual_ND": torch.zeros(2, 8)}
     good |= {"weight_D": torch.zeros(8), "bias_D": torch.zeros(8)}
     with pytest.raises(ValueError, match=message):
-        ops.dropout_add_layernorm(**good | changes)
+        dropout_add_layernorm(**good | changes)
 
 
 def test_too_wide():
     x = torch.zeros(1, 4097)
     with pytest.raises(ValueError, match=r"D of 1 to 4096, got \(1, 4097\)"):
-        ops.layernorm(x, x[0], x[0])
+        layernorm(x, x[0], x[0])

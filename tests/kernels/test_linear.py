@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil import ops
-from fastdistil.kernels.linear import runs_on_onednn
+from fastdistil.kernels.linear import linear, runs_on_onednn
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 48, 128), (130, 384, 33)]
@@ -34,14 +33,14 @@ def judged(operator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
-    assert_no_worse_than_pytorch(judged(ops.linear), judged(F.linear), make_leaves(shape, dtype))
+    assert_no_worse_than_pytorch(judged(linear), judged(F.linear), make_leaves(shape, dtype))
 
 
 def test_strided_rows():
     """A slice of columns, as the teacher's tokens of a chunk may be."""
     leaves = make_leaves((16, 12, 8), torch.float32)
     wide = torch.randn(16, 24, device=DEVICE)
-    got = ops.linear(wide[:, ::2], leaves["weight"], leaves["bias"])
+    got = linear(wide[:, ::2], leaves["weight"], leaves["bias"])
     torch.testing.assert_close(got, F.linear(wide[:, ::2], leaves["weight"], leaves["bias"]))
 
 
@@ -54,8 +53,8 @@ def test_operator_is_well_formed():
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((9, 16, 24), torch.float32)
-    got = torch.compile(judged(ops.linear), fullgraph=True)(**leaves)
-    want = judged(ops.linear)(**leaves)
+    got = torch.compile(judged(linear), fullgraph=True)(**leaves)
+    want = judged(linear)(**leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -67,7 +66,7 @@ def test_who_is_served():
     assert [runs_on_onednn(x.to(d)) for d in (torch.float32, torch.bfloat16)] == [on_cpu] * 2
     assert not any(runs_on_onednn(x.to(d)) for d in (torch.float16, torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops.linear(x, x, x[0]).dtype == torch.bfloat16
+        assert linear(x, x, x[0]).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on CUDA PyTorch refuses these itself")
@@ -75,6 +74,6 @@ def test_what_does_not_fit_is_refused():
     x, weight, bias = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5)
     for wrong in ((x, weight.t(), bias), (x, weight, bias[:4]), (x[0], weight, bias)):
         with pytest.raises(ValueError, match="linear wants"):
-            ops.linear(*wrong)
+            linear(*wrong)
     with pytest.raises(ValueError, match="one dtype"):
-        ops.linear(x, weight.bfloat16(), bias)
+        linear(x, weight.bfloat16(), bias)

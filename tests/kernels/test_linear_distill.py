@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastdistil import ops
-from fastdistil.kernels.linear_distill import default_chunk_tokens
+from fastdistil.kernels.linear_distill import default_chunk_tokens, linear_distill_loss, linear_distill_loss_reference
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
 
 V, VOCAB = 320, 301  # padded and real vocabulary
@@ -36,13 +35,13 @@ def make_leaves(num_tokens=13, dtype=torch.float32, *, widths=(24, 40), num_colu
 
 
 def ours(**options):
-    return functools.partial(ops.linear_distill_loss, **OPTIONS | options)
+    return functools.partial(linear_distill_loss, **OPTIONS | options)
 
 
 def check(leaves, *, chunk_tokens=None, **options):
     assert_no_worse_than_pytorch(
         ours(chunk_tokens=chunk_tokens, **options),
-        functools.partial(ops.linear_distill_loss_reference, **OPTIONS | options),
+        functools.partial(linear_distill_loss_reference, **OPTIONS | options),
         leaves,
     )
 
@@ -205,4 +204,4 @@ def test_default_chunk_depends_on_shapes_and_device_only():
 def test_errors_name_the_offender(change, message):
     leaves = {name: leaf.cpu() for name, leaf in make_leaves().items()}
     with pytest.raises(ValueError, match=message):
-        ops.linear_distill_loss(**leaves | OPTIONS | change)
+        linear_distill_loss(**leaves | OPTIONS | change)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdistil import ops
-from fastdistil.kernels.dropout import keep_reference
+from fastdistil.kernels.dropout import dropout_seed, keep_reference
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm
@@ -114,7 +114,7 @@ def test_dropout_is_where_transformers_has_it(class_name, tmp_path, monkeypatch)
     streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2]
     ids, positions, layout = packed([24], 101)
     torch.manual_seed(0)
-    seed = ops.dropout_seed("cpu")
+    seed = dropout_seed("cpu")
     calls = iter(streams)
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -297,7 +297,7 @@ def test_trailing_pad_changes_nothing():
     ids, positions, layout = packed([6, 3], 101)
     padded_ids = torch.cat([ids, torch.zeros(5, dtype=ids.dtype)])
     padded_positions = torch.cat([positions, torch.arange(5)])
-    padded_layout = ops.sequence_layout([6, 3, 5], "cpu")
+    padded_layout = sequence_layout([6, 3, 5], "cpu")
     grads = []
     for batch in ((ids, positions, layout), (padded_ids, padded_positions, padded_layout)):
         model.zero_grad()

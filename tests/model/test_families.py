@@ -10,8 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from fastdistil import ops
 from fastdistil.data import tokenizer
+from fastdistil.kernels.layout import sequence_layout
+from fastdistil.kernels.linear_distill import linear_distill_loss, linear_distill_loss_reference
 from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import load_masked_lm, student_from_teacher, write_hugging_face_folder
@@ -30,7 +31,7 @@ def batch(lengths: list[int], vocab_size: int):
     """Random ids above the special ones, positions, layout."""
     ids = torch.randint(5, vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return ids, positions, ops.sequence_layout(lengths, "cpu")
+    return ids, positions, sequence_layout(lengths, "cpu")
 
 
 @pytest.mark.parametrize("class_name", ["RobertaModel", "RobertaForMaskedLM"])
@@ -210,7 +211,7 @@ def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_si
         if recipe == "distilroberta":  # nothing of the text is lost
             assert encode.decode(ids, skip_special_tokens=True) == line
         ours = load_masked_lm(out, need_head=True).eval()
-        inputs = torch.tensor(ids), torch.arange(len(ids)), ops.sequence_layout([len(ids)], "cpu")
+        inputs = torch.tensor(ids), torch.arange(len(ids)), sequence_layout([len(ids)], "cpu")
         _, logits = one_by_one(theirs.eval(), inputs[0], [len(ids)])
         with torch.no_grad():
             torch.testing.assert_close(ours(*inputs), logits, rtol=0, atol=2e-5)
@@ -227,12 +228,12 @@ def test_the_loss_at_a_multilingual_vocabulary_equals_its_definition():
     labels = torch.tensor([0, -100, vocab_size - 1, -100, 7, 119_546])
     arguments = (hidden, weight, bias, teacher_hidden, teacher_weight, torch.zeros(padded), labels)
     scales: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.5, "mlm_scale": 0.25, "vocab_size": vocab_size}  # fmt: skip
-    ours = ops.linear_distill_loss(*arguments, **scales)
+    ours = linear_distill_loss(*arguments, **scales)
     ours.loss.backward()
     got = [t.grad.clone() for t in (hidden, weight, bias) if t.grad is not None]
     for t in (hidden, weight, bias):
         t.grad = None
-    exact = ops.linear_distill_loss_reference(*arguments, **scales)
+    exact = linear_distill_loss_reference(*arguments, **scales)
     exact.loss.backward()
     assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=1e-5)
     for t, gradient in zip((hidden, weight, bias), got, strict=True):

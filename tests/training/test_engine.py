@@ -117,9 +117,9 @@ def test_tied_weights_stay_tied_in_bf16(folder):  # noqa: F811
     seen = []
     student.head.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
     student.encoder.word_embeddings.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
-    from fastdistil import ops
+    from fastdistil.kernels.layout import sequence_layout
 
-    layout = ops.sequence_layout([4], "cpu")
+    layout = sequence_layout([4], "cpu")
     Bf16Compute(student)(torch.arange(4), torch.arange(4), layout)
     assert seen[0] is seen[1]
     assert seen[0].dtype == torch.bfloat16

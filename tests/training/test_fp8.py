@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil import ops
+from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import Encoder, MaskedLM
 from fastdistil.run.config import Config, DataConfig, TeacherConfig
 from fastdistil.run.ranks import Place
@@ -35,10 +36,7 @@ def test_linear_is_the_product_of_what_e4m3_holds(num_tokens, with_bias, gelu):
     gelu_bias = normal(64, seed=3) if gelu else None
     got = fp8.Fp8Linear(weight, bias, gelu_bias)(x)
     assert got.dtype == torch.bfloat16
-    a, b = (
-        q.double() * scale.double()
-        for q, scale in (ops.quantise_rows(x, gelu_bias), ops.quantise_rows_reference(weight))
-    )
+    a, b = (q.double() * scale.double() for q, scale in (quantise_rows(x, gelu_bias), quantise_rows_reference(weight)))
     wanted = a @ b.T + (0 if bias is None else bias.double())
     allowed = 2**-8 * wanted.abs() + 2**-11 * (a.abs() @ b.abs().T)
     assert ((got.double() - wanted).abs() <= allowed).all()
@@ -72,7 +70,7 @@ def test_an_encoder_in_fp8_says_what_it_said():
     fp8.quantise(low)
     ids = torch.randint(5, 101, (48,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     positions = torch.arange(24, device=DEVICE).repeat(2)
-    layout = ops.sequence_layout([24, 24], torch.device(DEVICE))
+    layout = sequence_layout([24, 24], torch.device(DEVICE))
     wanted, half, got = (e(ids, positions, layout).double() for e in (exact, bf16, low))
     errors = [((x - wanted).norm() / wanted.norm()).item() for x in (half, got)]
     assert errors[0] < errors[1] < 0.25, errors  # eight products, each 2^-5 or so off

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from fastdistil import ops
 from fastdistil.data import batches as data
 from fastdistil.data.shards import Shards
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, write_hugging_face_folder
 from fastdistil.run.config import LossConfig, MaskingConfig
@@ -167,7 +167,7 @@ def test_equal_values_cost_nothing_and_the_padding_never_counts():
     torch.manual_seed(0)
     values = torch.randn(40, 12)
     lengths = (7, 20, 5)  # 32 real rows
-    bounds = ops.sequence_layout((*lengths, 8), "cpu", sequence_step=6).cu_seqlens
+    bounds = sequence_layout((*lengths, 8), "cpu", sequence_step=6).cu_seqlens
     assert hints.value_relation(values, values, lengths, bounds, 3).item() == pytest.approx(0, abs=1e-5)
     other = torch.randn(40, 12)
     wanted = hints.value_relation(values, other, lengths, bounds, 3)

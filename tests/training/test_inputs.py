@@ -4,7 +4,7 @@ from functools import partialmethod
 
 import torch
 
-from fastdistil import ops
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import Encoder, MaskedLM
 from fastdistil.training import inputs
 from tests.support import toy
@@ -23,7 +23,7 @@ def test_a_compiled_encoder_computes_the_same_in_every_layer_and_mode(monkeypatc
         found = []
         for lengths in ([20, 20], [10, 25, 5]):
             positions = torch.cat([torch.arange(n) for n in lengths])
-            batch = ids, positions, ops.sequence_layout(lengths)
+            batch = ids, positions, sequence_layout(lengths)
             for training in (True, False):
                 torch.manual_seed(0)
                 with torch.set_grad_enabled(training):

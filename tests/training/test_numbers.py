@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from fastdistil import ops
+from fastdistil.kernels.cosine import cosine_loss
+from fastdistil.kernels.distill import distill_loss
 from fastdistil.run import folder as run_folder
 from tests.support import launch, toy
 from tests.support.launch import options
@@ -118,7 +119,7 @@ def test_extreme_temperatures_and_logits_stay_finite(temperature, scale):
     teacher = scale * torch.randn(5, 101, generator=generator)
     student = (scale * torch.randn(5, 101, generator=generator)).requires_grad_()
     labels = torch.tensor([-100, 3, -100, 100, 0])
-    result = ops.distill_loss(student, teacher, labels, temperature=temperature, kd_scale=1.0, mlm_scale=1.0)  # fmt: skip
+    result = distill_loss(student, teacher, labels, temperature=temperature, kd_scale=1.0, mlm_scale=1.0)  # fmt: skip
     result.loss.backward()
     p = (teacher.double() / temperature).softmax(-1)
     log_q = (student.detach().double() / temperature).log_softmax(-1)
@@ -134,13 +135,13 @@ def test_extreme_temperatures_and_logits_stay_finite(temperature, scale):
 
 def test_no_masked_token_and_vectors_of_zeros_stay_finite():
     student = torch.randn(4, 101).requires_grad_()
-    result = ops.distill_loss(student, torch.randn(4, 101), torch.full((4,), -100), temperature=2.0, kd_scale=0.0, mlm_scale=1.0)  # fmt: skip
+    result = distill_loss(student, torch.randn(4, 101), torch.full((4,), -100), temperature=2.0, kd_scale=0.0, mlm_scale=1.0)  # fmt: skip
     result.loss.backward()
     assert result.loss.item() == 0
     assert student.grad is not None
     assert not student.grad.any()
     zeros = torch.zeros(4, 32, requires_grad=True)
-    loss = ops.cosine_loss(zeros, torch.randn(4, 32), num_rows=torch.tensor(4, dtype=torch.int32))
+    loss = cosine_loss(zeros, torch.randn(4, 32), num_rows=torch.tensor(4, dtype=torch.int32))
     loss.backward()
     assert loss.isfinite()
     assert zeros.grad is not None

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import torch
 
-from fastdistil import ops
 from fastdistil.data import batches
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import ranks as dist
@@ -73,7 +73,7 @@ class Case:
         num_rows = torch.tensor(real, dtype=torch.int32)
         lengths = (self.length,) * count
         return batches.MicroBatch(
-            ids, positions, labels, rows, num_rows, lengths, ops.sequence_layout(lengths), real, len(rows), ()
+            ids, positions, labels, rows, num_rows, lengths, sequence_layout(lengths), real, len(rows), ()
         ).to(device)  # fmt: skip
 
 

@@ -7,18 +7,19 @@ import sys
 import pytest
 import torch
 
-from fastdistil import ops
+from fastdistil.kernels._backend import CPU_BACKEND
 from tests.support.precision import INTERPRETED
 
 PROGRAM = """
 import logging; logging.basicConfig(format="%(levelname)s %(message)s")
 import torch
-from fastdistil import ops
+from fastdistil.kernels._backend import CPU_BACKEND
+from fastdistil.kernels.distill import distill_loss
 torch.manual_seed(0)
 student, teacher = torch.randn(2, 5, 3000).unbind()
-loss = ops.distill_loss(student, teacher, torch.tensor([1, -100, 2999, -100, 0]),
+loss = distill_loss(student, teacher, torch.tensor([1, -100, 2999, -100, 0]),
                         temperature=2.0, kd_scale=1.0, mlm_scale=1.0).loss
-print(ops.CPU_BACKEND, loss.item())
+print(CPU_BACKEND, loss.item())
 """
 
 
@@ -34,10 +35,10 @@ def run(**environment: str) -> tuple[str, float, str]:
 
 def test_interpreter_is_chosen_by_the_environment():
     assert run(TRITON_INTERPRET="1")[0] == "triton-interpreter"
-    assert (ops.CPU_BACKEND == "triton-interpreter") == INTERPRETED
+    assert (CPU_BACKEND == "triton-interpreter") == INTERPRETED
 
 
-@pytest.mark.skipif(not ops.CPU_BACKEND.startswith("cpp-"), reason="csrc/ is not built or not in use")
+@pytest.mark.skipif(not CPU_BACKEND.startswith("cpp-"), reason="csrc/ is not built or not in use")
 def test_one_build_serves_both_instruction_sets_and_neither():
     here, expected, log = run()
     assert here == f"cpp-{torch.backends.cpu.get_cpu_capability().lower()}"

@@ -1,4 +1,4 @@
-"""What blocks the attention kernels of flash.py work in: data, no tuning at start-up."""
+"""What blocks the attention kernels of attention.py work in: data, no tuning at start-up."""
 
 from functools import lru_cache
 from typing import NamedTuple
