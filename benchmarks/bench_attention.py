@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._harness import DEVICE, OURS, compare
 from fastdistil.kernels.attention import attention
-from fastdistil.kernels.dropout import dropout_seed
+from fastdistil.kernels.dropout import new_dropout_seed
 from fastdistil.kernels.layout import sequence_layout
 
 WIDTH = 768  # of all heads
@@ -93,7 +93,7 @@ def test_attention(benchmark, num_tokens, kind, head_dim, dropout_p, dtype, trai
     element = getattr(torch, dtype)
     qkv = torch.randn(num_tokens, 3, heads, head_dim, device=DEVICE, dtype=element)
     qkv.requires_grad_()
-    seed = dropout_seed(DEVICE)
+    seed = new_dropout_seed(DEVICE)
 
     def ours(backend):
         options = {"dropout_p": dropout_p, "seed": seed, "backend": backend}

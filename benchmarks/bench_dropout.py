@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil.kernels.dropout import dropout, dropout_seed
+from fastdistil.kernels.dropout import dropout, new_dropout_seed
 
 WEIGHTS = (
     [((256, 12, 128, 128), "bfloat16")]
@@ -25,7 +25,7 @@ P = 0.1  # of every BERT
 def test_in_place(benchmark, shape, dtype):
     """What attention does to its weights: no gradient of its own, the backward draws the mask again."""
     kind = getattr(torch, dtype)
-    x, seed = torch.rand(shape, device=DEVICE, dtype=kind), dropout_seed(DEVICE)
+    x, seed = torch.rand(shape, device=DEVICE, dtype=kind), new_dropout_seed(DEVICE)
     # Dropped again and again, x would be all zeros, or infinite; neither takes another time on any path here.
     compiled = torch.compile(functools.partial(F.dropout, p=P))
     compare(
@@ -49,7 +49,7 @@ def test_forward_and_backward(benchmark, shape, dtype):
     kind = getattr(torch, dtype)
     x = torch.randn(shape, device=DEVICE, dtype=kind, requires_grad=True)
     gradient, out = torch.randn(shape, device=DEVICE, dtype=kind), torch.empty_like(x)
-    seed = dropout_seed(DEVICE)
+    seed = new_dropout_seed(DEVICE)
 
     def both(dropout):
         torch.autograd.grad(dropout(x), x, gradient)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil.kernels.dropout import dropout_seed
+from fastdistil.kernels.dropout import new_dropout_seed
 from fastdistil.kernels.layernorm import dropout_add_layernorm
 
 CASES = (
@@ -29,7 +29,7 @@ def test_layernorm(benchmark, num_rows, width, dtype, dropout_p, backward):
     x, residual, dout = (torch.randn(num_rows, width, device=DEVICE, dtype=kind) for _ in range(3))
     weight, bias = (torch.randn(width, device=DEVICE, dtype=kind) for _ in range(2))
     leaves = [t.requires_grad_(backward) for t in (x, residual, weight, bias)]
-    seed = dropout_seed(DEVICE)
+    seed = new_dropout_seed(DEVICE)
 
     def ours():
         return dropout_add_layernorm(*leaves, dropout_p=dropout_p, seed=seed)

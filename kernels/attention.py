@@ -448,7 +448,7 @@ def attention(
         qkv_N3HD: queries, keys and values of all heads. fp32, bf16 or fp16. Gets a gradient.
         layout: of the N tokens.
         dropout_p: probability in [0, 1) that an attention weight is dropped.
-        seed: of `dropout_seed`, on the same device; without one nothing is dropped, whatever dropout_p. Backends
+        seed: of `new_dropout_seed`, on the same device; without one nothing is dropped, whatever dropout_p. Backends
             other than fused draw from torch's default generator of the device instead.
         stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
         backend: see `resolve_backend`.

@@ -27,7 +27,7 @@ ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 256  # of the plain dropout kernel: 16 elements a thread
 
 
-def dropout_seed(device: torch.device | str) -> Tensor:
+def new_dropout_seed(device: torch.device | str) -> Tensor:
     """0-dim int64 on the device from torch's default generator there: draw one for each micro-batch. No sync."""
     return torch.randint(2**63 - 1, (), device=device)
 
@@ -176,7 +176,7 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
 
     Args:
         x_ND: fp32, bf16 or fp16. Gets a gradient, through the same mask.
-        seed: of `dropout_seed`, on the same device. Without one, or at dropout_p = 0, x itself comes back.
+        seed: of `new_dropout_seed`, on the same device. Without one, or at dropout_p = 0, x itself comes back.
         stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
         dropout_p: probability in [0, 1).
 
@@ -202,5 +202,5 @@ def check_dropout(operator: str, x: Tensor, seed: Tensor | None, stream: int, dr
     if seed is not None and (seed.ndim or seed.dtype != torch.int64 or seed.device != x.device):
         raise ValueError(
             f"{operator} wants seed as a 0-dim int64 tensor on {x.device}, got {seed.dtype} of shape "
-            f"{tuple(seed.shape)} on {seed.device}: use dropout_seed(device)"
+            f"{tuple(seed.shape)} on {seed.device}: use new_dropout_seed(device)"
         )

@@ -1,14 +1,12 @@
 """One packed BERT encoder and MLM head, for teacher and student. Knows no ranks and no masks.
 
-Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A
-DistilBERT is the same encoder without a token-type table and with one dropout less a layer. A
-micro-batch is a flat row of N tokens; the sequence layout says where its sequences begin and end,
-and only the attention needs to know.
+Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT is the same
+encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the sequence
+layout says where its sequences begin and end, and only the attention needs to know.
 
-The operators compute in fp32 inside whatever the dtype: in bf16 an eps of 1e-12 would vanish.
+Inside, the operators compute in fp32 whatever the dtype: in bf16 an eps of 1e-12 would vanish.
 
-To freeze the positions as DistilBERT's authors did:
-`model.encoder.position_embeddings.requires_grad_(False)`.
+To freeze the positions as DistilBERT's authors did: `model.encoder.position_embeddings.requires_grad_(False)`.
 
 Shapes: N tokens of the micro-batch, D hidden width, H heads, V padded vocabulary.
 """
@@ -23,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistil.kernels.attention import attention
 from fastdistil.kernels.attention_backends import AttentionBackend
-from fastdistil.kernels.dropout import dropout, dropout_seed
+from fastdistil.kernels.dropout import dropout, new_dropout_seed
 from fastdistil.kernels.gelu import linear_gelu
 from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
 from fastdistil.kernels.layout import SequenceLayout
@@ -115,7 +113,7 @@ class EncoderLayer(nn.Module):
         return output_ND if values_ND is None else (output_ND, values_ND)
 
 
-class Keep(NamedTuple):
+class KeptOutputs(NamedTuple):
     """What an encoder hands out beside its last hidden states."""
 
     layers: tuple[int, ...] = ()
@@ -133,8 +131,7 @@ class Encoder(nn.Module):
         # Set by whoever runs the model; neither changes a weight.
         self.activation_checkpointing = False
         self.attention_backend: AttentionBackend = "auto"
-        # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random
-        # replacement.
+        # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random replacement.
         self.word_embeddings = nn.Embedding(architecture.padded_vocab_size, width, padding_idx=architecture.pad_id)
         self.position_embeddings = nn.Embedding(architecture.max_positions, width)
         self.token_type_embeddings = nn.Embedding(architecture.token_types, width) if architecture.token_types else None
@@ -143,46 +140,62 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(architecture, index) for index in range(architecture.num_layers))
 
     def forward(
-        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout, keep: Keep | None = None
+        self,
+        input_ids_N: Tensor,
+        position_ids_N: Tensor,
+        layout: SequenceLayout,
+        dropout_seed: Tensor | None = None,
+        kept_outputs: KeptOutputs | None = None,
     ) -> Any:
-        """Last hidden states (N, D), in the dtype of the weights; with `keep` a pair of them and a tuple of what is to be kept.
+        """Last hidden states (N, D), in the dtype of the weights; with `kept_outputs` a pair of them and a tuple of those.
 
-        Ids are int32 or int64; positions start at 0 in each sequence and stay below max_positions.
-        In training mode, one number from torch's default generator of the device seeds the dropout
-        of all layers. With activation checkpointing a layer keeps only its input and is computed
-        again in the backward, with the same dropout.
+        Args:
+            input_ids_N: int32 or int64.
+            position_ids_N: likewise; they start at 0 in each sequence and stay below max_positions.
+            layout: of the N tokens.
+            dropout_seed: 0-dim int64 on the same device, of this micro-batch; it decides what all layers drop. In training
+                mode None draws one from torch's default generator of the device; in evaluation nothing is dropped.
+                Attention backends other than fused draw from that generator themselves.
+            kept_outputs: what else to hand out: first the layers, in the order asked for, then the values.
+
+        With activation checkpointing a layer keeps only its input and is computed again in the backward, with the same
+        dropout.
         """
-        seed = dropout_seed(input_ids_N.device) if self.training else None
+        if not self.training:
+            dropout_seed = None
+        elif dropout_seed is None:
+            dropout_seed = new_dropout_seed(input_ids_N.device)
+        asked = kept_outputs or KeptOutputs()
+
         embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
         if self.token_type_embeddings is not None:
-            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only
-            # there.
+            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only there.
             embedded_ND = embedded_ND + self.token_type_embeddings(torch.zeros_like(input_ids_N[:1]))
-        hidden_ND = dropout(self.embedding_norm(embedded_ND), seed, stream=0, dropout_p=self.dropout_p)
+        hidden_ND = dropout(self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p)
+
         outputs: dict[int, Tensor] = {}
         values: Sequence[Tensor] = ()
         for index, layer in enumerate(self.layers):
-            with_values = keep is not None and keep.values and index == len(self.layers) - 1
-            arguments = (hidden_ND, layout, seed, self.attention_backend, with_values)
+            with_values = asked.values and index == len(self.layers) - 1
+            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_values)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden_ND = layer(*arguments)
             if with_values:
                 hidden_ND, *values = hidden_ND
-            if keep is not None and index in keep.layers:
+            if index in asked.layers:
                 outputs[index] = hidden_ND
-        if keep is None:
+        if kept_outputs is None:
             return hidden_ND
-        return hidden_ND, (*(outputs[i] for i in keep.layers), *values)
+        return hidden_ND, (*(outputs[i] for i in asked.layers), *values)
 
 
 class VocabHead(nn.Module):
     """The MLM head: dense, GELU, LayerNorm, then the decoder tied to the word embeddings.
 
-    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that
-    registers it runs its forward. For the same reason a loss that works on weights is handed in as
-    `reduce`.
+    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that registers it runs its
+    forward. For the same reason a loss that works on weights is handed in as `reduce`.
     """
 
     def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
@@ -196,8 +209,8 @@ class VocabHead(nn.Module):
     def forward(self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None) -> Any:
         """Logits (N, vocab_size), or whatever `reduce(transformed_ND, weight_VD, bias_V)` returns.
 
-        Weight and bias that `reduce` gets have padded rows: beyond vocab_size they are zero, and it
-        has to leave them out of every softmax and to give them no gradient.
+        The weight and the bias that `reduce` gets have padding rows from vocab_size on, all zero. It has to leave them out of
+        every softmax and to give them no gradient.
         """
         transformed_ND = self.norm(self.dense(hidden_ND))
         if reduce is not None:
@@ -208,8 +221,8 @@ class VocabHead(nn.Module):
 class MaskedLM(nn.Module):
     """Encoder and MLM head with fresh weights, drawn from `generator` alone (without one: seed 0).
 
-    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys
-    are those of named_parameters(); load_state_dict wants the same keys.
+    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys are those of
+    named_parameters(); load_state_dict wants the same keys.
     """
 
     def __init__(self, architecture: Architecture, *, generator: torch.Generator | None = None) -> None:
@@ -233,9 +246,11 @@ class MaskedLM(nn.Module):
         self.encoder.word_embeddings.weight[self.architecture.vocab_size :] = 0.0
         self.encoder.word_embeddings.weight[self.architecture.pad_id] = 0.0
 
-    def forward(self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout) -> Tensor:
-        """Logits (N, vocab_size) of every token."""
-        return self.head(self.encoder(input_ids_N, position_ids_N, layout))
+    def forward(
+        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout, dropout_seed: Tensor | None = None
+    ) -> Tensor:
+        """Logits (N, vocab_size) of every token; arguments as in `Encoder.forward`."""
+        return self.head(self.encoder(input_ids_N, position_ids_N, layout, dropout_seed))
 
 
 def _drop_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

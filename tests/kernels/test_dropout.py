@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import aot, aot_variants
 from fastdistil.kernels import dropout as module
-from fastdistil.kernels.dropout import dropout, dropout_seed
+from fastdistil.kernels.dropout import dropout, new_dropout_seed
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED
 
 DROPOUT = torch.ops.fastdistil.dropout_
@@ -120,7 +120,7 @@ def masks_that_should_not_know_each_other(dropout_p: float) -> Tensor:
     # Steps draw their seeds; neighbours, and halves exchanged, would be the worst that could be drawn.
     for rank in range(2):
         torch.manual_seed(rank)
-        masks += [make((1, 1, side, side), dropout_seed(DEVICE))[0, 0] for _ in range(3)]
+        masks += [make((1, 1, side, side), new_dropout_seed(DEVICE))[0, 0] for _ in range(3)]
     for seed in (SEED + 1, SEED - 1, SEED + 2**32, (SEED >> 32) | (SEED & 0x7FFFFFFF) << 32):
         masks += [make((1, 1, side, side), seed_of(seed))[0, 0]]
     masks += [masks[0].T, masks[1].T, masks[0].roll(1, 0), masks[0].roll(1, 1), masks[0].flip(1)]
@@ -252,23 +252,23 @@ def test_compiles_without_graph_breaks():
 
 def test_seeds_follow_the_default_generator():
     torch.manual_seed(3)
-    first = [dropout_seed(DEVICE) for _ in range(3)]
+    first = [new_dropout_seed(DEVICE) for _ in range(3)]
     state = torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
-    expected = [dropout_seed(DEVICE) for _ in range(3)]
+    expected = [new_dropout_seed(DEVICE) for _ in range(3)]
     seeds = [seed.item() for seed in first + expected]
     assert len(set(seeds)) == 6
     assert all(0 <= seed < 2**63 - 1 for seed in seeds)
     assert max(seeds) > 2**32  # the upper half is not left at zero
     torch.manual_seed(3)
-    assert [dropout_seed(DEVICE).item() for _ in range(3)] == seeds[:3]
+    assert [new_dropout_seed(DEVICE).item() for _ in range(3)] == seeds[:3]
     # A resumed run restores the generator's state.
     (torch.cuda.set_rng_state if DEVICE == "cuda" else torch.set_rng_state)(state)
-    assert [dropout_seed(DEVICE).item() for _ in range(3)] == seeds[3:]
+    assert [new_dropout_seed(DEVICE).item() for _ in range(3)] == seeds[3:]
 
 
 def test_a_seed_and_its_use_do_not_read_the_device():
     with FakeTensorMode():  # has no values to read: .item() would raise
-        seed = dropout_seed("cuda")
+        seed = new_dropout_seed("cuda")
         assert (seed.shape, seed.dtype, seed.device.type) == ((), torch.int64, "cuda")
         x = torch.empty(3, 4, device="cuda")
         assert dropout(x, seed, stream=0, dropout_p=0.1).shape == (3, 4)

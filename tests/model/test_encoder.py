@@ -2,16 +2,17 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdistil.kernels.dropout import dropout_seed, keep_reference
+from fastdistil.kernels.dropout import keep_reference, new_dropout_seed
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.encoder import KeptOutputs, MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 
@@ -110,11 +111,11 @@ def test_dropout_is_where_transformers_has_it(class_name, tmp_path, monkeypatch)
     ours = load_masked_lm(tmp_path, need_head=True).train()
     ours.encoder.attention_backend = "fused"
     is_bert = class_name == "BertForMaskedLM"
-    # Streams as bert.py numbers them; a DistilBERT has no dropout after the attention's projection.
+    # Streams as encoder.py numbers them; a DistilBERT has no dropout after the attention's projection.
     streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2]
     ids, positions, layout = packed([24], 101)
     torch.manual_seed(0)
-    seed = dropout_seed("cpu")
+    seed = new_dropout_seed("cpu")
     calls = iter(streams)
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -289,6 +290,33 @@ def test_random_numbers_are_drawn_in_training_only():
     torch.manual_seed(0)
     assert torch.equal(model(*batch), dropped)
     assert not torch.allclose(dropped, first)
+
+
+def test_a_seed_given_is_the_one_used():
+    """It gives what the same number drawn would, and no generator is touched; in evaluation it drops nothing."""
+    model, batch = _model().train(), packed([6, 3], 101)
+    model.encoder.attention_backend = "fused"
+    torch.manual_seed(0)
+    drawn = model(*batch)
+    torch.manual_seed(0)
+    seed = new_dropout_seed("cpu")
+    before = torch.get_rng_state()
+    assert torch.equal(model(*batch, seed), drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(model(*batch, seed + 1), drawn)
+    model.eval()
+    assert torch.equal(model(*batch, seed), model(*batch))
+
+
+def test_kept_outputs_are_layers_in_the_order_asked_for_then_values():
+    model, batch = _model().eval(), packed([6, 3], 101)
+    with torch.no_grad():
+        hidden, (last, first, values) = model.encoder(*batch, kept_outputs=KeptOutputs((1, 0), values=True))
+        assert torch.equal(hidden, model.encoder(*batch))
+        assert torch.equal(last, hidden)
+        final: Any = model.encoder.layers[1]
+        assert torch.equal(final(first, batch[2], None, "auto"), hidden)
+        assert torch.equal(final.qkv(first)[:, 120:], values)
 
 
 def test_trailing_pad_changes_nothing():
