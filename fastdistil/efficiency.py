@@ -2,12 +2,11 @@
 
     python -m fastdistil.efficiency teacher/ student/
 
-Latency is that of one sequence, throughput that of a batch of 32, both of the bare encoder on random ids of one length. The models
-take turns round by round, so that a slow minute of the machine is everybody's; figures are medians, and ratios are to the first.
+Latency is that of one sequence, throughput that of a batch of 32, both of the bare encoder on random ids of one length.
+The models take turns round by round, so that a slow minute of the machine is everybody's; figures are medians, and
+ratios are to the first.
 """
 
-import json
-import logging
 import statistics
 import sys
 import time
@@ -18,7 +17,9 @@ from typing import Any
 
 import tyro
 
-log = logging.getLogger("fastdistil.efficiency")
+from fastdistil.run.command import command
+from fastdistil.run.files import write_json
+
 PUBLISHED = (
     "published: BERT-base 110 M parameters and 668 s, DistilBERT 66 M and 410 s (STS-B's dev set on a CPU at batch 1)"
 )
@@ -42,11 +43,12 @@ class EfficiencyConfig:
     """Keep the figures in this JSON file."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch_size", "rounds"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads must be 1 or more, got {self.threads}")
+        for name in ("length", "batch_size", "rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if not self.models:
+            raise ValueError("wanted one model folder or more")
         for model in self.models:
             if not (model / "config.json").is_file():
                 raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
@@ -54,55 +56,50 @@ class EfficiencyConfig:
                 raise ValueError(f"{model} has no weights: wanted *.safetensors in it")
 
 
+@command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: measured. 2: a wrong command line or model."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    try:
-        config = tyro.cli(EfficiencyConfig, args=args, prog="python -m fastdistil.efficiency")
-        found = measure(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = tyro.cli(EfficiencyConfig, args=args, prog="python -m fastdistil.efficiency")
+    found = measure(config)
     print(table(found))
     print(PUBLISHED)
     if config.out is not None:
-        config.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(config.out, found)
     return 0
 
 
 def measure(config: EfficiencyConfig) -> dict[str, Any]:
-    """{"length", "batch_size", "models": [{"path", "class", "num_parameters", "bytes", "cpu": {...}, "cuda": {...}}]}.
+    """{"length", "batch_size", "models": [{"path", "class", "num_parameters", "bytes", "cpu": ..., "cuda": ...}]}.
 
-    A device's figures are {"threads" (cpu), "latency_ms", "latency_ms_p90", "throughput_per_s"}; CUDA's are there where a GPU is.
+    The figures of a device are {"threads" (cpu), "latency_ms", "latency_ms_p90", "throughput_per_s"}; "cuda" is there
+    where a GPU is.
     """
     import torch
     import transformers
 
     from fastdistil.evaluation import finetune
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    finetune.quiet()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     models, records = [], []
     for path in config.models:
         finetune.configuration(path)
         model = finetune.pretrained(transformers.AutoModel, path).eval()
+        num_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         models.append(model)
-        records.append({
-            "path": str(path),
-            "class": type(model).__name__,
-            "num_parameters": model.num_parameters(),
-            "bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
-        })  # fmt: skip
+        records.append({"path": str(path), "class": type(model).__name__})
+        records[-1] |= {"num_parameters": model.num_parameters(), "bytes": num_bytes}
+
+    # All read the same random ids, from the later half of the smallest vocabulary: BERT's special tokens come before.
     readable = min(getattr(model.config, "max_position_embeddings", 512) for model in models)
     length = min(128, readable) if config.length is None else config.length
     if length > readable:
         raise ValueError(f"--length {length} is more than the {readable} tokens that all models read")
     vocab_size = min(model.config.vocab_size for model in models)
     generator = torch.Generator().manual_seed(0)
-    shape = config.batch_size, length
-    ids = torch.randint(vocab_size // 2, vocab_size, shape, generator=generator)
+    ids = torch.randint(vocab_size // 2, vocab_size, (config.batch_size, length), generator=generator)
+
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         batch = ids.to(device)
         for model in models:
@@ -133,7 +130,7 @@ def _call(model: Any, ids: Any) -> Callable[[], None]:
 
 
 def in_turn(calls: list[Callable[[], None]], *, rounds: int) -> list[list[float]]:
-    """Seconds of each call, `rounds` of them, the calls taking turns; three turns before warm up."""
+    """Seconds of each call, `rounds` of them, the calls taking turns; three turns before them warm up."""
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(-3, rounds):
         for call, kept in zip(calls, times, strict=True):
@@ -149,17 +146,16 @@ def table(found: dict[str, Any]) -> str:
     first = found["models"][0]
     lines = []
     for model in found["models"]:
-        cells = [
-            f"{Path(model['path']).name}: {model['num_parameters']:,} parameters ({model['num_parameters'] / first['num_parameters']:.2f})",
-            f"{model['bytes'] / 1e6:.1f} MB",
-        ]
+        size, share = model["num_parameters"], model["num_parameters"] / first["num_parameters"]
+        cells = [f"{Path(model['path']).name}: {size:,} parameters ({share:.2f})", f"{model['bytes'] / 1e6:.1f} MB"]
         for device in ("cpu", "cuda"):
             if device in model:
-                speed, base = model[device], first[device]
+                latency, throughput = model[device]["latency_ms"], model[device]["throughput_per_s"]
+                faster = first[device]["latency_ms"] / latency
+                more = throughput / first[device]["throughput_per_s"]
                 cells.append(
-                    f"{device} {speed['latency_ms']:.2f} ms at batch 1 ({base['latency_ms'] / speed['latency_ms']:.2f} x as fast), "
-                    f"{speed['throughput_per_s']:,.1f} sequences/s at batch {found['batch_size']} "
-                    f"({speed['throughput_per_s'] / base['throughput_per_s']:.2f} x)"
+                    f"{device} {latency:.2f} ms at batch 1 ({faster:.2f} x as fast), "
+                    f"{throughput:,.1f} sequences/s at batch {found['batch_size']} ({more:.2f} x)"
                 )
         lines.append("; ".join(cells))
     return "\n".join(lines)

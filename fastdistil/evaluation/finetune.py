@@ -1,7 +1,7 @@
-"""Fine-tunes an encoder of Hugging Face on a task and scores it: AdamW, linear warm-up and decay, batches padded to their longest.
+"""Fine-tunes an encoder of Hugging Face on a task and predicts with it: AdamW, linear warm-up and decay.
 
-With a teacher it is the paper's second distillation, "DistilBERT (D)": half cross-entropy, half temperature-KL to the logits of a
-teacher that was fine-tuned on the task, both by the operator that pre-training uses (kernels/distill.py).
+With a teacher it is the paper's second distillation, "DistilBERT (D)": half cross-entropy, half temperature-KL to the
+logits of a teacher that was fine-tuned on the task, both by the operator that pre-training uses (kernels/distill.py).
 
 Shapes: B examples of a batch, L tokens of its longest, C classes.
 """
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.kernels.distill import distill_loss
+from fastdistil.run.command import Failed
 
 
 def quiet() -> None:
@@ -36,10 +37,6 @@ def quiet() -> None:
 
 MODEL_INPUTS = ("input_ids", "token_type_ids")
 """What is kept of a tokenizer's output; the attention mask follows from the lengths."""
-
-
-class NotFinite(Exception):
-    """The loss of a fine-tuning became infinite or NaN."""
 
 
 class Encoded:
@@ -79,7 +76,10 @@ class Encoded:
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Rows of the batches of an epoch: shuffled, of similar length within a stretch of 50 batches, so that little is padded."""
+    """The rows of each batch of an epoch, in random order.
+
+    Each stretch of 50 batches is sorted by length before it is cut into them, so that little is padded.
+    """
     order = rng.permutation(len(lengths))
     stretch = 50 * batch_size
     batches = []
@@ -92,7 +92,10 @@ def shuffled(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> 
 
 
 def pretrained(auto_class: Any, path: str | Path, **changes: Any) -> Any:
-    """What an auto class of transformers makes of a folder or hub name; code in it is not run. ValueError where it cannot be loaded."""
+    """What an auto class of transformers makes of a folder or hub name; code that comes with it is not run.
+
+    Raises ValueError where it cannot be loaded.
+    """
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **changes)
     except Exception as error:  # transformers raises whatever a file leads to
@@ -102,44 +105,43 @@ def pretrained(auto_class: Any, path: str | Path, **changes: Any) -> Any:
 def configuration(path: str | Path) -> Any:
     """The configuration of a folder or hub name, to be looked at before a model is made of it.
 
-    Raises ValueError as `pretrained` does, and where it asks for an attention that transformers may fetch from the hub and run.
+    Raises ValueError as `pretrained` does, and where it asks for an attention that transformers may fetch from the hub
+    and run.
     """
     import transformers
 
     config = pretrained(transformers.AutoConfig, path)
     if config._attn_implementation not in (None, "eager", "sdpa"):
         raise ValueError(
-            f"{path}: config.json asks for the attention {config._attn_implementation!r}, which may be code from the hub: "
-            "remove attn_implementation from it"
+            f"{path}: config.json asks for the attention {config._attn_implementation!r}, which may be code from the "
+            "hub: remove attn_implementation from it"
         )
     return config
 
 
-def load_model(path: str, data: Any, settings: Settings, *, seed: int) -> Any:
-    """A classifier, regression or question answerer on the encoder in a Hugging Face folder; its head is drawn from the seed unless the folder has one."""
+def load_model(path: str, data: tasks.TaskData, settings: Settings, *, seed: int) -> Any:
+    """A classifier, regression or question answerer on the encoder in a Hugging Face folder.
+
+    Its head is drawn from the seed unless the folder has one. Raises ValueError as `configuration` does.
+    """
     import transformers
 
     torch.manual_seed(seed)
     config = configuration(path)
-    names = dict(enumerate(data.label_names or ("score",)))
-    changes: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    changes: dict[str, Any] = {}
     if settings.dropout is not None:
-        for name, value in config.to_dict().items():
-            if "dropout" in name and isinstance(value, float):
-                changes[name] = settings.dropout
+        rates = [k for k, v in config.to_dict().items() if "dropout" in k and isinstance(v, float)]
+        changes = dict.fromkeys(rates, settings.dropout)
     if data.task.spans:
-        del changes["id2label"], changes["label2id"]
         return pretrained(transformers.AutoModelForQuestionAnswering, path, **changes)
-    return pretrained(
-        transformers.AutoModelForSequenceClassification,
-        path,
-        problem_type="regression" if data.task.regression else "single_label_classification",
-        **changes,
-    )
+    names = dict(enumerate(data.label_names or ("score",)))
+    changes |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    kind = "regression" if data.task.regression else "single_label_classification"
+    return pretrained(transformers.AutoModelForSequenceClassification, path, problem_type=kind, **changes)
 
 
 def task_teacher(
-    path: str, tokenizer: Any, data: Any, train: Encoded, settings: Settings, seed: int, device: torch.device
+    path: str, tokenizer: Any, data: tasks.TaskData, train: Encoded, settings: Settings, seed: int, device: torch.device
 ) -> Any:
     """The teacher of a task: the model in a folder, fine-tuned first if it was saved without a head for it.
 
@@ -157,7 +159,8 @@ def task_teacher(
     fine_tuned = any(a.endswith(kind) for a in config.architectures or ())
     if fine_tuned and not data.task.spans and config.num_labels != len(data.label_names):
         raise ValueError(
-            f"--teacher {path} has {config.num_labels} classes, the task {len(data.label_names)}: give a model of this task"
+            f"--teacher {path} has {config.num_labels} classes, the task {len(data.label_names)}: "
+            "give a model of this task"
         )
     teacher = load_model(path, data, settings, seed=seed)
     if not fine_tuned:
@@ -166,7 +169,10 @@ def task_teacher(
 
 
 def loss_of(logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, settings: Settings) -> Tensor:
-    """Mean over the batch: cross-entropy; mean squared error for one column; with a teacher (1 - kd) * CE + kd * T^2 KL(teacher || student)."""
+    """Mean over the batch: cross-entropy, or mean squared error for a single column.
+
+    With a teacher (1 - kd) * cross-entropy + kd * T^2 KL(teacher || student).
+    """
     if logits_BC.shape[1] == 1:
         return F.mse_loss(logits_BC[:, 0].float(), labels_B)
     if teacher_BC is None:
@@ -191,12 +197,17 @@ def fine_tune(
     teacher: Any = None,
     title: str = "",
 ) -> None:
-    """Train `model` in place. The same seed gives the same weights on the same machine. Raises NotFinite."""
+    """Train `model` in place. The same seed gives the same weights on the same machine.
+
+    Raises Failed where the loss became infinite or NaN.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model.to(device).train()
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
+
+    # AdamW decays matrices only; its rate rises over the first `warmup` updates and then falls to zero, linearly.
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -208,29 +219,24 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda u: min((u + 1) / max(1, warmup), (updates - u) / max(1, updates - warmup))
     )
+
+    # An epoch takes every example once. The losses are added up on the device, so that no update waits for the host.
     total = torch.zeros((), device=device)
-    with tqdm(total=updates, desc=title, disable=not sys.stderr.isatty()) as bar:
-        for _ in range(settings.epochs):
-            for rows in shuffled(train.lengths, settings.batch_size, rng):
-                inputs, labels_B = train.batch(rows, device)
-                with autocast(device):
-                    logits_BC = forward(model, inputs)
-                    hints_BC = None if teacher is None else infer(teacher, inputs)
-                loss = loss_of(logits_BC, labels_B, hints_BC, settings)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                total += loss.detach()
-                bar.update()
+    epochs = (rows for _ in range(settings.epochs) for rows in shuffled(train.lengths, settings.batch_size, rng))
+    for rows in tqdm(epochs, total=updates, desc=title, disable=not sys.stderr.isatty()):
+        inputs, labels_B = train.batch(rows, device)
+        with autocast(device):
+            logits_BC = forward(model, inputs)
+            teacher_BC = None if teacher is None else infer(teacher, inputs)
+        loss = loss_of(logits_BC, labels_B, teacher_BC, settings)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        total += loss.detach()
     if not math.isfinite(total.item()):  # the one sync of a fine-tuning
-        raise NotFinite(f"the loss was not finite with seed {seed}: lower --lr")
-
-
-def accepted_inputs(model: Any) -> set[str]:
-    """Names that its forward takes: a DistilBERT has no token types, whatever its tokenizer makes."""
-    return set(inspect.signature(model.forward).parameters)
+        raise Failed(f"the loss was not finite with seed {seed}: lower --lr")
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -240,29 +246,36 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """(B, C) logits; of a question answerer (2B, L), the starts first, so that a span is learnt as two classes."""
-    accepted = accepted_inputs(model)
+    # A DistilBERT takes no token types, whatever its tokenizer makes.
+    accepted = inspect.signature(model.forward).parameters
     output = model(**{k: v for k, v in inputs.items() if k in accepted})
     if "start_logits" in output:
         return torch.cat((output.start_logits, output.end_logits))
     return output.logits
 
 
-@torch.no_grad()
-def infer(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits as of `forward`, without gradients."""
-    return forward(model, inputs)
+infer = torch.no_grad()(forward)
+"""As `forward`, without gradients."""
+
+
+def outputs(
+    model: Any, examples: Encoded, batch_size: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(rows, their logits in fp32) of every batch; short examples come first, so that little is padded."""
+    model.to(device).eval()
+    order = np.argsort(examples.lengths, kind="stable")
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        inputs, _ = examples.batch(rows, device)
+        with autocast(device):
+            logits = infer(model, inputs).float()
+        yield rows, logits
 
 
 def predict(model: Any, examples: Encoded, batch_size: int, device: torch.device) -> np.ndarray:
     """(N,) predicted classes, or the numbers of a regression, in the order of the examples."""
-    model.to(device).eval()
-    order = np.argsort(examples.lengths, kind="stable")
-    parts = []
-    for begin in range(0, len(order), batch_size):
-        inputs, _ = examples.batch(order[begin : begin + batch_size], device)
-        with autocast(device):
-            logits_BC = infer(model, inputs).float()
-        parts.append(logits_BC[:, 0] if logits_BC.shape[1] == 1 else logits_BC.argmax(-1))
-    predicted = np.empty(len(order))
-    predicted[order] = torch.cat(parts).cpu().numpy()
+    predicted = np.empty(len(examples.lengths))
+    for rows, logits_BC in outputs(model, examples, batch_size, device):
+        best_B = logits_BC[:, 0] if logits_BC.shape[1] == 1 else logits_BC.argmax(-1)
+        predicted[rows] = best_B.cpu().numpy()  # a sync a batch: short beside the fine-tuning
     return predicted

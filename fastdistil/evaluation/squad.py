@@ -1,13 +1,12 @@
 """SQuAD 1.1 and 2.0: answers as spans of a passage. Reads the files as distributed, makes windows, finds the best span.
 
-A passage longer than the model reads is cut into overlapping windows; the answer is the best span of all windows of its question.
-Where the data has questions without an answer (2.0), the [CLS] token stands for "none", as in BERT's own fine-tuning. EM and F1 are
-torchmetrics', with the official normalisation.
+A passage longer than the model reads is cut into overlapping windows; the answer is the best span of all windows of its
+question. Where the data has questions without an answer (2.0), the [CLS] token stands for "none", as in BERT's own
+fine-tuning. EM and F1 are torchmetrics', with the official normalisation.
 
 Shapes: W windows, L tokens of the longest of a batch, B windows of a batch.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastdistil.evaluation import tasks
-from fastdistil.evaluation.finetune import Encoded, autocast, infer
+from fastdistil.evaluation.finetune import Encoded, outputs
+from fastdistil.run.files import read_json
 
 LONGEST_ANSWER = 30
 """Tokens; as in BERT's and the paper's evaluation."""
@@ -36,21 +36,11 @@ class Question:
     """Where they begin, in characters."""
 
 
-@dataclass(frozen=True, slots=True)
-class SpanData:
-    """What a model is fine-tuned and scored on."""
+def load(name: str, task: tasks.Task, source: str) -> tasks.TaskData:
+    """The questions of a task: from the official JSON, or Parquet and JSON lines with question, context and answers.
 
-    task: tasks.Task
-    train: list[Question]
-    validation: list[Question]
-    label_names: tuple[str, ...] = ()
-
-
-def load(name: str, task: tasks.Task, source: str) -> SpanData:
-    """The official JSON, or Parquet and JSON lines with the columns question, context, answers.
-
-    In a folder that holds both versions, a task takes the files with its own in their names. Raises ValueError where files, columns
-    or answers are missing or an answer is not in its passage.
+    In a folder that holds both versions, a task takes the files with its own in their names. Raises ValueError where
+    files, columns or answers are missing or an answer is not in its passage.
     """
     if source.startswith("hf:"):
         tables = tasks.hub_tables(source)
@@ -62,26 +52,22 @@ def load(name: str, task: tasks.Task, source: str) -> SpanData:
     for split in ("train", held_out):
         if not any(question.answers for question in found[split]):
             raise ValueError(f"{source}: no question of {split} has an answer")
-    return SpanData(task, found["train"], found[held_out])
+    return tasks.TaskData(task, found["train"], found[held_out])
 
 
 def _read(path: Path) -> list[Question]:
     if path.suffix != ".json":
         return [_of_row(row, path) for row in tasks.rows_of([path])]
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        paragraphs = [p for article in articles for p in article["paragraphs"]]
         return [
             _question(
-                question["question"],
-                paragraph["context"],
-                [(a["text"], a["answer_start"]) for a in question["answers"]],
-                path,
+                qa["question"], paragraph["context"], [(a["text"], a["answer_start"]) for a in qa["answers"]], path
             )
-            for paragraph in paragraphs
-            for question in paragraph["qas"]
+            for article in read_json(path)["data"]
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not SQuAD's JSON (data, paragraphs, qas): {error!r}") from error
 
 
@@ -106,18 +92,21 @@ def _question(text: str, passage: str, answers: list[tuple[str, int]], where: Pa
 
 
 class Windows(Encoded):
-    """Questions with a window of their passage each, by one tokenizer. Raises ValueError for one without character offsets."""
+    """Windows of passages, each after its question, by one tokenizer; a question may have several.
+
+    Raises ValueError for a tokenizer without character offsets.
+    """
 
     def __init__(self, tokenizer: Any, questions: list[Question], max_length: int) -> None:
         if not tokenizer.is_fast:
             raise ValueError("SQuAD wants a tokenizer with character offsets: give a tokenizer.json")
         self.questions = questions
-        longest = max(1, max_length // 6)  # of a question, so that a window holds some passage
+        # A question is cut to a sixth of the window, so that every window holds some passage.
         heads = tokenizer(
             [q.text for q in questions],
             add_special_tokens=False,
             truncation=True,
-            max_length=longest,
+            max_length=max(1, max_length // 6),
             return_offsets_mapping=True,
         )["offset_mapping"]
         table = tokenizer(
@@ -130,7 +119,7 @@ class Windows(Encoded):
             return_offsets_mapping=True,
         )
         self.question_of: list[int] = table["overflow_to_sample_mapping"]
-        # characters of the passage by token; -1 for what is not of the passage
+        # (first, end) characters in the passage by token, -1 for a token that is not of the passage
         self.spans: list[np.ndarray] = []
         for window, offsets in enumerate(table["offset_mapping"]):
             of_passage = np.array([part == 1 for part in table.sequence_ids(window)])
@@ -157,16 +146,11 @@ class Windows(Encoded):
 
 def answer(model: Any, windows: Windows, batch_size: int, device: torch.device) -> list[str]:
     """The answer to each question; "" for none, which is given only if some question of the data has none."""
-    model.to(device).eval()
     none_allowed = any(not q.answers for q in windows.questions)
     best = [(-float("inf"), "")] * len(windows.questions)
     none = np.full(len(windows.questions), np.inf)
-    order = np.argsort(windows.lengths, kind="stable")
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
-        inputs, _ = windows.batch(rows, device)
-        with autocast(device):
-            starts_BL, ends_BL = infer(model, inputs).float().chunk(2)
+    for rows, logits_2BL in outputs(model, windows, batch_size, device):
+        starts_BL, ends_BL = logits_2BL.chunk(2)
         scores_B, firsts_B, lasts_B = best_spans(starts_BL, ends_BL, _in_passage(windows, rows))
         nones_B = (starts_BL[:, 0] + ends_BL[:, 0]).tolist()
         for i, row in enumerate(rows):
@@ -180,10 +164,14 @@ def answer(model: Any, windows: Windows, batch_size: int, device: torch.device) 
 
 
 def best_spans(starts_BL: Tensor, ends_BL: Tensor, allowed_BL: Tensor) -> tuple[list[float], list[int], list[int]]:
-    """(sums, first tokens, last tokens) of the spans with the highest sum of both logits, of LONGEST_ANSWER tokens at most, in allowed tokens."""
+    """(sums, first tokens, last tokens) of the spans whose sum of both logits is the highest.
+
+    They lie in allowed tokens and have LONGEST_ANSWER tokens at most.
+    """
     batch, length = starts_BL.shape
     outside_BL = ~allowed_BL.to(starts_BL.device)
-    sums_BLL = starts_BL.masked_fill(outside_BL, -torch.inf)[:, :, None] + ends_BL.masked_fill(outside_BL, -torch.inf)[:, None]  # fmt: skip
+    starts_BL, ends_BL = (logits.masked_fill(outside_BL, -torch.inf) for logits in (starts_BL, ends_BL))
+    sums_BLL = starts_BL[:, :, None] + ends_BL[:, None]
     distance_LL = torch.arange(length, device=starts_BL.device)
     distance_LL = distance_LL[None] - distance_LL[:, None]
     sums_BLL.masked_fill_((distance_LL < 0) | (distance_LL >= LONGEST_ANSWER), -torch.inf)
@@ -197,15 +185,17 @@ def _in_passage(windows: Windows, rows: Iterable[int]) -> Tensor:
 
 
 def score(answers: list[str], questions: list[Question]) -> dict[str, float]:
-    """exact_match and f1 as fractions, the best over what people answered, and "score", their mean. No answer is the answer ""."""
+    """exact_match and f1 as fractions, each the best over what people answered, and "score", their mean.
+
+    Where the passage does not say, the right answer is "".
+    """
     from torchmetrics.functional.text import squad
 
-    found = squad(
-        [{"prediction_text": text, "id": str(i)} for i, text in enumerate(answers)],
-        [
-            {"answers": {"answer_start": [], "text": list(q.answers) or [""]}, "id": str(i)}
-            for i, q in enumerate(questions)
-        ],
-    )
+    given = [{"prediction_text": text, "id": str(i)} for i, text in enumerate(answers)]
+    wanted = [
+        {"answers": {"answer_start": [], "text": list(q.answers) or [""]}, "id": str(i)}
+        for i, q in enumerate(questions)
+    ]
+    found = squad(given, wanted)
     exact, f1 = float(found["exact_match"]) / 100, float(found["f1"]) / 100
     return {"exact_match": exact, "f1": f1, "score": (exact + f1) / 2}

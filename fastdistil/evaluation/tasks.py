@@ -1,7 +1,7 @@
-"""The tasks that models are compared on: their columns, labels, metrics, and their data from files as distributed.
+"""The tasks that models are compared on: their columns, labels and metrics, and their data from files as distributed.
 
-Local files are Parquet, CSV, TSV or JSON; `datasets` reads them. GLUE's own TSV files and the Hugging Face ones name their columns
-differently, so that a task has several layouts. Metrics are scikit-learn's and SciPy's.
+Local files are Parquet, CSV, TSV or JSON; `datasets` reads them. GLUE's own TSV files and those of Hugging Face give their columns
+other names, so that a task may know several. Metrics are scikit-learn's and SciPy's.
 """
 
 import csv
@@ -12,79 +12,60 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """Where texts and label stand in a file."""
-
-    texts: tuple[str, ...]
-    """Names of one or two columns."""
-    label: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """A table of labelled texts, or of pairs of texts."""
 
-    layouts: tuple[Layout, ...]
-    metrics: tuple[str, ...]
+    columns: tuple[tuple[str, ...], ...] = ()
+    """The columns of a file by name, one or two of texts and then that of the label; a file may have any of these sets."""
+    metrics: tuple[str, ...] = ("accuracy",)
     """The task's score is their mean, as GLUE's and the paper's."""
     regression: bool = False
     spans: bool = False
-    """Questions, answered by a piece of the second text (squad.py)."""
+    """Questions, each answered by a piece of a passage (squad.py)."""
     glue: bool = True
     published: tuple[float, float] | None = None
     """BERT-base and DistilBERT in the paper (arXiv 1910.01108, tables 1 and 2), x 100."""
 
 
-def _pair(first: str, second: str, label: str = "label") -> Layout:
-    return Layout(texts=(first, second), label=label)
-
-
-SENTENCE = Layout(texts=("sentence",), label="label")
+SENTENCE = ("sentence", "label")
+SENTENCES = ("sentence1", "sentence2", "label")
 COLA_COLUMNS = ("source", "label", "star", "sentence")
 """Of CoLA's own files, which have no header."""
-SENTENCES = _pair("sentence1", "sentence2")
 TASKS: dict[str, Task] = {
-    "cola": Task(layouts=(SENTENCE,), metrics=("matthews",), published=(56.3, 51.3)),
-    "sst2": Task(layouts=(SENTENCE,), metrics=("accuracy",), published=(92.7, 91.3)),
+    "cola": Task(columns=(SENTENCE,), metrics=("matthews",), published=(56.3, 51.3)),
+    "sst2": Task(columns=(SENTENCE,), published=(92.7, 91.3)),
     "mrpc": Task(
-        layouts=(SENTENCES, _pair("#1 String", "#2 String", "Quality")),
-        metrics=("accuracy", "f1"),
-        published=(88.6, 87.5),
+        columns=(SENTENCES, ("#1 String", "#2 String", "Quality")), metrics=("accuracy", "f1"), published=(88.6, 87.5)
     ),
     "stsb": Task(
-        layouts=(SENTENCES, _pair("sentence1", "sentence2", "score")),
+        columns=(SENTENCES, ("sentence1", "sentence2", "score")),
         metrics=("pearson", "spearman"),
         regression=True,
         published=(89.0, 86.9),
     ),
     "qqp": Task(
-        layouts=(_pair("question1", "question2"), _pair("question1", "question2", "is_duplicate")),
+        columns=(("question1", "question2", "label"), ("question1", "question2", "is_duplicate")),
         metrics=("accuracy", "f1"),
         published=(89.6, 88.5),
     ),
     "mnli": Task(
-        layouts=(_pair("premise", "hypothesis"), _pair("sentence1", "sentence2", "gold_label")),
-        metrics=("accuracy",),
-        published=(86.7, 82.2),
+        columns=(("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label")), published=(86.7, 82.2)
     ),
-    "qnli": Task(layouts=(_pair("question", "sentence"),), metrics=("accuracy",), published=(91.8, 89.2)),
-    "rte": Task(layouts=(SENTENCES,), metrics=("accuracy",), published=(69.3, 59.9)),
-    "wnli": Task(layouts=(SENTENCES,), metrics=("accuracy",), published=(53.5, 56.3)),
-    "imdb": Task(
-        layouts=(Layout(texts=("text",), label="label"),), metrics=("accuracy",), glue=False, published=(93.46, 92.82)
-    ),
-    "squad": Task(  # published: the mean of EM 81.2 and F1 88.5, of 77.7 and 85.8
-        layouts=(), metrics=("exact_match", "f1"), spans=True, glue=False, published=(84.85, 81.75)
-    ),
-    "squad2": Task(layouts=(), metrics=("exact_match", "f1"), spans=True, glue=False),
+    "qnli": Task(columns=(("question", "sentence", "label"),), published=(91.8, 89.2)),
+    "rte": Task(columns=(SENTENCES,), published=(69.3, 59.9)),
+    "wnli": Task(columns=(SENTENCES,), published=(53.5, 56.3)),
+    "imdb": Task(columns=(("text", "label"),), glue=False, published=(93.46, 92.82)),
+    # Published: the mean of EM 81.2 and F1 88.5, and that of 77.7 and 85.8.
+    "squad": Task(metrics=("exact_match", "f1"), spans=True, glue=False, published=(84.85, 81.75)),
+    "squad2": Task(metrics=("exact_match", "f1"), spans=True, glue=False),
 }
 
 
 def table(texts: tuple[str, ...], label: str) -> Task:
-    """Any labelled texts, or pairs of them; scored by accuracy. Raises ValueError unless there are one or two columns of text."""
+    """Any labelled texts, or pairs of them, scored by accuracy. Raises ValueError unless one or two columns are texts."""
     if len(texts) not in (1, 2):
         raise ValueError(f"--text-columns must be one or two, got {' '.join(texts)}")
-    return Task(layouts=(Layout(texts=texts, label=label),), metrics=("accuracy",), glue=False)
+    return Task(columns=((*texts, label),), glue=False)
 
 
 GLUE = tuple(name for name, task in TASKS.items() if task.glue)
@@ -112,7 +93,8 @@ class Settings:
     weight_decay: float = 0.0
     """Decoupled, on matrices."""
     max_length: int | None = None
-    """Tokens of an example; what is longer is cut, or for SQuAD made into windows. None: 128, for SQuAD 384, or what the model reads."""
+    """Tokens of an example; what is longer is cut, or for SQuAD made into windows.
+    None: 128, for SQuAD 384, or what the model reads."""
     dropout: float | None = None
     """Every dropout of the model. None: as the model says."""
     max_train_examples: int | None = None
@@ -123,17 +105,17 @@ class Settings:
     """With a teacher: weight of the KL, T^2 included; the cross-entropy has 1 - kd."""
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 8)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
-        for name in ("warmup", "kd"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}")
-        if not 0 < self.lr < 1:
-            raise ValueError(f"--lr must be in (0, 1), got {self.lr}")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout must be in [0, 1), got {self.dropout}")
+        for name, is_right, wanted in (
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("max_length", self.max_length is None or self.max_length >= 8, "8 or more"),
+            ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
+            ("kd", 0 <= self.kd <= 1, "in [0, 1]"),
+            ("lr", 0 < self.lr < 1, "in (0, 1)"),
+            ("dropout", self.dropout is None or 0 <= self.dropout < 1, "in [0, 1)"),
+        ):
+            if not is_right:
+                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,55 +125,52 @@ class Examples:
     texts: tuple[Sequence[str], ...]
     labels: list[float]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def first(self, count: int | None) -> "Examples":
-        """The first `count` rows."""
-        return Examples(tuple(t[:count] for t in self.texts), self.labels[:count])
+    def __getitem__(self, rows: slice) -> "Examples":
+        return Examples(tuple(texts[rows] for texts in self.texts), self.labels[rows])
 
 
 @dataclass(frozen=True, slots=True)
 class TaskData:
-    """What a model is fine-tuned and scored on."""
+    """What a model is fine-tuned and scored on: splits of Examples, for SQuAD lists of squad.Question."""
 
     task: Task
-    train: Examples
-    validation: Examples
-    label_names: tuple[str, ...]
-    """Of the classes, by their number; empty for a regression."""
+    train: Any
+    validation: Any
+    label_names: tuple[str, ...] = ()
+    """Of the classes, by their number; empty for a regression and for SQuAD."""
 
 
 def load(name: str, task: Task, source: str) -> TaskData:
     """The data of a task in a folder (D, or D/NAME) or, as hf:NAME[:CONFIG], of a dataset on the hub.
 
-    Rows without a label (-1, "-", none) are left out. The score is taken on the validation split, or on the test split where there
-    is no other. Raises ValueError where files, columns or labels are missing.
+    Rows without a label (-1, "-", none) are left out. The score is taken on the validation split, or on the test split
+    where there is no other. Raises ValueError where files, columns or labels are missing.
     """
     if source.startswith("hf:"):
         tables = hub_tables(source)
     else:
         tables = {split: rows_of(paths) for split, paths in split_files(name, source).items()}
     held_out = "validation" if "validation" in tables else "test"
-    columns = {split: _columns(tables[split], task, source) for split in ("train", held_out)}
-    (train_texts, train_labels), (texts, labels) = columns["train"], columns[held_out]
+    train_texts, train_labels = _labelled(tables["train"], task, source)
+    texts, labels = _labelled(tables[held_out], task, source)
     if not train_labels or not labels:
         raise ValueError(f"{source}: {name} has no labelled row in train or in {held_out}")
     if task.regression:
-        numbers = [float(label) for label in train_labels], [float(label) for label in labels]
-        return TaskData(task, Examples(train_texts, numbers[0]), Examples(texts, numbers[1]), ())
-    order = {label: float(i) for i, label in enumerate(sorted(set(train_labels)))}
-    if unknown := set(labels) - order.keys():
-        raise ValueError(
-            f"{source}: {name} has labels in {held_out} that train has not: {', '.join(map(str, sorted(unknown)[:5]))}"
-        )
-    if len(order) < 2:
-        raise ValueError(f"{source}: every row of {name} is labelled {train_labels[0]!r}: wanted two classes")
+        numbers = {label: float(label) for label in (*train_labels, *labels)}
+        classes = ()
+    else:
+        numbers = {label: float(i) for i, label in enumerate(sorted(set(train_labels)))}
+        classes = tuple(map(str, numbers))
+        if unknown := set(labels) - numbers.keys():
+            wrong = ", ".join(map(str, sorted(unknown)[:5]))
+            raise ValueError(f"{source}: {name} has labels in {held_out} that train has not: {wrong}")
+        if len(numbers) < 2:
+            raise ValueError(f"{source}: every row of {name} is labelled {train_labels[0]!r}: wanted two classes")
     return TaskData(
         task,
-        Examples(train_texts, [order[label] for label in train_labels]),
-        Examples(texts, [order[label] for label in labels]),
-        tuple(map(str, order)),
+        Examples(train_texts, [numbers[label] for label in train_labels]),
+        Examples(texts, [numbers[label] for label in labels]),
+        classes,
     )
 
 
@@ -204,19 +183,15 @@ def score(task: Task, predicted: Any, labels: Any) -> dict[str, float]:
     from scipy import stats
     from sklearn import metrics
 
-    found: dict[str, float] = {}
-    for name in task.metrics:
-        if name == "accuracy":
-            found[name] = float(metrics.accuracy_score(labels, predicted))
-        elif name == "f1":
-            found[name] = float(metrics.f1_score(labels, predicted))
-        elif name == "matthews":
-            found[name] = float(metrics.matthews_corrcoef(labels, predicted))
-        elif np.ptp(predicted) == 0:
-            found[name] = 0.0
-        else:
-            correlation: Any = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name]
-            found[name] = float(correlation(predicted, labels).statistic)
+    functions: dict[str, Any] = {
+        "accuracy": metrics.accuracy_score,
+        "f1": metrics.f1_score,
+        "matthews": metrics.matthews_corrcoef,
+        "pearson": lambda labels, predicted: stats.pearsonr(predicted, labels)[0],
+        "spearman": lambda labels, predicted: stats.spearmanr(predicted, labels)[0],
+    }
+    undefined = task.regression and np.ptp(predicted) == 0
+    found = {name: 0.0 if undefined else float(functions[name](labels, predicted)) for name in task.metrics}
     return found | {"score": sum(found.values()) / len(found)}
 
 
@@ -249,26 +224,24 @@ def rows_of(files: list[Path]) -> Any:
     import datasets
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore  # it tells the hub, of local files too
+    suffix, paths = files[0].suffix, [str(file) for file in files]
     options: dict[str, Any] = {}
-    if files[0].suffix in (".tsv", ".csv"):  # no text is a missing value, e.g. "null"
-        options = {"keep_default_na": False}
-    reader, paths = READERS[files[0].suffix], [str(f) for f in files]
+    if READERS[suffix] == "csv":  # no text is a missing value, e.g. "null"
+        options |= {"keep_default_na": False}
     try:
-        if files[0].suffix == ".tsv":
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-            if names := _names_without_header(files[0]):
-                options |= {"column_names": list(names)}
-        return datasets.load_dataset(reader, data_files=paths, split="train", **options)
+        if suffix == ".tsv":
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE, "column_names": _names_without_header(files[0])}
+        return datasets.load_dataset(READERS[suffix], data_files=paths, split="train", **options)
     except Exception as error:  # its own, pandas' and pyarrow's
-        raise ValueError(f"{', '.join(paths)}: not readable as {reader} ({error.__cause__ or error!r})") from error
+        reason = error.__cause__ or error
+        raise ValueError(f"{', '.join(paths)}: not readable as {READERS[suffix]} ({reason!r})") from error
 
 
-def _names_without_header(path: Path) -> tuple[str, ...] | None:
+def _names_without_header(path: Path) -> list[str] | None:
+    """CoLA's columns where the first line is already a row of its own files; None where it names the columns."""
     with path.open(encoding="utf-8") as file:
         cells = file.readline().rstrip("\n").split("\t")
-    if len(cells) == len(COLA_COLUMNS) and cells[1] in ("0", "1"):
-        return COLA_COLUMNS
-    return None
+    return list(COLA_COLUMNS) if len(cells) == len(COLA_COLUMNS) and cells[1] in ("0", "1") else None
 
 
 def hub_tables(source: str) -> dict[str, Any]:
@@ -280,18 +253,18 @@ def hub_tables(source: str) -> dict[str, Any]:
     found = {}
     for split in datasets.get_dataset_split_names(path, config_name=config):
         if split in ("train", "validation", "validation_matched", "test"):
-            key = split.removesuffix("_matched")
-            found[key] = datasets.load_dataset(path, config, split=split)
+            found[split.removesuffix("_matched")] = datasets.load_dataset(path, config, split=split)
     return found
 
 
-def _columns(table: Any, task: Task, source: str) -> tuple[tuple[list[str], ...], list[Any]]:
-    """(texts, labels) of the labelled rows."""
-    for layout in task.layouts:
-        if {*layout.texts, layout.label} <= set(table.column_names):
-            labels = list(table[layout.label])
+def _labelled(table: Any, task: Task, source: str) -> tuple[tuple[list[str], ...], list[Any]]:
+    """(texts, labels) of the rows that have a label."""
+    for columns in task.columns:
+        if set(columns) <= set(table.column_names):
+            *of_texts, of_label = columns
+            labels = list(table[of_label])
             rows = [i for i, label in enumerate(labels) if label not in (None, -1, "-1", "-", "")]
-            texts = tuple([str(t) for t in table.select(rows)[name]] for name in layout.texts)
+            texts = tuple([str(text) for text in table.select(rows)[name]] for name in of_texts)
             return texts, [labels[i] for i in rows]
-    wanted = " or ".join(", ".join((*layout.texts, layout.label)) for layout in task.layouts)
+    wanted = " or ".join(", ".join(columns) for columns in task.columns)
     raise ValueError(f"{source}: wanted the columns {wanted}, got {', '.join(table.column_names)}")

@@ -5,12 +5,16 @@ The environment that torchrun sets is read here and nowhere else.
 
 import atexit
 import functools
+import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
-Main = Callable[[list[str] | None], int]
+log = logging.getLogger("fastdistil")
+
+Main = Callable[..., int]  # main(args: list[str] | None = None); None: the words of the command line
 
 
 class Failed(Exception):
@@ -74,6 +78,22 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or SIGUSR1; whoever works looks at `asked` when it can stop. A second one ends the process."""
+
+    def __init__(self) -> None:
+        self.asked, self.reason = False, ""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked, self.reason = True, signal.Signals(number).name
+        log.info("%s: stopping after this update; send it again to stop at once", self.reason)
 
 
 def visible_gpus(count: int) -> list[str]:
