@@ -138,6 +138,7 @@ def worker(stage: str) -> None:
                 num_heads=4,
                 ffn_size=4 * WIDTH,
                 max_positions=64,
+                model_type="distilbert",
                 token_types=0,
             )
         )

@@ -56,7 +56,7 @@ VOCAB = 30522
 ENERGY_S = 2.0  # NVML's counter moves some ten times a second
 
 
-def architecture(num_layers: int, width: int, token_types: int) -> Architecture:
+def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
     return Architecture(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -64,7 +64,8 @@ def architecture(num_layers: int, width: int, token_types: int) -> Architecture:
         num_heads=12,
         ffn_size=4 * width,
         max_positions=512,
-        token_types=token_types,
+        model_type=model_type,
+        token_types=2 if model_type == "bert" else 0,
     )
 
 
@@ -266,7 +267,7 @@ def _hugging_face(model: MaskedLM) -> Any:
     import transformers
 
     config = transformers.AutoConfig.for_model(**weights.hugging_face_config(model.architecture))
-    theirs = getattr(transformers, weights.hugging_face_class(model.architecture))(config)
+    theirs = getattr(transformers, model.architecture.family.masked_lm)(config)
     state = weights.hugging_face_state(model.state_dict(), model.architecture)
     missing = theirs.load_state_dict(state, strict=False).missing_keys
     theirs.tie_weights()
@@ -294,9 +295,9 @@ ON_GPU_ONLY = (f"{OURS}, CUDA graphs", f"{OURS}, teacher first", FP8, "HF + Lige
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
     """(teacher, student), the same in every process."""
     teacher_layers, student_layers, width = SIZES[size]
-    teacher = MaskedLM(architecture(teacher_layers, width, 2))
+    teacher = MaskedLM(architecture("bert", teacher_layers, width))
     layers = [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
-    small = architecture(student_layers, width, 0)
+    small = architecture("distilbert", student_layers, width)
     return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
 
 

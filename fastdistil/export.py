@@ -1,13 +1,13 @@
 """A run becomes a folder that Hugging Face loads: `python -m fastdistil.export RUN --out DIR`.
 
-The folder holds config.json, model.safetensors (fp32), the tokenizer's files and a model card. It
-appears under its name only when it is whole. torch is imported after the command line and the run
-have been checked.
+The folder holds config.json, model.safetensors (fp32), the tokenizer's files and a model card. It appears under its
+name only when it is whole. torch is imported after the command line and the run have been checked.
 """
 
 import json
 import shutil
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import tyro
 
 from fastdistil import __version__
-from fastdistil.model.architecture import Architecture
-from fastdistil.run import folder
-from fastdistil.run.config import flatten
+from fastdistil.model.architecture import Architecture, from_record
+from fastdistil.run import files, folder
+from fastdistil.run.command import command
+from fastdistil.run.config import LOSS_TERMS, flatten
 
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
 """What of a run's configuration its model card shows: what shaped the weights, no paths."""
@@ -37,22 +38,17 @@ class ExportConfig:
     """Replace --out if it holds an earlier export."""
 
 
+@command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the folder is there. 2: a wrong command line or run; nothing was written."""
-    config = tyro.cli(ExportConfig, args=args, prog="python -m fastdistil.export")
-    try:
-        print(export(config))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(export(tyro.cli(ExportConfig, args=args, prog="python -m fastdistil.export")))
     return 0
 
 
 def export(config: ExportConfig) -> str:
     """Writes the folder and returns one line about it.
 
-    Raises ValueError or OSError where the run cannot be exported or --out not be used; --out is
-    then unchanged.
+    Raises ValueError or OSError where the run cannot be exported or --out not be used; --out is then unchanged.
     """
     record = folder.read(config.run)
     student = _architecture(config.run, record, "student")
@@ -65,38 +61,25 @@ def export(config: ExportConfig) -> str:
     from fastdistil.model import weights
     from fastdistil.run import checkpoint
 
-    class_name = weights.hugging_face_class(student)
     state, progress = checkpoint.load_weights(config.run, config.checkpoint)
     metrics = _last_metrics(config.run / "metrics.jsonl", progress["update"])
-    part = config.out.with_name(f"{config.out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
-    part.mkdir(parents=True)
-    try:
+    with _replacing(config.out) as part:
         weights.write_hugging_face_folder(state, student, config.run / "tokenizer", part)
         try:
-            card = model_card(config.out.name, class_name, record, student, teacher, progress, metrics)
+            card = model_card(config.out.name, record, student, teacher, progress, metrics)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config.run / 'config.json'} does not describe a run: {error!r}") from error
-        (part / "README.md").write_text(card, encoding="utf-8")
-        replaced = config.out.with_name(f"{config.out.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if config.out.exists():
-            config.out.rename(replaced)  # kept until the new one is in its place
-        part.rename(config.out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        files.write_text(part / "README.md", card)
     return (
-        f"{config.out}: {class_name}, {student.num_parameters:,} parameters, after update "
+        f"{config.out}: {student.family.masked_lm}, {student.num_parameters:,} parameters, after update "
         f"{progress['update']:,}; load it with AutoModelForMaskedLM.from_pretrained({str(config.out)!r})"
     )
 
 
 def _architecture(run: Path, record: dict[str, Any], role: str) -> Architecture:
     try:
-        return Architecture(**record[role])
-    except (TypeError, ValueError) as error:
+        return from_record(record[role])
+    except ValueError as error:
         raise ValueError(f"{run / 'config.json'} does not describe a {role}: {error}") from None
 
 
@@ -113,36 +96,51 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
         raise ValueError(f"--out {out} holds no export, so --overwrite does not delete it: choose another")
 
 
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its place at the end, or is deleted after an exception."""
+    part, replaced = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.replaced")
+    shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        shutil.rmtree(replaced, ignore_errors=True)
+        if out.exists():
+            out.rename(replaced)  # kept until the new one is in its place
+        part.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
 def _last_metrics(path: Path, update: int) -> dict[str, dict[str, Any]]:
     """The last record of each split in metrics.jsonl not later than `update`; none without the file."""
     last: dict[str, dict[str, Any]] = {}
-    if not path.is_file():
-        return last
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            if record["update"] <= update:
-                last[record["split"]] = record
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # a line that was being written when the run was killed
+    for record in files.read_json_lines(path):
+        split, at = record.get("split"), record.get("update")
+        if isinstance(split, str) and isinstance(at, int) and at <= update:
+            last[split] = record
     return last
 
 
 def model_card(
     name: str,
-    class_name: str,
     record: dict[str, Any],
     student: Architecture,
     teacher: Architecture | None,
     progress: dict[str, Any],
     metrics: dict[str, dict[str, Any]],
 ) -> str:
-    """The README.md of the exported folder: what the model is, how it was trained, how to load it."""
+    """The README.md of the exported folder: what the model is, how it was trained, how to load it.
+
+    `record` is the run's config.json, `progress` the state of the exported checkpoint, `metrics` the last record of
+    each split. Raises AttributeError, KeyError, TypeError or ValueError where `record` is not what a run writes.
+    """
     config, data = record["config"], record.get("data") or {}
-    recipe = config.get("recipe", "unknown")
     teacher_path = (config.get("teacher") or {}).get("path")
-    rows = {
-        "recipe": f"`{recipe}`",
+    facts = {
+        "recipe": f"`{config.get('recipe', 'unknown')}`",
         "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
         "teacher": f"`{Path(teacher_path).name}`, {_sizes(teacher)}" if teacher and teacher_path else "none",
         "updates": f"{progress['update']:,}",
@@ -154,7 +152,7 @@ def model_card(
         "exported by": f"fastdistil {__version__}",
     }
     measured = [
-        (split, key, value)
+        (split, key, f"{value:.4g}")
         for split, values in metrics.items()
         for key, value in values.items()
         if isinstance(value, float) and not key.endswith(("_per_s", "mfu"))
@@ -171,7 +169,7 @@ tags:
 ---
 # {name}
 
-{_introduction(class_name, teacher is not None)}
+{_introduction(student.family.masked_lm, distilled=teacher is not None)}
 
 ```python
 from transformers import pipeline
@@ -180,44 +178,32 @@ fill_mask = pipeline("fill-mask", model="{name}")
 ```
 
 ## Training
-{_table(("", ""), rows.items())}
+{_table(("", ""), facts.items())}
 
 ## Losses
-{_losses(config.get("loss") or {}, teacher is not None)}
+{_losses(config.get("loss") or {}, distilled=teacher is not None)}
 
-{
-        _table(("split", "measure", "value"), ((s, k, f"{v:.4g}") for s, k, v in measured))
-        if measured
-        else "No metrics were recorded."
-    }
+{_table(("split", "measure", "value"), measured) if measured else "No metrics were recorded."}
 
 ## Settings
 {_table(("setting", "value"), ((k, f"`{json.dumps(v)}`") for k, v in settings.items()))}
 """
 
 
-def _introduction(class_name: str, distilled: bool) -> str:
-    if distilled:
-        return (
-            f"A `{class_name}` distilled from a larger encoder during pre-training, as "
-            "[DistilBERT](https://arxiv.org/abs/1910.01108) was."
-        )
-    return f"A `{class_name}` pre-trained by masked language modelling, without a teacher."
+def _introduction(class_name: str, *, distilled: bool) -> str:
+    if not distilled:
+        return f"A `{class_name}` pre-trained by masked language modelling, without a teacher."
+    return (
+        f"A `{class_name}` distilled from a larger encoder during pre-training, as "
+        "[DistilBERT](https://arxiv.org/abs/1910.01108) was."
+    )
 
 
-def _losses(loss: dict[str, Any], distilled: bool) -> str:
+def _losses(loss: dict[str, Any], *, distilled: bool) -> str:
     if not distilled:
         return "Cross-entropy of the masked tokens."
-    terms = (
-        f"{loss.get('kd')} x T² KL(teacher, student) at temperature {loss.get('temperature')} over all tokens "
-        f"+ {loss.get('mlm')} x cross-entropy of the masked tokens "
-        f"+ {loss.get('cosine')} x (1 - cos) of the last hidden states"
-    )
-    if loss.get("hidden"):
-        terms += f" + {loss['hidden']} x (1 - cos) of the outputs of every layer"
-    if loss.get("values"):
-        terms += f" + {loss['values']} x KL of the value relations (MiniLMv2) of the last layers"
-    return f"{terms}."
+    weighed = [(loss.get(term.name), term.formula.format(temperature=loss.get("temperature"))) for term in LOSS_TERMS]
+    return " + ".join(f"{weight} x {formula}" for weight, formula in weighed if weight) + "."
 
 
 def _sizes(model: Architecture) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from fastdistil import __version__
-from fastdistil.model.architecture import Architecture
+from fastdistil.model.architecture import from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run.config import flatten
 
@@ -174,8 +174,8 @@ def _facts(run: Run) -> dict[str, str]:
 
 def _size(sizes: dict[str, Any]) -> str:
     try:
-        model = Architecture(**sizes)
-    except (TypeError, ValueError):
+        model = from_record(sizes)
+    except ValueError:
         return "unknown"
     return f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_parameters:,} parameters"
 

@@ -118,7 +118,8 @@ def test_model_card(run, tmp_path):
         "| training tokens | 10,000 |",
         "| data | wiki.txt: 1,234 sequences, 56,789 tokens |",
         "| versions | torch 2.13.0 |",
-        "5.0 x T² KL(teacher, student) at temperature 2.0",
+        "5.0 x T² KL(teacher, student) at temperature 2.0 over all tokens + 2.0 x cross-entropy of the masked tokens "
+        "+ 1.0 x (1 - cos) of the last hidden states.",
         "| train | loss | 7.125 |",
         "| validation | agreement | 0.75 |",
         "| optim.lr | `0.0005` |",
@@ -126,6 +127,27 @@ def test_model_card(run, tmp_path):
         assert wanted in card
     assert "/data/someone" not in card
     assert "tokens_per_s" not in card
+
+
+def test_model_card_names_the_terms_that_count(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())["config"]
+    _break(run, config=config | {"loss": config["loss"] | {"kd": 0.0, "cosine": 0.0, "hidden": 0.5, "values": 3.0}})
+    export(ExportConfig(run=run, out=tmp_path / "student"))
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert (
+        "\n2.0 x cross-entropy of the masked tokens + 0.5 x (1 - cos) of the outputs of every layer "
+        "+ 3.0 x KL of the value relations (MiniLMv2) of the last layers.\n"
+    ) in card
+
+
+def test_a_run_of_an_older_version(run, tmp_path):
+    """Its records say `roberta` or nothing in place of model_type."""
+    record = json.loads((run / "config.json").read_text())
+    student, teacher = ({k: v for k, v in record[role].items() if k != "model_type"} for role in ("student", "teacher"))
+    _break(run, student=student | {"roberta": False}, teacher=teacher)
+    line = export(ExportConfig(run=run, out=tmp_path / "student"))
+    assert "DistilBertForMaskedLM" in line
+    assert "tiny-bert`, 4 layers" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_model_card_without_teacher(tmp_path):

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "run": {"model"},
     "data": {"run", "kernels"},
-    "model": {"kernels"},
+    "model": {"run", "kernels"},
     "evaluation": {"run", "kernels"},
     "training": {"data", "model", "run", "kernels"},
 }

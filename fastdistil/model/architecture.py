@@ -1,26 +1,28 @@
 """What an encoder looks like: its sizes, its parameters, its FLOPs. Standard library only.
 
-Configuration errors have to come before torch is imported, so this module knows sizes and no
-tensors.
+Configuration errors have to come before torch is imported, so this module knows sizes and no tensors.
 """
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from fastdistil.model import families
+from fastdistil.model.families import Family
+from fastdistil.run import files
 
 VOCABULARY_MULTIPLE = 64
 """Vocabulary rows are padded to this: one 128-byte load of bf16 (recipe.md, trap 9)."""
 INITIALIZER_RANGE = 0.02
 """Standard deviation of fresh linear and embedding weights, that of BERT and DistilBERT."""
 
-MODEL_TYPES = ("bert", "distilbert", "roberta")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """The sizes of a post-LN BERT encoder with a tied MLM head. ValueError where they do not fit."""
 
+    model_type: str = "bert"
+    """Its family, one of families.FAMILIES, by Hugging Face's name."""
     vocab_size: int
     """Word pieces, without padding."""
     hidden_size: int
@@ -33,7 +35,7 @@ class Architecture:
     max_positions: int
     """Tokens of the longest sequence."""
     token_types: int
-    """Rows of the token-type table: 0 for DistilBERT, which has none; 2 for BERT, 1 for RoBERTa. Only row 0 is added."""
+    """Rows of the token-type table, of which only row 0 is added: 2 for BERT, 0 for DistilBERT, which has none."""
     dropout: float = 0.1
     """After the embeddings, the attention and the feed-forward layer."""
     attention_dropout: float = 0.1
@@ -41,22 +43,21 @@ class Architecture:
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
     """The id of [PAD]."""
-    roberta: bool = False
-    """Hugging Face's RoBERTa: the same encoder under other names, whose positions begin at pad_id + 1."""
 
     def __post_init__(self) -> None:
+        family = self.family
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is bool:
-                if type(value) is not bool or (value and not self.token_types):
-                    raise ValueError(f"{field.name} must be true or false, and true wants token types, got {value!r}")
-                continue
-            if field.type is int:
-                least = 0 if field.name in ("token_types", "pad_id") else 1
-                if type(value) is not int or value < least:
-                    raise ValueError(f"{field.name} must be an integer of {least} or more, got {value!r}")
-            elif type(value) not in (int, float) or not 0 <= value < 1:
+            least = 0 if field.name == "pad_id" or field.name in family.fixed else 1
+            if field.type is int and (type(value) is not int or value < least):
+                raise ValueError(f"{field.name} must be an integer of {least} or more, got {value!r}")
+            if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
                 raise ValueError(f"{field.name} must be a number of at least 0 and below 1, got {value!r}")
+            if value != family.fixed.get(field.name, value):
+                raise ValueError(
+                    f"this is a {family.title}, whose {field.name} is {family.fixed[field.name]}, got {value}: "
+                    "its config.json has no field for another, use that value or another model_type"
+                )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads must divide hidden_size, got {self.num_heads} heads for a width of {self.hidden_size}"
@@ -65,21 +66,19 @@ class Architecture:
             raise ValueError(f"pad_id must lie below vocab_size {self.vocab_size}, got {self.pad_id}")
 
     @property
+    def family(self) -> Family:
+        """What Hugging Face calls its parts."""
+        return families.find(self.model_type)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the word embeddings and of the decoder in memory: the next multiple of 64."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
     @property
-    def model_type(self) -> str:
-        """What Hugging Face calls it, one of MODEL_TYPES."""
-        if self.roberta:
-            return "roberta"
-        return "bert" if self.token_types else "distilbert"
-
-    @property
     def unused_positions(self) -> int:
-        """Rows before the first position in Hugging Face's table: RoBERTa counts from pad_id + 1. We do not keep them."""
-        return self.pad_id + 1 if self.roberta else 0
+        """Rows before the first position in Hugging Face's table; we do not keep them."""
+        return families.unused_positions(self.model_type, self.pad_id)
 
     @property
     def num_parameters(self) -> int:
@@ -92,90 +91,60 @@ class Architecture:
         return embeddings + self.num_layers * (attention + feed_forward + 4 * width) + head
 
 
-# Field of Architecture -> (name in config.json, what transformers assumes where an old file lacks
-# it). Sizes have no default here: a config.json without them is not one of these models.
-_BERT_NAMES: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", None),
-    "hidden_size": ("hidden_size", None),
-    "num_layers": ("num_hidden_layers", None),
-    "num_heads": ("num_attention_heads", None),
-    "ffn_size": ("intermediate_size", None),
-    "max_positions": ("max_position_embeddings", None),
-    "token_types": ("type_vocab_size", 2),
-    "dropout": ("hidden_dropout_prob", 0.1),
-    "attention_dropout": ("attention_probs_dropout_prob", 0.1),
-    "layer_norm_eps": ("layer_norm_eps", 1e-12),
-    "pad_id": ("pad_token_id", 0),
-}
-_DISTILBERT_NAMES: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", None),
-    "hidden_size": ("dim", None),
-    "num_layers": ("n_layers", None),
-    "num_heads": ("n_heads", None),
-    "ffn_size": ("hidden_dim", None),
-    "max_positions": ("max_position_embeddings", None),
-    "dropout": ("dropout", 0.1),
-    "attention_dropout": ("attention_dropout", 0.1),
-    "pad_id": ("pad_token_id", 0),
-}
-_ROBERTA_NAMES = _BERT_NAMES | {"pad_id": ("pad_token_id", 1), "layer_norm_eps": ("layer_norm_eps", 1e-5)}  # fmt: skip
+def from_record(record: dict[str, Any]) -> Architecture:
+    """The architecture that a run's config.json holds under "student" or "teacher": dataclasses.asdict of it.
+
+    Runs of older versions hold `roberta`, true or false, in place of model_type: then what is no RoBERTa is a BERT with
+    token types and a DistilBERT without. Raises ValueError where the record is no architecture.
+    """
+    try:
+        sizes: dict[str, Any] = dict(record)
+        roberta = sizes.pop("roberta", False)
+        older = "roberta" if roberta else "bert" if sizes.get("token_types") else "distilbert"
+        sizes.setdefault("model_type", older)
+        return Architecture(**sizes)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def read_architecture(folder: str | Path) -> Architecture:
     """The architecture that the config.json of a Hugging Face folder describes.
 
-    Raises ValueError if the folder has no readable config.json, if it is neither BERT nor
-    DistilBERT nor RoBERTa, or if it asks for something this encoder does not compute: another activation, other
-    positions, a decoder.
+    Raises ValueError if the folder has no readable config.json, if its model_type is not in families.FAMILIES, or if it
+    asks for something this encoder does not compute: another activation, other positions, a decoder.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"not a Hugging Face folder: wanted config.json in {folder}")
+    config = files.read_json(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"not a Hugging Face folder: wanted config.json in {folder}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{path}: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}: only these encoders are supported"
-        )
-    _refuse_what_is_not_computed(path, config)
-
-    sizes: dict[str, Any] = {"roberta": model_type == "roberta"}
-    if model_type == "distilbert":
-        sizes["token_types"] = 0
-    names = {"bert": _BERT_NAMES, "distilbert": _DISTILBERT_NAMES, "roberta": _ROBERTA_NAMES}
-    for field, (name, default) in names[model_type].items():
-        sizes[field] = default if config.get(name) is None else config[name]
-        if sizes[field] is None:
-            raise ValueError(f"{path} has no {name!r}: a {model_type} config.json must give it")
-    try:
-        if model_type == "roberta":
-            sizes["max_positions"] -= sizes["pad_id"] + 1
-        return Architecture(**sizes)
-    except (ValueError, TypeError) as error:
+        model_type = config.get("model_type")
+        family = families.find(model_type)
+        _refuse_what_is_not_computed(config, family.activation)
+        sizes = dict(family.fixed)
+        for field, name in family.fields.items():
+            sizes[field] = family.defaults.get(field) if config.get(name) is None else config[name]
+            if sizes[field] is None:
+                raise ValueError(f"it has no {name!r}: a {model_type} config.json must give it")
+        whole = Architecture(model_type=model_type, **sizes)
+        return replace(whole, max_positions=whole.max_positions - whole.unused_positions)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _refuse_what_is_not_computed(path: Path, config: dict[str, Any]) -> None:
-    name = "activation" if config["model_type"] == "distilbert" else "hidden_act"
-    if config.get(name, "gelu") != "gelu":
+def _refuse_what_is_not_computed(config: dict[str, Any], activation: str) -> None:
+    if config.get(activation, "gelu") != "gelu":
         raise ValueError(
-            f"{path}: {name} must be 'gelu' (exact erf, trap 6 of the recipe), got {config[name]!r}: "
+            f"{activation} must be 'gelu' (exact erf, trap 6 of the recipe), got {config[activation]!r}: "
             "such a model cannot be computed exactly here, use another checkpoint"
         )
     if config.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(
-            f"{path}: position_embedding_type must be 'absolute', got {config['position_embedding_type']!r}"
-        )
+        raise ValueError(f"position_embedding_type must be 'absolute', got {config['position_embedding_type']!r}")
     for flag in ("is_decoder", "add_cross_attention"):
         if config.get(flag):
-            raise ValueError(f"{path}: {flag} must be false, got {config[flag]!r}: only bidirectional encoders")
+            raise ValueError(f"{flag} must be false, got {config[flag]!r}: only bidirectional encoders")
     if config.get("tie_word_embeddings", True) is False:
-        raise ValueError(f"{path}: tie_word_embeddings is false: the MLM decoder must be the word embeddings")
+        raise ValueError("tie_word_embeddings is false: the MLM decoder must be the word embeddings")
 
 
 class FlopsPerToken(NamedTuple):
@@ -185,10 +154,6 @@ class FlopsPerToken(NamedTuple):
     """Forward of the teacher, its head included; 0 without one."""
     student: float
     """Forward and backward of the student, its head included: three times its forward."""
-    heads: float
-    """The part of both that the two vocabulary projections make up."""
-    scores: float
-    """The part of both that grows with length: attention scores, and their product with v."""
 
     @property
     def total(self) -> float:
@@ -204,24 +169,16 @@ def flops_per_token(
     Args:
         teacher: None where the student trains without one.
         student: the architecture that is trained.
-        mean_attended_length: tokens that a token attends to, on average: sum(L^2) / sum(L) over
-            sequences.
-        head_fraction: share of the tokens that pass the MLM heads: 1 in distillation, the masked
-            share where only masked tokens are predicted.
+        mean_attended_length: tokens that a token attends to, on average: sum(L^2) / sum(L) over sequences.
+        head_fraction: share of the tokens that pass the MLM heads: 1 in distillation, the masked share where only
+            masked tokens are predicted.
     """
 
-    def forward(model: Architecture) -> tuple[float, float, float]:
+    def forward(model: Architecture) -> float:
         width = model.hidden_size
-        layers = model.num_layers * 2 * (4 * width * width + 2 * width * model.ffn_size)
-        scores = model.num_layers * 4 * mean_attended_length * width
-        projection = head_fraction * 2 * width * model.vocab_size
-        return layers + scores + projection + head_fraction * 2 * width * width, projection, scores
+        products = 2 * (4 * width * width + 2 * width * model.ffn_size)
+        scores = 4 * mean_attended_length * width  # q with k, and the weights with v
+        head = 2 * width * (model.vocab_size + width)
+        return model.num_layers * (products + scores) + head_fraction * head
 
-    teacher_all, teacher_head, teacher_scores = forward(teacher) if teacher else (0.0, 0.0, 0.0)
-    student_all, student_head, student_scores = forward(student)
-    return FlopsPerToken(
-        teacher=teacher_all,
-        student=3 * student_all,
-        heads=teacher_head + 3 * student_head,
-        scores=teacher_scores + 3 * student_scores,
-    )
+    return FlopsPerToken(teacher=forward(teacher) if teacher else 0.0, student=3 * forward(student))

@@ -34,7 +34,12 @@ def test_known_parameter_counts():
 
 def test_cost_model_of_performance_md():
     flops = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), 512)
-    got = [round(x / 1e6) for x in (*flops, flops.total)]
+    without_scores = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), 0)
+    without_heads = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), 512, head_fraction=0)
+    transforms = 4 * 2 * 768 * 768  # of the teacher's head and three times of the student's, in front of the vocabulary
+    heads = flops.total - without_heads.total - transforms
+    scores = flops.total - without_scores.total
+    got = [round(x / 1e6) for x in (*flops, heads, scores, flops.total)]
     assert got == [237, 427, 188, 47, 664]
 
 
@@ -74,11 +79,11 @@ def test_every_field_is_read(tmp_path):
         "layer_norm_eps": 1e-5,
         "pad_token_id": 7,
     }
-    values = (101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7, False)
+    values = ("bert", 101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7)
     got = read_architecture(_folder(tmp_path, model_type="bert", **bert))
     assert tuple(getattr(got, name) for name in Architecture.__slots__) == values
     got = read_architecture(_folder(tmp_path, model_type="roberta", **bert))
-    assert (got.max_positions, got.roberta) == (50 - 8, True)  # positions begin at pad_id + 1
+    assert (got.max_positions, got.model_type) == (50 - 8, "roberta")  # positions begin at pad_id + 1
     # sinusoidal positions are stored as weights: nothing to compute
     distilbert = {"dim": 60, "n_layers": 2, "n_heads": 3, "hidden_dim": 77, "vocab_size": 101}
     more = {"max_position_embeddings": 50, "sinusoidal_pos_embds": True, "dropout": 0.2}
@@ -100,6 +105,7 @@ def test_every_field_is_read(tmp_path):
         (_bert(hidden_size="768"), "hidden_size must be an integer of 1 or more, got '768'"),
         (_bert(num_hidden_layers=0), "num_layers must be an integer of 1 or more, got 0"),
         (_bert(vocab_size=True), "vocab_size must be an integer"),
+        (_bert(type_vocab_size=0), "token_types must be an integer of 1 or more, got 0"),
         (_bert(hidden_dropout_prob=1), "dropout must be a number of at least 0 and below 1"),
         (_bert(layer_norm_eps=float("nan")), "layer_norm_eps must be a number.*nan"),
         (_bert(pad_token_id=40000), "pad_id must lie below vocab_size 30522, got 40000"),
@@ -126,6 +132,6 @@ def test_no_folder(tmp_path):
 
 
 def test_imports_nothing_but_the_standard_library():
-    code = "import sys, fastdistil.architecture as a; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import sys, fastdistil.model.architecture; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"

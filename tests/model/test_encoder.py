@@ -19,6 +19,7 @@ from tests.support.models import MINILM, one_by_one, packed, random_model, save_
 SMALL = Architecture(
     vocab_size=101, hidden_size=60, num_layers=2, num_heads=3, ffn_size=77, max_positions=64, token_types=2
 )
+DISTIL = replace(SMALL, model_type="distilbert", token_types=0)
 
 
 def _model(architecture=SMALL, **options):
@@ -177,7 +178,7 @@ def test_token_type_zero_is_added():
     with torch.no_grad():
         table.weight[0] += torch.arange(60)  # not one constant: LayerNorm would take that away again
     assert ((model.encoder(ids, positions, layout) - before).abs().amax(1) > 0.1).all()
-    assert not any("token_type" in name for name in MaskedLM(replace(SMALL, token_types=0)).state_dict())
+    assert not any("token_type" in name for name in MaskedLM(DISTIL).state_dict())
 
 
 def test_padded_vocabulary():
@@ -258,7 +259,7 @@ def test_initial_weights():
 
 
 def test_parameter_count_is_the_architectures():
-    for architecture in (SMALL, replace(SMALL, token_types=0, vocab_size=128, num_layers=3)):
+    for architecture in (SMALL, replace(DISTIL, vocab_size=128, num_layers=3)):
         model = MaskedLM(architecture)
         padding = (architecture.padded_vocab_size - architecture.vocab_size) * (architecture.hidden_size + 1)
         assert sum(p.numel() for p in model.parameters()) - padding == architecture.num_parameters

@@ -1,7 +1,11 @@
-"""Teachers of RoBERTa's shape and multilingual BERT: read, distilled, exported, and the same numbers in transformers."""
+"""Every family of encoders: read, distilled, exported, and the same numbers in transformers.
+
+Most tests are made from the entries of FAMILIES, so that they test a new entry too. The whole way, from text to an
+export, is gone with a teacher of RoBERTa's shape and with multilingual BERT.
+"""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,15 @@ from safetensors.torch import load_file
 from fastdistil.data import tokenizer
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.kernels.linear_distill import linear_distill_loss, linear_distill_loss_reference
-from fastdistil.model.architecture import Architecture, read_architecture
+from fastdistil.model.architecture import Architecture, from_record, read_architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import load_masked_lm, student_from_teacher, write_hugging_face_folder
+from fastdistil.model.families import FAMILIES, unused_positions
+from fastdistil.model.weights import (
+    hugging_face_config,
+    load_masked_lm,
+    student_from_teacher,
+    write_hugging_face_folder,
+)
 from tests.support import launch
 from tests.support.launch import options
 from tests.support.models import one_by_one, random_model, save_random
@@ -34,12 +44,23 @@ def batch(lengths: list[int], vocab_size: int):
     return ids, positions, sequence_layout(lengths, "cpu")
 
 
-@pytest.mark.parametrize("class_name", ["RobertaModel", "RobertaForMaskedLM"])
+HEADS = [family.masked_lm for family in FAMILIES.values()]
+BARE = [name.replace("ForMaskedLM", "Model") for name in HEADS]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_an_old_config_lacks_is_what_transformers_assumes(model_type):
+    family, config = FAMILIES[model_type], transformers.AutoConfig.for_model(model_type)
+    assumed = {field: getattr(config, name) for field, name in family.fields.items() if field in family.defaults}
+    assert assumed == family.defaults
+    assert getattr(config, family.activation) == "gelu"
+
+
+@pytest.mark.parametrize("class_name", [*BARE, *HEADS])
 def test_hidden_states_and_logits_are_transformers(class_name, tmp_path):
     model = save_random(class_name, tmp_path)
-    ours = load_masked_lm(tmp_path, need_head=class_name != "RobertaModel").eval()
-    assert ours.architecture.max_positions == 512  # of 514 rows: positions begin at pad_id + 1
-    lengths = [5, 1, 512]
+    ours = load_masked_lm(tmp_path, need_head=class_name in HEADS).eval()
+    lengths = [5, 1, ours.architecture.max_positions]
     inputs = batch(lengths, 101)
     hidden, logits = one_by_one(model, inputs[0], lengths)
     with torch.no_grad():
@@ -48,30 +69,42 @@ def test_hidden_states_and_logits_are_transformers(class_name, tmp_path):
             torch.testing.assert_close(ours(*inputs), logits, rtol=0, atol=2e-5)
 
 
-def test_what_was_read_is_written(tmp_path):
-    """Every tensor but the two rows of positions that no token has, which come back as zeros."""
+@pytest.mark.parametrize("class_name", HEADS)
+def test_what_was_read_is_written(class_name, tmp_path):
+    """Every tensor but the rows of positions that no token has, which come back as zeros; every size in config.json."""
     source, out = tmp_path / "source", tmp_path / "out"
-    save_random("RobertaForMaskedLM", source)
+    save_random(class_name, source)
     (source / "vocab.txt").write_text("\n".join(f"w{i}" for i in range(101)) + "\n")
     ours = load_masked_lm(source, need_head=True)
+    family, unused = ours.architecture.family, ours.architecture.unused_positions
     out.mkdir()
     write_hugging_face_folder(ours.state_dict(), ours.architecture, source, out)
     before, after = (load_file(f / "model.safetensors") for f in (source, out))
-    assert before.keys() - after.keys() <= {"lm_head.decoder.weight", "lm_head.decoder.bias"}
+    assert before.keys() - after.keys() <= family.aliases.keys()
     for name, value in after.items():
         if name.endswith("position_embeddings.weight"):
-            assert torch.equal(value[2:], before[name][2:])
-            assert not value[:2].any()
+            assert torch.equal(value[unused:], before[name][unused:])
+            assert not value[:unused].any()
         else:
             assert torch.equal(value, before[name]), name
-    config = json.loads((out / "config.json").read_text())
+    told, tells = (json.loads((f / "config.json").read_text()) for f in (source, out))
+    names = ["model_type", "architectures", family.activation, *family.fields.values(), *family.constants]
+    assert {name: tells[name] for name in names} == {name: told.get(name, tells[name]) for name in names}
+
+
+def test_a_robertas_positions_begin_after_its_padding(tmp_path):
+    save_random("RobertaForMaskedLM", tmp_path)
+    architecture = read_architecture(tmp_path)
+    assert (architecture.max_positions, architecture.unused_positions) == (512, 2)  # of 514 rows
+    config = hugging_face_config(architecture)
     assert (config["model_type"], config["max_position_embeddings"]) == ("roberta", 514)
-    assert (config["type_vocab_size"], config["pad_token_id"]) == (1, 1)
-    assert config["layer_norm_eps"] == 1e-5
+    assert (config["type_vocab_size"], config["pad_token_id"], config["layer_norm_eps"]) == (1, 1, 1e-5)
+    assert [unused_positions(name, 1) for name in ("roberta", "bert", "gpt2")] == [2, 0, 0]
 
 
-def test_a_student_of_its_layers_loads_whole(tmp_path):
-    save_random("RobertaForMaskedLM", tmp_path / "teacher")
+@pytest.mark.parametrize("class_name", HEADS)
+def test_a_student_of_its_layers_loads_whole(class_name, tmp_path):
+    save_random(class_name, tmp_path / "teacher")
     teacher = load_masked_lm(tmp_path / "teacher", need_head=True)
     student = student_from_teacher(
         teacher, (0, 4), replace(teacher.architecture, num_layers=2), copy_transform=True
@@ -82,7 +115,7 @@ def test_a_student_of_its_layers_loads_whole(tmp_path):
     write_hugging_face_folder(student.state_dict(), student.architecture, tmp_path, out)
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     theirs, loading = load(out, output_loading_info=True)
-    assert type(theirs) is transformers.RobertaForMaskedLM
+    assert type(theirs).__name__ == class_name
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     lengths = [9, 30]
     inputs = batch(lengths, 101)
@@ -91,12 +124,49 @@ def test_a_student_of_its_layers_loads_whole(tmp_path):
         torch.testing.assert_close(student(*inputs), logits, rtol=0, atol=2e-5)
 
 
-def test_run_folders_of_older_versions_still_say_what_they_were():
-    old: dict[str, Any] = {"vocab_size": 9, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4, "max_positions": 4}  # fmt: skip
-    assert Architecture(**old, token_types=0).model_type == "distilbert"
-    assert Architecture(**old, token_types=2).model_type == "bert"
-    with pytest.raises(ValueError, match="true wants token types"):
-        Architecture(**old, token_types=0, roberta=True)
+def test_a_student_of_a_roberta_is_one(tmp_path):
+    save_random("RobertaForMaskedLM", tmp_path)
+    teacher = load_masked_lm(tmp_path, need_head=True)
+    bert = replace(teacher.architecture, model_type="bert")
+    distilbert = replace(bert, model_type="distilbert", token_types=0, layer_norm_eps=1e-12)
+    for other in (bert, distilbert):
+        with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary and positions"):
+            student_from_teacher(teacher, range(5), other, copy_transform=True)
+
+
+@pytest.mark.parametrize(
+    ("says", "model_type"),
+    [
+        ({"token_types": 0}, "distilbert"),
+        ({"token_types": 2}, "bert"),
+        ({"token_types": 0, "roberta": False}, "distilbert"),
+        ({"token_types": 2, "roberta": False}, "bert"),
+        ({"token_types": 1, "roberta": True, "pad_id": 1}, "roberta"),
+    ],
+    ids=str,
+)
+def test_run_folders_of_older_versions_still_say_what_they_were(says, model_type):
+    sizes = {"vocab_size": 9, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4, "max_positions": 4}
+    architecture = from_record({**sizes, **says})
+    assert architecture.model_type == model_type
+    assert from_record(asdict(architecture)) == architecture
+
+
+@pytest.mark.parametrize("record", [None, [1], "x", {}, {"vocab_size": 9}, {"colour": 1}], ids=str)
+def test_a_record_that_is_no_architecture_is_refused(record):
+    with pytest.raises(
+        ValueError, match=r"not iterable|sequence|missing \d+ required|unexpected keyword argument 'colour'"
+    ):
+        from_record(record)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, ["bert"], 3], ids=str)
+def test_an_unknown_family_is_refused(model_type):
+    sizes = {"vocab_size": 9, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4, "max_positions": 4}
+    with pytest.raises(ValueError, match="model_type must be one of bert, distilbert, roberta, got"):
+        Architecture(**sizes, token_types=2, model_type=model_type)
+    with pytest.raises(ValueError, match="token_types must be an integer of 1 or more, got 0"):
+        Architecture(**sizes, token_types=0, model_type="roberta")
 
 
 def test_a_config_without_room_for_a_position_is_refused(tmp_path):
@@ -175,7 +245,7 @@ def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_si
     teacher, shards, run, out = (tmp_path / n for n in ("teacher", "shards", "run", "export"))
     if recipe == "distilroberta":
         words = byte_level_tokenizer(tmp_path / "words")
-        make_teacher(teacher, words, token_types=1, roberta=True)
+        make_teacher(teacher, words, token_types=1, model_type="roberta")
     else:
         make_teacher(teacher, cased_word_pieces(tmp_path / "words", vocab_size), token_types=2)
     prepared = options(tokenizer=teacher, max_length=64, out=shards)
@@ -227,7 +297,7 @@ def test_the_loss_at_a_multilingual_vocabulary_equals_its_definition():
     teacher_weight, bias = torch.randn(padded, width), torch.zeros(padded, requires_grad=True)
     labels = torch.tensor([0, -100, vocab_size - 1, -100, 7, 119_546])
     arguments = (hidden, weight, bias, teacher_hidden, teacher_weight, torch.zeros(padded), labels)
-    scales: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.5, "mlm_scale": 0.25, "vocab_size": vocab_size}  # fmt: skip
+    scales: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.5, "mlm_scale": 0.25, "vocab_size": vocab_size}
     ours = linear_distill_loss(*arguments, **scales)
     ours.loss.backward()
     got = [t.grad.clone() for t in (hidden, weight, bias) if t.grad is not None]
@@ -244,7 +314,7 @@ def test_the_loss_at_a_multilingual_vocabulary_equals_its_definition():
 
 def test_a_roberta_has_no_distilbert_for_a_student(tmp_path, texts):
     words = byte_level_tokenizer(tmp_path / "words")
-    teacher = make_teacher(tmp_path / "teacher", words, token_types=1, roberta=True)
+    teacher = make_teacher(tmp_path / "teacher", words, token_types=1, model_type="roberta")
     shards = tmp_path / "shards"
     launch.run("fastdistil.prepare", texts, *options(tokenizer=teacher, max_length=64, out=shards))
     given = options(data__shards=shards, teacher__path=teacher, out=tmp_path / "run")

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import (
-    hugging_face_class,
     hugging_face_config,
     hugging_face_state,
     load_masked_lm,
@@ -261,7 +260,9 @@ def test_layer_map_must_fit(teacher, layers):
 
 
 @pytest.mark.parametrize(
-    "change", [{"ffn_size": 60}, {"num_heads": 4}, {"vocab_size": 100}, {"token_types": 1}], ids=str
+    "change",
+    [{"ffn_size": 60}, {"num_heads": 4}, {"vocab_size": 100}, {"model_type": "bert", "token_types": 1}],
+    ids=str,
 )
 def test_sizes_must_fit(teacher, change):
     architecture = replace(student_of(teacher.architecture, num_layers=1), **change)
@@ -315,7 +316,9 @@ def test_exported_names_and_shapes():
 def test_export_refusals(teacher, tmp_path):
     architecture = teacher.architecture
     with pytest.raises(ValueError, match="a DistilBERT, whose layer_norm_eps is 1e-12, got 1e-05"):
-        hugging_face_class(replace(architecture, token_types=0, layer_norm_eps=1e-5))
+        replace(architecture, model_type="distilbert", token_types=0, layer_norm_eps=1e-5)
+    with pytest.raises(ValueError, match="a DistilBERT, whose token_types is 0, got 2"):
+        replace(architecture, model_type="distilbert")
     incomplete = {k: v for k, v in teacher.state_dict().items() if k != "head.bias"}
     with pytest.raises(ValueError, match=r"not the weights of this architecture: 1 missing \(head\.bias\)"):
         hugging_face_state(incomplete, architecture)

@@ -18,7 +18,7 @@ def to_means(sums: list[float], tokens: int, _masked: int) -> dict[str, float]:
 
 
 def journal(writer: metrics.MetricsWriter | None = None, **changes: object) -> metrics.Journal:
-    given = dict(num_sums=2, to_means=to_means, flops=FlopsPerToken(teacher=1.0, student=2.0, heads=0.0, scores=0.0), peak=1e6, num_updates=100,
+    given = dict(num_sums=2, to_means=to_means, flops=FlopsPerToken(teacher=1.0, student=2.0), peak=1e6, num_updates=100,
                  device=torch.device("cpu"))  # fmt: skip
     return metrics.Journal(writer, **given | changes)  # type: ignore[arg-type]
 

@@ -42,13 +42,9 @@ ROBERTA: dict[str, Any] = BERT | {
 
 def random_model(class_name: str, seed: int = 0, **sizes: Any) -> Any:
     """A transformers model of odd sizes, every parameter random: fresh biases and LayerNorms would hide mistakes."""
-    if class_name.startswith("Distil"):
-        config = transformers.DistilBertConfig(**(DISTILBERT | sizes))
-    elif class_name.startswith("Roberta"):
-        config = transformers.RobertaConfig(**(ROBERTA | sizes))
-    else:
-        config = transformers.BertConfig(**(BERT | sizes))
-    model = getattr(transformers, class_name)(config).eval()
+    kind = getattr(transformers, class_name)
+    usual = {"distilbert": DISTILBERT, "roberta": ROBERTA}.get(kind.config_class.model_type, BERT)
+    model = kind(kind.config_class(**(usual | sizes))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

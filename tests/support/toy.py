@@ -10,6 +10,7 @@ from fastdistil.data import shards, tokenizer
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import write_hugging_face_folder
+from fastdistil.run import files
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(96))]
 SPECIAL_IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
@@ -46,15 +47,15 @@ def make_shards(folder: Path, *, num_sequences: int = 400, seed: int = 0) -> Pat
         dropped_short=0,
         dropped_unknown=0,
         text_bytes=0,
-        counts_sha256=shards.file_sha256(folder / shards.COUNTS_FILE),
+        counts_sha256=files.sha256(folder / shards.COUNTS_FILE),
         preparation={"sources": ["toy"]},
         shards=tuple(parts),
     )
-    shards.write_json(folder / shards.META_FILE, meta)
+    shards.write_meta(folder, meta)
     return folder
 
 
-def architecture(**changes: int | float) -> Architecture:
+def architecture(**changes: int | float | str) -> Architecture:
     """A BERT of 4 layers and 32 wide on the toy vocabulary."""
     sizes = dict(
         vocab_size=len(VOCABULARY),
@@ -86,6 +87,7 @@ def student_of(
     """DistilBERT's student of a teacher: the same widths, fewer layers, no token types."""
     return replace(
         teacher,
+        model_type="distilbert",
         num_layers=num_layers,
         token_types=0,
         dropout=dropout,

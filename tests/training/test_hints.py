@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     toy.make_teacher(root / "teacher", toy.make_shards(root / "shards"))
     for name, sizes in (("same", {}), ("narrow", {"hidden_size": 24, "num_heads": 3})):
         off = {"dropout": 0.0, "attention_dropout": 0.0}
-        architecture = toy.architecture(num_layers=2, token_types=0, **off, **sizes)
+        architecture = toy.architecture(model_type="distilbert", num_layers=2, token_types=0, **off, **sizes)
         student = MaskedLM(architecture, generator=torch.Generator().manual_seed(5))
         with torch.no_grad():
             for p in student.parameters():

@@ -26,12 +26,13 @@ def model(num_layers: int, width: int, **changes) -> Architecture:
         num_heads=width // 32,
         ffn_size=4 * width,
         max_positions=128,
+        model_type="distilbert",
         token_types=0,
     )
     return replace(plain, **changes)
 
 
-MINILM = Case(student=model(2, 256), teacher=model(3, 256, token_types=2), tokens=1024)
+MINILM = Case(student=model(2, 256), teacher=model(3, 256, model_type="bert", token_types=2), tokens=1024)
 DEEP = replace(MINILM, student=model(8, 128), teacher=model(2, 128), tokens=2048)
 ALONE = {
     "fp32": MINILM,

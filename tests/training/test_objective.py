@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
 
 
 def make_student(root: Path, device: torch.device = DEVICE) -> MaskedLM:
-    architecture = toy.architecture(num_layers=2, token_types=0, dropout=0.0, attention_dropout=0.0)
+    architecture = toy.architecture(
+        model_type="distilbert", num_layers=2, token_types=0, dropout=0.0, attention_dropout=0.0
+    )
     teacher = load_masked_lm(root / "teacher", need_head=True)
     return student_from_teacher(
         teacher, spread(2, 4), architecture, copy_transform=False, generator=torch.Generator().manual_seed(5)

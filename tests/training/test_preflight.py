@@ -48,7 +48,9 @@ def edit(path: Path, **changes) -> None:
 
 def test_a_good_configuration_is_resolved(root):
     r = resolve(config(root), world_size=2)
-    assert r.student == replace(read_architecture(root / "teacher"), num_layers=2, token_types=0)
+    assert r.student == replace(
+        read_architecture(root / "teacher"), model_type="distilbert", num_layers=2, token_types=0
+    )
     assert r.layers == (0, 3)
     assert r.micro_batches_per_update == 2
 

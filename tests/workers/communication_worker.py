@@ -50,7 +50,8 @@ def main(precision: str) -> None:
     config = replace(Config(), engine=settings, loss=LossConfig(kd=0, mlm=1, cosine=0))
     found = {}
     for stage in (0, 1, 2, 3):
-        objective = Objective(MaskedLM(toy.architecture(num_layers=2, token_types=0)), config.loss)
+        student = MaskedLM(toy.architecture(model_type="distilbert", num_layers=2, token_types=0))
+        objective = Objective(student, config.loss)
         num_parameters = sum(p.numel() for p in objective.parameters())
         trainer = DeepSpeedEngine(objective, config, stage=stage, accumulation=2, place=place)
         phases = {}
