@@ -1,11 +1,11 @@
-"""Making micro-batches ahead of the device, against Hugging Face's DataLoader and collator, in turn, on the same sequences.
+"""Making micro-batches ahead of the device, against Hugging Face's DataLoader and collator, in turn, on the same text.
 
     python -m benchmarks.bench_data [--shards wiki] [--token-budget 16384]
 
-Without --shards the text is what is installed (`prepare docs:`). The peer pads each batch to its longest sequence and draws its
-masks without weights; only real tokens count on both sides. Loaders are timed from their first batch to their last, at the
-speed at which they deliver to a training process that does nothing else. What a training process itself spends
-on a micro-batch is timed while two workers are ahead of it, as they are beside a step of 20 ms.
+Without --shards the text is the documentation of installed packages. The peer pads each batch to its longest sequence
+and draws its masks without weights; only real tokens count on both sides. Loaders are timed from their first batch to
+their last, at the speed at which they deliver to a training process that does nothing else. What a training process
+itself spends on a micro-batch is timed while two workers are ahead of it, as they are beside a step of 20 ms.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import transformers
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from benchmarks import docstrings
 from benchmarks._harness import OURS, RESULTS, device_name, stamp
 from fastdistil.data import batches as data
 from fastdistil.data import shards
@@ -86,7 +87,8 @@ def main() -> None:
         measure(args.shards, args, args.shards.name)
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fastdistil.prepare", "docs:", "--tokenizer", "train:8000"]
+        docstrings.write(Path(folder) / "docs.jsonl")
+        command = [sys.executable, "-m", "fastdistil.prepare", f"{folder}/docs.jsonl", "--tokenizer", "train:8000"]
         subprocess.run([*command, "--out", f"{folder}/docs"], check=True, capture_output=True)
         measure(Path(folder) / "docs", args, "installed documentation")
 

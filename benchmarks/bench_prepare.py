@@ -2,12 +2,13 @@
 
     python -m benchmarks.bench_prepare [SOURCE] [--tokenizer T] [--rounds 3]
 
-Both sides in turn in one run, on all cores: the whole command with its start, its reading, cutting,
-counting, hashing and writing; and `encode_batch_fast` on the same documents, already in memory. A
-median of MB of UTF-8 text a second each, and the median of the ratios of neighbours: the target is
-0.9. The same ratio of processor seconds says what to expect where other work disturbs the clock.
-`docs:` and data sets are written to a JSONL file first, repeated to some 60 MB: parsing Python,
-fetching and starting are not the point.
+Both sides in turn in one run, on all cores: the whole command with its start, its reading, cutting, counting, hashing
+and writing; and `encode_batch_fast` on the same documents, already in memory. Printed are the median MB of UTF-8 text a
+second of each, and the median of the ratios of neighbours: the target is 0.9. The same ratio of processor seconds says
+what to expect where other work disturbs the clock.
+
+Without SOURCE the text is the documentation of installed packages. It and data sets are written to a JSONL file first,
+repeated to some 60 MB: parsing Python, fetching and starting are not the point.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import docstrings
 from fastdistil.data import sources, tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
@@ -30,23 +32,29 @@ def _cpu_seconds(who: int) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def read(spec: str | None) -> tuple[list[str], Path | None]:
+    """The documents of a source, and its path where it is files."""
+    if spec is None:
+        return docstrings.documents(*docstrings.PACKAGES), None
+    (source,) = sources.resolve((spec,))
+    return list(source.documents(sources.Options())), Path(spec) if source.files else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", nargs="?", default="docs:")
+    parser.add_argument("source", nargs="?")
     parser.add_argument("--tokenizer", default="train:30522")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 
-    (source,) = sources.resolve((arguments.source,))
-    documents = list(source.documents(sources.Options()))
+    documents, path = read(arguments.source)
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
     repeats = 1
-    if source.kind != "files":  # short texts would measure the start of the processes
+    if path is None:  # short texts would measure the start of the processes
         repeats = max(1, round(60 / megabytes))
         documents, megabytes = documents * repeats, megabytes * repeats
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(arguments.source)
-        if source.kind != "files":
+        if path is None:
             path = Path(folder) / "text.jsonl"
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
         tokenizer_path = Path(arguments.tokenizer)
@@ -70,7 +78,7 @@ def main() -> None:
             whole.append(megabytes / (time.perf_counter() - start))
             whole_cpu.append(_cpu_seconds(resource.RUSAGE_CHILDREN) - cpu)
     result = {
-        "source": Path(arguments.source).name,
+        "source": Path(arguments.source).name if arguments.source else "installed documentation",
         "megabytes": round(megabytes, 1),
         "tokenizers_mb_s": round(statistics.median(bare), 2),
         "prepare_mb_s": round(statistics.median(whole), 2),

@@ -1,6 +1,7 @@
 """The main job at a size for two cores: text -> teacher -> student -> Hugging Face -> one table. `make demo` runs it.
 
-Every step is the command a user would type, printed before it runs. A second start goes on where the first one stopped.
+The text is the documentation of installed packages, written to docs.jsonl. Every further step is the command a user
+would type, printed before it runs. A second start goes on where the first one stopped.
 """
 
 import argparse
@@ -13,12 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import docstrings
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
 
+RANDOM = "mlm --student.init random --student.hidden-size 128 --student.num-heads 4"
 RECIPES = {
-    "teacher": "mlm --student.num-layers 4 --student.hidden-size 128 --student.num-heads 4 --student.token-types 2 --optim.duration 640",
-    "student": "quickstart --optim.duration 240",
-    "baseline": "mlm --student.num-layers 2 --student.hidden-size 128 --student.num-heads 4 --optim.duration 240",
+    "teacher": f"{RANDOM} --student.num-layers 4 --student.token-types 2 --optim.duration 640",
+    "student": "quickstart --student.copy-transform --optim.duration 240",
+    "baseline": f"{RANDOM} --student.num-layers 2 --optim.duration 240",
 }
 COMMON = (
     "--optim.unit updates --optim.lr 2e-3 --batch.size 2048 --batch.unit tokens --batch.token-budget 2048 "
@@ -34,7 +38,10 @@ def run(*words: object) -> None:
 
 
 def measure(out: Path) -> dict[str, dict[str, float]]:
-    """Masked-LM loss, top-1 agreement with the teacher, parameters and forward speed of the three exports, by transformers."""
+    """What the three exports are worth, by transformers.
+
+    For each its masked-LM loss, top-1 agreement with the teacher, parameters and forward speed.
+    """
     import numpy as np
     import torch
     import transformers
@@ -88,16 +95,13 @@ def main() -> int:
     cli.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo")
     out: Path = cli.parse_args().out
     begin = time.perf_counter()
-    prepare = ("docs:", "--tokenizer", "train:4096", "--max-length", "128", "--out", out / "shards")
-    run("fastdistil.prepare", *prepare)
+    docstrings.write(out / "docs.jsonl")
+    prepare = ("--tokenizer", "train:4096", "--max-length", "128", "--out", out / "shards")
+    run("fastdistil.prepare", out / "docs.jsonl", *prepare)
     for name, recipe in RECIPES.items():
-        extra = ("--teacher.path", out / "teacher") if name == "student" else ()
-        if name == "student":
-            extra = (*extra, "--student.copy-transform")
-        else:
-            extra = (*extra, "--student.init", "random")
+        teacher = ("--teacher.path", out / "teacher") if name == "student" else ()
         common = ("--data.shards", out / "shards", "--out", out / f"{name}-run", *COMMON.split())
-        run("fastdistil.pretrain", *recipe.split(), *extra, *common)
+        run("fastdistil.pretrain", *recipe.split(), *teacher, *common)
         run("fastdistil.export", out / f"{name}-run", "--out", out / name, "--overwrite")
     table = measure(out)
     (out / "table.json").write_text(json.dumps(table, indent=1))
@@ -106,19 +110,14 @@ def main() -> int:
     for name, row in table.items():
         loss, agreement, parameters, speed = row.values()
         print(f"{name:<10}{loss:>24.3f}{agreement:>24.1%}{int(parameters):>24,}{speed:>24,.0f}")
-    print(
-        f"\n{time.perf_counter() - begin:.0f} s; the models are in {out}: AutoModelForMaskedLM.from_pretrained({str(out / 'student')!r})"
-    )
+    load = f"AutoModelForMaskedLM.from_pretrained({str(out / 'student')!r})"
+    print(f"\n{time.perf_counter() - begin:.0f} s; the models are in {out}: {load}")
     student, baseline = table["student"], table["baseline"]
     ahead = (
         student["validation MLM loss"] < baseline["validation MLM loss"]
         and student["agreement with teacher"] > baseline["agreement with teacher"]
     )
-    print(
-        "the distilled student is ahead of the baseline"
-        if ahead
-        else "the distilled student is NOT ahead of the baseline"
-    )
+    print(f"the distilled student is {'' if ahead else 'NOT '}ahead of the baseline")
     return 0 if ahead else 1
 
 

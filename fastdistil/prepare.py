@@ -1,27 +1,23 @@
-"""Command: text -> tokenised, counted shards (`fastdistil.shards` has the format).
+"""Command: text -> tokenised, counted shards (`fastdistil.data.shards` has the format).
 
     python -m fastdistil.prepare wiki/ books.txt.gz --tokenizer bert-base-uncased --out data/wiki
-    python -m fastdistil.prepare docs: --tokenizer train:8192 --out data/docs
+    python -m fastdistil.prepare notes.jsonl --tokenizer train:8192 --out data/notes
 
-The main process reads the documents in order and deals batches of them to worker processes, which
-tokenise and cut them into sequences; the results are written in the order of the batches. So the
-bytes depend on the input and the arguments alone, neither on the number of workers nor on
-interruptions. After every shard progress.json says how far the text has come; the same command
-reads (and hashes, in case the text has changed) up to there and goes on.
+The main process reads the documents in order and deals batches of them to worker processes, which tokenise them and cut
+them into sequences; the results are written in the order of the batches. So the bytes depend on the input and the
+arguments alone, neither on the number of workers nor on interruptions. After every shard progress.json says how far the
+text has come; the same command reads (and hashes, in case the text has changed) up to there and goes on.
 
 Nothing heavy is imported before the arguments have been checked.
 """
 
 import errno
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -31,28 +27,30 @@ import tyro
 
 from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, encode_in_order, split_document
-from fastdistil.data.sources import PARQUET, Options, Source, resolve
+from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
+from fastdistil.run import files
+from fastdistil.run.command import command
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastdistil.data.sequences import Encoded
+    from fastdistil.data.sequences import Sequences
     from fastdistil.data.shards import Shard, ShardWriter
 
 LOG = logging.getLogger("fastdistil.prepare")
+META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"
-BATCH_BYTES = 2**20
-"""Text in a batch: large against the cost of sending it, small in memory and at the end."""
+LOCK_FILE = ".lock"
 SAMPLE_BYTES = 10**8
 """Text that train:SIZE sees, evenly spaced over the sources: it is kept in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class PrepareConfig:
     """Turn text into token shards for `fastdistil.pretrain`."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
-    """Files or folders (text, JSONL, Parquet), hf:NAME[:CONFIG], or docs: (what is installed)."""
+    """Files or folders (text, JSONL, Parquet), or data sets: hf:NAME[:CONFIG]."""
     tokenizer: str
     """A Hugging Face folder, a tokenizer.json, a vocab.txt, a name on the hub, or train:SIZE."""
     out: Path
@@ -78,7 +76,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("no source: give files, folders, hf:NAME or docs:")
+            raise ValueError("no source: give files, folders or hf:NAME")
         for name, smallest in (("max_length", SHORTEST), ("shard_tokens", 1), ("workers", 1)):
             if getattr(self, name) < smallest:
                 option = name.replace("_", "-")
@@ -90,32 +88,7 @@ class Config:
 
 
 @dataclass(kw_only=True, slots=True)
-class Batch:
-    """Consecutive documents, and how far on the disk the sources were read for them."""
-
-    documents: list[bytes]
-    num_bytes_read: int
-
-
-def read_batches(read: list[Source], options: Options) -> Iterator[Batch]:
-    """All documents in batches of BATCH_BYTES of text, or of one document where that is longer."""
-    documents: list[bytes] = []
-    num_bytes = before = 0
-    for source in read:
-        for text in source.documents(options):
-            # JSON can spell lone surrogates, which UTF-8 cannot: they become question marks.
-            documents.append(text.encode(errors="replace"))
-            num_bytes += len(documents[-1])
-            if num_bytes >= BATCH_BYTES:
-                yield Batch(documents=documents, num_bytes_read=before + source.num_bytes_read)
-                documents, num_bytes = [], 0
-        before += source.num_bytes
-    if documents:
-        yield Batch(documents=documents, num_bytes_read=before)
-
-
-@dataclass(kw_only=True, slots=True)
-class Text:
+class ShardText:
     """The text behind one shard, as progress.json keeps it."""
 
     num_batches: int = 0
@@ -125,7 +98,7 @@ class Text:
     dropped_unknown: int = 0
     text_sha256: str = ""
 
-    def add(self, batch: Batch, digest: Any) -> None:
+    def add(self, batch: DocumentBatch, digest: Any) -> None:
         """Count the batch and feed its text to `digest`, a running SHA-256."""
         self.num_batches += 1
         self.num_documents += len(batch.documents)
@@ -136,208 +109,168 @@ class Text:
         self.text_sha256 = digest.hexdigest()
 
 
-def prepare(config: Config) -> None:
+def prepare(config: PrepareConfig) -> None:
     """Do what the command line says. Raises ValueError or OSError with a message for the user."""
-    read = resolve(config.sources)
+    sources = resolve(config.sources)
     spec = tokenizer.parse_spec(config.tokenizer, cased=config.cased)
     preparation = {
-        "sources": [source.record(config.options) for source in read],
+        "sources": [source.record(config.options) for source in sources],
         "tokenizer": tokenizer.spec_record(spec),
-        "text_field": config.text_field,
-        "errors": config.errors,
-        "cased": config.cased,
-        "max_length": config.max_length,
-        "shard_tokens": config.shard_tokens,
+        **{name: getattr(config, name) for name in ("text_field", "errors", "cased", "max_length", "shard_tokens")},
     }
-    with _locked(config.out):
+    _refuse_foreign_folder(config.out)
+    with files.Lock(config.out / LOCK_FILE, f"--out {config.out}"):
         progress = _open_folder(config, preparation)
         if progress is None:
-            LOG.info("%s is prepared already with these arguments", config.out)
+            LOG.info(f"{config.out} is prepared already with these arguments")
             return
-        _write_shards(config, read, spec, progress)
+        _provide_tokenizer(config, sources, spec, progress)
+        shards, texts, counts = _write_shards(config, sources, progress)
+        _finish(config, preparation, shards, texts, counts)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing, for this process alone."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file: name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--out {folder}: another process is preparing into it") from None
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+def _refuse_foreign_folder(out: Path) -> None:
+    """ValueError where --out is a file, or holds files but no preparation; nothing in it is touched."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # A run that was killed in its first moments left its lock and perhaps a progress.json that was being written.
+    if names - {LOCK_FILE, f"{PROGRESS_FILE}.part"} and not names & {META_FILE, PROGRESS_FILE}:
+        raise ValueError(f"--out {out} holds other files: name a new or an empty folder")
 
 
-def _open_folder(config: Config, preparation: dict[str, Any]) -> dict[str, Any] | None:
+def _open_folder(config: PrepareConfig, preparation: dict[str, Any]) -> dict[str, Any] | None:
     """The progress to go on from in the folder, None where it holds the finished result.
 
-    Raises ValueError where it holds something else.
+    Raises ValueError where it holds a preparation with other arguments.
     """
     out = config.out
-    present = [out / name for name in ("meta.json", PROGRESS_FILE) if (out / name).is_file()]
+    present = [out / name for name in (META_FILE, PROGRESS_FILE) if (out / name).is_file()]
     for path in () if config.overwrite else present:
-        try:
-            found = json.loads(path.read_bytes())
-            there = found["preparation"]
-            differ = [key for key in preparation if there.get(key) != preparation[key]]
-            num_shards = len(found["shards"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): begin anew with --overwrite") from None
+        found = files.read_json(path, fix="begin anew with --overwrite")
+        there, shards = found.get("preparation"), found.get("shards")
+        if not isinstance(there, dict) or not isinstance(shards, list):
+            raise ValueError(f"{path} is damaged: begin anew with --overwrite")
+        differ = [key for key in preparation if there.get(key) != preparation[key]]
+        if not differ and path.name == META_FILE:
+            (out / PROGRESS_FILE).unlink(missing_ok=True)  # where a run was killed in its last moment
+            return None
         if not differ:
-            return None if path.name == "meta.json" else found
-        if num_shards:
+            return found
+        if shards:
             raise ValueError(
-                f"--out {out} holds a preparation with other arguments ({', '.join(differ)} "
-                f"differ, see {path}): name another folder, or replace it with --overwrite"
+                f"--out {out} holds a preparation with other arguments ({', '.join(differ)} differ, see {path}): "
+                "name another folder, or replace it with --overwrite"
             )
-    if not present and any(out.iterdir()):
-        raise ValueError(f"--out {out} holds other files: name a new or an empty folder")
-    shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    for path in (*present, *out.glob("shard-*"), out / "counts.npy"):
+    # The new progress is there before the old result goes, so that a run which is killed in between can be taken up.
+    progress = {"preparation": preparation, "tokenizer_sha256": None, "shards": []}
+    files.write_json(out / PROGRESS_FILE, progress, durable=True)
+    for path in (out / META_FILE, *out.glob("shard-*")):
         path.unlink(missing_ok=True)
-    return {"preparation": preparation, "tokenizer_sha256": None, "shards": []}
+    return progress
 
 
-def _make_tokenizer(config: Config, read: list[Source], spec: tokenizer.Spec) -> None:
-    """Write the tokenizer folder of the preparation."""
+def _provide_tokenizer(
+    config: PrepareConfig, sources: list[Source], spec: tokenizer.Spec, progress: dict[str, Any]
+) -> None:
+    """Write the tokenizer folder of the preparation, unless an interrupted run has.
+
+    Raises ValueError where the one of an interrupted run was changed since.
+    """
+    folder = config.out / "tokenizer"
+    if progress.get("tokenizer_sha256") is not None:
+        if files.sha256(folder / "tokenizer.json") != progress["tokenizer_sha256"]:
+            raise ValueError(f"{folder / 'tokenizer.json'} was changed: begin anew with --overwrite")
+        return
     if isinstance(spec, int):
-        LOG.info("training a WordPiece of %d tokens", spec)
+        LOG.info(f"training a WordPiece of {spec} tokens")
         names = tokenizer.SPECIAL_TOKENS
-        made = tokenizer.train(_sample(config, read), spec, cased=config.cased)
+        made = tokenizer.train(_sample(config, sources), spec, cased=config.cased)
     else:
         path = tokenizer.fetch(spec) if isinstance(spec, str) else spec
         tokenizer.special_ids(path)  # a missing one is an error here rather than in a worker
         names = tokenizer.special_tokens(path)
         made = tokenizer.load(path, cased=config.cased)
-    tokenizer.save(made, config.out / "tokenizer", names=names, max_length=config.max_length)
+    shutil.rmtree(folder, ignore_errors=True)  # that of a preparation which is being replaced
+    tokenizer.save(made, folder, names=names, max_length=config.max_length)
+    progress["tokenizer_sha256"] = files.sha256(folder / "tokenizer.json")
+    files.write_json(config.out / PROGRESS_FILE, progress, durable=True)
 
 
-def _sample(config: Config, read: list[Source]) -> Iterator[str]:
-    """Every k-th document such that about SAMPLE_BYTES come together, and never more."""
-    # Compressed text becomes about three times as long; where the size is unknown, the beginning.
-    total = 0
-    for source in read:
-        for _, path in source.files:
-            packed = path.suffix.lower() in (".gz", *PARQUET)
-            total += path.stat().st_size * (3 if packed else 1)
-    documents = chain.from_iterable(batch.documents for batch in read_batches(read, config.options))
+def _sample(config: PrepareConfig, sources: list[Source]) -> Iterator[str]:
+    """Every k-th document such that about SAMPLE_BYTES come together, and never more.
+
+    Where the size of the text is unknown, it is the beginning.
+    """
+    every = max(1, -(-sum(source.num_text_bytes for source in sources) // SAMPLE_BYTES))
+    documents = chain.from_iterable(batch.documents for batch in read_batches(sources, config.options))
     room = SAMPLE_BYTES
-    for document in islice(documents, 0, None, max(1, -(-total // SAMPLE_BYTES))):
+    for document in islice(documents, 0, None, every):
         yield from split_document(document[:room].decode(errors="ignore"))
         room -= len(document)
         if room <= 0:
             return
 
 
-def _write_shards(config: Config, read: list[Source], spec: tokenizer.Spec, progress: dict[str, Any]) -> None:
-    """Everything after the arguments have been checked."""
+def _write_shards(
+    config: PrepareConfig, sources: list[Source], progress: dict[str, Any]
+) -> "tuple[list[Shard], list[ShardText], np.ndarray]":
+    """The shards, the texts behind them, and how often each id occurs, int64 (vocab_size,).
+
+    There is one text more than shards: what came after the last shard, of which no sequence was kept.
+    """
     import numpy as np
     from tqdm import tqdm
 
     from fastdistil.data import shards as shard_format
 
     out = config.out
-    shard_format.write_json(out / PROGRESS_FILE, progress)
-    tokenizer_file = out / "tokenizer" / "tokenizer.json"
-    if progress.get("tokenizer_sha256") is None:
-        _make_tokenizer(config, read, spec)
-        progress["tokenizer_sha256"] = shard_format.file_sha256(tokenizer_file)
-        shard_format.write_json(out / PROGRESS_FILE, progress)
-    elif shard_format.file_sha256(tokenizer_file) != progress["tokenizer_sha256"]:
-        raise ValueError(f"{tokenizer_file} was changed: begin anew with --overwrite")
-
-    vocab_size = len(tokenizer.read_vocabulary(tokenizer_file))
+    vocab_size = len(tokenizer.read_vocabulary(out / "tokenizer"))
     dtype = shard_format.token_dtype(vocab_size)
     counts = np.zeros(vocab_size, np.int64)
-    finished, texts = _finished_before(progress, out / PROGRESS_FILE)
-    batches = read_batches(read, config.options)
-    size = sum(source.num_bytes for source in read)
-    with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-        for shard, text in zip(finished, texts, strict=True):
+    shards, texts = _finished_before(progress, out / PROGRESS_FILE)
+    batches = read_batches(sources, config.options)
+    num_bytes = sum(source.num_bytes for source in sources)
+    with tqdm(total=num_bytes or None, unit="B", unit_scale=True, disable=None) as bar:
+        # What an interrupted run has finished is not encoded again: its text is read past, its tokens are counted.
+        for shard, text in zip(shards, texts, strict=True):
             _skip(text, batches, bar)
             counts += shard_format.count_tokens(out, shard, dtype, vocab_size)
-            LOG.info("%s was finished before: %d tokens", shard.name, shard.num_tokens)
+            LOG.info(f"{shard.name} was finished before: {shard.num_tokens} tokens")
+        # The workers encode what is left, and it is written shard by shard.
         encoded = encode_in_order(
-            batches,
-            lambda batch: batch.documents,
-            workers=config.workers,
-            tokenizer_folder=out / "tokenizer",
-            max_length=config.max_length,
+            batches, workers=config.workers, tokenizer_folder=out / "tokenizer", max_length=config.max_length
         )
         while True:
-            name = shard_format.shard_name(len(finished))
-            with shard_format.ShardWriter(out, name, dtype) as writer:
+            with shard_format.ShardWriter(out, shard_format.shard_name(len(shards)), dtype) as writer:
                 texts.append(_fill(writer, encoded, counts, config.shard_tokens, bar))
                 if not writer.num_sequences:  # the sources have come to their end
-                    break
-                finished.append(writer.finish())
-            entry = {"shard": asdict(finished[-1]), "text": asdict(texts[-1])}
-            progress["shards"].append(entry)
-            shard_format.write_json(out / PROGRESS_FILE, progress)
-            LOG.info("%s: %d tokens", name, writer.num_tokens)
-
-    totals = {
-        name: sum(getattr(text, name) for text in texts)
-        for name in ("num_documents", "text_bytes", "dropped_short", "dropped_unknown")
-    }
-    if not finished:
-        raise ValueError(
-            f"no sequence of {SHORTEST} or more tokens in {totals['num_documents']} documents: "
-            f"{totals['dropped_short']} sequences are shorter, {totals['dropped_unknown']} are half "
-            "or more unknown to the tokenizer"
-        )
-    meta = shard_format.Meta(
-        format_version=shard_format.FORMAT_VERSION,
-        dtype=dtype,
-        vocab_size=vocab_size,
-        special_ids=tokenizer.special_ids(out / "tokenizer"),
-        tokenizer_sha256=tokenizer.vocabulary_sha256(out / "tokenizer"),
-        max_length=config.max_length,
-        num_sequences=sum(shard.num_sequences for shard in finished),
-        num_tokens=sum(shard.num_tokens for shard in finished),
-        counts_sha256=shard_format.write_counts(out, counts),
-        preparation=progress["preparation"],
-        shards=tuple(finished),
-        **totals,
-    )
-    shard_format.write_json(out / shard_format.META_FILE, meta)
-    for path in (out / PROGRESS_FILE, *out.glob("*.part")):
-        path.unlink()
-    LOG.info(
-        "%s: %d tokens in %d sequences of %d documents; dropped %d short and %d unknown sequences",
-        out,
-        meta.num_tokens,
-        meta.num_sequences,
-        meta.num_documents,
-        meta.dropped_short,
-        meta.dropped_unknown,
-    )
+                    return shards, texts, counts
+                shard = writer.finish()
+            shards.append(shard)
+            progress["shards"].append({"shard": asdict(shard), "text": asdict(texts[-1])})
+            files.write_json(out / PROGRESS_FILE, progress, durable=True)
+            LOG.info(f"{shard.name}: {shard.num_tokens} tokens")
 
 
-def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard], list[Text]]":
+def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard], list[ShardText]]":
     """What an interrupted run has finished, by its progress.json at `path`; ValueError where that is damaged."""
     from fastdistil.data.shards import Shard, checked, shard_name
 
-    finished, texts = [], []
+    shards, texts = [], []
     for index, entry in enumerate(progress["shards"]):
         where = f"{path}: shards[{index}]"
         parts = entry if isinstance(entry, dict) else {}
-        finished.append(Shard(**checked(parts.get("shard"), Shard, where)))
-        texts.append(Text(**checked(parts.get("text"), Text, where)))
-        if finished[-1].name != shard_name(index):
-            raise ValueError(f"{where} is called {finished[-1].name!r:.80}: begin anew with --overwrite")
-    return finished, texts
+        shards.append(Shard(**checked(parts.get("shard"), Shard, where)))
+        texts.append(ShardText(**checked(parts.get("text"), ShardText, where)))
+        if shards[-1].name != shard_name(index):
+            raise ValueError(f"{where} is called {shards[-1].name!r:.80}: begin anew with --overwrite")
+    return shards, texts
 
 
-def _skip(text: Text, batches: Iterator[Batch], bar: Any) -> None:
+def _skip(text: ShardText, batches: Iterator[DocumentBatch], bar: Any) -> None:
     """Read past the text of a finished shard; ValueError where it is not the same any more."""
-    again, digest = Text(), hashlib.sha256()
+    again, digest = ShardText(), hashlib.sha256()
     for batch in islice(batches, text.num_batches):
         again.add(batch, digest)
         bar.update(batch.num_bytes_read - bar.n)
@@ -346,39 +279,97 @@ def _skip(text: Text, batches: Iterator[Batch], bar: Any) -> None:
 
 
 def _fill(
-    writer: "ShardWriter", encoded: "Iterator[tuple[Batch, Encoded]]", counts: "np.ndarray", shard_tokens: int, bar: Any
-) -> Text:
-    """Move sequences to the shard until it has `shard_tokens` tokens; adds to `counts` (V,)."""
+    writer: "ShardWriter",
+    encoded: "Iterator[tuple[DocumentBatch, Sequences]]",
+    counts: "np.ndarray",
+    shard_tokens: int,
+    bar: Any,
+) -> ShardText:
+    """Move sequences to the shard until it has `shard_tokens` tokens or there are no more; the text behind them.
+
+    Their tokens are added to `counts`, int64 (vocab_size,).
+    """
     import numpy as np
 
-    text, digest = Text(), hashlib.sha256()
-    for batch, (tokens, lengths, num_short, num_unknown) in encoded:
-        writer.add(tokens, lengths)
-        counts += np.bincount(tokens, minlength=len(counts))
+    text, digest = ShardText(), hashlib.sha256()
+    for batch, sequences in encoded:
+        writer.add(sequences.tokens, sequences.lengths)
+        counts += np.bincount(sequences.tokens, minlength=len(counts))
         text.add(batch, digest)
-        text.dropped_short += num_short
-        text.dropped_unknown += num_unknown
+        text.dropped_short += sequences.dropped_short
+        text.dropped_unknown += sequences.dropped_unknown
         bar.update(batch.num_bytes_read - bar.n)
         if writer.num_tokens >= shard_tokens:
             break
     return text
 
 
-def main() -> None:
-    """The command."""
+def _finish(
+    config: PrepareConfig,
+    preparation: dict[str, Any],
+    shards: "list[Shard]",
+    texts: list[ShardText],
+    counts: "np.ndarray",
+) -> None:
+    """Write what describes the shards, and leave nothing else; ValueError where there is no shard."""
+    from fastdistil.data import shards as shard_format
+
+    out = config.out
+    totals = {
+        name: sum(getattr(text, name) for text in texts)
+        for name in ("num_documents", "text_bytes", "dropped_short", "dropped_unknown")
+    }
+    if not shards:
+        raise ValueError(
+            f"no sequence of {SHORTEST} or more tokens in {totals['num_documents']} documents: "
+            f"{totals['dropped_short']} sequences are shorter, {totals['dropped_unknown']} are half or more unknown "
+            "to the tokenizer"
+        )
+    meta = shard_format.Meta(
+        format_version=shard_format.FORMAT_VERSION,
+        dtype=shard_format.token_dtype(len(counts)),
+        vocab_size=len(counts),
+        special_ids=tokenizer.special_ids(out / "tokenizer"),
+        tokenizer_sha256=tokenizer.vocabulary_sha256(out / "tokenizer"),
+        max_length=config.max_length,
+        num_sequences=sum(shard.num_sequences for shard in shards),
+        num_tokens=sum(shard.num_tokens for shard in shards),
+        counts_sha256=shard_format.write_counts(out, counts),
+        preparation=preparation,
+        shards=tuple(shards),
+        **totals,
+    )
+    # What interruptions left of shards, and the last shard, which stayed empty.
+    names = {name for shard in shards for name in shard.hashes}
+    for path in out.glob("shard-*"):
+        if path.name not in names:
+            path.unlink()
+    shard_format.write_meta(out, meta)
+    (out / PROGRESS_FILE).unlink()
+    LOG.info(
+        f"{out}: {meta.num_tokens} tokens in {meta.num_sequences} sequences of {meta.num_documents} documents; "
+        f"dropped {meta.dropped_short} short and {meta.dropped_unknown} unknown sequences"
+    )
+
+
+@command
+def main(args: list[str] | None = None) -> int:
+    """The command; `args` in place of those of the command line. Its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    config = tyro.cli(Config, prog="python -m fastdistil.prepare")
+    config = tyro.cli(PrepareConfig, prog="python -m fastdistil.prepare", args=args)
     try:
         prepare(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            free = shutil.disk_usage(config.out).free
-            print(f"{config.out} has {free:,} bytes free: make room, and the same command goes on", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(config.out).free
+        advice = f"{config.out} has {free:,} bytes free: make room, and the same command goes on"
+        raise OSError(f"{error}\n{advice}") from None
     except KeyboardInterrupt:
-        sys.exit("prepare: interrupted; the same command goes on where it stopped")
+        print("prepare: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

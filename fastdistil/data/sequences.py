@@ -5,41 +5,52 @@ import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastdistil.data import tokenizer
+from fastdistil.data.sources import DocumentBatch
 
 if TYPE_CHECKING:
     import numpy as np
 
-    Encoded = tuple[np.ndarray, np.ndarray, int, int]
-    """What `build_sequences` gives for a batch."""
-
-T = TypeVar("T")
 SHORTEST = 12
 """Sequences with fewer tokens, [CLS] and [SEP] included, are dropped (recipe.md, Sequences)."""
 PIECE_CHARS = 2**14
 PIECES_AT_ONCE = 64
-"""`tokenizers` needs 50 to 100 bytes per character while it encodes, so it gets 1 M at most."""
+"""`tokenizers` needs 50 to 100 bytes a character while it encodes, so it gets 1 M characters at a time at most."""
+
+
+class Sequences(NamedTuple):
+    """The sequences of some documents, and how many were left out."""
+
+    tokens: "np.ndarray"
+    """Ids of all sequences, one after the other: (sum of lengths,)."""
+    lengths: "np.ndarray"
+    """Tokens of each sequence, (sequences,) int32."""
+    dropped_short: int
+    dropped_unknown: int
 
 
 def build_sequences(
     ids: "np.ndarray", document_lengths: "np.ndarray", *, special_ids: dict[str, int], max_length: int
-) -> "Encoded":
-    """The sequences of some documents: (tokens, lengths, dropped_short, dropped_unknown).
+) -> Sequences:
+    """The sequences of documents whose tokens are known; their dtype is that of `ids`.
 
-    `ids`: (sum of document_lengths,) integers, the documents one after the other without special
-    tokens. A document becomes [CLS] chunk [SEP] for every max_length - 2 of its tokens; then
-    sequences shorter than SHORTEST are dropped, then those that are half or more [UNK]. `tokens`
-    has the dtype of `ids`, `lengths` (sequences,) int32 sums to its length.
+    A document becomes [CLS] chunk [SEP] for every max_length - 2 of its tokens. Then sequences shorter than SHORTEST
+    are dropped, and of the others those that are half or more [UNK].
+
+    Args:
+        ids: (sum of document_lengths,) integers, the documents one after the other, without special tokens.
+        document_lengths: (documents,) tokens of each.
     """
     import numpy as np
 
+    # Where each chunk begins and ends in `ids`; an empty document is one empty chunk.
     chunk_size = max_length - 2
     num_chunks = np.maximum(1, -(-document_lengths // chunk_size))
     document_ends = np.cumsum(document_lengths)
@@ -48,12 +59,14 @@ def build_sequences(
     starts = np.repeat(document_ends - document_lengths, num_chunks)
     starts += chunk_in_document * chunk_size
     ends = np.minimum(starts + chunk_size, np.repeat(document_ends, num_chunks))
+    # Which of them are kept.
     lengths = ends - starts + 2
     num_unknown = np.concatenate([[0], np.cumsum(ids == special_ids["unk"])])
     short = lengths < SHORTEST
     unknown = ~short & (2 * (num_unknown[ends] - num_unknown[starts]) >= lengths)
     kept = ~(short | unknown)
 
+    # [CLS] and [SEP] take their places, the tokens of the kept chunks fill what is left.
     kept_lengths = lengths[kept]
     last = np.cumsum(kept_lengths) - 1
     tokens = np.empty(kept_lengths.sum(), ids.dtype)
@@ -62,7 +75,7 @@ def build_sequences(
         tokens[positions] = special_ids[name]
         is_text[positions] = False
     tokens[is_text] = ids[np.repeat(kept, lengths - 2)]
-    return tokens, kept_lengths.astype(np.int32), int(short.sum()), int(unknown.sum())
+    return Sequences(tokens, kept_lengths.astype(np.int32), int(short.sum()), int(unknown.sum()))
 
 
 def split_document(text: str) -> Iterator[str]:
@@ -80,8 +93,8 @@ def split_document(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-class Encoder:
-    """Documents -> sequences, on one thread: what a worker process runs."""
+class SequenceBuilder:
+    """Documents -> sequences with the tokenizer of a folder, on one thread: what a worker process runs."""
 
     def __init__(self, folder: Path, max_length: int) -> None:
         self._tokenizer = tokenizer.load(folder)
@@ -90,8 +103,8 @@ class Encoder:
         self._special_ids = tokenizer.special_ids(folder)
         self._max_length = max_length
 
-    def encode(self, documents: list[bytes]) -> "Encoded":
-        """What `build_sequences` gives for these UTF-8 documents."""
+    def build(self, documents: list[bytes]) -> Sequences:
+        """The sequences of documents in UTF-8; their dtype is uint32."""
         import numpy as np
 
         pieces: list[str] = []
@@ -100,8 +113,8 @@ class Encoder:
             before = len(pieces)
             pieces.extend(split_document(document.decode()))
             num_pieces.append(len(pieces) - before)
-        # `Encoding.ids` makes a list of ints, which costs 3 to 6 % of encoding; extending an array
-        # by it at once is the cheapest way on (np.array or fromiter: up to three times that).
+        # `Encoding.ids` makes a list of ints, which costs 3 to 6 % of encoding. To extend an array by it at once is the
+        # cheapest way on: np.array or np.fromiter cost up to three times that.
         ids = array("I")
         piece_ends = [0]
         for start in range(0, len(pieces), PIECES_AT_ONCE):
@@ -119,15 +132,15 @@ class Encoder:
         )
 
 
-_encoder: Encoder | None = None  # of a worker process
+_builder: SequenceBuilder | None = None  # of a worker process
 
 
 def _start_worker(folder: Path, max_length: int) -> None:
-    global _encoder
+    global _builder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _encoder = Encoder(folder, max_length)
+    _builder = SequenceBuilder(folder, max_length)
 
 
 def _exit_with_parent() -> None:
@@ -138,20 +151,15 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(documents: list[bytes]) -> "Encoded":
-    assert _encoder is not None
-    return _encoder.encode(documents)
+def _build(documents: list[bytes]) -> Sequences:
+    assert _builder is not None
+    return _builder.build(documents)
 
 
 def encode_in_order(
-    batches: Iterator[T],
-    documents: Callable[[T], list[bytes]],
-    *,
-    workers: int,
-    tokenizer_folder: Path,
-    max_length: int,
-) -> "Iterator[tuple[T, Encoded]]":
-    """Each batch with the sequences of its UTF-8 `documents`, in order, encoded by `workers` processes.
+    batches: Iterator[DocumentBatch], *, workers: int, tokenizer_folder: Path, max_length: int
+) -> Iterator[tuple[DocumentBatch, Sequences]]:
+    """Each batch with the sequences of its documents, in order, encoded by `workers` processes.
 
     Raises ValueError where a worker is killed.
     """
@@ -161,10 +169,10 @@ def encode_in_order(
         initializer=_start_worker,
         initargs=(tokenizer_folder, max_length),
     )
-    waiting: deque[tuple[T, Future[Encoded]]] = deque()
+    waiting: deque[tuple[DocumentBatch, Future[Sequences]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode, documents(batch))))
+            waiting.append((batch, pool.submit(_build, batch.documents)))
             # Twice the workers, so that none waits while this process reads or writes.
             if len(waiting) > 2 * workers:
                 batch, future = waiting.popleft()
@@ -173,8 +181,8 @@ def encode_in_order(
             yield batch, future.result()
     except BrokenProcessPool:
         raise ValueError(
-            "a worker process was killed, perhaps for want of memory: the same command goes on "
-            "where it stopped, and needs less with fewer --workers"
+            "a worker process was killed, perhaps for want of memory: the same command goes on where it stopped, "
+            "and needs less with fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -8,14 +8,12 @@ A prepared folder holds
     shard-00000.offsets  raw little-endian int64 (num_sequences + 1,): where each begins, from 0
     tokenizer/           a Hugging Face tokenizer folder
 
-A sequence is [CLS] text [SEP]. Shards are raw so that a memory map is the array and a hash of the
-file is a hash of the data. Nothing in the folder depends on the machine, the time or the number of
-workers.
+A sequence is [CLS] text [SEP]. Shards are raw so that a memory map is the array and a hash of the file is a hash of the
+data. Nothing in the folder depends on the machine, the time or the number of workers.
 """
 
 import hashlib
 import io
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +21,17 @@ from typing import Any, Self
 
 import numpy as np
 
+from fastdistil.data.tokenizer import SPECIAL_TOKENS
+from fastdistil.run import files
+
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 COUNTS_FILE = "counts.npy"
-SPECIAL_NAMES = ("pad", "unk", "cls", "sep", "mask")
 _REPAIR = "run `python -m fastdistil.prepare` again with --overwrite"
+
+
+def _damaged(what: object, problem: str) -> ValueError:
+    return ValueError(f"{what} {problem}: {_REPAIR}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,11 @@ class Shard:
     num_tokens: int
     tokens_sha256: str
     offsets_sha256: str
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The hash of each of the two files, by its name."""
+        return {f"{self.name}.tokens": self.tokens_sha256, f"{self.name}.offsets": self.offsets_sha256}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,68 +82,53 @@ class Meta:
 def checked(record: Any, kind: type, where: str) -> dict[str, Any]:
     """The fields of the dataclass `kind` taken from a JSON object; ValueError names a bad one."""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: wanted an object, got {type(record).__name__}: {_REPAIR}")
+        raise _damaged(where, f"must be a JSON object, got {type(record).__name__}")
     fields = {}
     for name, wanted in kind.__annotations__.items():
         if name not in record:
-            raise ValueError(f"{where}: the field {name!r} is missing: {_REPAIR}")
-        value = record[name]
-        if wanted is int:
-            good = type(value) is int and value >= 0  # type, since True is an int
-        elif wanted is str:
-            good = isinstance(value, str)
-        else:
-            good = isinstance(value, list if wanted == tuple[Shard, ...] else dict)
-        if not good:
-            raise ValueError(
-                f"{where}: {name}={value!r:.80} is not a valid {getattr(wanted, '__name__', wanted)}: {_REPAIR}"
-            )
-        fields[name] = value
+            raise _damaged(where, f"lacks the field {name!r}")
+        value = fields[name] = record[name]
+        json_type = {int: int, str: str, tuple[Shard, ...]: list}.get(wanted, dict)
+        # The type itself, since True is an instance of int.
+        if type(value) is not json_type or (wanted is int and value < 0):
+            raise _damaged(where, f"has {name}={value!r:.80}, which is not a valid {json_type.__name__}")
     return fields
 
 
 def read_meta(folder: str | Path) -> Meta:
     """The checked contents of `folder`/meta.json, without a look at the shards.
 
-    Raises FileNotFoundError where there is none (not prepared, or the preparation was interrupted)
-    and ValueError, which names file and field, where it does not hold what this version writes.
+    Raises FileNotFoundError where there is none (not prepared, or the preparation was interrupted) and ValueError,
+    which names file and field, where it does not hold what this version writes.
     """
     path = Path(folder) / META_FILE
-    try:
-        record = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: {folder} holds no finished preparation; make one with "
             "`python -m fastdistil.prepare` (the same command goes on where it was interrupted)"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): {_REPAIR}") from None
-    if isinstance(record, dict) and record.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: this fastdistil reads format_version {FORMAT_VERSION}, got "
-            f"{record['format_version']!r:.80}: {_REPAIR}"
         )
+
+    def require(condition: bool, found: str) -> None:
+        if not condition:
+            raise _damaged(path, f"has {found}")
+
+    record = files.read_json(path, fix=_REPAIR)
+    version = record.get("format_version", FORMAT_VERSION)
+    require(version == FORMAT_VERSION, f"format_version {version!r:.80}, this fastdistil reads {FORMAT_VERSION}")
     fields = checked(record, Meta, str(path))
     fields["shards"] = tuple(
         Shard(**checked(shard, Shard, f"{path}: shards[{index}]")) for index, shard in enumerate(fields["shards"])
     )
     meta = Meta(**fields)
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ValueError(f"{path}: {message}: {_REPAIR}")
-
     require(meta.dtype in ("uint16", "uint32"), f"dtype={meta.dtype!r:.80}, wanted uint16 or uint32")
     require(0 < meta.vocab_size <= 2**31, f"vocab_size={meta.vocab_size}")
     require(meta.dtype == token_dtype(meta.vocab_size), f"dtype={meta.dtype} with that vocab_size")
     require(3 <= meta.max_length <= 2**31, f"max_length={meta.max_length}")
-    for name in SPECIAL_NAMES:
+    for name in SPECIAL_TOKENS:
         token_id = meta.special_ids.get(name)
-        require(
-            type(token_id) is int and 0 <= token_id < meta.vocab_size,
-            f"special_ids[{name!r}]={token_id!r:.80}, wanted an id below {meta.vocab_size}",
-        )
-    require(len(meta.shards) > 0, "shards is empty")
+        is_id = type(token_id) is int and 0 <= token_id < meta.vocab_size
+        require(is_id, f"special_ids[{name!r}]={token_id!r:.80}, wanted an id below {meta.vocab_size}")
+    require(len(meta.shards) > 0, "no shards")
     for index, shard in enumerate(meta.shards):
         # Fixed names: a file elsewhere, or twice the same one, cannot be smuggled in.
         require(shard.name == shard_name(index), f"shards[{index}].name={shard.name!r:.80}")
@@ -143,6 +137,11 @@ def read_meta(folder: str | Path) -> Meta:
         total = sum(getattr(shard, name) for shard in meta.shards)
         require(getattr(meta, name) == total, f"{name}={getattr(meta, name)}, its shards: {total}")
     return meta
+
+
+def write_meta(folder: Path, meta: Meta) -> None:
+    """Write meta.json, which makes the folder a finished one: call it last."""
+    files.write_json(folder / META_FILE, asdict(meta), durable=True)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -155,46 +154,33 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Shards:
     """The sequences of a prepared folder, memory-mapped, numbered from 0 over all shards.
 
-    `meta`: its Meta. `counts`: int64 (vocab_size,), occurrences of each id. `lengths`: int32
-    (num_sequences,), tokens of each sequence, [CLS] and [SEP] included.
+    `meta`: its Meta. `counts`: int64 (vocab_size,), occurrences of each id. `lengths`: int32 (num_sequences,), tokens
+    of each sequence, [CLS] and [SEP] included.
 
-    Files are mapped when first used and the maps are left out of a pickle, so an instance goes
-    cheaply into worker processes. The sizes of all files and every offset are always checked;
-    with `verify` also the SHA-256 of files number rank, rank + world, ... of the list, where
-    (rank, world) is `verify_part`: so the ranks of a job share the hashing. Raises what
-    `read_meta` raises, and ValueError with the name of a truncated or edited file.
+    Files are mapped when first used and the maps are left out of a pickle, so an instance goes cheaply into worker
+    processes. The sizes of all files and every offset are always checked. With `verify` hashes are, too: those of files
+    number rank, rank + world, ... of the list, where (rank, world) is `verify_part`, so that the ranks of a job share
+    the work. Raises what `read_meta` raises, and ValueError with the name of a truncated or edited file.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True, verify_part: tuple[int, int] = (0, 1)) -> None:
         self.folder = Path(folder)
         self.meta = read_meta(folder)
-        itemsize = np.dtype(self.meta.dtype).itemsize
         hashes = {COUNTS_FILE: self.meta.counts_sha256}
         for shard in self.meta.shards:
-            for suffix, num_bytes, sha256 in (
-                (".tokens", shard.num_tokens * itemsize, shard.tokens_sha256),
-                (".offsets", (shard.num_sequences + 1) * 8, shard.offsets_sha256),
-            ):
-                self._check_size(shard.name + suffix, num_bytes)
-                hashes[shard.name + suffix] = sha256
+            hashes |= shard.hashes
+            self._check_size(f"{shard.name}.tokens", shard.num_tokens * np.dtype(self.meta.dtype).itemsize)
+            self._check_size(f"{shard.name}.offsets", (shard.num_sequences + 1) * 8)
         if verify:
             rank, world = verify_part
-            for name in list(hashes)[rank::world]:
-                got = file_sha256(self._existing(name))
-                if got != hashes[name]:
-                    raise ValueError(
-                        f"{self.folder / name} was changed after it was prepared: wanted SHA-256 "
-                        f"{hashes[name]}, got {got}: {_REPAIR}"
-                    )
+            for name, wanted in list(hashes.items())[rank::world]:
+                path = self._existing(name)
+                got = files.sha256(path)
+                if got != wanted:
+                    raise _damaged(path, f"was changed after it was prepared (wanted SHA-256 {wanted}, got {got})")
         self.counts = self._read_counts()
         lengths = [self._shard_lengths(shard) for shard in self.meta.shards]
         self.lengths = np.concatenate(lengths)
@@ -229,41 +215,38 @@ class Shards:
     def _existing(self, name: str) -> Path:
         path = self.folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing: {_REPAIR}")
+            raise _damaged(path, "is missing")
         return path
 
     def _check_size(self, name: str, wanted: int) -> None:
         path = self._existing(name)
         got = path.stat().st_size
         if got != wanted:
-            raise ValueError(f"{path} has {got} bytes, {META_FILE} says {wanted}: {_REPAIR}")
+            raise _damaged(path, f"has {got} bytes, {META_FILE} says {wanted}")
 
     def _read_counts(self) -> np.ndarray:
         path = self._existing(COUNTS_FILE)
         try:
             counts = np.load(path, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is not a NumPy array ({error}): {_REPAIR}") from None
+            raise _damaged(path, f"is not a NumPy array ({error})") from None
         wanted = (np.dtype("<i8"), (self.meta.vocab_size,))
         if not isinstance(counts, np.ndarray) or (counts.dtype, counts.shape) != wanted:
-            raise ValueError(f"{path} is not an int64 array of {self.meta.vocab_size}: {_REPAIR}")
+            raise _damaged(path, f"is not an int64 array of {self.meta.vocab_size}")
         if counts.min() < 0 or counts.sum() != self.meta.num_tokens:
-            raise ValueError(f"{path} counts {counts.sum()} tokens, {META_FILE} says {self.meta.num_tokens}: {_REPAIR}")
+            raise _damaged(path, f"counts {counts.sum()} tokens, {META_FILE} says {self.meta.num_tokens}")
         return counts
 
     def _shard_lengths(self, shard: Shard) -> np.ndarray:
         path = self.folder / f"{shard.name}.offsets"
         offsets = np.fromfile(path, "<i8")
         lengths = np.diff(offsets)
+        shortest, longest = lengths.min(), lengths.max()
         if offsets[0] != 0 or offsets[-1] != shard.num_tokens:
-            raise ValueError(
-                f"{path} runs from {offsets[0]} to {offsets[-1]}, wanted 0 to {shard.num_tokens}: {_REPAIR}"
-            )
-        if lengths.min() < 1 or lengths.max() > self.meta.max_length:
-            raise ValueError(
-                f"{path} has sequences of {lengths.min()} to {lengths.max()} tokens, wanted 1 to "
-                f"{self.meta.max_length}: {_REPAIR}"
-            )
+            raise _damaged(path, f"runs from {offsets[0]} to {offsets[-1]}, wanted 0 to {shard.num_tokens}")
+        if shortest < 1 or longest > self.meta.max_length:
+            limit = self.meta.max_length
+            raise _damaged(path, f"has sequences of {shortest} to {longest} tokens, wanted 1 to {limit}")
         return lengths.astype(np.int32)
 
 
@@ -278,7 +261,8 @@ class ShardWriter:
         self._lengths: list[np.ndarray] = []
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._sha256 = hashlib.sha256()
-        self._file = open(folder / f"{name}.tokens.part", "wb")  # noqa: SIM115 (closed by finish)
+        self._part = folder / f"{name}.tokens.part"
+        self._file = self._part.open("wb")
 
     def __enter__(self) -> Self:
         return self
@@ -299,8 +283,10 @@ class ShardWriter:
         """The description of the shard, once both files are on the disk under their names."""
         offsets = np.zeros(self.num_sequences + 1, "<i8")
         np.cumsum(np.concatenate(self._lengths), out=offsets[1:])
-        sync_and_rename(self._file, self._folder / f"{self._name}.tokens")
-        write_file(self._folder / f"{self._name}.offsets", offsets.tobytes())
+        self._file.close()
+        files.sync(self._part)
+        os.replace(self._part, self._folder / f"{self._name}.tokens")
+        files.write_bytes(self._folder / f"{self._name}.offsets", offsets.tobytes(), durable=True)
         return Shard(
             name=self._name,
             num_sequences=self.num_sequences,
@@ -314,39 +300,18 @@ def write_counts(folder: Path, counts: np.ndarray) -> str:
     """Write counts.npy, int64 (vocab_size,); its SHA-256 in hexadecimal."""
     data = io.BytesIO()
     np.save(data, counts.astype("<i8"))
-    write_file(folder / COUNTS_FILE, data.getvalue())
+    files.write_bytes(folder / COUNTS_FILE, data.getvalue(), durable=True)
     return hashlib.sha256(data.getvalue()).hexdigest()
 
 
 def count_tokens(folder: Path, shard: Shard, dtype: str, vocab_size: int) -> np.ndarray:
     """Occurrences of each id in a shard, int64 (vocab_size,), after a check of its two hashes."""
-    for suffix, sha256 in ((".tokens", shard.tokens_sha256), (".offsets", shard.offsets_sha256)):
-        path = folder / (shard.name + suffix)
-        if not path.is_file() or file_sha256(path) != sha256:
-            raise ValueError(f"{path} is missing or was changed: {_REPAIR}")
+    for name, sha256 in shard.hashes.items():
+        path = folder / name
+        if not path.is_file() or files.sha256(path) != sha256:
+            raise _damaged(path, "is missing or was changed")
     counts = np.zeros(vocab_size, np.int64)
     tokens = np.memmap(folder / f"{shard.name}.tokens", dtype, "r")
     for start in range(0, len(tokens), 2**24):  # bincount makes int64 of its input
         counts += np.bincount(tokens[start : start + 2**24], minlength=vocab_size)
     return counts
-
-
-def sync_and_rename(file: Any, path: Path) -> None:
-    """Flush and close an open NAME.part, then rename it to `path`: whole or not there at all."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(f"{path}.part", path)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write `data` so that after a crash `path` is old or new, never half."""
-    file = open(f"{path}.part", "wb")  # noqa: SIM115 (sync_and_rename closes it)
-    file.write(data)
-    sync_and_rename(file, path)
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write a dataclass or a plain value as indented JSON, by `write_file`."""
-    plain = record if isinstance(record, dict) else asdict(record)
-    write_file(path, (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode())

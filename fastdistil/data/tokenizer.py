@@ -1,7 +1,7 @@
 """Tokenizers: their identity (standard library only), loading, training and saving.
 
-The identity functions come before anything heavy is imported: a run whose teacher, student and
-data do not share a vocabulary is refused at start (trap 16 of the recipe).
+The identity functions come before anything heavy is imported: a run whose teacher, student and data do not share a
+vocabulary is refused at start (trap 16 of the recipe).
 """
 
 import hashlib
@@ -13,8 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdistil.run import files
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.normalizers import BertNormalizer
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 """What BERT calls them; a tokenizer_config.json or special_tokens_map.json may rename them."""
@@ -25,9 +28,8 @@ MIN_VOCAB_SIZE = 128
 def read_vocabulary(source: str | Path) -> list[str]:
     """The tokens in the order of their ids, from a tokenizer folder, tokenizer.json or vocab.txt.
 
-    Of a folder, tokenizer.json (its model and its added tokens) is preferred to vocab.txt. Raises
-    FileNotFoundError where there is neither and ValueError where the file does not hold a
-    vocabulary whose ids run from 0 without a gap.
+    Of a folder, tokenizer.json (its model and its added tokens) is preferred to vocab.txt. Raises FileNotFoundError
+    where there is neither, and ValueError where the file does not hold a vocabulary whose ids run from 0 without a gap.
     """
     path = _vocabulary_file(Path(source))
     if path.suffix == ".txt":
@@ -35,17 +37,14 @@ def read_vocabulary(source: str | Path) -> list[str]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error})") from None
-        tokens = text.removesuffix("\n").split("\n")
-        return _in_id_order(path, list(enumerate(tokens)))
-    record = _read_json(path)
+        return _in_id_order(path, list(enumerate(text.removesuffix("\n").split("\n"))))
+    record = files.read_json(path)
     try:
         vocab = record["model"]["vocab"]
-        pairs = [
-            (index, token)
-            for token, index in (
-                vocab.items() if isinstance(vocab, dict) else ((piece[0], index) for index, piece in enumerate(vocab))
-            )
-        ]
+        if isinstance(vocab, dict):
+            pairs = [(index, token) for token, index in vocab.items()]
+        else:  # a Unigram model's, of tokens with their scores
+            pairs = [(index, piece[0]) for index, piece in enumerate(vocab)]
         pairs += [(token["id"], token["content"]) for token in record.get("added_tokens", ())]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a vocabulary ({error!r})") from None
@@ -55,8 +54,8 @@ def read_vocabulary(source: str | Path) -> list[str]:
 def vocabulary_sha256(source: str | Path) -> str:
     """SHA-256 in hexadecimal of the tokens in id order, joined by newlines.
 
-    The same whether the vocabulary is kept in a tokenizer.json or a vocab.txt, so it tells whether
-    two models read the same ids. Takes and raises what `read_vocabulary` does.
+    The same whether the vocabulary is kept in a tokenizer.json or a vocab.txt, so it tells whether two models read the
+    same ids. Takes and raises what `read_vocabulary` does.
     """
     return hashlib.sha256("\n".join(read_vocabulary(source)).encode()).hexdigest()
 
@@ -64,9 +63,8 @@ def vocabulary_sha256(source: str | Path) -> str:
 def special_ids(source: str | Path) -> dict[str, int]:
     """The ids of pad, unk, cls, sep and mask.
 
-    Their names are BERT's unless a tokenizer_config.json or special_tokens_map.json beside the
-    vocabulary says otherwise. Raises what `read_vocabulary` does, and ValueError where the
-    vocabulary lacks one.
+    Their names are BERT's unless a tokenizer_config.json or special_tokens_map.json beside the vocabulary says
+    otherwise. Raises what `read_vocabulary` does, and ValueError where the vocabulary lacks one.
     """
     path = _vocabulary_file(Path(source))
     vocabulary = read_vocabulary(path)
@@ -74,8 +72,8 @@ def special_ids(source: str | Path) -> dict[str, int]:
     for name, token in special_tokens(source).items():
         if token not in vocabulary:
             raise ValueError(
-                f"{path}: the {name} token {token!r} is not in the vocabulary of "
-                f"{len(vocabulary)}: masked language modelling needs {', '.join(SPECIAL_TOKENS)}"
+                f"{path}: the {name} token {token!r} is not in the vocabulary of {len(vocabulary)}: "
+                f"masked language modelling needs {', '.join(SPECIAL_TOKENS)}"
             )
         ids[name] = vocabulary.index(token)
     return ids
@@ -88,7 +86,7 @@ def special_tokens(source: str | Path) -> dict[str, str]:
     for file_name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / file_name).is_file():
             continue
-        record = _read_json(folder / file_name)
+        record = files.read_json(folder / file_name)
         for name in tokens:
             token = record.get(f"{name}_token")
             token = token.get("content") if isinstance(token, dict) else token
@@ -106,16 +104,6 @@ def _vocabulary_file(source: Path) -> Path:
     raise FileNotFoundError(
         f"no tokenizer in {source}: wanted a folder with a tokenizer.json or a vocab.txt, or one of these files"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got {type(record).__name__}")
-    return record
 
 
 def _in_id_order(path: Path, pairs: list[tuple[Any, Any]]) -> list[str]:
@@ -137,9 +125,8 @@ Spec = Path | int | str
 def parse_spec(text: str, *, cased: bool = False) -> Spec:
     """What `text` names: train:SIZE, a folder or file that exists, else a name on the hub.
 
-    Raises ValueError or FileNotFoundError, without importing anything heavy, where the size is
-    too small, where a path holds no tokenizer or lacks a special token, and where `cased` would
-    have no effect.
+    Raises ValueError or FileNotFoundError, without importing anything heavy, where the size is too small, where a path
+    holds no tokenizer or lacks a special token, and where `cased` would have no effect.
     """
     if text.startswith("train:"):
         size = text.removeprefix("train:")
@@ -149,10 +136,11 @@ def parse_spec(text: str, *, cased: bool = False) -> Spec:
     path = Path(text)
     if path.exists():
         special_ids(path)
-        if cased and _vocabulary_file(path).suffix != ".txt":
+        file = _vocabulary_file(path)
+        if cased and file.suffix != ".txt":
             raise ValueError(
-                f"--cased has no effect on {_vocabulary_file(path)}, which says itself what "
-                "happens to case: leave it out (it is for a vocab.txt and for train:SIZE)"
+                f"--cased has no effect on {file}, which says itself what happens to case: leave it out "
+                "(it is for a vocab.txt and for train:SIZE)"
             )
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or path.suffix in (".json", ".txt"):
@@ -167,19 +155,18 @@ def parse_spec(text: str, *, cased: bool = False) -> Spec:
 def spec_record(spec: Spec) -> dict[str, str]:
     """What identifies the tokenizer, for meta.json: no path."""
     if isinstance(spec, Path):
-        data = _vocabulary_file(spec).read_bytes()
-        return {"name": spec.resolve().name, "sha256": hashlib.sha256(data).hexdigest()}
+        return {"name": spec.resolve().name, "sha256": files.sha256(_vocabulary_file(spec))}
     return {"name": f"train:{spec}" if isinstance(spec, int) else spec}
 
 
 def load(path: Path, *, cased: bool = False) -> "Tokenizer":
     """The tokenizer of a folder, tokenizer.json or vocab.txt, as `tokenizers` runs it.
 
-    Padding and truncation are off. A vocab.txt is BERT's WordPiece; case and accents go by the
-    tokenizer_config.json beside it where there is one, else they are removed unless `cased`. Raises what `special_ids` does, and
-    ValueError where `tokenizers` cannot read the file or encode by it.
+    Padding and truncation are off. A vocab.txt is BERT's WordPiece; case and accents go by the tokenizer_config.json
+    beside it where there is one, else they are removed unless `cased`. Raises what `special_ids` does, and ValueError
+    where `tokenizers` cannot read the file or encode by it.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, normalizers
 
     special_ids(path)
     file = _vocabulary_file(path)
@@ -197,27 +184,26 @@ def load(path: Path, *, cased: bool = False) -> "Tokenizer":
             raise ValueError(f"{file}: `tokenizers` cannot read it ({error})") from error
         return tokenizer
     config_file = file.parent / "tokenizer_config.json"
-    config = _read_json(config_file) if config_file.is_file() else {}
-    return _word_piece(
-        read_vocabulary(file),
-        special_tokens(file),
+    config = files.read_json(config_file) if config_file.is_file() else {}
+    normalizer = normalizers.BertNormalizer(
         lowercase=not cased and config.get("do_lower_case", True),
         strip_accents=config.get("strip_accents"),
-        split_chinese=config.get("tokenize_chinese_chars", True),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
     )
+    return _word_piece(read_vocabulary(file), special_tokens(file), normalizer)
 
 
 def fetch(name: str) -> Path:
     """The local folder with the tokenizer of a model on the hub, from the cache when offline."""
     from huggingface_hub import snapshot_download
 
-    files = ["tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"]
+    wanted = ["tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub's, the network's and the file system's own errors
         raise ValueError(
-            f"--tokenizer {name}: neither a file or folder here nor a tokenizer that could be "
-            f"fetched from the hub ({type(error).__name__}: {error})"
+            f"--tokenizer {name}: neither a file or folder here nor a tokenizer that could be fetched from the hub "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -226,28 +212,27 @@ def train(documents: Iterable[str], size: int, *, cased: bool = False) -> "Token
 
     [PAD] [UNK] [CLS] [SEP] [MASK] have the ids 0 to 4. The same documents give the same tokens.
     """
-    from tokenizers import Tokenizer, models, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     documents = list(documents)
-    shell = _word_piece(list(SPECIAL_TOKENS.values()), SPECIAL_TOKENS, lowercase=not cased)
-    assert shell.normalizer is not None
+    normalizer = normalizers.BertNormalizer(lowercase=not cased)
     characters: Counter[str] = Counter()
     for document in documents:
         characters.update(document)
     normalized: Counter[str] = Counter()
     for character, count in characters.items():
-        for part in shell.normalizer.normalize_str(character):
+        for part in normalizer.normalize_str(character):
             if not part.isspace():
                 normalized[part] += count
-    # The trainer numbers single characters and their "##" forms as its hash map meets them, and
-    # breaks ties by number: the result differs from run to run unless both are given in order. At
-    # most BERT's 1,000 characters, and in a small vocabulary no more than half of it.
+    # The trainer numbers single characters and their "##" forms as its hash map meets them, and breaks ties by number:
+    # the result differs from run to run unless both are given in order. They are at most BERT's 1,000 characters, and
+    # with their "##" forms no more than half of a small vocabulary.
     most_frequent = sorted(normalized, key=lambda character: (-normalized[character], character))
     alphabet = sorted(most_frequent[: min(1000, size // 4)])
     continuations = [f"##{character}" for character in alphabet if _may_continue(character)]
     trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))  # type: ignore[call-arg]
-    trained.normalizer = shell.normalizer
-    trained.pre_tokenizer = shell.pre_tokenizer
+    trained.normalizer = normalizer  # type: ignore[assignment]
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
     trained.train_from_iterator(
         documents,
         trainers.WordPieceTrainer(
@@ -259,7 +244,7 @@ def train(documents: Iterable[str], size: int, *, cased: bool = False) -> "Token
         ),
     )
     ids = trained.get_vocab()
-    return _word_piece(sorted(ids, key=ids.__getitem__), SPECIAL_TOKENS, lowercase=not cased)
+    return _word_piece(sorted(ids, key=ids.__getitem__), SPECIAL_TOKENS, normalizer)
 
 
 def save(tokenizer: "Tokenizer", folder: Path, *, names: dict[str, str], max_length: int) -> None:
@@ -282,31 +267,22 @@ def save(tokenizer: "Tokenizer", folder: Path, *, names: dict[str, str], max_len
         }
     else:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    # not tokenizer.save, which raises a bare Exception on a full disk
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    for file_name, value in (("tokenizer_config.json", config), ("special_tokens_map.json", specials)):
-        (folder / file_name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    # Not by tokenizer.save, which raises a bare Exception on a full disk.
+    files.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    files.write_json(folder / "tokenizer_config.json", config)
+    files.write_json(folder / "special_tokens_map.json", specials)
     if word_piece:
         tokens = read_vocabulary(folder / "tokenizer.json")
-        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), "utf-8")
+        files.write_text(folder / "vocab.txt", "".join(f"{token}\n" for token in tokens))
 
 
-def _word_piece(
-    tokens: list[str],
-    names: dict[str, str],
-    *,
-    lowercase: bool,
-    strip_accents: bool | None = None,
-    split_chinese: bool = True,
-) -> "Tokenizer":
+def _word_piece(tokens: list[str], names: dict[str, str], normalizer: "BertNormalizer") -> "Tokenizer":
     """BERT's tokenizer over these tokens, in the order of their ids."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     ids = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=names["unk"]))  # type: ignore[call-arg]
-    tokenizer.normalizer = normalizers.BertNormalizer(  # type: ignore[assignment]
-        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_chinese
-    )
+    tokenizer.normalizer = normalizer  # type: ignore[assignment]
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
     tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
     tokenizer.add_special_tokens(list(names.values()))

@@ -16,11 +16,10 @@ NUM_WORDS = len(WORDS.split())
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
-    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(WORDS.split()))]))  # fmt: skip
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(WORDS.split()))]))
     return path
 
 
-# content, and the number of tokens or the error
 TEXT: dict[str, tuple[bytes, int | str]] = {
     "nul.txt": (WORDS.encode() + b"\x00\x00 " + WORDS.encode(), 2 * NUM_WORDS + 2),
     "broken.txt": (WORDS.encode() + b"\n\xff\xfe \xc3\x28", r"broken\.txt, line 2: byte \d+ \(0xff\) is not UTF-8"),
@@ -33,14 +32,16 @@ TEXT: dict[str, tuple[bytes, int | str]] = {
     "empty.txt": (b"", "no sequence of 12 or more tokens in 0 documents"),
     "blank.txt": (b"\n\n \n\t\r\n", "no sequence of 12 or more tokens in 0 documents"),
     "cut.txt.gz": (b"\x1f\x8b\x08\x00", "cannot be read to its end"),
-}  # fmt: skip
+}
+"""By the name of a file: its content, and the number of tokens that it gives or the error."""
 
 
 @pytest.mark.parametrize("name", TEXT)
 def test_awkward_text_becomes_tokens_or_an_error(tmp_path, vocabulary, name):
     content, wanted = TEXT[name]
     (tmp_path / name).write_bytes(content)
-    config = prepare.Config(sources=(str(tmp_path / name),), tokenizer=str(vocabulary), out=tmp_path / "out", workers=1)  # fmt: skip
+    source, out = str(tmp_path / name), tmp_path / "out"
+    config = prepare.PrepareConfig(sources=(source,), tokenizer=str(vocabulary), out=out, workers=1)
     if isinstance(wanted, int):
         prepare.prepare(config)
         assert shards.Shards(config.out).meta.num_tokens == wanted
@@ -54,7 +55,7 @@ import resource
 from pathlib import Path
 from fastdistil import prepare
 if __name__ == "__main__":
-    prepare.main()
+    assert prepare.main() == 0
     # not ru_maxrss, which keeps what the process that started this one had
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(int(peak.split()[1]) // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)

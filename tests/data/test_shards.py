@@ -45,7 +45,7 @@ def write_folder(folder, sequences_by_shard, *, vocab_size=1000, max_length=512)
         preparation={},
         shards=tuple(written),
     )
-    shards.write_json(folder / "meta.json", meta)
+    shards.write_meta(folder, meta)
     return meta
 
 
@@ -151,10 +151,10 @@ def test_offsets_that_do_not_fit_are_found_without_hashes(folder):
 
 
 def _broken_metas():
-    yield "not JSON", b"{"
-    yield "not JSON", b"\xff\xfe\x00"
-    yield "not JSON", b"[" * 10**5
-    yield "wanted an object", b"[]"
+    yield "not readable as JSON", b"{"
+    yield "not readable as JSON", b"\xff\xfe\x00"
+    yield "not readable as JSON", b"[" * 10**5
+    yield "must hold a JSON object", b"[]"
 
     def changed(**changes):
         return lambda record: {**record, **changes}
@@ -196,23 +196,23 @@ def test_a_hostile_meta_is_a_value_error_with_file_and_field(folder, message, da
     if not isinstance(damage, bytes):
         damage = json.dumps(damage(json.loads(path.read_bytes()))).encode()
     path.write_bytes(damage)
-    with pytest.raises(ValueError, match=r"with --overwrite|reads format_version") as error:
+    with pytest.raises(ValueError, match="with --overwrite") as error:
         Shards(folder, verify=False)
     assert message in str(error.value) or "counts.npy" in str(error.value)
     assert len(str(error.value)) < 1000
 
 
-def test_a_crash_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    shards.write_file(path, b"old")
+def test_a_crash_leaves_the_old_file_or_the_new_one(folder, monkeypatch):
+    path = folder / "counts.npy"
+    old = path.read_bytes()
 
     def fail(*_):
         raise OSError("power cut")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="power cut"):
-        shards.write_file(path, b"new")
-    assert path.read_bytes() == b"old"
+        shards.write_counts(folder, np.zeros(1000))
+    assert path.read_bytes() == old
 
 
 def test_a_folder_can_be_moved(folder, tmp_path):

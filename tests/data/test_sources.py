@@ -86,7 +86,7 @@ def test_a_data_set_by_name_streaming_or_not(tmp_path, monkeypatch):
     parquet(tmp_path / "set" / "test.parquet", ["three"])
     # In a process of its own: datasets reads its settings at import.
     code = (
-        "import sys; from fastdistil.sources import *; (s,) = resolve(('hf:' + sys.argv[1],));"
+        "import sys; from fastdistil.data.sources import *; (s,) = resolve(('hf:' + sys.argv[1],));"
         "print([list(s.documents(Options(split=split, streaming=streaming)))"
         " for split in ('train', 'test') for streaming in (False, True)], s.record(Options()))"
     )
@@ -104,23 +104,6 @@ def test_a_data_set_by_name_streaming_or_not(tmp_path, monkeypatch):
 def test_a_data_set_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"hf:.*nothing: cannot be loaded .*check the name"):
         read(f"hf:{tmp_path}/nothing")
-
-
-def test_documentation_of_installed_packages():
-    documents = read("docs:numpy")
-    assert documents == read("docs:numpy")
-    assert len(set(documents)) == len(documents) > 1000
-    assert any(text.startswith("Return the indices of the elements that are") for text in documents)
-    assert any("Create an array." in text for text in documents)  # by add_newdoc
-    (source,) = resolve(("docs:numpy",))
-    assert source.record(Options())["packages"].keys() == {"numpy"}
-
-
-def test_documentation_does_not_import_what_it_reads():
-    code = "import sys; from fastdistil.sources import *; s = resolve(('docs:',)); print(s[0].packages, 'torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert "'python', 'torch', 'numpy'" in run.stdout, run.stderr
-    assert run.stdout.endswith("False\n")
 
 
 @pytest.mark.parametrize(
@@ -166,12 +149,13 @@ def test_parquet_columns_that_are_not_there_or_not_text(tmp_path):
 
 def test_sources_that_are_not(tmp_path):
     (tmp_path / "a.zip").touch()
+    (tmp_path / "a.parquet.gz").touch()
     for spec, message in (
-        (tmp_path / "missing", "does not exist: wanted a file, a folder, hf:NAME or docs:"),
-        (tmp_path / "a.zip", "cannot read a file of this kind"),
+        (tmp_path / "missing", "does not exist: wanted a file, a folder or hf:NAME"),
+        (tmp_path / "a.zip", r"cannot read a file of this kind; wanted \.txt .* \.json\.gz \.parquet"),
+        (tmp_path / "a.parquet.gz", "cannot read a file of this kind"),
         (tmp_path, r"no \.txt .* file in this folder"),
-        ("hf:", "wanted hf:NAME"),
-        ("docs:nothing", "wanted names out of python, torch"),
+        ("hf:", "wanted hf:NAME or hf:NAME:CONFIG"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             resolve((str(spec),))

@@ -48,7 +48,7 @@ def test_a_different_order_is_a_different_hash(tmp_path):
 
 def test_the_identity_imports_nothing_heavy():
     code = (
-        "import sys; from fastdistil import tokenizer as t; t.vocabulary_sha256(sys.argv[1]); "
+        "import sys; from fastdistil.data import tokenizer as t; t.vocabulary_sha256(sys.argv[1]); "
         "t.special_ids(sys.argv[1]); "
         "print({'tokenizers', 'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
@@ -73,15 +73,15 @@ def test_special_tokens_by_other_names(tmp_path):
 @pytest.mark.parametrize(
     ("file_name", "content", "message"),
     [
-        ("tokenizer.json", "{", "is not JSON"),
-        ("tokenizer.json", "[]", "wanted a JSON object, got list"),
+        ("tokenizer.json", "{", "is not readable as JSON"),
+        ("tokenizer.json", "[]", "must hold a JSON object, got list"),
         ("tokenizer.json", "{}", "does not describe a vocabulary"),
         ("tokenizer.json", '{"model": {"vocab": 3}}', "does not describe a vocabulary"),
         ("tokenizer.json", '{"model": {"vocab": {"a": "b"}}}', "is not a token"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 2}}}', "without a gap"),
         ("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 0}}}', "id 0 is both"),
         ("tokenizer.json", '{"model": {"vocab": {}}}', "without a gap"),
-        ("tokenizer.json", "[" * 10**5, "is not JSON"),
+        ("tokenizer.json", "[" * 10**5, "is not readable as JSON"),
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", "the mask token '[MASK]' is not in"),
         ("vocab.txt", b"\xff\xfe", "is not UTF-8"),
     ],

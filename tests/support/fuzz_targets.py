@@ -182,7 +182,7 @@ def _read_results(folder: Path) -> None:
 
 
 def _read_progress(folder: Path) -> None:
-    config = prepare.Config(sources=("x",), tokenizer="x", out=folder, workers=1)
+    config = prepare.PrepareConfig(sources=("x",), tokenizer="x", out=folder, workers=1)
     progress = prepare._open_folder(config, {"max_length": 3})
     assert progress is not None
     prepare._finished_before(progress, folder / prepare.PROGRESS_FILE)
@@ -222,7 +222,7 @@ def make(root: Path) -> dict[str, Target]:
     scores = {"sst2": {"seeds": {"1": {"score": 0.5}, "2": {"score": 0.7}}, "median": 0.6}}
     write("results/evaluation.json", {"model": "m", "settings": settings, "tasks": scores})
     shard = shards.read_meta(root / "shards").shards[0]
-    entry = {"shard": asdict(shard), "text": asdict(prepare.Text(num_batches=1, text_sha256="x"))}
+    entry = {"shard": asdict(shard), "text": asdict(prepare.ShardText(num_batches=1, text_sha256="x"))}
     write("progress/progress.json", {"preparation": {"max_length": 3}, "tokenizer_sha256": None, "shards": [entry]})  # fmt: skip
     lines = [json.dumps({"split": "train", "update": i, "loss": 0.5}) for i in range(3)]
     (root / "metrics" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
