@@ -11,7 +11,6 @@ tensors, whatever the number of ranks or the ZeRO stage, and no pickle. Rank 0 a
 the process group, so one disk decides.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -27,35 +26,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastdistil.run import ranks
+from fastdistil.run.command import Failed
+from fastdistil.run.files import read_json, sha256, sync
+from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
 
 FOLDER = "checkpoints"
-FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FILES = (WEIGHTS, OPTIMIZER, STATE)  # what the manifest lists
 _NAME = re.compile(r"update-(\d{8,})")
 
 
-class CheckpointError(OSError):
+class CheckpointError(Failed, OSError):
     """A checkpoint could not be written: the message says where, how many bytes it needs and how many are free."""
 
 
 def folder_of(run: Path, update: int) -> Path:
     """Where the checkpoint made after `update` updates lies."""
     return run / FOLDER / f"update-{update:08d}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
@@ -77,12 +66,7 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
     Raises CheckpointError naming path, bytes needed and free where it cannot be written, or the tensor that is not finite;
     earlier checkpoints stay whole.
     """
-    for name, tensor in tensors.items():
-        # the sum alone reads 20 times faster, and is finite only where every term is; finite terms may overflow it
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise CheckpointError(
-                f"no checkpoint of update {state['update']} in {run}: {name} is not finite. Earlier checkpoints are untouched"
-            )
+    _require_finite(run, tensors, state["update"])
     final = folder_of(run, state["update"])
     num_bytes = sum(t.nbytes for t in tensors.values())
     part = final.with_name(f"{final.name}.part")
@@ -92,43 +76,57 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         final.parent.mkdir(parents=True, exist_ok=True)
         require_space(final.parent, num_bytes + 2**20)
         part.mkdir()
-        weights = {k.removeprefix("weight."): v.contiguous() for k, v in tensors.items() if k.startswith("weight.")}
-        moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight.")}
-        set_id = uuid.uuid4().hex
-        hashes: dict[str, Future[str]] = {}
-        # hashed and synced while the next is written, the largest first
-        with ThreadPoolExecutor() as pool:
-            syncs = []
-            for name, content in ((FILES[1], moments), (FILES[0], weights), (FILES[2], state)):
-                if content is state:
-                    (part / name).write_text(json.dumps(state | {"set": set_id}, indent=1))
-                else:
-                    save_file(content, part / name, {"format": "pt", "set": set_id, "file": name})
-                hashes[name] = pool.submit(_sha256, part / name)
-                syncs.append(pool.submit(_fsync, part / name))
-            for sync in syncs:
-                sync.result()
-        files = {
-            name: {"bytes": (part / name).stat().st_size, "sha256": found.result()} for name, found in hashes.items()
-        }
-        manifest = {"set": set_id, "files": files}
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _fsync(part / "manifest.json")
-        _fsync(part)
+        _write(part, tensors, state)
+        sync(part)
         if final.exists():  # the same update again, after a resume from an older one
             _remove(final)
         os.rename(part, final)
-        _fsync(final.parent)
+        sync(final.parent)
     except CheckpointError:
         raise
     except Exception as error:  # safetensors raises its own type on a full disk
         shutil.rmtree(part, ignore_errors=True)
         free = shutil.disk_usage(run).free if run.exists() else 0
         raise CheckpointError(
-            f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. Earlier checkpoints are untouched"
+            f"cannot write the checkpoint {final} ({num_bytes:,} bytes, {free:,} free): {error}. "
+            "Earlier checkpoints are untouched"
         ) from error
     _remove_old(run, state["update"], keep)
     return final
+
+
+def _require_finite(run: Path, tensors: dict[str, Tensor], update: int) -> None:
+    for name, tensor in tensors.items():
+        # A sum is finite only where every term is, and reads 20 times faster; but finite terms may overflow it.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise CheckpointError(
+                f"no checkpoint of update {update} in {run}: {name} is not finite. Earlier checkpoints are untouched"
+            )
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """The four files of a checkpoint, on the disk when this returns."""
+    weights = {k.removeprefix("weight."): v.contiguous() for k, v in tensors.items() if k.startswith("weight.")}
+    moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight.")}
+    set_id = uuid.uuid4().hex
+    hashes: dict[str, Future[str]] = {}
+    # A file is hashed and synced while the next one is written, the largest first.
+    with ThreadPoolExecutor() as pool:
+        syncs = []
+        for name, content in ((OPTIMIZER, moments), (WEIGHTS, weights), (STATE, state)):
+            if name == STATE:
+                (folder / name).write_text(json.dumps(content | {"set": set_id}, indent=1))
+            else:
+                save_file(content, folder / name, {"format": "pt", "set": set_id, "file": name})
+            hashes[name] = pool.submit(sha256, folder / name)
+            syncs.append(pool.submit(sync, folder / name))
+        for done in syncs:
+            done.result()
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": found.result()} for name, found in hashes.items()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"set": set_id, "files": files}, indent=1))
+    sync(folder / MANIFEST)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -211,41 +209,44 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
     """Why a checkpoint cannot be used, or None. Compares every file with the manifest; without `contents` all but the hashes."""
     if checkpoint.is_symlink():
         return "it is a link"
-    for name in (*FILES, "manifest.json"):
+    for name in (*FILES, MANIFEST):
         path = checkpoint / name
         if path.is_symlink() or not path.is_file():
             return f"{name} is missing, or no file of its own"
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        return f"manifest.json cannot be read ({error})"
-    whole = isinstance(manifest, dict) and manifest.keys() == {"set", "files"}
-    files = manifest["files"] if whole else None
+        manifest = read_json(checkpoint / MANIFEST)
+    except ValueError as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    files = manifest["files"] if manifest.keys() == {"set", "files"} else None
     if not isinstance(files, dict) or sorted(files) != sorted(FILES):
-        return f"manifest.json does not list exactly {', '.join(FILES)}"
+        return f"{MANIFEST} does not list exactly {', '.join(FILES)}"
     try:
-        for name in FILES:
-            path, wanted = checkpoint / name, files[name]
-            size = path.stat().st_size
-            if not isinstance(wanted, dict) or wanted.keys() != {"bytes", "sha256"} or size != wanted["bytes"]:
-                return f"{name} has {size} bytes, the manifest says {wanted}"
-            if contents and _sha256(path) != wanted["sha256"]:
-                return f"{name} differs from its SHA-256 in the manifest"
-        for name in FILES[:2]:
-            with safe_open(checkpoint / name, "pt") as file:
-                metadata = file.metadata() or {}
-                if (metadata.get("set"), metadata.get("file")) != (manifest["set"], name):
-                    return f"{name} belongs to another checkpoint, or to another place in this one"
-        state = json.loads((checkpoint / FILES[2]).read_bytes())
-        if state["set"] != manifest["set"]:
-            return f"{FILES[2]} belongs to another checkpoint"
-        update = state["update"]
-        if folder_of(checkpoint.parent.parent, update) != checkpoint:
-            return f"it holds update {update}, which its name does not say"
+        return _first_difference(checkpoint, manifest["set"], files, contents=contents)
     except OSError as error:
         return f"a file cannot be read ({error})"
-    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
         return f"a file is not a checkpoint's ({error!r})"
+
+
+def _first_difference(checkpoint: Path, set_id: Any, files: dict[str, Any], *, contents: bool) -> str | None:
+    """What of a checkpoint is not as its manifest says, or belongs to another one."""
+    for name in FILES:
+        path, wanted = checkpoint / name, files[name]
+        size = path.stat().st_size
+        if not isinstance(wanted, dict) or wanted.keys() != {"bytes", "sha256"} or size != wanted["bytes"]:
+            return f"{name} has {size} bytes, the manifest says {wanted}"
+        if contents and sha256(path) != wanted["sha256"]:
+            return f"{name} differs from its SHA-256 in the manifest"
+    for name in (WEIGHTS, OPTIMIZER):
+        with safe_open(checkpoint / name, "pt") as file:
+            metadata = file.metadata() or {}
+            if (metadata.get("set"), metadata.get("file")) != (set_id, name):
+                return f"{name} belongs to another checkpoint, or to another place in this one"
+    state = read_json(checkpoint / STATE)
+    if state["set"] != set_id:
+        return f"{STATE} belongs to another checkpoint"
+    if folder_of(checkpoint.parent.parent, state["update"]) != checkpoint:
+        return f"it holds update {state['update']}, which its name does not say"
     return None
 
 
@@ -267,11 +268,11 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given."""
-    state = json.loads((checkpoint / FILES[2]).read_bytes())
+def _read(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(fp32 weights, what else `save` was given) of a checkpoint that verifies."""
+    state = read_json(checkpoint / STATE)
     del state["set"]
-    return state
+    return load_file(checkpoint / WEIGHTS), state
 
 
 class Checkpoint(NamedTuple):
@@ -281,31 +282,24 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def load(run: Path, place: ranks.Place) -> Checkpoint | None:
+def load(run: Path, ranks: Ranks) -> Checkpoint | None:
     """The newest good checkpoint, on every rank; None where the run has none.
 
     Raises ValueError, on every rank alike, where there are checkpoints and none can be used.
     """
     tensors: dict[str, Tensor] = {}
     header: Any = None
-    if place.is_main:
-        try:
-            checkpoint = newest(run)
-            if checkpoint is not None:
-                tensors = {f"weight.{k}": v for k, v in load_file(checkpoint / FILES[0]).items()}
-                tensors |= load_file(checkpoint / FILES[1])
-                state = _state(checkpoint)
-                header = state, [(name, tuple(t.shape)) for name, t in tensors.items()]
-        except ValueError as error:
-            header = error  # every rank must hear of it, or the others wait for a broadcast that never comes
-    header = ranks.broadcast_object(header, place)
-    if isinstance(header, ValueError):
-        raise header
+    with ranks.together():  # or the others would wait for a broadcast that never comes
+        if ranks.is_main and (checkpoint := newest(run)) is not None:
+            weights, state = _read(checkpoint)
+            tensors = {f"weight.{k}": v for k, v in weights.items()} | load_file(checkpoint / OPTIMIZER)
+            header = state, [(name, tuple(t.shape)) for name, t in tensors.items()]
+    header = ranks.broadcast_object(header)
     if header is None:
         return None
     state, shapes = header
     for name, shape in shapes:
-        on_device = tensors[name].to(place.device) if place.is_main else torch.empty(shape, device=place.device)
+        on_device = tensors[name].to(ranks.device) if ranks.is_main else torch.empty(shape, device=ranks.device)
         tensors[name] = ranks.broadcast_tensor(on_device).cpu()  # a sync, once at the start
     return Checkpoint(tensors, state)
 
@@ -319,8 +313,9 @@ def load_weights(run: Path, update: int | None = None) -> tuple[dict[str, Tensor
     if checkpoint is None or not checkpoint.is_dir():
         have = ", ".join(p.name for p in _all(run)) or "none"
         raise FileNotFoundError(
-            f"{run} has no checkpoint{'' if update is None else f' of update {update}'} (found: {have}): let the run reach one, see --log.checkpoint-every"
+            f"{run} has no checkpoint{'' if update is None else f' of update {update}'} (found: {have}): let the run reach one, "
+            "see --log.checkpoint-every"
         )
     if (reason := verify(checkpoint)) is not None:
         raise ValueError(f"{checkpoint} cannot be used: {reason}")
-    return load_file(checkpoint / FILES[0]), _state(checkpoint)
+    return _read(checkpoint)

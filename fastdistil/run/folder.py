@@ -1,57 +1,33 @@
-"""The folder of a run. Standard library only.
+"""The folder of a run: what it is, what became of it, and what a rank leaves behind when it hangs. Standard library only.
 
 config.json   what it is                  status.json   what became of it
 tokenizer/    what its ids mean           .lock         held by the job that works here
+stacks/       rank-00003.txt: where a rank stood that hung or failed
 """
 
-import errno
-import fcntl
-import json
-import os
+import contextlib
+import faulthandler
 import shutil
-import socket
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from fastdistil.run.config import Config, resume_differences, to_json
+from fastdistil.run.files import Lock, read_json, write_json
 
 LOCK = ".lock"
 STACKS = "stacks"
 
 
-class Lock:
-    """Keeps other jobs out of a run folder while this process lives.
-
-    A POSIX record lock: the system takes it back when the process ends, however it ends; data workers, which are forked, do not
-    hold it; over NFS it holds between machines. Raises ValueError, naming the holder, where another process has it.
-    """
-
-    def __init__(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        # kept open, and opened nowhere else: closing any descriptor of the file gives the lock away
-        self.file = (run / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            self.file.seek(0)
-            holder = self.file.read(200).strip() or "another process"
-            raise ValueError(
-                f"--out {run} is in use by {holder}: wait for it, stop it, or choose another --out"
-            ) from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
+def lock(run: Path) -> Lock:
+    """Keeps other jobs out of a run folder. Raises ValueError, naming the holder, where another process has it."""
+    return Lock(run / LOCK, f"--out {run}")
 
 
 def write_status(run: Path, state: str, **about: Any) -> None:
     """Replace RUN/status.json: `state` is running, finished, stopped or failed. A job that was killed leaves "running"."""
-    record = {"state": state, **about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    part = run / "status.json.part"
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(run / "status.json")
+    write_json(run / "status.json", {"state": state, **about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
 def check(config: Config) -> None:
@@ -79,22 +55,66 @@ def start(run: Path, record: dict[str, Any], tokenizer: Path) -> None:
         return
     run.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
-    part = run / "config.json.part"
-    part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    part.replace(run / "config.json")
+    write_json(run / "config.json", record)
 
 
 def read(run: Path) -> dict[str, Any]:
     """The contents of RUN/config.json. Raises ValueError where it is none of ours."""
     path = run / "config.json"
     try:
-        record = json.loads(path.read_bytes())
-        if not isinstance(record["config"], dict) or not isinstance(record["student"], dict):
-            raise ValueError("config and student must be objects")
+        record = read_json(path)
     except FileNotFoundError:
         raise ValueError(
             f"{run} is not a run folder: wanted {path}, which `python -m fastdistil.pretrain` writes"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a run's configuration ({error}): start another --out") from None
+    for name in ("config", "student"):
+        if not isinstance(record.get(name), dict):
+            raise ValueError(f"{path} is not a run's configuration ({name} must be an object): start another --out")
     return record
+
+
+GRACE = 2
+"""Seconds after the timeout: the ranks that wait come first, with an exception."""
+
+
+class Watchdog:
+    """Writes the stacks of this process unless `restart` is called again within `timeout_s` seconds.
+
+    A collective that waits longer than --engine.timeout-s fails on the ranks that wait, not on the one they wait for. When that
+    one has done nothing for as long, it writes down where all its threads stand and ends, too. A thread of faulthandler's own
+    does it, whatever the interpreter is doing. A process that the system has stopped (SIGSTOP) writes nothing, and torchrun
+    kills it 30 s later.
+
+    Args:
+        alone: no other rank waits for this one: its stacks are written, it may go on.
+    """
+
+    def __init__(self, run: Path, rank: int, timeout_s: int, *, alone: bool) -> None:
+        self.path = run / STACKS / f"rank-{rank:05d}.txt"
+        self.seconds, self.alone = timeout_s + GRACE, alone
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a", encoding="utf-8")  # open now: faulthandler opens nothing
+        faulthandler.enable()  # a crash in native code says where, on stderr
+        self.restart()
+
+    def restart(self) -> None:
+        """The process is alive: count the seconds anew. Some microseconds."""
+        faulthandler.dump_traceback_later(self.seconds, file=self.file, exit=not self.alone)
+
+    def failed(self, error: BaseException) -> None:
+        """Keep the traceback of what ends this rank, which a launcher may lose among others' output."""
+        faulthandler.cancel_dump_traceback_later()
+        self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        traceback.print_exception(error, file=self.file)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Stop watching; a file in which nothing stands is removed."""
+        faulthandler.cancel_dump_traceback_later()
+        self.file.close()
+        if self.path.stat().st_size == 0:
+            self.path.unlink()
+            with contextlib.suppress(OSError):  # others' stand there
+                self.path.parent.rmdir()

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistil.model.architecture import FlopsPerToken
-from fastdistil.run import ranks
+from fastdistil.run.config import LOSS_TERMS
+from fastdistil.run.files import read_json_lines, write_text
+from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
 
@@ -101,18 +102,9 @@ class MetricsWriter:
 
 def _drop_after(path: Path, update: int) -> None:
     """Forget lines of updates after the checkpoint that the run goes on from, and a half-written last one."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+    if path.is_file():
+        found = [line for line in read_json_lines(path) if isinstance(line.get("update"), int)]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in found if line["update"] <= update))
 
 
 class Journal:
@@ -122,8 +114,9 @@ class Journal:
 
     Args:
         writer: None on the other ranks.
-        to_means: turns summed losses and an open record into reported losses (losses.means).
-        flops: of one token; peak: FLOP/s of all devices together, None if unknown.
+        to_means: turns summed losses, real and masked tokens of an update into reported losses (objective.means).
+        flops: of one token.
+        peak: FLOP/s of all devices together, None if unknown.
         num_updates: of the whole run, for the time that is left.
         num_skipped: updates skipped before a restart, see `num_skipped` below.
     """
@@ -131,19 +124,20 @@ class Journal:
     def __init__(
         self,
         writer: MetricsWriter | None,
+        ranks: Ranks,
         *,
         num_sums: int,
         to_means: Callable[[list[float], int, int], dict[str, float]],
-        flops: FlopsPerToken,
+        flops: float,
         peak: float | None,
         num_updates: int,
-        device: torch.device,
         num_skipped: int = 0,
     ) -> None:
-        self.writer, self.to_means, self.num_updates = writer, to_means, num_updates
-        self.flops, self.peak = flops.total, peak
-        # fp64, in which sums of fp32 numbers are exact: the order of micro-batches, ranks and flushes leaves no trace
-        self.sums = torch.zeros(num_sums, device=device, dtype=torch.float64)
+        self.writer, self.ranks = writer, ranks
+        self.to_means, self.num_updates = to_means, num_updates
+        self.flops, self.peak = flops, peak
+        # In fp64 sums of fp32 numbers are exact: the order of micro-batches, ranks and flushes leaves no trace.
+        self.sums = torch.zeros(num_sums, device=ranks.device, dtype=torch.float64)
         self.open: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, sums, gradient norm
         self.num_skipped = num_skipped  # updates whose gradient was not finite: they changed nothing
         self.skipped_in_a_row = 0  # as of the last flush
@@ -169,7 +163,7 @@ class Journal:
             return
         records, sums, norms = zip(*self.open, strict=True)
         self.open = []
-        totals = ranks.sum_over_ranks(torch.stack(sums)).tolist()  # the sync
+        totals = self.ranks.sum(torch.stack(sums)).tolist()  # the sync
         values = torch.stack([n.float() for n in norms]).tolist()  # the same one
         seconds = max(1e-9, time.perf_counter() - self.begin)
         num_tokens = sum(r["tokens"] for r in records)
@@ -222,7 +216,7 @@ class Journal:
 
 def progress_line(record: dict[str, Any], *, num_updates: int, seconds_left: float) -> str:
     """One line for a person: where the run is, how well and how fast it goes, when it ends."""
-    names = ("loss", "kd", "mlm", "cosine", "hidden", "values", "agreement", "accuracy")
+    names = ("loss", *(term.name for term in LOSS_TERMS), "agreement", "accuracy")
     losses = "  ".join(f"{n} {record[n]:.4g}" for n in names if n in record)
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     left = int(seconds_left)

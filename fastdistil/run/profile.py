@@ -13,14 +13,11 @@ in none. Communication happens inside other parts, and includes the wait for oth
             they have their own time, what is waited for them is in the part that waits, and the parts may add up to more than
             the update. "other" is what the student's stream spends outside every part.
 
-Floors: matrix products at the peak that MFU is measured against, an FP8 teacher's too (architecture.flops_per_token; student
-forward : backward = 1 : 2; the loss of distillation has both heads, forward and gradient); the optimiser's 32 bytes a parameter, or
-its share of one, at the speed of a copy measured here: AdamW reads weight, gradient and moments and writes all but the gradient,
-clipping reads the gradient. A teacher on ranks of its own is waited for; its floor is what this device would take instead.
+The floor of a part is what it cannot do without (training/forecast.py). A teacher on ranks of its own is waited for; its floor
+is what this device would take instead.
 """
 
 import atexit
-import json
 import logging
 import time
 from collections import defaultdict
@@ -33,7 +30,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
-from fastdistil.model.architecture import Architecture, flops_per_token
+from fastdistil.run.files import read_json, write_json
 
 log = logging.getLogger("fastdistil")
 
@@ -42,7 +39,6 @@ Part = Literal[
 ]  # fmt: skip
 PARTS: tuple[Part, ...] = Part.__args__  # type: ignore[attr-defined]
 UPDATE = "update"
-BYTES_A_PARAMETER = 32
 Item = TypeVar("Item")
 
 _OFF = nullcontext()
@@ -166,7 +162,7 @@ class Profile:
             memory = "memory.pickle"
         seconds, other = self.recorder.seconds()
         # not by the profiler's own events(), which takes 15 times longer and minutes for a large update
-        trace = json.loads((self.folder / "trace.json").read_bytes())["traceEvents"]
+        trace = read_json(self.folder / "trace.json")["traceEvents"]
         if self.on_cuda:
             seconds["communication"] = nccl_seconds(trace)
         else:
@@ -178,7 +174,7 @@ class Profile:
                 other += waited
         rows = table({k: v / n for k, v in seconds.items()}, other / n, self.floors())
         record = {"updates": n, "seconds_an_update": seconds[UPDATE] / n, "parts": rows}
-        (self.folder / "table.json").write_text(json.dumps(record, indent=1))
+        write_json(self.folder / "table.json", record)
         for line in lines(seconds[UPDATE] / n, rows):
             log.info("profile: %s", line)
         if self.on_cuda:
@@ -239,46 +235,7 @@ def lines(total: float, rows: dict[str, dict[str, float | None]]) -> Iterator[st
     yield f"{UPDATE:<18}{1e3 * total:>13.1f}"
 
 
-def floors(
-    teacher: Architecture | None,
-    student: Architecture,
-    mean_attended_length: float,
-    *,
-    head_fraction: float,
-    num_tokens: float,
-    num_stepped: int,
-    peak: float | None,
-    device: torch.device,
-) -> dict[Part, float]:
-    """Seconds an update on one device, for its `num_tokens` real tokens and the `num_stepped` parameters its optimiser moves.
-
-    Parts that nobody knows a floor of are left out: communication, and all products where `peak` FLOP/s is None.
-    """
-    found: dict[Part, float] = {
-        "waiting for data": 0.0,
-        "optimiser": BYTES_A_PARAMETER * num_stepped / _copy_bytes_per_s(device),
-    }
-    if peak is None:
-        return found
-    with_heads, without = (
-        flops_per_token(teacher, student, mean_attended_length, head_fraction=fraction)
-        for fraction in (head_fraction, 0.0)
-    )
-    heads = with_heads.total - without.total
-    # the fused loss makes its own gradient; masked LM alone leaves it to the backward
-    in_loss = heads if teacher else heads / 3
-    flops: dict[Part, float] = {
-        "teacher": without.teacher,
-        "student forward": without.student / 3,
-        "loss": in_loss,
-        "backward": without.student * 2 / 3 + heads - in_loss,
-    }
-    for part, f in flops.items():
-        found[part] = f * num_tokens / peak
-    return found
-
-
-def _copy_bytes_per_s(device: torch.device) -> float:
+def copy_bytes_per_s(device: torch.device) -> float:
     """Bytes read and written a second by copies of 256 MiB, the best of five."""
     source = torch.zeros(2**26, device=device)
     target = torch.empty_like(source)

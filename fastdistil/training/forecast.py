@@ -1,88 +1,197 @@
-"""What a run will be, before any of it: `python -m fastdistil.pretrain ... --dry-run --world-size 128`.
+"""What a run will be, before any of it: the answer to --dry-run, the first lines of a log, and the floors of a profile.
 
-Needs no GPU, no torchrun and no weights, and writes nothing: the teacher's config.json and the lengths of the prepared
-sequences are enough. A number that was not measured says so.
+`python -m fastdistil.pretrain ... --dry-run --world-size 128` needs no GPU, no torchrun and no weights, and writes nothing: the
+teacher's config.json and the lengths of the prepared sequences are enough. A number that was not measured says so.
 """
 
-import json
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fastdistil.data.batches import Plan, random_words
+from fastdistil import __version__
+from fastdistil.data.plan import Plan, random_words
+from fastdistil.kernels._backend import CPU_BACKEND
+from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.model.architecture import flops_per_token
-from fastdistil.run import metrics
-from fastdistil.training import engine, inputs, memory
+from fastdistil.run.files import read_json
+from fastdistil.run.metrics import peak_flops
+from fastdistil.run.profile import Part, copy_bytes_per_s
+from fastdistil.run.ranks import Ranks
+from fastdistil.training import memory
+from fastdistil.training.inputs import Corpus, load_corpus
 from fastdistil.training.preflight import Resolved
 
-H100_BYTES, H100_FLOPS = (80 * 2**30, 989e12)  # the GPU meant where there is none; dense bf16, data sheet
+log = logging.getLogger("fastdistil")
+
+H100_BYTES, H100_FLOPS = 80 * 2**30, 989e12  # the GPU meant where there is none; dense bf16, data sheet
 UTILISATION = 0.5  # assumed where there is no measurement
 EXACT_SEQUENCES = 2**21  # read in all epochs together; the orders of more take seconds an epoch
 STEP_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout only
+BYTES_A_PARAMETER = 32
+"""AdamW reads weight, gradient and both moments and writes all but the gradient, clipping reads the gradient: fp32."""
 
 
-def report(resolved: Resolved, *, world_size: int) -> str:
+def report(resolved: Resolved) -> str:
     """A table for a person, a line a fact. Raises ValueError where files are damaged or the device cannot hold the run."""
-    rows = list(_rows(resolved, world_size))
+    rows = list(_rows(resolved))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _rows(resolved: Resolved, world_size: int) -> Iterator[tuple[str, str]]:
-    config, teacher, student = resolved.config, resolved.teacher, resolved.student
-    device, device_bytes, device_name = _device(resolved)
-    dtype = engine.compute_dtype(config, device)
-    count, students = resolved.micro_batches_per_update, world_size - config.teacher.ranks
-    rounds = -(-count // students)
-    yield "ranks", f"{world_size} x {device_name}, {str(dtype).removeprefix('torch.')}"
-    for name, model in (("teacher", teacher), ("student", student)):
+def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
+    """Teacher and student: their sizes, and what they are made from."""
+    layers = f"layers {' '.join(map(str, resolved.layers))} of {resolved.source_path}"
+    origins = {
+        "teacher": (resolved.teacher, resolved.config.teacher.path),
+        "student": (resolved.student, layers if resolved.layers else "random weights"),
+    }
+    for name, (model, origin) in origins.items():
         if model is not None:
-            yield (name, f"{model.num_parameters:,} parameters ({model.num_layers} layers, {model.hidden_size} wide)")
+            sizes = f"{model.num_layers} layers, {model.hidden_size} wide"
+            yield name, f"{model.num_parameters:,} parameters ({sizes}) from {origin}"
 
-    # without the hashes, and without the orders of all epochs: each takes longer than the rest together
+
+def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
+    config, student = resolved.config, resolved.student
+    device, device_bytes, device_name = _device(resolved)
+    dtype, world_size = resolved.dtype(device), resolved.world_size + config.teacher.ranks
+    yield "ranks", f"{world_size} x {device_name}, {_name(dtype)}"
+    yield from _models(resolved)
+
+    # The text, without its hashes and the orders of all epochs: each takes longer than the rest together.
     quick = replace(
-        config, data=replace(config.data, verify=False), optim=replace(config.optim, unit="updates", duration=1)
+        config,
+        profile=None,
+        data=replace(config.data, verify=False),
+        optim=replace(config.optim, unit="updates", duration=1),
     )
-    text = inputs.load_text(replace(resolved, config=quick), rank=0, world_size=1)
-    fraction = config.masking.fraction
-    flops = flops_per_token(teacher, student, text.mean_attended_length, head_fraction=1.0 if teacher else fraction)
-    yield (
-        "FLOPs a token",
-        f"{flops.total / 1e6:,.1f} million: teacher {flops.teacher / 1e6:,.1f}, student {flops.student / 1e6:,.1f}",
-    )
-    num_updates, tokens_per_update, about = _length(resolved, text.plan)
+    corpus = load_corpus(replace(resolved, config=quick), rank=0, world_size=1)
+    flops = resolved.flops_per_token(corpus.mean_attended_length)
+    parts = f"teacher {flops.teacher / 1e6:,.1f}, student {flops.student / 1e6:,.1f}"
+    yield "FLOPs a token", f"{flops.total / 1e6:,.1f} million: {parts}"
+    num_updates, tokens_per_update, about = _length(resolved, corpus.plan)
     num_tokens = num_updates * tokens_per_update
-    yield ("an update", f"{count:,} micro-batches of {config.batch.token_budget:,} tokens, {rounds:,} a rank")
+    count, budget = resolved.micro_batches_per_update, config.batch.token_budget
+    yield "an update", f"{count:,} micro-batches of {budget:,} tokens, {resolved.micro_batches_per_rank:,} a rank"
     yield "updates", f"{about}{num_updates:,}"
     yield "tokens", f"{about}{num_tokens / 1e9:,.3f} billion, padding not counted"
 
-    need = memory.require(resolved, world_size=world_size, device=device, device_bytes=device_bytes)
+    # What it takes: memory, disk, messages, time.
+    need = memory.require(resolved, device=device, device_bytes=device_bytes)
     yield "memory a rank", f"{need.total / 1e9:.2f} of {device_bytes / 1e9:.2f} GB, predicted"
     for name, num_bytes in need.parts.items():
         if num_bytes:
             yield f"  {name}", f"{num_bytes / 1e9:.3f} GB"
     kept = config.log.keep_checkpoints
     yield "a checkpoint", f"{12 * student.num_parameters / 1e9:.2f} GB; the last {kept} are kept"
-
-    if world_size > 1:
-        stage = 1 if config.engine.zero_stage is None else config.engine.zero_stage
-        gradients, weights = 4 * student.num_parameters, dtype.itemsize * student.num_parameters
-        # (times the gradients are summed over the ranks, times the weights are gathered) in an update: tests/test_scaling.py
-        for s, (sums, gathers) in enumerate(((1, 0), (1, 1), (rounds, 1), (rounds, rounds))):
-            yield (
-                f"messages, ZeRO {s}{' (this run)' if s == stage else ''}",
-                f"gradients {sums} x {gradients / 1e9:.2f} GB, weights {gathers} x {weights / 1e9:.2f} GB an update",
-            )
-    peak, source = _peak_flops(device, dtype)
+    yield from _messages(resolved, dtype) if world_size > 1 else ()
+    no_gpu = device.type == "cuda" and not torch.cuda.is_available()
+    peak, source = (H100_FLOPS, "H100, dense bf16, data sheet") if no_gpu else peak_flops(device, dtype)
     if peak:
         share, share_source = _utilisation(device_name, dtype)
-        hours = num_tokens * flops.total / (share * peak * students) / 3600
+        hours = num_tokens * flops.total / (share * peak * resolved.world_size) / 3600
+        at = f"{share:.0%} ({share_source}) of {peak / 1e12:,.4g} TFLOP/s a rank ({source})"
+        yield "hours", f"{hours:,.3g} of arithmetic, at {at}"
+
+
+def _messages(resolved: Resolved, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """What every ZeRO stage sends in an update, as tests/test_scaling.py counts it."""
+    rounds, num_parameters = resolved.micro_batches_per_rank, resolved.student.num_parameters
+    gradients, weights = 4 * num_parameters / 1e9, dtype.itemsize * num_parameters / 1e9
+    # Stage: times the gradients are summed over the ranks, times the weights are gathered.
+    times = {0: (1, 0), 1: (1, 1), 2: (rounds, 1), 3: (rounds, rounds)}
+    for stage, (sums, gathers) in times.items():
+        this = " (this run)" if stage == resolved.zero_stage else ""
         yield (
-            "hours",
-            f"{hours:,.3g} of arithmetic, at {share:.0%} ({share_source}) of {peak / 1e12:,.4g} TFLOP/s a rank ({source})",
+            f"messages, ZeRO {stage}{this}",
+            f"gradients {sums} x {gradients:.2f} GB, weights {gathers} x {weights:.2f} GB an update",
         )
+
+
+def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
+    """The first lines of a log: versions, devices, backends, models, text, batch; `engine` describes itself."""
+    meta, dtype, plan = resolved.meta, resolved.dtype(ranks.device), corpus.plan
+    log.info("fastdistil %s, torch %s, %s", __version__, torch.__version__, engine)
+    if ranks.device.type == "cuda":
+        device, operators = torch.cuda.get_device_name(ranks.device), "triton"
+    else:
+        device, operators = f"CPU with {torch.get_num_threads()} threads", CPU_BACKEND
+    log.info("%d x %s, %s, %s operators", ranks.num_devices, device, _name(dtype), operators)
+    log.info("attention: %s", ", ".join(_attention_backends(resolved, ranks.device)))
+    for name, what in _models(resolved):
+        log.info("%s: %s", name, what)
+    held_out = meta.num_sequences - len(plan.lengths)
+    log.info(f"text: {meta.num_tokens:,} tokens in {meta.num_sequences:,} sequences, {held_out:,} held out")
+    first = plan.update(0)
+    count, sequences = len(first.micro_batches), sum(len(m.sequences) for m in first.micro_batches)
+    log.info(
+        f"{corpus.num_updates:,} updates of {count} micro-batches of {plan.token_budget:,} tokens; "
+        f"the first: {sequences:,} sequences, {first.num_tokens / (count * plan.token_budget):.1%} real tokens"
+    )
+    if count > plan.micro_batches_through(0):
+        log.warning("an update is longer than the whole text: lower --batch.size, or prepare more")
+    idle = -count % ranks.world_size
+    if idle:
+        log.warning(
+            f"{ranks.world_size} ranks do not divide {count} micro-batches: {idle} of {count + idle} places in an update "
+            f"stay empty; {count + idle} micro-batches (--batch.size, --batch.token-budget) would fill them"
+        )
+
+
+def _attention_backends(resolved: Resolved, device: torch.device) -> Iterator[str]:
+    asked = resolved.config.engine.attention
+    models = {"student": (resolved.student.attention_dropout, resolved.dtype(device))}
+    if resolved.teacher:
+        models["teacher"] = 0.0, resolved.teacher_dtype(device)
+    for name, (dropout_p, dtype) in models.items():
+        yield f"{resolve_backend(asked, device, dropout_p=dropout_p, dtype=dtype)} ({name})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def floors(
+    resolved: Resolved,
+    mean_attended_length: float,
+    *,
+    num_tokens: float,
+    num_stepped: int,
+    peak: float | None,
+    device: torch.device,
+) -> dict[Part, float]:
+    """Seconds an update on one device that each part of a profile cannot do without.
+
+    Matrix products at `peak` FLOP/s, an FP8 teacher's too; student forward : backward = 1 : 2; the loss of distillation has
+    both heads, forward and gradient. The optimiser at the speed of a copy measured here. Parts that nobody knows a floor of
+    are left out: communication, and all products where `peak` is None.
+
+    Args:
+        num_tokens: real tokens of an update on that device.
+        num_stepped: parameters that its optimiser moves.
+    """
+    found: dict[Part, float] = {
+        "waiting for data": 0.0,
+        "optimiser": BYTES_A_PARAMETER * num_stepped / copy_bytes_per_s(device),
+    }
+    if peak is None:
+        return found
+    with_heads = resolved.flops_per_token(mean_attended_length)
+    without = flops_per_token(resolved.teacher, resolved.student, mean_attended_length, head_fraction=0.0)
+    heads = with_heads.total - without.total
+    # The fused loss makes its own gradient; masked LM alone leaves it to the backward.
+    in_loss = heads if resolved.teacher else heads / 3
+    flops: dict[Part, float] = {
+        "teacher": without.teacher,
+        "student forward": without.student / 3,
+        "loss": in_loss,
+        "backward": without.student * 2 / 3 + heads - in_loss,
+    }
+    found.update({part: f * num_tokens / peak for part, f in flops.items()})
+    return found
 
 
 def _device(resolved: Resolved) -> tuple[torch.device, int, str]:
@@ -122,19 +231,13 @@ def _length(resolved: Resolved, plan: Plan) -> tuple[int, float, str]:
     return plan.updates_of(duration), tokens, about
 
 
-def _peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return H100_FLOPS, "H100, dense bf16, data sheet"
-    return metrics.peak_flops(device, dtype)
-
-
 def _utilisation(device_name: str, dtype: torch.dtype) -> tuple[float, str]:
     """(MFU of benchmarks/step.py on such a device, the lowest of several, where it is from), or what is assumed without one."""
     kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     pattern = "step.cpu.json" if device_name == "CPU" else "step.*.json"
     found = []
     for path in STEP_RESULTS.glob(pattern):
-        for what, record in json.loads(path.read_text()).items():
+        for what, record in read_json(path).items():
             same = device_name == "CPU" or device_name.split(" (")[0] in record["device"]
             ours = record["providers"].get("fastdistil")  # not in a run of some providers alone
             if same and ours and f" {kind}," in what:

@@ -1,24 +1,26 @@
-"""What a run reads, verified: text with its plan, teacher, student. Made alike on every rank, without a word between them."""
+"""What a run reads, verified: corpus with its plan, teacher, student. Made alike on every rank, without a word between them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fastdistil.data.batches import Collator, Plan, UpdatePlan, seed_of, validation_plan
+from fastdistil.data.batches import Collator, MicroBatch, micro_batches
+from fastdistil.data.plan import Plan, UpdatePlan, seed_of, validation_plan
 from fastdistil.data.shards import Shards
-from fastdistil.model import weights
+from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.model.encoder import Encoder, MaskedLM
-from fastdistil.run.config import Config
-from fastdistil.run.ranks import Place
-from fastdistil.training import fp8
-from fastdistil.training.objective import teacher_keeps
+from fastdistil.model.weights import load_masked_lm, student_from_teacher
+from fastdistil.run.ranks import Ranks
+from fastdistil.training.objective import kept_outputs
+from fastdistil.training.precision import quantise_encoder, require_fp8
 from fastdistil.training.preflight import Resolved
-from fastdistil.training.teacher import RemoteTeacher, Teacher
+from fastdistil.training.teacher import RemoteTeacher, Split, Teacher
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Corpus:
     """The shards of a run and what follows from them."""
 
     plan: Plan
@@ -28,16 +30,34 @@ class Text:
     num_updates: int
     mean_attended_length: float
     """Tokens a token attends to, on average: sum(L^2) / sum(L)."""
+    num_workers: int
+    """Processes that make micro-batches for training."""
+
+    def micro_batches(self, split: Split, ranks: Ranks, *, rank: int, first: int = 0) -> Iterator[MicroBatch]:
+        """Those of a rank from number `first` on: of the whole training, where `first` begins an update, or of one validation."""
+        if split == Split.VALIDATION:
+            return map(self.validation_collator, self.validation.of_rank(rank, ranks.world_size)[first:])
+        per_rank = -(-self.plan.micro_batches_per_update // ranks.world_size)
+        return micro_batches(
+            (self.plan.update(u) for u in range(first // per_rank, self.num_updates)),
+            self.collator,
+            rank=rank,
+            world_size=ranks.world_size,
+            num_workers=self.num_workers,
+            pin_memory=ranks.device.type == "cuda",
+        )
 
 
-def load_text(resolved: Resolved, *, rank: int, world_size: int) -> Text:
+def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
     """Open and verify the shards, hold out the validation sequences, plan the run.
 
-    Each rank hashes its part of the files. Raises ValueError naming a file that is damaged or too small.
+    Each rank hashes its part of the files. Raises ValueError naming a file that is damaged or too small, and where there is
+    nothing to profile at the updates that --profile names.
     """
     config = resolved.config
     assert config.data.shards is not None  # preflight
     shards = Shards(config.data.shards, verify=config.data.verify, verify_part=(rank, world_size))
+    # What is validated on: the last sequences of the training shards, or shards of their own.
     if config.data.validation is None:
         held_out = min(config.data.validation_sequences, max(1, len(shards) // 10))
         num_train, other = len(shards) - held_out, shards
@@ -59,26 +79,32 @@ def load_text(resolved: Resolved, *, rank: int, world_size: int) -> Text:
         mask_fraction=masking.fraction,
     )
     duration = config.optim.duration
-    return Text(
+    num_updates = int(duration) if config.optim.unit == "updates" else plan.updates_of(duration)
+    if config.profile_window.stop > num_updates:
+        raise ValueError(
+            f"--profile {config.profile} goes beyond the run's {num_updates} updates: profile earlier ones"
+        )
+    return Corpus(
         plan=plan,
         collator=Collator(shards, shards.counts, token_budget=budget, masking=masking),
         validation=validation_plan(validation, other.lengths, token_budget=budget, mask_fraction=masking.fraction),
         validation_collator=Collator(other, shards.counts, token_budget=budget, masking=masking),
-        num_updates=int(duration) if config.optim.unit == "updates" else plan.updates_of(duration),
+        num_updates=num_updates,
         mean_attended_length=float(np.square(lengths, dtype=np.float64).sum() / lengths.sum()),
+        num_workers=config.data.num_workers,
     )
 
 
-def load_models(
-    resolved: Resolved, *, place: Place, dtype: torch.dtype
-) -> tuple[Teacher | RemoteTeacher | None, MaskedLM]:
-    """(frozen teacher in `dtype` where its place is, student in fp32 on the CPU with its first weights).
+def load_models(resolved: Resolved, ranks: Ranks) -> tuple[Teacher | RemoteTeacher | None, MaskedLM]:
+    """(frozen teacher where its place is, student in fp32 on the CPU with its first weights).
 
-    Raises ValueError where a folder does not hold what its config.json says, e.g. no MLM head, and where FP8 is asked for
-    and cannot be had.
+    Raises ValueError where a folder does not hold what its config.json says, e.g. no MLM head, and where the attention
+    backend or FP8 is asked for and cannot be had.
     """
-    config = resolved.config
-    teacher = weights.load_masked_lm(config.teacher.path, need_head=True) if config.teacher.path else None
+    config, dtype = resolved.config, resolved.teacher_dtype(ranks.device)
+    for arithmetic in (resolved.dtype(ranks.device), dtype):
+        resolve_backend(config.engine.attention, ranks.device, dtype=arithmetic)
+    teacher = load_masked_lm(config.teacher.path, need_head=True) if config.teacher.path else None
     student = _student(resolved, teacher)
     student.encoder.activation_checkpointing = config.engine.activation_checkpointing
     for model in (student, teacher):
@@ -89,43 +115,45 @@ def load_models(
     student.encoder.position_embeddings.weight.requires_grad_(not config.student.freeze_positions)
     if teacher is None:
         return None, student
-    if place.teacher_link is not None and not place.is_teacher:
-        link = place.teacher_link
-        return RemoteTeacher(teacher, link, device=place.device, dtype=dtype), student
-    elsewhere = place.second_device
-    keep = teacher_keeps(config.loss, resolved.imitated_layers)
-    frozen = Teacher(teacher, device=place.device, dtype=dtype, encoder_device=elsewhere, keep=keep)
+    if ranks.link is not None and not ranks.is_teacher:
+        return RemoteTeacher(teacher, ranks.link, device=ranks.device, dtype=dtype), student
+    frozen = Teacher(
+        teacher,
+        device=ranks.device,
+        dtype=dtype,
+        encoder_device=ranks.second_device,
+        kept_outputs=kept_outputs(config.loss, resolved.imitated_layers),
+    )
     if config.teacher.precision == "fp8":
-        fp8.require_device(frozen.encoder_device)
-        fp8.quantise(frozen.model.encoder)
+        require_fp8(frozen.encoder_device)
+        quantise_encoder(frozen.model.encoder)
     return frozen, student
 
 
 def compile_encoder(encoder: Encoder, mode: str | None = None) -> None:
     """Have torch.compile run this encoder from its first call on, under the same parameter names; `mode` is torch.compile's.
 
-    One graph for all layouts of a token budget; some a layer where sdpa or flash-attn, which are not traced, cut it up. In training it
-    draws other dropout masks than without torch.compile, whose random numbers are Inductor's own.
+    One graph serves all layouts of a token budget; sdpa and flash-attn are not traced, and cut it into some a layer.
     """
-    # The layers' places of dropout are constants of their graphs, of which Dynamo makes 8 before it runs the rest eagerly.
+    # The layers' streams of dropout are constants of their graphs. Dynamo makes 8 of these before it runs the rest eagerly.
     torch._dynamo.config.recompile_limit = 64
     encoder.compile(mode=mode)
 
 
 def _student(resolved: Resolved, teacher: MaskedLM | None) -> MaskedLM:
-    config: Config = resolved.config
+    config = resolved.config
     generator = torch.Generator().manual_seed(seed_of(config.seed, "student"))
     if resolved.source_path is None:
         return MaskedLM(resolved.student, generator=generator)
     source = teacher
     if config.student.init != "teacher":
-        source = weights.load_masked_lm(resolved.source_path, need_head=False, generator=generator)
+        source = load_masked_lm(resolved.source_path, need_head=False, generator=generator)
     assert source is not None  # preflight: init=teacher has a teacher
-    return weights.student_from_teacher(
+    return student_from_teacher(
         source,
         resolved.layers,
         resolved.student,
-        # a model that goes on training keeps its head; a student starts with a fresh transform, as the authors' did
+        # A model that goes on training keeps its head. A student starts with a fresh transform, as the authors' did.
         copy_transform=config.student.copy_transform or config.student.init != "teacher",
         generator=generator,
     )

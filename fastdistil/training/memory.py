@@ -1,20 +1,22 @@
 """Memory that a run needs on each rank, from shapes alone, before anything is allocated.
 
-What always stays (weights, moments, sums of gradients, teacher) plus the largest of what comes and goes in an update:
+`_rows` is a table: a row a thing in memory, with the moments of an update at which it is there. The peak is the moment with the
+largest sum:
 
-    teacher      its widest layer in inference, beside the hidden states that it handed over before
+    teacher      the teacher infers, its widest layer beside the hidden states that it handed over before
     loss         all that the student keeps for its backward, and the loss's chunks of logits
     backward     the same activations, and the gradients that flow back where they are widest
     step         whole gradients, and what an engine makes of them
-    checkpoint   on the CPU: the copy of weights and moments that is written
+    checkpoint   on the CPU, the copy of weights and moments that is written
 
-Counted operator by operator in bert.py and kernels/, and measured for DeepSpeed 0.19.8; tests/training/test_memory.py holds it to
-10 % of measured peaks. Not counted: torch.compile, and what an allocator keeps without using it.
+Counted operator by operator in encoder.py and kernels/, and measured for DeepSpeed 0.19.8; tests/training/test_memory.py holds
+it to 10 % of measured peaks. Not counted: torch.compile, and what an allocator keeps without using it.
 
 Shapes: N tokens of the micro-batch, D width, F width of the feed-forward layer, V padded vocabulary, P parameters, W ranks.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +26,8 @@ import torch
 from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.kernels.linear_distill import default_chunk_tokens
 from fastdistil.model.architecture import Architecture
-from fastdistil.run.ranks import Place
-from fastdistil.training import engine, hints
+from fastdistil.run.ranks import Ranks
+from fastdistil.training.objective import relation_bytes
 from fastdistil.training.preflight import Resolved
 
 log = logging.getLogger("fastdistil")
@@ -36,6 +38,13 @@ CUBLAS_WORKSPACE = 32 * 2**20  # PyTorch's default for a stream on Hopper; elsew
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # of version 2, as a container sees its own
 
+MOMENTS = ("teacher", "loss", "backward", "step", "checkpoint")
+BEFORE_STEP = MOMENTS[:3]
+LOSS_AND_BACKWARD = MOMENTS[1:3]
+
+Row = tuple[str, int, tuple[str, ...]]
+"""What it is for, bytes, and the moments at which it is there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -43,7 +52,7 @@ class Footprint:
 
     parts: dict[str, int]
     moment: str
-    """Where in an update the peak is: a name of the module's table."""
+    """Where in an update the peak is: one of MOMENTS."""
 
     @property
     def total(self) -> int:
@@ -54,88 +63,98 @@ class Footprint:
         return ", ".join(f"{name} {n / 1e9:.2f}" for name, n in self.parts.items() if n)
 
 
-def predict(resolved: Resolved, *, world_size: int, device: torch.device, device_bytes: int) -> Footprint:
+def predict(resolved: Resolved, *, device: torch.device, device_bytes: int) -> Footprint:
     """What a rank that trains the student needs on a device of `device_bytes` in all; needs no such device."""
-    config, student, teacher = resolved.config, resolved.student, resolved.teacher
-    settings, on_cuda = config.engine, device.type == "cuda"
-    dtype = engine.compute_dtype(config, device)
-    s, N, W = dtype.itemsize, config.batch.token_budget, world_size - config.teacher.ranks
-    stage = settings.zero_stage if settings.zero_stage is not None else int(W > 1)
-    bf16, accumulates = s == 2, resolved.micro_batches_per_update > W
-    D, F, V = student.hidden_size, student.ffn_size, student.padded_vocab_size
-    P, token = _num_elements(student), N * s
+    rows = [*_engine(resolved, device), *_teacher(resolved, device), *_student(resolved, device, device_bytes)]
+    if device.type == "cuda":
+        rows.append(("CUDA", CUDA_CONTEXT + 2 * CUBLAS_WORKSPACE, MOMENTS))
+    moment = max(MOMENTS, key=lambda m: sum(num_bytes for _, num_bytes, when in rows if m in when))
+    parts: dict[str, int] = {}
+    for what, num_bytes, when in rows:
+        parts[what] = parts.get(what, 0) + num_bytes * (moment in when)
+    return Footprint(parts, moment)
 
-    def share(replicated: int, sharded: int) -> int:
-        """Bytes of so many a parameter on every rank, and so many divided among the ranks."""
-        return P * replicated + -(-P * sharded // W)
 
-    # --- the engine. Plain and stage 0 are one; stage 1 in bf16 sums gradients in fp32 beside those in bf16
-    weights = share(*((4, 0), (s, 4), (s, 4), (s, s + 4))[stage])  # stage 3 keeps what it gathered
-    copies = 2 * P if bf16 and stage == 0 else 0  # Bf16Compute
-    optimiser = share(0, 8) if stage else share(8, 0)
-    replicated = 4 + 2 * accumulates if bf16 and stage == 1 else 4 * accumulates
-    summed = share(0, 4) if stage > 1 else share(replicated, 0)  # between micro-batches
-    standing = share(0, 4) if stage == 3 else share(4, 0) if bf16 and stage == 1 else 0  # always
-    whole = (share(4, 0), share(max(replicated, 4), 4), share(0, 8), share(0, 8))[stage]
-    buckets = 4 * settings.bucket_elements if stage else 0
+def _engine(resolved: Resolved, device: torch.device) -> Iterator[Row]:
+    """Weights, moments and gradients, by ZeRO stage."""
+    P, W, stage = _num_elements(resolved.student), resolved.world_size, resolved.zero_stage
+    s = resolved.dtype(device).itemsize
+    bf16 = s == 2
+    summed = 4 * (resolved.micro_batches_per_update > W)  # fp32 sums, where an update has several micro-batches a rank
+    beside = 4 + 2 * (summed > 0) if bf16 else summed  # stage 1 in bf16 sums in fp32 beside gradients in bf16
+    always, before = MOMENTS, BEFORE_STEP
+    # (what, bytes a parameter at stages 0 to 3, when). A pair is (on every rank, divided among the ranks).
+    table = (
+        ("weights", ((4, 0), (s, 4), (s, 4), (s, s + 4)), always),  # stage 3 keeps what it gathered
+        ("weights", ((2 * bf16, 0), (0, 0), (0, 0), (0, 0)), LOSS_AND_BACKWARD),  # Bf16Compute's copies
+        ("gradients", ((summed, 0), (beside, 0), (0, 4), (0, 4)), before),
+        ("gradients", ((4, 0), (max(beside, 4), 4), (0, 8), (0, 8)), ("step",)),
+        ("gradients", ((0, 0), (4 * bf16, 0), (0, 0), (0, 4)), ("checkpoint",)),
+        ("optimiser", ((8, 0), (0, 8), (0, 8), (0, 8)), always),
+    )
+    for what, by_stage, when in table:
+        replicated, sharded = by_stage[stage]
+        yield what, P * replicated + -(-P * sharded // W), when
+    yield "buckets", 4 * resolved.config.engine.bucket_elements * (stage > 0), always
+    if device.type == "cpu":
+        yield "checkpoint", 12 * P, ("checkpoint",)
 
-    # --- the student. A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result
-    #     and GELU's input and output; in fp32 the log-sum-exp of the attention, means and deviations
-    dropout_p = student.attention_dropout
-    backend = resolve_backend(settings.attention, device, dropout_p=dropout_p, dtype=dtype)
+
+def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
+    """Its weights, what it hands over, and the most that it needs beside these while it infers."""
+    teacher, config = resolved.teacher, resolved.config
+    if teacher is None:
+        return
+    E, F = teacher.hidden_size, teacher.ffn_size
+    s = resolved.teacher_dtype(device).itemsize
+    held = _num_elements(teacher) * s
+    if config.teacher.precision == "fp8":  # one byte less an element of the layers' matrices
+        held -= teacher.num_layers * (4 * E * E + 2 * E * F)
+    token = config.batch.token_budget * s
+    wanted = {term.wants for term in config.loss.terms}
+    # Last hidden states and the head's; what terms want of the layers, and the values, which lie within q, k and v.
+    handed = token * E * (2 + ("layers" in wanted) * resolved.student.num_layers + 3 * ("values" in wanted))
+    # GELU's input and output; the embeddings, the layer's input, what was attended, and its LayerNorm.
+    inference = token * (2 * F + 4 * E)
+    if config.teacher.ranks or config.teacher.device == "second":
+        held, inference = teacher.padded_vocab_size * E * s, 0
+    elif device.type == "cuda" and config.teacher.overlap:
+        # A side stream's memory serves no other. Outputs are in the loop's hands, made, and in the making.
+        held, inference = held + inference + 2 * handed, 0
+    yield "teacher", held, MOMENTS
+    yield "teacher", handed, (*BEFORE_STEP, *(["checkpoint"] if device.type == "cpu" else []))
+    yield "teacher", inference, ("teacher",)
+
+
+def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Iterator[Row]:
+    """What a micro-batch leaves for its backward, and the loss."""
+    config, student, dtype = resolved.config, resolved.student, resolved.dtype(device)
+    s, N, V = dtype.itemsize, config.batch.token_budget, student.padded_vocab_size
+    D, F, token = student.hidden_size, student.ffn_size, N * s
+    # A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result and GELU's input
+    # and output; in fp32 the log-sum-exp of the attention, means and deviations.
     layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
-    if backend == "sdpa":
+    dropout_p = student.attention_dropout
+    if resolve_backend(config.engine.attention, device, dropout_p=dropout_p, dtype=dtype) == "sdpa":
         layer += token * D  # the runs of equal lengths, put together
-        if dropout_p and not on_cuda:  # whole score matrices; counted as if all sequences were long
+        if dropout_p and device.type == "cpu":  # whole score matrices; counted as if all sequences were long
             layer += 3 * token * student.num_heads * resolved.meta.max_length
     kept, again = student.num_layers * layer, 0
-    if settings.activation_checkpointing:
+    if config.engine.activation_checkpointing:
         kept, again = student.num_layers * token * D, layer
-    head_tokens = N if teacher else int(config.masking.fraction * N)
+    head_tokens = N if resolved.teacher else int(config.masking.fraction * N)
     kept += (2 * N + 4 * head_tokens) * D * s  # embeddings' sum, last hidden states; four of the head
-
-    # --- the loss
     dweight = V * D * s
-    if teacher is None:  # log-softmax, its gradient and that of the logits
+    if resolved.teacher is None:  # log-softmax, its gradient and that of the logits
         loss = 12 * head_tokens * V
     else:
         chunk = min(N, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
         loss = 2 * chunk * V * s + dweight + V * D * (s if chunk == N else 4)
-        if config.loss.values:  # scores, logarithms and probabilities of both, in fp32
-            longest = resolved.meta.max_length
-            relations = config.loss.relation_heads * max(hints.PADDED_TOKENS, longest) * longest
-            loss = max(loss, 6 * 4 * relations)
-
-    # --- the teacher
-    held = handed = inference = 0
-    if teacher is not None:
-        held, handed, inference = _teacher_bytes(resolved, s)
-        if config.teacher.ranks or config.teacher.device == "second":
-            held, inference = teacher.padded_vocab_size * teacher.hidden_size * s, 0
-        elif on_cuda and config.teacher.overlap:
-            # a side stream's memory serves no other; hints are in the loop's hands, made, and in the making
-            held, inference = held + inference + 2 * handed, 0
-
-    update = {"gradients": summed - standing, "teacher": handed}
-    moments = {
-        "teacher": update | {"teacher": handed + inference},
-        "loss": update | {"weights": copies, "activations": kept, "loss": loss},
-        "backward": update | {"weights": copies, "activations": kept + again + token * F, "loss": 2 * dweight},
-        "step": update | {"gradients": whole - standing},
-        "checkpoint": {} if on_cuda else {"checkpoint": 12 * P, "teacher": handed},
-    }
-    always = {
-        "weights": weights,
-        "gradients": standing,
-        "optimiser": optimiser,
-        "teacher": held,
-        "buckets": buckets,
-        "CUDA": (CUDA_CONTEXT + 2 * CUBLAS_WORKSPACE) * on_cuda,
-    }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    peak = moments[moment]
-    names = dict.fromkeys([*always, *peak])
-    return Footprint({n: always.get(n, 0) + peak.get(n, 0) for n in names}, moment)
+        loss = max(loss, relation_bytes(config.loss, resolved.meta.max_length))
+    yield "activations", kept, LOSS_AND_BACKWARD
+    yield "activations", again + token * F, ("backward",)
+    yield "loss", loss, ("loss",)
+    yield "loss", 2 * dweight, ("backward",)
 
 
 def _num_elements(architecture: Architecture) -> int:
@@ -144,31 +163,11 @@ def _num_elements(architecture: Architecture) -> int:
     return architecture.num_parameters + padding * (architecture.hidden_size + 1)
 
 
-def _teacher_bytes(resolved: Resolved, s: int) -> tuple[int, int, int]:
-    """Of the teacher: (weights, hidden states it hands over, the most that it needs beside them while it infers).
-
-    `s`: bytes of the engine's dtype, which is the teacher's unless the configuration says.
-    """
-    teacher, precision = resolved.teacher, resolved.config.teacher.precision
-    assert teacher is not None
-    E, F = teacher.hidden_size, teacher.ffn_size
-    s = {"auto": s, "fp32": 4, "bf16": 2, "fp8": 2}[precision]
-    held = _num_elements(teacher) * s
-    if precision == "fp8":  # one byte less an element of the layers' matrices
-        held -= teacher.num_layers * (4 * E * E + 2 * E * F)
-    token = resolved.config.batch.token_budget * s
-    # last hidden states, and the head's; what the losses of hints.py take, the values within q, k and v
-    loss = resolved.config.loss
-    handed = 2 * E + (loss.hidden > 0) * resolved.student.num_layers * E + (loss.values > 0) * 3 * E
-    # GELU's input and output; the embeddings, the layer's input, what was attended, and its LayerNorm
-    return held, handed * token, (2 * F + 4 * E) * token
-
-
-def require(resolved: Resolved, *, world_size: int, device: torch.device, device_bytes: int) -> Footprint:
+def require(resolved: Resolved, *, device: torch.device, device_bytes: int) -> Footprint:
     """The prediction, where it fits. Raises ValueError with its parts and the largest token budget that would."""
 
     def need(resolved: Resolved) -> Footprint:
-        return predict(resolved, world_size=world_size, device=device, device_bytes=device_bytes)
+        return predict(resolved, device=device, device_bytes=device_bytes)
 
     def fits(resolved: Resolved) -> bool:
         return need(resolved).total * (1 - ACCURACY) <= device_bytes
@@ -182,7 +181,8 @@ def require(resolved: Resolved, *, world_size: int, device: torch.device, device
         smaller = replace(
             resolved,
             config=replace(config, batch=replace(config.batch, token_budget=64 * middle)),
-            micro_batches_per_update=2 * world_size,  # more of them, and so their gradients are summed
+            # Smaller micro-batches are more of them, and so their gradients are summed.
+            micro_batches_per_update=2 * (resolved.world_size + config.teacher.ranks),
         )
         low, high = (middle, high) if fits(smaller) else (low, middle)
     if 64 * low >= resolved.meta.max_length:
@@ -197,22 +197,21 @@ def require(resolved: Resolved, *, world_size: int, device: torch.device, device
     )
 
 
-def check(resolved: Resolved, place: Place, *, local_world_size: int) -> Footprint:
+def check(resolved: Resolved, ranks: Ranks, *, local_world_size: int) -> Footprint:
     """`require` for this rank's device or its share of this machine's memory; logs what is needed and what is there."""
-    if place.device.type == "cuda":
-        there = torch.cuda.get_device_properties(place.device).total_memory
+    if ranks.device.type == "cuda":
+        there = torch.cuda.get_device_properties(ranks.device).total_memory
     else:
         there = host_bytes() // local_world_size
-    ranks = place.world_size + resolved.config.teacher.ranks
-    needed = require(resolved, world_size=ranks, device=place.device, device_bytes=there)
+    needed = require(resolved, device=ranks.device, device_bytes=there)
     log.info(f"memory: {needed.total / 1e9:.2f} GB a rank predicted ({needed}), {there / 1e9:.2f} GB there")
     return needed
 
 
-def say_measured(predicted: Footprint, place: Place) -> None:
+def say_measured(predicted: Footprint, ranks: Ranks) -> None:
     """One line at the end of a run on CUDA: the allocator's peak beside the prediction, which has CUDA's own part besides."""
-    if place.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(place.device) + CUDA_CONTEXT
+    if ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(ranks.device) + CUDA_CONTEXT
         log.info(
             f"memory: {peak / 1e9:.2f} GB measured at the peak (with {CUDA_CONTEXT / 1e9:.1f} assumed for CUDA), "
             f"{predicted.total / 1e9:.2f} GB predicted"

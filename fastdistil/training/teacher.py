@@ -1,7 +1,7 @@
 """The frozen teacher: hidden states for a micro-batch, never logits, never a gradient, never in an engine.
 
-`Feed` hands (batch, hints) to the loop. On CUDA the teacher works on the next micro-batch, on a stream of its own, while the
-student works on this one; on a CPU it precedes. The numbers are the same, bit for bit.
+`TeacherPrefetcher` hands (micro-batch, teacher's output) to the loop. On CUDA the teacher works on the next micro-batch, on a
+stream of its own, while the student works on this one; on a CPU it precedes. The numbers are the same, bit for bit.
 
     student's stream   student 1 | student 2 | student 3
     side stream        teacher 2 | teacher 3 | teacher 4      with the copies to the device
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fastdistil.data.batches import MicroBatch
-from fastdistil.model.encoder import Keep, MaskedLM, VocabHead
+from fastdistil.model.encoder import KeptOutputs, MaskedLM, VocabHead
+from fastdistil.run.link import TeacherLink
 from fastdistil.run.profile import span, spanned
-from fastdistil.run.ranks import TeacherLink
-from fastdistil.training.objective import TeacherOutput
+from fastdistil.training.objective import EncoderOutputs, TeacherOutput
 
 log = logging.getLogger("fastdistil")
 
@@ -33,7 +33,7 @@ class Teacher:
     Args:
         device: where its output goes, the student's.
         encoder_device: where the encoder runs, if elsewhere: hidden states travel, the head is applied at home.
-        keep: what it hands over beside its last hidden states.
+        kept_outputs: what it hands over beside its last hidden states.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Teacher:
         device: torch.device,
         dtype: torch.dtype,
         encoder_device: torch.device | None = None,
-        keep: Keep | None = None,
+        kept_outputs: KeptOutputs | None = None,
     ) -> None:
-        self.keep = keep
+        self.kept_outputs = kept_outputs or KeptOutputs()
         self.device, self.encoder_device = device, encoder_device or device
         apart = self.encoder_device != device
         # a copy, since its weight is tied to the word embeddings, which go with the encoder
@@ -57,28 +57,27 @@ class Teacher:
     def __call__(self, batch: MicroBatch) -> TeacherOutput:
         """The teacher's view of the same masked ids; tensors in its dtype. Consumes no random numbers."""
         with span("teacher"):
-            hidden_NE, kept = self._states(batch)
-            output = _output(self.head, hidden_NE.to(self.device, non_blocking=True))
-            return output._replace(kept=tuple(t.to(self.device, non_blocking=True) for t in kept))
+            hidden_NE, *kept = (t.to(self.device, non_blocking=True) for t in self._states(batch))
+            return _output(self.head, EncoderOutputs.of(hidden_NE, tuple(kept), self.kept_outputs))
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """(N, E) last hidden states, on the encoder's device."""
         return self._states(batch)[0]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
-    def _states(self, batch: MicroBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _states(self, batch: MicroBatch) -> tuple[Tensor, ...]:
+        """Last hidden states, and after them what is kept."""
         assert not self.model.training, "the teacher was switched to training mode"
         batch = batch.to(self.encoder_device)
         with torch.accelerator.device_index(self.encoder_device.index):  # where Triton launches
             inputs = batch.input_ids, batch.position_ids, batch.layout
-            if self.keep is None:
-                return self.model.encoder(*inputs), ()
-            return self.model.encoder(*inputs, self.keep)
+            hidden_NE, kept = self.model.encoder(*inputs, kept_outputs=self.kept_outputs)
+            return hidden_NE, *kept
 
 
 @torch.no_grad()
-def _output(head: VocabHead, hidden_NE: Tensor) -> TeacherOutput:
-    return head(hidden_NE, lambda transformed, weight, bias: TeacherOutput(hidden_NE, transformed, weight, bias))
+def _output(head: VocabHead, encoder: EncoderOutputs) -> TeacherOutput:
+    return head(encoder.hidden_ND, lambda transformed, weight, bias: TeacherOutput(encoder, transformed, weight, bias))
 
 
 class Split(IntEnum):
@@ -103,7 +102,7 @@ class RemoteTeacher:
         def answer() -> TeacherOutput:
             with span("teacher"):
                 wait()
-                return _output(self.head, hidden_NE)
+                return _output(self.head, EncoderOutputs(hidden_NE))
 
         return answer
 
@@ -133,8 +132,8 @@ def serve(teacher: Teacher, link: TeacherLink, batches_from: Callable[[int, Spli
 Pair = tuple[MicroBatch, TeacherOutput | None]
 
 
-class Feed:
-    """Micro-batches on the student's device with the teacher's hints, at most one of them ahead.
+class TeacherPrefetcher:
+    """Micro-batches on the student's device with the teacher's output, at most one of them ahead.
 
     Args:
         teacher: None for masked LM alone.
@@ -143,7 +142,7 @@ class Feed:
     """
 
     TIMED_WITH = range(5, 9)  # updates, from 1; those before warm up
-    TIMED_WITHOUT = range(10, 14)  # not 9, whose first hints were made ahead
+    TIMED_WITHOUT = range(10, 14)  # not 9, whose first teacher output was made ahead
 
     def __init__(self, teacher: Teacher | RemoteTeacher | None, device: torch.device, *, overlap: bool) -> None:
         self.teacher, self.device = teacher, device
@@ -162,7 +161,7 @@ class Feed:
             log.info("teacher: precedes the student on every micro-batch")
 
     def ahead(self, batches: Iterator[MicroBatch], split: Split = Split.TRAIN, first: int = 0) -> Iterator[Pair]:
-        """(batch, hints) for each of `batches`, which are those of `split` from number `first` on.
+        """(micro-batch, teacher output) for each of `batches`, which are those of `split` from number `first` on.
 
         The next one is begun before this one is handed out.
         """
@@ -197,9 +196,9 @@ class Feed:
 
         def ready() -> Pair:
             student.wait_event(done)
-            here, hints = pair
-            # without this their memory may be given away while the student still reads; the teacher's weights stay
-            made = (*hints[:2], *hints.kept) if hints else ()
+            here, output = pair
+            # Without this their memory may be given away while the student still reads it. The teacher's weights stay.
+            made = (*output.encoder.tensors(), output.transformed_NE) if output else ()
             for tensor in (*_tensors(here), *made):
                 tensor.record_stream(student)
             return pair

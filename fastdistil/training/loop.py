@@ -1,0 +1,306 @@
+"""The training loop, read from top to bottom: `setup` makes what it works with, `train` is the loop.
+
+An update: its plan -> for every micro-batch of this rank, with the teacher's output for it: forward and backward -> one step.
+Once in a while, on every rank alike: a line of the log (the only host sync), a validation, a checkpoint.
+"""
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastdistil import __version__
+from fastdistil.data.plan import UpdatePlan
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.run import folder
+from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
+from fastdistil.run.command import Failed, StopRequest
+from fastdistil.run.config import Config, to_json
+from fastdistil.run.folder import Watchdog
+from fastdistil.run.metrics import Journal, MetricsWriter, peak_flops
+from fastdistil.run.profile import Profile
+from fastdistil.run.ranks import Ranks, tell_launcher
+from fastdistil.training import forecast
+from fastdistil.training.engine import Engine, learning_rate, make_engine
+from fastdistil.training.inputs import Corpus
+from fastdistil.training.objective import SUMS, Objective, means
+from fastdistil.training.preflight import Resolved
+from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher
+
+log = logging.getLogger("fastdistil")
+
+SLOW = 1.5
+"""Times the median of the other ranks: a rank that takes longer is named."""
+
+
+@dataclass(slots=True)
+class Job:
+    """What the loop works with, and how far it has come."""
+
+    resolved: Resolved
+    corpus: Corpus
+    ranks: Ranks
+    stop: StopRequest
+    watchdog: Watchdog
+    engine: Engine
+    prefetcher: TeacherPrefetcher
+    journal: Journal
+    saver: Saver | None
+    """On rank 0."""
+    update: int
+    """Updates that are done."""
+    num_tokens: int
+    """Real tokens that were trained on."""
+    profile: Profile = field(init=False)
+    plan: UpdatePlan = field(init=False)
+    """Of the update that is being made, or was made last."""
+    busy_s: float = 0.0
+    """What data, teacher and forward took here since the last line of the log."""
+    saving_s: float = 0.0
+    """For how long checkpoints held the run up."""
+
+    @property
+    def config(self) -> Config:
+        """Of the run."""
+        return self.resolved.config
+
+    def status(self, state: str, **about: Any) -> None:
+        """Replace status.json, on rank 0."""
+        if self.ranks.is_main:
+            folder.write_status(self.config.out, state, update=self.update, updates=self.corpus.num_updates, **about)
+
+    def means(self, sums: list[float], num_tokens: int, num_masked: int) -> dict[str, float]:
+        """Reported losses of summed ones."""
+        has_teacher = self.resolved.teacher is not None
+        return means(sums, num_tokens, num_masked, self.config.loss, has_teacher=has_teacher)
+
+
+def setup(
+    resolved: Resolved,
+    corpus: Corpus,
+    teacher: Teacher | RemoteTeacher | None,
+    student: MaskedLM,
+    saved: Checkpoint | None,
+    ranks: Ranks,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> Job:
+    """Engine, run folder, metrics and prefetcher of a run that starts, or goes on from `saved`; says what runs."""
+    config = resolved.config
+    engine = make_engine(Objective(student, config.loss), resolved, ranks)
+    update = num_tokens = num_skipped = 0
+    if saved is not None:
+        update, num_tokens = saved.state["update"], saved.state["tokens"]
+        num_skipped = saved.state.get("skipped", 0)
+        engine.load(saved.tensors, step=update - num_skipped)
+        saved.tensors.clear()  # hundreds of megabytes
+        log.info("resuming after update %d of %d", update, corpus.num_updates)
+
+    # The run folder: what the run is, then its metrics and checkpoints.
+    writer = saver = None
+    if ranks.is_main:
+        folder.start(config.out, describe(resolved), resolved.tokenizer_path)
+        require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
+        writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard)
+        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=config.log.failed_save == "go-on")
+
+    # What a reader of the log wants to know first.
+    peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
+    flops = resolved.flops_per_token(corpus.mean_attended_length).total
+    forecast.say(resolved, corpus, ranks, engine.description)
+    log.info(
+        f"MFU = real tokens/s x {flops / 1e6:,.1f} MFLOP (teacher forward, student forward and backward) / "
+        f"{ranks.num_devices} x {(peak or 0) / 1e9:,.0f} GFLOP/s ({peak_source})"
+    )
+    prefetcher = TeacherPrefetcher(teacher, ranks.device, overlap=config.teacher.overlap)
+    has_teacher = teacher is not None
+    journal = Journal(
+        writer,
+        ranks,
+        num_sums=len(SUMS),
+        to_means=partial(means, loss=config.loss, has_teacher=has_teacher),
+        flops=flops,
+        peak=peak and peak * ranks.num_devices,
+        num_updates=corpus.num_updates,
+        num_skipped=num_skipped,
+    )
+    job = Job(resolved, corpus, ranks, stop, watchdog, engine, prefetcher, journal, saver, update, num_tokens)
+    job.profile = Profile(
+        config.profile_window,
+        config.out / "profile" if ranks.is_main else None,
+        ranks.device,
+        lambda: forecast.floors(
+            resolved,
+            corpus.mean_attended_length,
+            num_tokens=job.plan.num_tokens / ranks.world_size,
+            num_stepped=resolved.student.num_parameters // engine.num_shards,
+            peak=peak,
+            device=ranks.device,
+        ),
+    )
+    return job
+
+
+def train(job: Job) -> str | None:
+    """The run, from its first update or a checkpoint to its last update or a signal. Why it failed, or None."""
+    config, corpus, ranks = job.config, job.corpus, job.ranks
+    engine, journal, prefetcher = job.engine, job.journal, job.prefetcher
+    every, num_rounds, failure = config.log, job.resolved.micro_batches_per_rank, None
+    first = job.update * num_rounds
+    batches = corpus.micro_batches(Split.TRAIN, ranks, rank=ranks.rank, first=first)
+    with_teacher = prefetcher.ahead(batches, Split.TRAIN, first)
+    engine.objective.train()
+    job.status("running")
+    began = time.perf_counter()
+    journal.restart_clock()
+    stopping = ranks.any(job.stop.asked)
+    while job.update < corpus.num_updates and not stopping:
+        # Which sequences the update holds, and both denominators of its loss, are known before anything is computed.
+        plan = job.plan = corpus.plan.update(job.update)
+        lr = learning_rate(config, job.update, corpus.num_updates)
+        with job.profile.update(job.update), prefetcher.update():
+            # This rank's micro-batches, one after the other; their gradients add up.
+            for _ in range(num_rounds):
+                job.watchdog.restart()
+                begin = time.perf_counter()
+                batch, teacher_output = next(with_teacher)
+                sums = engine.forward_backward(batch, teacher_output, plan.num_tokens, plan.num_masked)
+                job.busy_s += engine.forward_ended - begin  # no other rank was waited for
+                journal.add(sums)
+            # The gradients of all ranks become new weights.
+            gradient_norm = engine.step(lr)
+        about = {"split": "train", "update": job.update + 1, "epoch": corpus.plan.epoch_of(job.update), "lr": lr}
+        journal.close_update(about | {"tokens": plan.num_tokens, "masked": plan.num_masked}, gradient_norm)
+        job.update, job.num_tokens = job.update + 1, job.num_tokens + plan.num_tokens
+
+        # Once in a while, on every rank alike. A signal on any rank ends all of them here, with a checkpoint.
+        stopping, last = ranks.any(job.stop.asked), job.update == corpus.num_updates
+        if job.update % every.every == 0 or last or stopping:
+            failure = report(job)
+            stopping = stopping or failure is not None
+        if job.update % every.validate_every == 0 or last:
+            validate(job)
+        if job.update % every.checkpoint_every == 0 or last or stopping:
+            save(job)
+    finish(job, failure, time.perf_counter() - began)
+    return failure
+
+
+def report(job: Job) -> str | None:
+    """Lines of the log and of metrics.jsonl, the only host sync of an update. Why the run must end, or None."""
+    job.journal.flush()
+    say_straggler(job.ranks.gather(job.busy_s))
+    job.busy_s = 0.0
+    in_a_row = job.journal.skipped_in_a_row  # the same on every rank
+    if in_a_row < job.config.engine.max_skipped:
+        return None
+    return (
+        f"the gradients of updates {job.update - in_a_row + 1} to {job.update} were not finite; they changed nothing, and the "
+        f"checkpoint of update {job.update} has the weights that they met. See which micro-batch it was: "
+        f"python -m fastdistil.replay {job.config.out} --update {job.update}"
+    )
+
+
+def say_straggler(busy_s: list[float]) -> None:
+    """Log the rank whose data, teacher and forward took far longer than the others'; seconds by rank, on every rank alike.
+
+    By the host's clock: on CUDA a slow GPU is not seen.
+    """
+    slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
+    others = [seconds for rank, seconds in enumerate(busy_s) if rank != slowest]
+    if others and busy_s[slowest] > SLOW * statistics.median(others):
+        log.warning(
+            f"rank {slowest} is slow: {busy_s[slowest]:.2f} s of data, teacher and forward since the last line, "
+            f"{busy_s[slowest] / statistics.median(others):.1f} times the median of the others"
+        )
+
+
+def validate(job: Job) -> None:
+    """Losses of the validation text, dropout off, dealt to the ranks like an update."""
+    job.journal.flush()
+    sums = torch.zeros(len(SUMS), device=job.ranks.device, dtype=torch.float64)  # as Journal's
+    batches = job.corpus.micro_batches(Split.VALIDATION, job.ranks, rank=job.ranks.rank)
+    for batch, teacher_output in job.prefetcher.ahead(batches, Split.VALIDATION):
+        job.watchdog.restart()
+        sums += job.engine.evaluate(batch, teacher_output)
+    totals = job.ranks.sum(sums).tolist()  # a sync, once a validation
+    plan = job.corpus.validation
+    losses = job.means(totals, plan.num_tokens, plan.num_masked)
+    job.journal.validation({"split": "validation", "update": job.update, **losses})
+    job.journal.restart_clock()
+
+
+def save(job: Job) -> None:
+    """Begin a checkpoint, which rank 0 writes in the background; every rank takes part in gathering it."""
+    job.journal.flush()
+    job.watchdog.restart()
+    begin = time.perf_counter()
+    tensors = job.engine.state()
+    if job.saver is not None:
+        text_id = job.resolved.meta.counts_sha256
+        state = {"update": job.update, "tokens": job.num_tokens, "text": text_id}
+        job.saver.save(tensors, state | {"skipped": job.journal.num_skipped})
+        job.status("running")
+    job.saving_s += time.perf_counter() - begin
+    job.journal.restart_clock()
+
+
+def finish(job: Job, failure: str | None, seconds: float) -> None:
+    """Wait for the last checkpoint, say what saving cost, and what became of the run."""
+    if job.saver is not None:
+        begin = time.perf_counter()
+        job.saver.close()
+        job.saving_s += time.perf_counter() - begin
+        seconds += time.perf_counter() - begin
+        log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
+    if failure:
+        job.status("failed", reason=failure)
+    elif job.update < job.corpus.num_updates:
+        log.info("stopped after update %d of %d: --resume auto goes on", job.update, job.corpus.num_updates)
+        job.status("stopped", reason=job.stop.reason or "another rank was asked to")
+    else:
+        job.status("finished")
+    job.profile.close()
+    job.journal.close()
+
+
+@contextmanager
+def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
+    """Around a run: a rank that hangs leaves its stacks; one that fails its traceback, torchrun the cause, and a status."""
+    watchdog = Watchdog(config.out, ranks.rank, config.engine.timeout_s, alone=ranks.world_size == 1)
+    try:
+        yield watchdog
+    except Exception as error:  # torchrun ends the other ranks
+        watchdog.failed(error)
+        tell_launcher(error)
+        if ranks.is_main:
+            folder.write_status(config.out, "failed", reason=f"{error!r}")
+        if isinstance(error, ValueError | OSError) and not isinstance(error, Failed):
+            raise RuntimeError(f"the run failed: {error!r}") from error  # a refusal would have come before the run
+        raise
+    watchdog.close()
+
+
+def describe(resolved: Resolved) -> dict[str, Any]:
+    """What RUN/config.json holds: enough to export the run and to refuse another one in its folder."""
+    meta = resolved.meta
+    return {
+        "config": to_json(resolved.config),
+        "student": asdict(resolved.student),
+        "teacher": asdict(resolved.teacher) if resolved.teacher else None,
+        "layers": list(resolved.layers),
+        "data": {
+            "num_sequences": meta.num_sequences,
+            "num_tokens": meta.num_tokens,
+            "tokenizer_sha256": meta.tokenizer_sha256,
+            "sources": meta.preparation.get("sources"),
+        },
+        "versions": {"fastdistil": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+    }
