@@ -67,7 +67,9 @@ def load_masked_lm(folder: str | Path, *, need_head: bool, generator: torch.Gene
 
     wanted = {name for theirs in names.values() for name in theirs}
     _refuse_other_keys(f"{folder} does not hold this model", wanted, found)
-    own = model.state_dict()  # shares the parameters' memory
+
+    # What is copied into the state dict is in the model: they share their memory. Padding and unused rows are left out.
+    own = model.state_dict()
     for ours, theirs in names.items():
         target = own[ours][: architecture.vocab_size] if ours in _VOCAB_ROWS else own[ours]
         unused = architecture.unused_positions if ours == _POSITIONS else 0

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from fastdistil.model.architecture import Architecture, flops_per_token, read_architecture
+from fastdistil.model.families import FAMILIES
 from tests.support.models import MINILM
 from tests.support.toy import student_of
 
@@ -94,7 +95,7 @@ def test_every_field_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_bert(model_type="gpt2"), "model_type must be one of bert, distilbert, roberta, got 'gpt2'"),
+        (_bert(model_type="gpt2"), f"model_type must be one of {', '.join(FAMILIES)}, got 'gpt2': only these"),
         (_bert(hidden_act="gelu_new"), r"hidden_act must be 'gelu' \(exact erf.*'gelu_new'"),
         ({"model_type": "distilbert", "activation": "relu"}, "activation must be 'gelu'.*'relu'"),
         (_bert(position_embedding_type="relative_key"), "must be 'absolute', got 'relative_key'"),

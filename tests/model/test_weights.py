@@ -131,6 +131,10 @@ def test_no_head_names_the_mlm_recipe(tmp_path):
             r"cls\.predictions\.bias must be floats.*got torch\.int64",
         ),
         (
+            lambda t: t.update({"bert.embeddings.position_embeddings.weight": torch.tensor(1.0)}),
+            r"position_embeddings\.weight must be floats of shape \(512, 60\).*got torch\.float32 of shape \(\)",
+        ),
+        (
             lambda t: t.update({"cls.predictions.decoder.weight": torch.ones(101, 60)}),
             "decoder.weight differs from .*only an MLM head whose decoder is tied",
         ),
