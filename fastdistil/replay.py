@@ -1,6 +1,6 @@
 """Command: one update of a run again, micro-batch by micro-batch, in one process: `python -m fastdistil.replay RUN --update U`.
 
-Order, masks and dropout are functions of (seed, update), so that with the weights that the run had this is what happened there. Says
+Order, masks and dropout are functions of (seed, update), so with the weights that the run had, this is what happened there. It says
 loss and gradient norm of every micro-batch; of one where they are not finite also where that began, and its text.
 """
 
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from fastdistil.data.tokenizer import read_vocabulary
 from fastdistil.run import folder
+from fastdistil.run.command import command
 from fastdistil.run.config import Config, from_json
+from fastdistil.training.preflight import Resolved, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fastdistil.data.batches import MicroBatch
     from fastdistil.training.objective import Objective, TeacherOutput
-    from fastdistil.training.preflight import Resolved
-
-log = logging.getLogger("fastdistil")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +42,12 @@ class ReplayConfig:
     """Where the teacher is now. None: where the run found it."""
 
 
+@command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: everything was finite. 1: something was not. 2: a wrong command line or run."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     asked = tyro.cli(ReplayConfig, args=args, prog="python -m fastdistil.replay")
-    try:
-        return 1 if replay(asked, configuration(asked)) else 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return 1 if replay(asked, configuration(asked)) else 0
 
 
 def configuration(asked: ReplayConfig) -> Config:
@@ -69,51 +66,50 @@ def configuration(asked: ReplayConfig) -> Config:
 
 def replay(asked: ReplayConfig, config: Config) -> int:
     """Print the update; returns the number of its micro-batches that are not finite."""
-    from fastdistil.training.preflight import resolve
-
     resolved = resolve(config, world_size=1, by_torchrun=False)
     import torch
 
-    from fastdistil.data import batches
     from fastdistil.run import checkpoint
-    from fastdistil.run import ranks as dist
-    from fastdistil.training import engine, inputs
-    from fastdistil.training import objective as losses
+    from fastdistil.run.ranks import init_ranks
+    from fastdistil.training.engine import Bf16Compute
+    from fastdistil.training.inputs import load_corpus, load_models
+    from fastdistil.training.objective import Objective
     from fastdistil.training.teacher import RemoteTeacher
 
-    place = dist.init(config.engine.device, timeout_s=config.engine.timeout_s, threads=config.engine.threads)  # fmt: skip
-    text = inputs.load_text(resolved, rank=0, world_size=1)
-    if not 1 <= asked.update <= text.num_updates:
-        raise ValueError(f"--update must be in [1, {text.num_updates}], got {asked.update}")
-    dtype = engine.teacher_dtype(config, place.device)
-    teacher, student = inputs.load_models(resolved, place=place, dtype=dtype)
+    # What the run had: its text, its teacher, and the weights of a checkpoint.
+    ranks = init_ranks(config.engine.device, timeout_s=config.engine.timeout_s, threads=config.engine.threads)
+    corpus = load_corpus(resolved, rank=0, world_size=1)
+    if not 1 <= asked.update <= corpus.num_updates:
+        raise ValueError(f"--update must be in [1, {corpus.num_updates}], got {asked.update}")
+    teacher, student = load_models(resolved, ranks)
     assert not isinstance(teacher, RemoteTeacher)  # no ranks are set aside
     weights, state = checkpoint.load_weights(asked.run, asked.checkpoint)
     student.load_state_dict(weights)
-    objective = losses.Objective(student, config.loss).to(place.device).train()
-    compute: Any = objective
-    if engine.compute_dtype(config, place.device) == torch.bfloat16:
-        compute = engine.Bf16Compute(objective)
-    update = asked.update - 1
-    if state["update"] != update and not _skipped_since(state, asked):
+    objective = Objective(student, config.loss).to(ranks.device).train()
+    compute: Any = objective if resolved.dtype(ranks.device) == torch.float32 else Bf16Compute(objective)
+    if state["update"] != asked.update - 1 and not _skipped_since(state, asked):
         print(f"weights of update {state['update']}: before update {asked.update} the run's were others")
-    step = text.plan.update(update)
+
+    # Each micro-batch alone, so that what is wrong is seen where it is.
+    plan = corpus.plan.update(asked.update - 1)
     broken = 0
-    for k, slot in enumerate(step.slots):
-        batch = text.collator(slot).to(place.device)
-        torch.manual_seed(batches.seed_of(config.seed, "dropout", update, k))
-        hints = None if teacher is None else teacher(batch)
-        loss, sums = compute(batch, hints, step.num_tokens, step.num_masked)
+    for number, micro_batch in enumerate(plan.micro_batches):
+        batch = corpus.collator(micro_batch).to(ranks.device)
+        output = None if teacher is None else teacher(batch)
+        loss, sums = compute(batch, output, plan.num_tokens, plan.num_masked)
         loss.backward()
         trained = [p.grad for p in student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(trained).item()
-        print(f"micro-batch {k}: {len(batch.sequences)} sequences, loss {loss.item():.6g} of the update's, gradient norm {norm:.6g}")  # fmt: skip
+        print(
+            f"micro-batch {number}: {len(batch.sequences)} sequences, loss {loss.item():.6g} of the update's, "
+            f"gradient norm {norm:.6g}"
+        )
         if not (math.isfinite(norm) and math.isfinite(loss.item())):
             broken += 1
-            print("\n".join(f"    {line}" for line in diagnosis(objective, batch, hints, sums)))
-            print("\n".join(f"    {line}" for line in texts(resolved, batch)))
+            for line in (*diagnosis(objective, batch, output, sums), *texts(resolved, batch)):
+                print(f"    {line}")
         student.zero_grad(set_to_none=True)
-    print(f"{broken} of {len(step.slots)} micro-batches of update {asked.update} are not finite")
+    print(f"{broken} of {len(plan.micro_batches)} micro-batches of update {asked.update} are not finite")
     return broken
 
 
@@ -122,25 +118,34 @@ def _skipped_since(state: dict[str, Any], asked: ReplayConfig) -> bool:
     return 0 <= state["update"] - asked.update < state.get("skipped", 0)
 
 
-def diagnosis(objective: "Objective", batch: "MicroBatch", hints: "TeacherOutput | None", sums: "Tensor") -> list[str]:
+def diagnosis(
+    objective: "Objective", batch: "MicroBatch", teacher: "TeacherOutput | None", sums: "Tensor"
+) -> list[str]:
     """What of a micro-batch is not finite, from its inputs to its gradients."""
     import torch
 
-    from fastdistil.training import objective as losses
+    from fastdistil.training.objective import SUMS
 
     def bad(tensors: dict[str, Any]) -> list[str]:
         return [n for n, t in tensors.items() if not torch.isfinite(t).all().item()]
 
     student = objective.student
     with torch.no_grad():
-        hidden_ND = student.encoder(batch.input_ids, batch.position_ids, batch.layout)
+        hidden_ND = student.eval().encoder(batch.input_ids, batch.position_ids, batch.layout)
+    objective.train()
+    handed = {}
+    if teacher is not None:
+        handed = {
+            "last hidden state": teacher.encoder.hidden_ND,
+            "input of its vocabulary matrix": teacher.transformed_NE,
+        }
     parts = {
         "weights": bad(dict(student.named_parameters())),
-        "teacher": bad({} if hints is None else {"last hidden state": hints.hidden_NE, "input of its vocabulary matrix": hints.transformed_NE}),
+        "teacher": bad(handed),
         "student": bad({"last hidden state, without dropout": hidden_ND}),
-        "losses": bad(dict(zip(losses.SUMS, sums, strict=True))),
+        "losses": bad(dict(zip(SUMS, sums, strict=True))),
         "gradients": bad({n: p.grad for n, p in student.named_parameters() if p.grad is not None}),
-    }  # fmt: skip
+    }
     return [
         f"{part} not finite: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         for part, names in parts.items()
@@ -148,11 +153,9 @@ def diagnosis(objective: "Objective", batch: "MicroBatch", hints: "TeacherOutput
     ]
 
 
-def texts(resolved: "Resolved", batch: "MicroBatch") -> list[str]:
+def texts(resolved: Resolved, batch: "MicroBatch") -> list[str]:
     """The first tokens of the sequences of a micro-batch, masked as they were."""
-    from fastdistil.data import tokenizer
-
-    words, begin, lines = tokenizer.read_vocabulary(resolved.tokenizer_path), 0, []
+    words, begin, lines = read_vocabulary(resolved.tokenizer_path), 0, []
     for number, length in zip(batch.sequences, batch.lengths, strict=False):
         ids = batch.input_ids[begin : begin + min(length, 20)].tolist()
         lines.append(f"sequence {number}: {' '.join(words[i] for i in ids)}")
