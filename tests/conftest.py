@@ -1,6 +1,15 @@
 """What the summary says about this machine: nothing is silently left out."""
 
+import pytest
 import torch
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A folder with the folders shards and teacher, which a test may read and must not change."""
+    from tests.support import runs
+
+    return runs.make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def pytest_terminal_summary(terminalreporter):
