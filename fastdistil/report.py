@@ -1,28 +1,33 @@
-"""Command: runs -> one HTML page that opens anywhere, without a network: `python -m fastdistil.report RUN... --out report.html`.
+"""Command: runs -> one HTML page that opens anywhere, without a network.
 
-Curves, speed, where the time went (--profile), scores (RUN/evaluation.json), and in what the runs' configurations differ. It reads
-runs that still go on, too. Plots are SVG inside the page (plots.py), its words are in report.html.
+    python -m fastdistil.report RUN... --out report.html
+
+Curves, speed, where the time went (--profile), scores (RUN/evaluation.json), and in what the runs' configurations
+differ. Runs that still go on are read, too. Plots are SVG inside the page; its words are in evaluation/report.html.
 """
 
 import json
-import statistics
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from fastdistil import __version__
 from fastdistil.model.architecture import from_record
 from fastdistil.run import folder as run_folder
-from fastdistil.run.config import flatten
+from fastdistil.run.command import command
+from fastdistil.run.config import LOSS_TERMS, flatten
+from fastdistil.run.files import read_json, read_json_lines, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOSSES = {
     "loss": "loss, all terms weighted",
-    "kd": "KD: T²KL to the teacher, nats a token",
-    "mlm": "masked LM: cross-entropy, nats a masked token",
-    "cosine": "1 - cos of the last hidden states",
+    **{term.name: term.title for term in LOSS_TERMS},
     "agreement": "top-1 agreement with the teacher",
     "accuracy": "accuracy on masked tokens",
 }
@@ -48,7 +53,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run folder says."""
+    """What a run folder says; train and validation are the lines of metrics.jsonl."""
 
     name: str
     record: dict[str, Any]
@@ -58,17 +63,11 @@ class Run:
     evaluation: dict[str, Any] | None
 
 
+@command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the page is there. 2: a wrong command line or run; an older page is left as it was."""
     config = tyro.cli(ReportConfig, args=args, prog="python -m fastdistil.report")
-    try:
-        text = page([read(*pair) for pair in zip(names(config.runs), config.runs, strict=True)])
-        part = config.out.with_name(f"{config.out.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(config.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    write_text(config.out, page([read(*pair) for pair in zip(names(config.runs), config.runs, strict=True)]))
     print(f"{config.out}: {len(config.runs)} run(s)")
     return 0
 
@@ -81,34 +80,13 @@ def names(runs: tuple[Path, ...]) -> list[str]:
 
 def read(name: str, folder: Path) -> Run:
     """A run folder's contents. Raises ValueError where it is none, or where a file in it is no JSON."""
-    record = run_folder.read(folder)
-    lines: list[dict[str, Any]] = []
-    path = folder / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        try:
-            found = json.loads(line)
-            if isinstance(found["update"], int) and found["split"] in ("train", "validation"):
-                lines.append(found)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # being written just now
-    return Run(
-        name,
-        record,
-        [line for line in lines if line["split"] == "train"],
-        [line for line in lines if line["split"] == "validation"],
-        _json(folder / "profile" / "table.json"),
-        _json(folder / "evaluation.json"),
+    lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("update"), int)]
+    train, validation = ([x for x in lines if x.get("split") == split] for split in ("train", "validation"))
+    profile, evaluation = (
+        read_json(path) if path.is_file() else None
+        for path in (folder / "profile" / "table.json", folder / "evaluation.json")
     )
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from None
+    return Run(name, run_folder.read(folder), train, validation, profile, evaluation)
 
 
 def page(runs: list[Run]) -> str:
@@ -137,39 +115,28 @@ def page(runs: list[Run]) -> str:
 
 def summary(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Rows of (what, a cell for each run)."""
-    cells: dict[str, list[str]] = {}
-    for run in runs:
-        for key, value in _facts(run).items():
-            cells.setdefault(key, []).append(value)
-    return list(cells.items())
+    facts = [_facts(run) for run in runs]
+    return [(what, [of_run[what] for of_run in facts]) for what in facts[0]]
 
 
 def _facts(run: Run) -> dict[str, str]:
-    config, none = run.record["config"], "-"
+    """Every row of the summary for one run, with a dash for what it has not measured."""
+    tokens, speed, mfu = (measured(run.train, key) for key in ("tokens", "tokens_per_s", "mfu"))
     teacher = run.record.get("teacher")
-    last = run.train[-1] if run.train else {}
-    valid = run.validation[-1] if run.validation else {}
-    speeds = [line["tokens_per_s"] for line in run.train if "tokens_per_s" in line]
-    mfu = [line["mfu"] for line in run.train if "mfu" in line]
-    tokens = sum(line["tokens"] for line in run.train)
-    facts = {
-        "recipe": str(config.get("recipe", none)),
+    versions = run.record.get("versions") or {}
+    last = run.validation[-1] if run.validation else {}
+    return {
+        "recipe": str(run.record["config"].get("recipe", "-")),
         "student": _size(run.record["student"]),
         "teacher": _size(teacher) if teacher else "none",
-        "updates": f"{last['update']:,}" if last else none,
-        "tokens": f"{tokens:,}" if last else none,
-        "tokens/s, median": f"{statistics.median(speeds):,.0f}" if speeds else none,
-        "MFU, median": f"{statistics.median(mfu):.1%}" if mfu else none,
-        "training time": _duration(
-            sum(line["tokens"] / line["tokens_per_s"] for line in run.train if "tokens_per_s" in line)
-        )
-        if speeds
-        else none,
+        "updates": _cell("{:,}", tokens.index.max()),
+        "tokens": _cell("{:,.0f}", tokens.sum(min_count=1)),
+        "tokens/s, median": _cell("{:,.0f}", speed.median()),
+        "MFU, median": _cell("{:.1%}", mfu.median()),
+        "training time": _duration((tokens / speed).sum(min_count=1)),
+        **{f"validation {title}": _cell("{:.4f}", last.get(key)) for key, title in LOSSES.items()},
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) or "-",
     }
-    for key, title in LOSSES.items():
-        facts[f"validation {title}"] = f"{valid[key]:.4f}" if key in valid else none
-    versions = run.record.get("versions") or {}
-    return facts | {"versions": ", ".join(f"{k} {v}" for k, v in versions.items()) or none}
 
 
 def _size(sizes: dict[str, Any]) -> str:
@@ -181,8 +148,14 @@ def _size(sizes: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _cell(form: str, value: Any) -> str:
+    return "-" if value is None or math.isnan(value) else form.format(value)
 
 
 def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
@@ -193,13 +166,20 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     return [(key, row) for key, row in values.items() if len(set(row)) > 1]
 
 
-def stretches(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(updates, values) of a training curve: at most MOST_POINTS means over equal stretches, each drawn at its middle."""
-    found = [(line["update"], line[key]) for line in lines if isinstance(line.get(key), float)]
-    size = -(-len(found) // MOST_POINTS)
-    parts = [found[i : i + size] for i in range(0, len(found), size)] if found else []
-    x = [statistics.mean(update for update, _ in part) for part in parts]
-    return x, [statistics.mean(value for _, value in part) for part in parts]
+def measured(lines: list[dict[str, Any]], key: str) -> "pd.Series":
+    """The numbers that lines of metrics.jsonl have under `key`, by update."""
+    import pandas as pd
+
+    return pd.Series({x["update"]: x[key] for x in lines if isinstance(x.get(key), int | float)}, dtype=float)
+
+
+def stretches(curve: "pd.Series") -> "pd.Series":
+    """A training curve as at most MOST_POINTS means over equal stretches, each at the middle of its updates."""
+    size = -(-len(curve) // MOST_POINTS)
+    if size <= 1:
+        return curve
+    points: Any = curve.rename_axis("update").reset_index(name="value")
+    return points.groupby(points.index // size).mean().set_index("update")["value"]
 
 
 def _plots(runs: list[Run]) -> list[tuple[str, str]]:
@@ -209,23 +189,17 @@ def _plots(runs: list[Run]) -> list[tuple[str, str]]:
     from fastdistil.evaluation import plots
 
     figures = []
-    titles = LOSSES | {"gradient_norm": "gradient norm", "tokens_per_s": "real tokens/s"}
-    for key, title in titles.items():
-        series = {}
+    for key, title in (LOSSES | {"gradient_norm": "gradient norm", "tokens_per_s": "real tokens/s"}).items():
+        curves = {}
         for run in runs:
-            for split, line in (("", stretches(run.train, key)), (", validation", _points(run, key))):
-                if line[0]:
-                    series[run.name + split] = line
-        if series:
-            figure = plots.curves(series, "update", title, "")
+            curves[run.name] = stretches(measured(run.train, key))
+            curves[f"{run.name}, validation"] = measured(run.validation, key)
+        curves = {name: curve for name, curve in curves.items() if len(curve)}
+        if curves:
+            figure = plots.curves(curves, "update", title, "")
             figures.append((title, Markup(plots.to_svg(figure, key))))
     return figures
 
 
-def _points(run: Run, key: str) -> tuple[list[float], list[float]]:
-    found = [(v["update"], v[key]) for v in run.validation if isinstance(v.get(key), float)]
-    return [float(update) for update, _ in found], [value for _, value in found]
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

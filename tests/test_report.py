@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil import report
+from fastdistil.run.config import LOSS_TERMS
 
 STUDENT = {
     "vocab_size": 101, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "ffn_size": 64,
@@ -15,7 +16,7 @@ STUDENT = {
 }  # fmt: skip
 
 
-def make_run(folder: Path, *, updates: int = 20, validated: bool = True, lr: float = 1e-3, **record) -> Path:  # fmt: skip
+def make_run(folder: Path, *, updates: int = 20, validated: bool = True, lr: float = 1e-3, **record: object) -> Path:
     folder.mkdir(parents=True)
     config = {"recipe": "distilbert", "optim": {"lr": lr, "eps": 1e-6}, "out": str(folder)}
     contents = {"config": config, "student": STUDENT, "teacher": None, "versions": {"torch": "2.13"}}
@@ -126,6 +127,21 @@ def test_runs_that_go_on_or_have_just_begun(tmp_path):
     assert "Nothing was measured yet" in make_page(tmp_path, fresh)
 
 
+def test_every_term_of_the_loss_has_a_curve_and_a_row(tmp_path):
+    """The recipes minilm and hidden_cosine measure `values` and `hidden`."""
+    run = make_run(tmp_path / "one")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {term.name: 0.1234 + line["update"] for term in LOSS_TERMS}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = make_page(tmp_path, run)
+    rows = Page(text).rows
+    assert {"values", "hidden"} < {term.name for term in LOSS_TERMS}
+    for term in LOSS_TERMS:
+        assert f"<h3>{term.title}</h3>" in text
+        assert rows[f"validation {term.title}"] == ["20.1234"]
+
+
 def test_profile_and_evaluation(tmp_path):
     run = make_run(tmp_path / "one")
     text = make_page(tmp_path, run)
@@ -145,11 +161,12 @@ def test_profile_and_evaluation(tmp_path):
 
 def test_a_long_curve_is_means_of_what_was_measured():
     lines = [{"update": u, "loss": float(u)} for u in range(1, 1001)]
-    x, y = report.stretches(lines, "loss")
-    assert len(x) == 200
-    assert (x[0], y[0], x[-1], y[-1]) == (3.0, 3.0, 998.0, 998.0)
-    assert report.stretches(lines[:7], "loss") == ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7])
-    assert report.stretches(lines, "kd") == ([], [])
+    curve = report.stretches(report.measured(lines, "loss"))
+    assert len(curve) == 200
+    assert (curve.index[0], curve.iloc[0], curve.index[-1], curve.iloc[-1]) == (3.0, 3.0, 998.0, 998.0)
+    short = report.stretches(report.measured(lines[:7], "loss"))
+    assert list(short.items()) == [(u, u) for u in range(1, 8)]
+    assert report.stretches(report.measured(lines, "kd")).empty
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path):

@@ -1,10 +1,11 @@
 """Figures of plain data, for a page (SVG inside HTML) or a file (PNG). The same data gives the same bytes."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.figure import Figure
 
 SIZE = 7.5, 4.0
@@ -14,32 +15,25 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 STYLES = ("-", "--", "-.", ":")
 
 
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, title: str
-) -> Figure:
-    """A line for each name, through its (x, y); few points are marked."""
+def curves(series: Mapping[str, pd.Series], xlabel: str, ylabel: str, title: str) -> Figure:
+    """A line for each name, through the values of its series at their index; few points are marked."""
     figure, axes = _axes(xlabel, ylabel, title)
-    for i, (name, (x, y)) in enumerate(series.items()):
+    for i, (name, line) in enumerate(series.items()):
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+        marker = "o" if len(line) <= 12 else None
         axes.plot(
-            x,
-            y,
-            label=name,
-            color=COLOURS[i % len(COLOURS)],
-            linestyle=STYLES[i // len(COLOURS) % len(STYLES)],
-            linewidth=1.4,
-            marker="o" if len(x) <= 12 else None,
-            markersize=3.5,
+            line.index, line, label=name, color=colour, linestyle=style, linewidth=1.4, marker=marker, markersize=3.5
         )
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def points(rows: Sequence[tuple[str, float, float, float | None]], xlabel: str, ylabel: str, title: str) -> Figure:
-    """A named point for each (name, x, y, half the height of its error bar or None)."""
+def points(rows: Iterable[tuple[str, float, float, float]], xlabel: str, ylabel: str, title: str) -> Figure:
+    """A point for each (name, x, y, half the height of its error bar); NaN draws no bar."""
     figure, axes = _axes(xlabel, ylabel, title)
     for i, (name, x, y, error) in enumerate(rows):
-        axes.errorbar([x], [y], yerr=error, fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=name)
+        axes.errorbar([x], [y], yerr=[error], fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=name)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 

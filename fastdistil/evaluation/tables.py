@@ -1,17 +1,23 @@
-"""What a study has measured, as Markdown and PNG: the paper's tables, filled from OUT/study.json alone (study.py writes it).
+"""What a study has measured, as Markdown and PNG: the paper's tables, made of the contents of OUT/study.json alone.
 
-Scores are x 100, as in the paper. A model's score on a task is the median over its seeds, its score in all the mean over the tasks.
+Scores are x 100, as in the paper. A model's score on a task is the median over its seeds; its score in all is the mean
+over the tasks.
 """
 
-import statistics
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from scipy import stats
 
 from fastdistil.evaluation import plots
+from fastdistil.run.config import LOSS_TERMS
+from fastdistil.run.files import write_text
 
+Frame = Any
+"""A pandas.DataFrame or Series, whose own annotations tell a type checker too little."""
 TITLES = {
     "teacher": "teacher",
     "distilbert": "student: 5 KD + 2 MLM + 1 cosine",
@@ -23,50 +29,39 @@ TITLES = {
 }
 PUBLISHED = {"no-kd": -2.96, "no-mlm": -0.31, "no-cosine": -1.46, "random-init": -3.69}
 """Change of the GLUE score in the paper (table 4), where the student is DistilBERT."""
+MEASURES = {"mlm": "MLM", "kd": "KD (T²KL)", "cosine": "1 - cos", "agreement": "top-1 agreement with the teacher"}
+"""Columns of the pre-training table; other terms of the loss get one where a run has measured them."""
 
 
 def write(out: Path, study: dict[str, Any]) -> None:
     """Make OUT/study.md and its PNG files of the contents of study.json, whatever part of it is there."""
+    scores = scores_by_seed(study)
     parts = [
         "# Study\n",
         f"{study['complete']}.\n" if study["complete"] else "",
-        *_scores(study),
-        *_ablation(study),
+        *_scores(study, scores),
+        *_ablation(study, scores),
         *_pretraining(study),
         *_efficiency(study),
-        *_plots(out, study),
+        *_plots(out, study, scores),
     ]
-    part = out / "study.md.part"
-    part.write_text("\n".join(parts), encoding="utf-8")
-    part.replace(out / "study.md")
+    write_text(out / "study.md", "\n".join(parts))
 
 
-def by_seed(study: dict[str, Any], model: str, task: str | None = None) -> dict[int, float]:
-    """{seed: score x 100} of a row, of one task or the mean over all; seeds not yet evaluated are missing."""
-    found = {}
-    for seed in range(1, study["settings"]["seeds"] + 1):
-        scores = study["scores"].get(f"{model}-{seed}")
-        if scores:
-            found[seed] = 100 * (scores[task] if task else statistics.mean(scores.values()))
-    return found
+def scores_by_seed(study: dict[str, Any]) -> Frame:
+    """Scores x 100, a column a task, by (model, seed); NaN where a model was not evaluated yet."""
+    index = pd.MultiIndex.from_product(
+        (_models(study), range(1, study["settings"]["seeds"] + 1)), names=("model", "seed")
+    )
+    found = [study["scores"].get(f"{model}-{seed}", {}) for model, seed in index]
+    return 100 * pd.DataFrame(found, index=index, columns=list(study["tasks"]), dtype=float)
 
 
-def difference(ours: dict[int, float], other: dict[int, float]) -> tuple[float, float | None] | None:
-    """(mean of ours - other over the seeds that both have, half its 95 % interval); the half is None for one seed."""
-    pairs = [ours[seed] - other[seed] for seed in ours.keys() & other.keys()]
-    if not pairs:
-        return None
-    half = None
-    if len(pairs) > 1:
-        half = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-    return statistics.mean(pairs), half
-
-
-def _rows(study: dict[str, Any]) -> list[str]:
+def _models(study: dict[str, Any]) -> list[str]:
     return ["teacher", *(v for v in TITLES if v in study["settings"]["variants"])]
 
 
-def _scores(study: dict[str, Any]) -> Iterable[str]:
+def _scores(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     """The paper's table 1: a row a model, a column a task, and how much of the teacher is kept."""
     tasks = study["tasks"]
     if not tasks:
@@ -77,78 +72,59 @@ def _scores(study: dict[str, Any]) -> Iterable[str]:
         for task, found in tasks.items()
     )
     yield f"Median over seeds (lowest to highest), x 100, on the validation sets of {', '.join(examples)}.\n"
-    rows, teacher = [], _median_score(study, "teacher")
-    for model in _rows(study):
-        cells = [_spread(by_seed(study, model, task)) for task in tasks]
-        score = _median_score(study, model)
-        kept = f"{score / teacher:.1%}" if score is not None and teacher else "-"
-        rows.append((TITLES[model], f"{score:.1f}" if score is not None else "-", *cells, kept))
+    by_model = scores.groupby("model")
+    median, low, high = by_model.median(), by_model.min(), by_model.max()
+    score = median.mean(axis=1, skipna=False)
+    kept = score / (score.at["teacher"] or math.nan)  # of nothing there is no share
+    rows = []
+    for model in _models(study):
+        figures = zip(median.loc[model], low.loc[model], high.loc[model], strict=True)
+        cells = [_cell("{:.1f}", middle, " ({:.1f} to {:.1f})", *ends) for middle, *ends in figures]
+        rows.append((TITLES[model], _cell("{:.1f}", score.at[model]), *cells, _cell("{:.1%}", kept.at[model])))
     yield _table(("", "score", *tasks, "of the teacher"), rows)
 
 
-def _median_score(study: dict[str, Any], model: str) -> float | None:
-    by_task = [by_seed(study, model, task) for task in study["tasks"]]
-    if not by_task or not all(by_task):
-        return None
-    return statistics.mean(statistics.median(found.values()) for found in by_task)
-
-
-def _ablation(study: dict[str, Any]) -> Iterable[str]:
+def _ablation(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     """The paper's table 4: change of the score against the student with all terms."""
-    base = by_seed(study, "distilbert")
-    if not base:
+    scores = scores.assign(score=scores.mean(axis=1))
+    base = scores.loc["distilbert"]
+    if base["score"].isna().all():
         return
     yield "## Ablation\n"
     yield (
-        "Change against the student with all terms: the mean over seeds of the difference of two models of one seed, which "
-        "saw the same sequences with the same masks, with its 95 % interval (Student's t). Outside the noise: the interval leaves out 0.\n"
+        "Change against the student with all terms: the mean over seeds of the difference of two models of one seed, "
+        "which saw the same sequences with the same masks, with its 95 % interval (Student's t). "
+        "Outside the noise: the interval leaves out 0.\n"
     )
-    tasks, rows = study["tasks"], []
-    for model in _rows(study)[2:]:
-        cells, total = [], difference(by_seed(study, model), base)
-        for task in tasks:
-            cells.append(_change(difference(by_seed(study, model, task), by_seed(study, "distilbert", task))))
-        published = f"{PUBLISHED[model]:+.2f}" if model in PUBLISHED else "-"
-        rows.append((TITLES[model], _change(total), _verdict(total), *cells, published))
-    yield _table(("", "score", "outside the noise", *tasks, "in the paper (GLUE)"), rows)
-
-
-def _verdict(change: tuple[float, float | None] | None) -> str:
-    if change is None or change[1] is None:
-        return "-"
-    return "yes" if abs(change[0]) > change[1] else "no"
-
-
-def _change(change: tuple[float, float | None] | None) -> str:
-    if change is None:
-        return "-"
-    mean, half = change
-    return f"{mean:+.2f}" if half is None else f"{mean:+.2f} ± {half:.2f}"
+    rows = []
+    for model in _models(study)[2:]:
+        change = scores.loc[model] - base
+        mean, half = change.mean(), change.sem() * stats.t.ppf(0.975, change.count() - 1)  # NaN for a single seed
+        *cells, score = (_cell("{:+.2f}", m, " ± {:.2f}", h) for m, h in zip(mean, half, strict=True))
+        outside = "-" if math.isnan(half["score"]) else "yes" if abs(mean["score"]) > half["score"] else "no"
+        rows.append((TITLES[model], score, outside, *cells, _cell("{:+.2f}", PUBLISHED.get(model, math.nan))))
+    yield _table(("", "score", "outside the noise", *study["tasks"], "in the paper (GLUE)"), rows)
 
 
 def _pretraining(study: dict[str, Any]) -> Iterable[str]:
     """What the runs measured on held-out text at their end."""
-    runs = study["runs"]
-    if not runs:
+    if not study["runs"]:
         return
     yield "## Pre-training\n"
     yield "Losses on held-out text at the end, unweighted: mean over seeds (standard deviation).\n"
-    names = ("mlm", "kd", "cosine", "agreement")
+    runs = list(study["runs"].values())
+    ends = pd.DataFrame([run["validations"][-1] for run in runs])
+    measures = MEASURES | {t.name: t.title for t in LOSS_TERMS if t.name in ends and t.name not in MEASURES}
+    by_variant: Frame = ends.reindex(columns=list(measures)).groupby([run["variant"] for run in runs])
+    mean, noise = by_variant.mean(), by_variant.std()
     rows = []
-    for variant in _rows(study)[1:]:
-        ends = [run for run in runs.values() if run["variant"] == variant]
-        if not ends:
-            continue
-        cells = []
-        for name in names:
-            values = [r["validations"][-1][name] for r in ends if name in r["validations"][-1]]
-            noise = f" ({statistics.stdev(values):.4f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{noise}" if values else "-")
-        tokens = sorted({run["tokens"] for run in ends})
-        amount = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
-        rows.append((TITLES[variant], len(ends), amount, *cells))
-    head = ("", "seeds", "tokens", "MLM", "KD (T²KL)", "1 - cos", "top-1 agreement with the teacher")
-    yield _table(head, rows)
+    for variant in (v for v in _models(study)[1:] if v in mean.index):
+        tokens = sorted(run["tokens"] for run in runs if run["variant"] == variant)
+        amount = f"{tokens[0]:,}" if tokens[0] == tokens[-1] else f"{tokens[0]:,} to {tokens[-1]:,}"
+        figures = zip(mean.loc[variant], noise.loc[variant], strict=True)
+        cells = (_cell("{:.4f}", middle, " ({:.4f})", deviation) for middle, deviation in figures)
+        rows.append((TITLES[variant], len(tokens), amount, *cells))
+    yield _table(("", "seeds", "tokens", *measures.values()), rows)
 
 
 def _efficiency(study: dict[str, Any]) -> Iterable[str]:
@@ -163,74 +139,69 @@ def _efficiency(study: dict[str, Any]) -> Iterable[str]:
         head += [f"{device}: ms at batch 1", f"{device}: sequences/s at batch 32"]
     rows = []
     for name, model in zip(("teacher", "student"), models, strict=True):
-        cells: list[object] = [f"{model['num_parameters']:,}", f"{model['bytes'] / 1e6:.1f}"]
+        cells = [name, f"{model['num_parameters']:,}", f"{model['bytes'] / 1e6:.1f}"]
         for device in devices:
-            speed = model[device]
-            cells += [f"{speed['latency_ms']:.2f}", f"{speed['throughput_per_s']:,.0f}"]
-        rows.append((name, *cells))
+            cells += [f"{model[device]['latency_ms']:.2f}", f"{model[device]['throughput_per_s']:,.0f}"]
+        rows.append(cells)
     yield _table(head, rows)
 
 
-def _plots(out: Path, study: dict[str, Any]) -> Iterable[str]:
+def _plots(out: Path, study: dict[str, Any], scores: Frame) -> Iterable[str]:
+    """The plots that there is something for, each written to its file, and what shows it on the page."""
     yield "## Plots\n"
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for variant in _rows(study)[1:]:
-        run = study["runs"].get(f"{variant}-1")
-        if run:
-            x = [v["tokens"] / 1e6 for v in run["validations"]]
-            curves[TITLES[variant]] = (x, [v["mlm"] for v in run["validations"]])
-    if curves:
-        figure = plots.curves(curves, "million tokens", "masked-LM loss on held-out text", "Pre-training, first seed")
+    if losses := _loss_against_tokens(study):
+        title = "Pre-training, first seed"
+        figure = plots.curves(losses, "million tokens", "masked-LM loss on held-out text", title)
         plots.save_png(figure, out / "loss.png")
         yield "![masked-LM loss against tokens](loss.png)\n"
     if study["settings"]["points"] > 1 and (series := _score_against_tokens(study)):
-        figure = plots.curves(
-            series, "million tokens", "score", "Score after fine-tuning, first seed, against tokens of pre-training"
-        )
-        plots.save_png(figure, out / "score-tokens.png")
+        title = "Score after fine-tuning, first seed, against tokens of pre-training"
+        plots.save_png(plots.curves(series, "million tokens", "score", title), out / "score-tokens.png")
         yield "![score against tokens](score-tokens.png)\n"
     if study["efficiency"]:
-        teacher, student = (m["cpu"]["latency_ms"] for m in study["efficiency"]["models"])
-        points = []
-        for model in _rows(study):
-            scores = list(by_seed(study, model).values())
-            if scores:
-                noise = statistics.stdev(scores) if len(scores) > 1 else None
-                latency = teacher if model == "teacher" else student
-                points.append((TITLES[model], latency, statistics.mean(scores), noise))
-        figure = plots.points(
-            points, "CPU latency at batch 1, ms", "score", "Score (± standard deviation over seeds) against latency"
-        )
-        plots.save_png(figure, out / "score-latency.png")
+        teacher, student = (model["cpu"]["latency_ms"] for model in study["efficiency"]["models"])
+        overall = scores.mean(axis=1).dropna().groupby("model", sort=False)
+        rows = [(TITLES[m], teacher if m == "teacher" else student, found.mean(), found.std()) for m, found in overall]
+        title = "Score (± standard deviation over seeds) against latency"
+        plots.save_png(plots.points(rows, "CPU latency at batch 1, ms", "score", title), out / "score-latency.png")
         yield "![score against latency](score-latency.png)\n"
         yield "All students have one size, and the latency of the first.\n"
 
 
-def _score_against_tokens(study: dict[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
+def _first_runs(study: dict[str, Any]) -> dict[str, Any]:
+    """{name: run} of the first seed of each variant."""
+    names = [f"{variant}-1" for variant in _models(study)[1:]]
+    return {name: study["runs"][name] for name in names if name in study["runs"]}
+
+
+def _loss_against_tokens(study: dict[str, Any]) -> dict[str, pd.Series]:
+    """{title: masked-LM loss by million tokens} of the first runs."""
+    return {
+        TITLES[run["variant"]]: pd.Series({v["tokens"] / 1e6: v["mlm"] for v in run["validations"]})
+        for run in _first_runs(study).values()
+    }
+
+
+def _score_against_tokens(study: dict[str, Any]) -> dict[str, pd.Series]:
+    """{title: score by million tokens} of the first runs, at their ends and at earlier checkpoints."""
     series = {}
-    for variant in _rows(study)[1:]:
-        run = study["runs"].get(f"{variant}-1")
-        points: list[tuple[float, float]] = []
+    for model, run in _first_runs(study).items():
+        found = {}
         for name, scores in study["scores"].items():
-            prefix, _, update = name.partition("-1-at-")
-            share = 1.0
-            if prefix == variant and update:
-                share = int(update) / run["updates"]
-            elif name != f"{variant}-1":
-                continue
-            assert run is not None  # gathered with the scores of its exports
-            points.append((share * run["tokens"] / 1e6, 100 * statistics.mean(scores.values())))
-        if points:
-            x, y = zip(*sorted(points), strict=True)
-            series[TITLES[variant]] = (list(x), list(y))
+            of_model, _, update = name.partition("-at-")
+            if of_model == model:
+                share = int(update) / run["updates"] if update else 1.0
+                found[share * run["tokens"] / 1e6] = 100 * pd.Series(scores).mean()
+        if found:
+            series[TITLES[run["variant"]]] = pd.Series(found).sort_index()
     return series
 
 
-def _spread(found: dict[int, float]) -> str:
-    if not found:
+def _cell(form: str, value: float, more: str = "", *others: float) -> str:
+    """`value` as `form`, then `others` as `more` unless one of them is NaN; a dash where `value` is NaN."""
+    if math.isnan(value):
         return "-"
-    values = sorted(found.values())
-    return f"{statistics.median(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})"
+    return form.format(value) + ("" if any(map(math.isnan, others)) else more.format(*others))
 
 
 def _table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> str:

@@ -1,4 +1,4 @@
-"""study_tables.py: numbers of the tables against what a hand computes."""
+"""tables.py: numbers of the tables against what a hand computes."""
 
 import copy
 
@@ -96,6 +96,24 @@ def test_the_pre_training_table_takes_the_last_validation(written):
     assert row[3:] == ["-"] * 3  # not measured without a teacher
 
 
+def test_a_term_beyond_the_papers_gets_a_column_where_it_was_measured(tmp_path):
+    study = copy.deepcopy(STUDY)
+    for seed, value in ((1, 0.5), (2, 0.7)):
+        study["runs"][f"distilbert-{seed}"]["validations"][-1]["hidden"] = value
+    tables.write(tmp_path, study)
+    text = (tmp_path / "study.md").read_text()
+    assert "| top-1 agreement with the teacher | 1 - cos of the outputs of every layer |\n" in text
+    assert cells(text, tables.TITLES["distilbert"], "Pre-training")[-1] == "0.6000 (0.1414)"
+    assert cells(text, tables.TITLES["no-kd"], "Pre-training")[-1] == "-"
+
+
+def test_scores_of_a_run_that_is_to_be_made_again_are_not_drawn():
+    """Whoever deletes the log of a pre-training leaves its scores behind."""
+    study = copy.deepcopy(STUDY)
+    del study["runs"]["no-kd-1"]
+    assert tables._score_against_tokens(study).keys() == {tables.TITLES["distilbert"]}
+
+
 def test_efficiency_and_plots(written):
     text = (written / "study.md").read_text()
     assert cells(text, "student", "Efficiency") == ["654,321", "2.5", "4.00", "2,346"]
@@ -105,8 +123,8 @@ def test_efficiency_and_plots(written):
 
 
 def test_an_earlier_checkpoint_stands_at_its_share_of_the_tokens():
-    series = tables._score_against_tokens(STUDY)
-    assert series[tables.TITLES["no-kd"]] == ([0.5, 1.0], [pytest.approx(60.0), pytest.approx(74.0)])  # fmt: skip
+    series = tables._score_against_tokens(STUDY)[tables.TITLES["no-kd"]]
+    assert list(series.items()) == [(0.5, pytest.approx(60.0)), (1.0, pytest.approx(74.0))]
 
 
 def test_a_study_at_its_beginning_has_a_page(tmp_path):
