@@ -1,7 +1,8 @@
 """The main job: `torchrun --nproc-per-node N -m fastdistil.pretrain RECIPE [overrides]`. Read it from top to bottom.
 
-Prepared text and a teacher go in; a run folder comes out, which `python -m fastdistil.export` turns into a Hugging Face folder.
-torch is imported after the command line and everything it names have been checked: help and mistakes cost half a second.
+Prepared text and a teacher go in; a run folder comes out, which `python -m fastdistil.export` turns into a Hugging Face
+folder. torch is imported after the command line and everything it names have been checked: help and mistakes cost half
+a second.
 """
 
 import logging
@@ -16,7 +17,10 @@ from fastdistil.training.preflight import resolve
 
 @command
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0: finished, or stopped by a signal with a checkpoint. 1: the run failed, RUN/status.json says why. 2: bad input."""
+    """The exit status, 0 for a run that finished, or was stopped by a signal and has a checkpoint.
+
+    1: the run failed, and RUN/status.json says why. 2: bad input.
+    """
     # What is asked: the recipe with its overrides, checked against the files that it names.
     here = launched()
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
@@ -59,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
         )
         return 0
 
-    # What can be known only now: the teacher's precision, and what stands in the run folder while nobody else writes there.
+    # What can be known only now: the teacher's precision, and what the run folder holds while nobody else writes there.
     with ranks.together():
         if teacher is not None:
             held_out = corpus.micro_batches(Split.VALIDATION, ranks, rank=ranks.rank)
@@ -72,8 +76,8 @@ def main(args: list[str] | None = None) -> int:
     with ranks.together():
         if saved and saved.state["text"] != resolved.meta.counts_sha256:
             raise ValueError(
-                f"{config.data.shards} is not the text that the run in {config.out} was started with: use the old shards, or "
-                "another --out"
+                f"{config.data.shards} is not the text that the run in {config.out} was started with: use the old "
+                "shards, or another --out"
             )
 
     # The run itself, under a watchdog.

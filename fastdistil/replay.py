@@ -1,7 +1,8 @@
-"""Command: one update of a run again, micro-batch by micro-batch, in one process: `python -m fastdistil.replay RUN --update U`.
+"""Command: one update of a run again, micro-batch by micro-batch: `python -m fastdistil.replay RUN --update U`.
 
-Order, masks and dropout are functions of (seed, update), so with the weights that the run had, this is what happened there. It says
-loss and gradient norm of every micro-batch; of one where they are not finite also where that began, and its text.
+It runs in one process. Order, masks and dropout are functions of (seed, update), so with the weights that the run had,
+this is what happened there. It says loss and gradient norm of every micro-batch; of one where they are not finite also
+where that began, and its text.
 """
 
 import logging
@@ -114,7 +115,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
 
 
 def _skipped_since(state: dict[str, Any], asked: ReplayConfig) -> bool:
-    """Whether nothing changed between the update and the checkpoint: a run that ends for this reason saves what they met."""
+    """Whether nothing changed from the update to the checkpoint: a run that ends for this saves what it met."""
     return 0 <= state["update"] - asked.update < state.get("skipped", 0)
 
 

@@ -1,4 +1,4 @@
-"""Planned micro-batches -> masked, packed tensors, made ahead in worker processes (plan.py says what a micro-batch holds)."""
+"""Planned micro-batches -> masked, packed tensors, made ahead in worker processes (plan.py says what they hold)."""
 
 import math
 from collections.abc import Iterator
@@ -88,8 +88,8 @@ def mask(
     """(masked ids, sorted indices of the predicted tokens) of one micro-batch's real tokens.
 
     Drawn without replacement with probability proportional to the weights, as an exponential race: the m smallest of
-    -log(u) / w are exactly that draw (Efraimidis and Spirakis 2006). 80/10/10 is decided token by token; a random id is any of the
-    vocabulary, as in the authors' code.
+    -log(u) / w are exactly that draw (Efraimidis and Spirakis 2006). 80/10/10 is decided token by token; a random id is
+    any of the vocabulary, as in the authors' code.
     """
     m = num_masked(len(ids), masking.fraction)
     race, decision, replacement = random_words(3 * len(ids), *plan.mask_key).reshape(3, -1)
@@ -125,7 +125,8 @@ class Collator:
     """MicroBatchPlan -> MicroBatch. Runs in worker processes; holds no state but the memory-mapped shards.
 
     Layouts are filled up to what a micro-batch of these shards may usually have of sequences and tiles, so that a step
-    compiled or captured once serves all. A micro-batch with more, of text that is not in a random order, has twice that.
+    compiled or captured once serves all. A micro-batch with more, of text that is not in a random order, has twice
+    that.
     """
 
     def __init__(self, shards: Shards, counts: NDArray[np.int64], *, token_budget: int, masking: MaskingConfig) -> None:
@@ -212,8 +213,8 @@ def micro_batches(
 
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
-    # Tensors go through the pipe instead of shared memory, where each would take a handshake with the worker that made it.
-    # The training process spends a quarter of the time on that, and no /dev/shm is too small.
+    # Tensors go through the pipe instead of shared memory, where each would take a handshake with the worker that made
+    # it. The training process spends a quarter of the time on that, and no /dev/shm is too small.
     ForkingPickler.register(Tensor, _by_value)
 
 

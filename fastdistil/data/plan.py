@@ -1,11 +1,13 @@
 """Which sequences an update holds, packed into which micro-batches: a pure function of (seed, update).
 
-The order of an epoch is a permutation keyed by (seed, epoch). A micro-batch is a run of consecutive sequences of that order,
-ended where the next one would not fit the token budget; an update is the next `micro_batches_per_update` of them, which are
-dealt to the ranks in turn. Masks are keyed by (seed, epoch, micro-batch of the epoch), dropout by (seed, update, micro-batch).
-So neither the number of ranks or workers nor a restart changes what an update holds, and resuming needs no saved generator.
+The order of an epoch is a permutation keyed by (seed, epoch). A micro-batch is a run of consecutive sequences of that
+order, ended where the next one would not fit the token budget; an update is the next `micro_batches_per_update` of
+them, which are dealt to the ranks in turn. Masks are keyed by (seed, epoch, micro-batch of the epoch), dropout by
+(seed, update, micro-batch). So neither the number of ranks or workers nor a restart changes what an update holds, and
+resuming needs no saved generator.
 
-Random numbers are raw 64-bit words of Philox, whose stream NumPy guarantees across versions (its distributions are not).
+Random numbers are raw 64-bit words of Philox, whose stream NumPy guarantees across versions (its distributions are
+not).
 """
 
 import hashlib
@@ -20,7 +22,10 @@ from numpy.typing import NDArray
 
 
 def seed_of(*coordinates: int | str) -> int:
-    """A 63-bit seed for a place in the run, e.g. seed_of(56, "dropout", update, micro_batch); other places are independent."""
+    """A 63-bit seed for a place in the run, e.g. seed_of(56, "dropout", update, micro_batch).
+
+    Other places are independent.
+    """
     digest = hashlib.blake2b(repr(coordinates).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -44,7 +49,10 @@ class MicroBatchPlan:
 
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
-    """What one update holds, the same on every rank. Both denominators of the loss are known before anything is computed."""
+    """What one update holds, the same on every rank.
+
+    Both denominators of the loss are known before anything is computed.
+    """
 
     micro_batches: tuple[MicroBatchPlan, ...]
     num_tokens: int
@@ -53,7 +61,10 @@ class UpdatePlan:
     """Masked tokens of the update."""
 
     def of_rank(self, rank: int, world_size: int) -> list[MicroBatchPlan]:
-        """The micro-batches of one rank, dealt in turn. Where the ranks do not divide them the last round has empty ones."""
+        """The micro-batches of one rank, dealt in turn.
+
+        Where the ranks do not divide them the last round has empty ones.
+        """
         empty = MicroBatchPlan(np.empty(0, np.int64), ("empty",))
         mine = list(self.micro_batches[rank::world_size])
         return mine + [empty] * (math.ceil(len(self.micro_batches) / world_size) - len(mine))

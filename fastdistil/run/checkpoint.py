@@ -4,11 +4,12 @@
         weights.safetensors     fp32 master weights of the student
         optimizer.safetensors   both moments of AdamW, fp32
         state.json              update, tokens seen, what is needed beside tensors
-        manifest.json           size and SHA-256 of the three, and the id of the set, which each of them has inside; written last
+        manifest.json           size and SHA-256 of the three, and the id of the set that each of them holds; written
+        last
 
-A checkpoint is made under a temporary name (*.part), fsynced, then renamed; an old one is renamed before it is removed. It holds full
-tensors, whatever the number of ranks or the ZeRO stage, and no pickle. Rank 0 alone reads and writes; the others get tensors over
-the process group, so one disk decides.
+A checkpoint is made under a temporary name (*.part), fsynced, then renamed; an old one is renamed before it is removed.
+It holds full tensors, whatever the number of ranks or the ZeRO stage, and no pickle. Rank 0 alone reads and writes; the
+others get tensors over the process group, so one disk decides.
 """
 
 import json
@@ -48,11 +49,12 @@ def folder_of(run: Path, update: int) -> Path:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise CheckpointError with path, bytes needed and bytes free where `num_bytes` will not fit on the disk of `folder`."""
+    """Raise CheckpointError, with bytes needed and free, where `num_bytes` will not fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise CheckpointError(
-            f"{folder} has {free:,} bytes free, a checkpoint needs {num_bytes:,}: free some space, or choose another --out"
+            f"{folder} has {free:,} bytes free, a checkpoint needs {num_bytes:,}: free some space, or choose another "
+            "--out"
         )
 
 
@@ -63,8 +65,8 @@ def save(run: Path, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: 
         tensors: an engine's `state()`.
         state: JSON values; "update" is required.
 
-    Raises CheckpointError naming path, bytes needed and free where it cannot be written, or the tensor that is not finite;
-    earlier checkpoints stay whole.
+    Raises CheckpointError naming path, bytes needed and free where it cannot be written, or the tensor that is not
+    finite; earlier checkpoints stay whole.
     """
     _require_finite(run, tensors, state["update"])
     final = folder_of(run, state["update"])
@@ -139,8 +141,8 @@ def _remove(checkpoint: Path) -> None:
 def _remove_old(run: Path, update: int, keep: int) -> None:
     """Remove what is older than the newest `keep` checkpoints that look whole, counted from that of `update`.
 
-    That one has just been read back, so a good one always stays; hashing the others again would triple the work of a save. Newer
-    ones are not counted: the run went on from an older one because they are damaged.
+    That one has just been read back, so a good one always stays; hashing the others again would triple the work of a
+    save. Newer ones are not counted: the run went on from an older one because they are damaged.
     """
     checkpoints = [p for p in _all(run) if _update_of(p) <= update]
     if len(checkpoints) <= keep:
@@ -206,7 +208,10 @@ def _update_of(checkpoint: Path) -> int:
 
 
 def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
-    """Why a checkpoint cannot be used, or None. Compares every file with the manifest; without `contents` all but the hashes."""
+    """Why a checkpoint cannot be used, or None. Compares every file with the manifest.
+
+    Without `contents` all but the hashes.
+    """
     if checkpoint.is_symlink():
         return "it is a link"
     for name in (*FILES, MANIFEST):
@@ -263,7 +268,8 @@ def newest(run: Path) -> Path | None:
         log.warning("passing over %s: %s", checkpoint, reason)
     if candidates:
         raise ValueError(
-            f"none of the {len(candidates)} checkpoints in {run / FOLDER} can be used (reasons above): restore one, or start another --out"
+            f"none of the {len(candidates)} checkpoints in {run / FOLDER} can be used (reasons above): restore one, or "
+            "start another --out"
         )
     return None
 
@@ -313,8 +319,8 @@ def load_weights(run: Path, update: int | None = None) -> tuple[dict[str, Tensor
     if checkpoint is None or not checkpoint.is_dir():
         have = ", ".join(p.name for p in _all(run)) or "none"
         raise FileNotFoundError(
-            f"{run} has no checkpoint{'' if update is None else f' of update {update}'} (found: {have}): let the run reach one, "
-            "see --log.checkpoint-every"
+            f"{run} has no checkpoint{'' if update is None else f' of update {update}'} (found: {have}): let the run "
+            "reach one, see --log.checkpoint-every"
         )
     if (reason := verify(checkpoint)) is not None:
         raise ValueError(f"{checkpoint} cannot be used: {reason}")

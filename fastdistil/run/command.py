@@ -81,7 +81,10 @@ def leave(status: int) -> NoReturn:
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1; whoever works looks at `asked` when it can stop. A second one ends the process."""
+    """Set by SIGTERM, SIGINT or SIGUSR1; whoever works looks at `asked` when it can stop.
+
+    A second one ends the process.
+    """
 
     def __init__(self) -> None:
         self.asked, self.reason = False, ""

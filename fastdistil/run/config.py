@@ -5,87 +5,115 @@ The command line is made from these fields by tyro; the docstring under a field 
 """
 
 import dataclasses
+import functools
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
-def _check(ok: bool, name: str, wanted: str, got: object) -> None:
+class Range(NamedTuple):
+    """What a number must be, in the words of the error; stands beside the type of its field."""
+
+    wanted: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_0 = Range("0 or more", lambda x: 0 <= x < math.inf)
+AT_LEAST_1 = Range("1 or more", lambda x: 1 <= x < math.inf)
+ABOVE_0 = Range("above 0", lambda x: 0 < x < math.inf)
+BELOW_1 = Range("in [0, 1)", lambda x: 0 <= x < 1)
+BOTH_BELOW_1 = Range("two numbers in [0, 1)", lambda x: all(0 <= b < 1 for b in x))
+
+
+@functools.cache
+def _ranges(section: type) -> dict[str, Range]:
+    hints = get_type_hints(section, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
+
+
+class _Section:
+    """Checks the ranges of its fields when it is made. None, where a field may be it, is in every range."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name, (wanted, holds) in _ranges(type(self)).items():
+            value = getattr(self, name)
+            _check(value is None or holds(value), self, name, wanted)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What fields must be to one another."""
+
+
+def _check(ok: bool, section: _Section, name: str, wanted: str, got: object = None) -> None:
     if not ok:
-        raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {got!r}")
+        prefix = type(section).__name__.removesuffix("Config").lower()  # "" for Config itself
+        option = f"{prefix}.{name}".strip(".").replace("_", "-")
+        raise ValueError(f"--{option} must be {wanted}, got {getattr(section, name) if got is None else got!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(_Section):
     """The text, as folders written by `python -m fastdistil.prepare`."""
 
     shards: Path | None = None
     """Folder of prepared shards to train on."""
     validation: Path | None = None
-    """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held out."""
-    validation_sequences: int = 1024
-    """Sequences used for validation, from the end of the folder; never trained on. At most a tenth of the training shards."""
-    num_workers: int = 2
+    """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held
+    out."""
+    validation_sequences: Annotated[int, AT_LEAST_1] = 1024
+    """Sequences used for validation, from the end of the folder; never trained on. At most a tenth of the training
+    shards."""
+    num_workers: Annotated[int, AT_LEAST_0] = 2
     """Processes that mask and pack ahead of the device; 0 does it in the training process. Never changes results."""
     verify: bool = True
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
 
-    def __post_init__(self) -> None:
-        _check(self.validation_sequences >= 1, "data.validation_sequences", "1 or more", self.validation_sequences)
-        _check(self.num_workers >= 0, "data.num_workers", "0 or more", self.num_workers)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchConfig:
+class BatchConfig(_Section):
     """What one update averages over, whatever the number of ranks."""
 
-    size: int = 4000
+    size: Annotated[int, AT_LEAST_1] = 4000
     """Sequences (or tokens) an update, about: an update is a whole number of packed micro-batches."""
     unit: Literal["sequences", "tokens"] = "sequences"
     """What --batch.size counts."""
-    token_budget: int = 16384
+    token_budget: Annotated[int, Range("a positive multiple of 64", lambda x: x >= 64 and x % 64 == 0)] = 16384
     """Tokens of one packed micro-batch; a multiple of 64, and at least one whole sequence."""
-
-    def __post_init__(self) -> None:
-        _check(self.size >= 1, "batch.size", "1 or more", self.size)
-        _check(
-            self.token_budget >= 64 and self.token_budget % 64 == 0,
-            "batch.token_budget",
-            "a positive multiple of 64",
-            self.token_budget,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
+class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
     """Hugging Face folder of a BERT or DistilBERT with a masked-LM head. None trains without a teacher (recipe mlm)."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """Arithmetic of the teacher. auto: as --engine.precision; fp8: on GPUs of compute capability 8.9 and newer."""
-    max_drift: float = 0.05
-    """Largest mean KL, in nats a token of validation text, of the teacher's distribution in --teacher.precision from its own in fp32; beyond it the run is refused."""
+    max_drift: Annotated[float, ABOVE_0] = 0.05
+    """Largest mean KL, in nats a token of validation text, of the teacher's distribution in --teacher.precision from
+    its own in fp32; beyond it the run is refused."""
     overlap: bool = True
-    """On CUDA, infer the next micro-batch on a side stream while the student trains on this one. Never changes results."""
+    """On CUDA, infer the next micro-batch on a side stream while the student trains on this one. Never changes
+    results."""
     device: Literal["same", "second"] = "same"
     """second: on another GPU than the student's, local rank + processes of this machine."""
-    ranks: int = 0
-    """Set aside the last so many ranks for teachers, which send hidden states to the others. 0: every rank infers for itself."""
-
-    def __post_init__(self) -> None:
-        _check(self.max_drift > 0, "teacher.max_drift", "above 0", self.max_drift)
-        _check(self.ranks >= 0, "teacher.ranks", "0 or more", self.ranks)
+    ranks: Annotated[int, AT_LEAST_0] = 0
+    """Set aside the last so many ranks for teachers, which send hidden states to the others. 0: every rank infers for
+    itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StudentConfig:
+class StudentConfig(_Section):
     """The model that is trained, and what it starts from."""
 
     init: str = "teacher"
     """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder (layers of that)."""
-    num_layers: int | None = None
+    num_layers: Annotated[int | None, AT_LEAST_1] = None
     """Layers of the student. None: half of the model it starts from (all of it for a folder without a teacher)."""
     layers: tuple[int, ...] | None = None
     """Which layers it takes. None: evenly spread from the first to the last ([0 2 4 7 9 11] for 6 of 12)."""
@@ -93,33 +121,31 @@ class StudentConfig:
     """Take the dense layer and LayerNorm of the masked-LM head too, not only its bias."""
     freeze_positions: bool = False
     """Do not train the position embeddings (the authors' run did not, by accident of a flag)."""
-    hidden_size: int | None = None
+    hidden_size: Annotated[int | None, AT_LEAST_1] = None
     """Width. None: as the model it starts from, or as the teacher."""
-    num_heads: int | None = None
+    num_heads: Annotated[int | None, AT_LEAST_1] = None
     """Attention heads. None: as the model it starts from, or as the teacher."""
-    ffn_size: int | None = None
+    ffn_size: Annotated[int | None, AT_LEAST_1] = None
     """Width of the feed-forward layer. None: as the source, or 4 x hidden-size."""
-    max_positions: int | None = None
+    max_positions: Annotated[int | None, AT_LEAST_1] = None
     """Longest sequence it can read. None: as the source, or the longest sequence of the shards."""
     token_types: Literal[0, 2] | None = None
     """Rows of the token-type table: 2 exports a BERT, 0 a DistilBERT. None: 0."""
-    dropout: float = 0.1
+    dropout: Annotated[float, BELOW_1] = 0.1
     """Dropout after embeddings, attention and feed-forward."""
-    attention_dropout: float = 0.1
+    attention_dropout: Annotated[float, BELOW_1] = 0.1
     """Dropout of the attention probabilities."""
 
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_positions"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, f"student.{name}", "1 or more", value)
-        for name in ("dropout", "attention_dropout"):
-            _check(0 <= getattr(self, name) < 1, f"student.{name}", "in [0, 1)", getattr(self, name))
+    def _check_together(self) -> None:
         if self.layers is not None and self.num_layers is not None:
-            _check(len(self.layers) == self.num_layers, "student.layers", f"{self.num_layers} numbers", self.layers)
+            _check(len(self.layers) == self.num_layers, self, "layers", f"{self.num_layers} numbers")
 
 
 class LossTerm(NamedTuple):
-    """What the whole program knows of one term of the loss. Its function, of the same name, is in training/objective.py."""
+    """What the whole program knows of one term of the loss.
+
+    Its function, of the same name, is in training/objective.py.
+    """
 
     name: str
     """The field of LossConfig that holds its weight, and its key in metrics.jsonl."""
@@ -130,7 +156,8 @@ class LossTerm(NamedTuple):
     mean_over: Literal["tokens", "masked tokens"] = "tokens"
     """What the sum over a whole update is divided by."""
     wants: Literal["nothing", "logits", "last hidden states", "layers", "values"] = "last hidden states"
-    """What the teacher hands over for it: layers are the outputs of the imitated layers, values those of the last attention."""
+    """What the teacher hands over for it: layers are the outputs of the imitated layers, values those of the last
+    attention."""
     same_width: bool = False
     """Whether it compares vectors of teacher and student, which then must have one width."""
 
@@ -172,31 +199,28 @@ LOSS_TERMS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
+class LossConfig(_Section):
     """L = kd * T^2 * KL + mlm * cross-entropy + cosine * (1 - cos), each a mean over the whole update."""
 
-    kd: float = 5.0
+    kd: Annotated[float, AT_LEAST_0] = 5.0
     """Weight of the temperature-KL to the teacher, over every real token. Without a teacher it has no effect."""
-    mlm: float = 2.0
+    mlm: Annotated[float, AT_LEAST_0] = 2.0
     """Weight of the masked-LM cross-entropy, over the masked tokens."""
-    cosine: float = 1.0
+    cosine: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of 1 - cos(student, teacher) of the last hidden states, over every real token."""
-    temperature: float = 2.0
+    temperature: Annotated[float, ABOVE_0] = 2.0
     """Temperature of the KL; T^2 is part of the term."""
-    hidden: float = 0.0
-    """Beyond the paper: weight of 1 - cos of the outputs of every student layer and of the teacher layer it began as."""
-    values: float = 0.0
+    hidden: Annotated[float, AT_LEAST_0] = 0.0
+    """Beyond the paper: weight of 1 - cos of the outputs of every student layer and of the teacher layer it began
+    as."""
+    values: Annotated[float, AT_LEAST_0] = 0.0
     """Beyond the paper: weight of the KL of the value relations of the last layers (MiniLMv2); widths may differ."""
-    relation_heads: int = 12
+    relation_heads: Annotated[int, AT_LEAST_1] = 12
     """Heads that the values are cut into for these relations; divides both widths."""
 
-    def __post_init__(self) -> None:
-        _check(self.relation_heads >= 1, "loss.relation_heads", "1 or more", self.relation_heads)
-        weights = {term.name: self.weight(term) for term in LOSS_TERMS}
-        for name, weight in weights.items():
-            _check(0 <= weight < float("inf"), f"loss.{name}", "0 or more", weight)
-        _check(sum(weights.values()) > 0, "loss", "at least one weight above 0", 0)
-        _check(0 < self.temperature < float("inf"), "loss.temperature", "above 0", self.temperature)
+    def _check_together(self) -> None:
+        if not self.terms:
+            raise ValueError("--loss must be at least one weight above 0, got 0")
 
     def weight(self, term: LossTerm) -> float:
         """What `term` is multiplied by."""
@@ -209,60 +233,50 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MaskingConfig:
+class MaskingConfig(_Section):
     """Which tokens are predicted (recipe.md: Masking)."""
 
-    fraction: float = 0.15
+    fraction: Annotated[float, Range("in (0, 0.4]", lambda x: 0 < x <= 0.4)] = 0.15
     """Share of the real tokens of a micro-batch that is predicted."""
-    keep: float = 0.1
+    keep: Annotated[float, AT_LEAST_0] = 0.1
     """Of these, the share left as it is."""
-    random: float = 0.1
+    random: Annotated[float, AT_LEAST_0] = 0.1
     """Of these, the share replaced by a random word piece; the rest becomes [MASK]."""
-    smoothing: float = 0.7
+    smoothing: Annotated[float, AT_LEAST_0] = 0.7
     """Tokens are drawn with probability ~ max(count, 1)^-smoothing; 0 draws uniformly."""
 
-    def __post_init__(self) -> None:
-        _check(0 < self.fraction <= 0.4, "masking.fraction", "in (0, 0.4]", self.fraction)
-        _check(self.keep >= 0 and self.random >= 0, "masking.keep", "0 or more", (self.keep, self.random))
-        _check(self.keep + self.random <= 1, "masking.keep", "at most 1 together with random", (self.keep, self.random))
-        _check(self.smoothing >= 0, "masking.smoothing", "0 or more", self.smoothing)
+    def _check_together(self) -> None:
+        _check(self.keep + self.random <= 1, self, "keep", "at most 1 together with random", (self.keep, self.random))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """AdamW, linear warm-up, linear decay to zero."""
 
-    lr: float = 5e-4
+    lr: Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)] = 5e-4
     """Highest learning rate, reached at the end of the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: Annotated[tuple[float, float], BOTH_BELOW_1] = (0.9, 0.98)
     """Decay of the two moments."""
-    eps: float = 1e-6
+    eps: Annotated[float, ABOVE_0] = 1e-6
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, AT_LEAST_0] = 0.0
     """Decoupled; not applied to biases and LayerNorm."""
-    clip_norm: float = 5.0
+    clip_norm: Annotated[float, AT_LEAST_0] = 5.0
     """Global norm that gradients are scaled down to; 0 does not clip."""
-    warmup: float = 0.05
+    warmup: Annotated[float, BELOW_1] = 0.05
     """Share of the updates over which the rate rises."""
-    duration: float = 3.0
+    duration: Annotated[float, ABOVE_0] = 3.0
     """How long the run is, in --optim.unit."""
     unit: Literal["epochs", "updates"] = "epochs"
     """What --optim.duration counts: passes over the shards, or updates."""
 
-    def __post_init__(self) -> None:
-        _check(0 < self.lr < 1, "optim.lr", "in (0, 1)", self.lr)
-        _check(all(0 <= b < 1 for b in self.betas), "optim.betas", "two numbers in [0, 1)", self.betas)
-        _check(self.eps > 0, "optim.eps", "above 0", self.eps)
-        _check(self.weight_decay >= 0, "optim.weight_decay", "0 or more", self.weight_decay)
-        _check(self.clip_norm >= 0, "optim.clip_norm", "0 or more", self.clip_norm)
-        _check(0 <= self.warmup < 1, "optim.warmup", "in [0, 1)", self.warmup)
-        _check(0 < self.duration < float("inf"), "optim.duration", "above 0", self.duration)
-        if self.unit == "updates":
-            _check(self.duration == int(self.duration), "optim.duration", "a whole number of updates", self.duration)
+    def _check_together(self) -> None:
+        whole = self.unit == "epochs" or self.duration == int(self.duration)
+        _check(whole, self, "duration", "a whole number of updates")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
+class EngineConfig(_Section):
     """Where and how the arithmetic runs. Nothing here changes the objective."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -270,53 +284,45 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU. bf16 keeps fp32 master weights and accumulates gradients in fp32."""
     attention: Literal["auto", "fused", "sdpa", "flash-attn"] = "auto"
-    """Backend of the attention. auto: what measured fastest on the device; fused: our kernels; sdpa: PyTorch's; flash-attn: that package, where installed. They draw different dropout masks."""
+    """Backend of the attention. auto: what measured fastest on the device; fused: our kernels; sdpa: PyTorch's;
+    flash-attn: that package, where installed. They draw different dropout masks."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage. None: the plain engine for one process, stage 1 for several."""
-    bucket_elements: int = 20_000_000
+    """ZeRO stage. 0: every rank holds all, without DeepSpeed. None: 0 for one process, 1 for several."""
+    bucket_elements: Annotated[int, Range("1000 or more", lambda x: x >= 1000)] = 20_000_000
     """Elements DeepSpeed reduces or gathers at once (its own default of 5e8 costs 2 GB a rank)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward: slower, and the memory of one layer instead of all."""
     compile: bool = False
-    """Run both encoders through torch.compile. Draws other dropout masks. No gain on a CPU (benchmarks/step.py); not measured on a GPU."""
-    timeout_s: int = 600
+    """Run both encoders through torch.compile. No gain on a CPU (benchmarks/step.py); not measured on a GPU."""
+    timeout_s: Annotated[int, AT_LEAST_1] = 600
     """A collective that takes longer than this ends the run."""
-    max_skipped: int = 3
+    max_skipped: Annotated[int, AT_LEAST_1] = 3
     """An update whose gradient is not finite is skipped; so many in a row end the run."""
-    threads: int | None = None
+    threads: Annotated[int | None, AT_LEAST_1] = None
     """CPU threads a process. None: the cores of the machine shared between its processes."""
-
-    def __post_init__(self) -> None:
-        _check(self.bucket_elements >= 1000, "engine.bucket_elements", "1000 or more", self.bucket_elements)
-        _check(self.timeout_s >= 1, "engine.timeout_s", "1 or more", self.timeout_s)
-        _check(self.max_skipped >= 1, "engine.max_skipped", "1 or more", self.max_skipped)
-        _check(self.threads is None or self.threads >= 1, "engine.threads", "1 or more", self.threads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogConfig:
+class LogConfig(_Section):
     """What is reported and kept. Nothing here changes results."""
 
-    every: int = 10
+    every: Annotated[int, AT_LEAST_1] = 10
     """Updates between two lines of metrics."""
-    validate_every: int = 500
+    validate_every: Annotated[int, AT_LEAST_1] = 500
     """Updates between two validations; there is always one at the end."""
-    checkpoint_every: int = 500
+    checkpoint_every: Annotated[int, AT_LEAST_1] = 500
     """Updates between two checkpoints; there is always one at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
     """How many of the latest checkpoints stay on disk."""
     failed_save: Literal["end", "go-on"] = "end"
-    """Where a checkpoint cannot be written: end the run, or say so and try again at the next one. The last one must succeed."""
+    """Where a checkpoint cannot be written: end the run, or say so and try again at the next one. The last one must
+    succeed."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
 
-    def __post_init__(self) -> None:
-        for name in ("every", "validate_every", "checkpoint_every", "keep_checkpoints"):
-            _check(getattr(self, name) >= 1, f"log.{name}", "1 or more", getattr(self, name))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(_Section):
     """One run of `fastdistil.pretrain`."""
 
     recipe: str = "distilbert"
@@ -325,12 +331,14 @@ class Config:
     """Folder of this run: configuration, metrics, checkpoints."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest checkpoint in the run folder, or start if there is none."""
-    seed: int = 56
+    seed: Annotated[int, Range("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 56
     """Decides order, masks, dropout and random initial weights."""
     profile: str | None = None
-    """Updates to profile, counted from 1, e.g. 10:13 for 10, 11 and 12: writes RUN/profile/ with a Chrome trace, a memory snapshot and a table of where a step's time goes."""
+    """Updates to profile, counted from 1, e.g. 10:13 for 10, 11 and 12: writes RUN/profile/ with a Chrome trace, a
+    memory snapshot and a table of where a step's time goes."""
     dry_run: bool = False
-    """Say what the run will be (memory, updates, tokens, FLOPs, checkpoint size) and stop. Needs neither GPUs nor torchrun."""
+    """Say what the run will be (memory, updates, tokens, FLOPs, checkpoint size) and stop. Needs neither GPUs nor
+    torchrun."""
     world_size: int | None = None
     """With --dry-run: the number of ranks of the run that is meant."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -343,12 +351,11 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**32, "seed", "in [0, 2^32)", self.seed)
+    def _check_together(self) -> None:
         if self.profile is not None:
             ok = re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", self.profile) is not None
             ok = ok and 1 <= int(self.profile.split(":")[0]) < int(self.profile.split(":")[1])
-            _check(ok, "profile", "FIRST:END, two updates counted from 1", self.profile)
+            _check(ok, self, "profile", "FIRST:END, two updates counted from 1")
 
     @property
     def profile_window(self) -> range:

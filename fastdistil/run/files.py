@@ -1,7 +1,7 @@
 """Files that are whole or absent, and reading them back: JSON, lines of JSON, hashes, locks. Standard library only.
 
-Whatever is replaced is written beside its final name as NAME.part and then renamed, so that a reader, and whoever comes after
-a crash, sees the old contents or the new ones and never a half.
+Whatever is replaced is written beside its final name as NAME.part and then renamed, so that a reader, and whoever comes
+after a crash, sees the old contents or the new ones and never a half.
 """
 
 import errno

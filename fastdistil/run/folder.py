@@ -1,4 +1,6 @@
-"""The folder of a run: what it is, what became of it, and what a rank leaves behind when it hangs. Standard library only.
+"""The folder of a run: what it is, what became of it, and what a rank leaves behind when it hangs.
+
+Standard library only.
 
 config.json   what it is                  status.json   what became of it
 tokenizer/    what its ids mean           .lock         held by the job that works here
@@ -26,7 +28,10 @@ def lock(run: Path) -> Lock:
 
 
 def write_status(run: Path, state: str, **about: Any) -> None:
-    """Replace RUN/status.json: `state` is running, finished, stopped or failed. A job that was killed leaves "running"."""
+    """Replace RUN/status.json: `state` is running, finished, stopped or failed.
+
+    A job that was killed leaves "running".
+    """
     write_json(run / "status.json", {"state": state, **about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
@@ -82,10 +87,10 @@ GRACE = 2
 class Watchdog:
     """Writes the stacks of this process unless `restart` is called again within `timeout_s` seconds.
 
-    A collective that waits longer than --engine.timeout-s fails on the ranks that wait, not on the one they wait for. When that
-    one has done nothing for as long, it writes down where all its threads stand and ends, too. A thread of faulthandler's own
-    does it, whatever the interpreter is doing. A process that the system has stopped (SIGSTOP) writes nothing, and torchrun
-    kills it 30 s later.
+    A collective that waits longer than --engine.timeout-s fails on the ranks that wait, not on the one they wait for.
+    When that one has done nothing for as long, it writes down where all its threads stand and ends, too. A thread of
+    faulthandler's own does it, whatever the interpreter is doing. A process that the system has stopped (SIGSTOP)
+    writes nothing, and torchrun kills it 30 s later.
 
     Args:
         alone: no other rank waits for this one: its stacks are written, it may go on.

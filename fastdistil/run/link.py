@@ -17,8 +17,8 @@ class TeacherLink:
     """Carries students' questions to the ranks set aside for teachers, and hidden states back.
 
     Student r asks teacher rank num_students + r % num_teachers. The link has process groups of its own, which
-    torch.distributed does not know: there the students alone are the world. A peer that dies closes the connection, which
-    raises RuntimeError here.
+    torch.distributed does not know: there the students alone are the world. A peer that dies closes the connection,
+    which raises RuntimeError here.
     """
 
     STOP: Question = (-1, 0)

@@ -1,7 +1,7 @@
 """What a run reports: metrics.jsonl (a line an update), TensorBoard, a progress line.
 
-MFU = real tokens/s x FLOPs a token (teacher forward, student forward and backward; architecture.flops_per_token) / peak FLOP/s
-of all devices. Padding does not count as work.
+MFU = real tokens/s x FLOPs a token (teacher forward, student forward and backward; architecture.flops_per_token) / peak
+FLOP/s of all devices. Padding does not count as work.
 """
 
 import json
@@ -194,7 +194,8 @@ class Journal:
         self.skipped_in_a_row = 0
         usual = statistics.median(self.recent) if len(self.recent) >= 20 else math.inf
         if norm > SPIKE * usual:
-            log.warning("update %d: gradient norm %.3g, %.0f times the median of the last %d", update, norm, norm / usual, len(self.recent))  # fmt: skip
+            times = f"{norm / usual:.0f} times the median of the last {len(self.recent)}"
+            log.warning("update %d: gradient norm %.3g, %s", update, norm, times)
         self.recent.append(norm)
 
     def validation(self, record: dict[str, Any]) -> None:

@@ -4,17 +4,17 @@
     memory.pickle on CUDA, allocations with their stacks for pytorch.org/memory_viz; on a CPU they are in the trace
     table.json    what is logged as a table: milliseconds an update, share, and floor of every part
 
-The parts are the spans that the code is marked with. An update is its own span: validations, checkpoints and lines of the log are
-in none. Communication happens inside other parts, and includes the wait for other ranks.
+The parts are the spans that the code is marked with. An update is its own span: validations, checkpoints and lines of
+the log are in none. Communication happens inside other parts, and includes the wait for other ranks.
 
-    CPU     Spans are timed by the clock. The time in which a collective runs is taken out of the part around it, so that the parts
-            add up to the update.
-    CUDA    Spans are timed by events on the stream they are on. A teacher on its side stream and NCCL's kernels overlap the rest:
-            they have their own time, what is waited for them is in the part that waits, and the parts may add up to more than
-            the update. "other" is what the student's stream spends outside every part.
+    CPU     Spans are timed by the clock. The time in which a collective runs is taken out of the part around it, so
+            that the parts add up to the update.
+    CUDA    Spans are timed by events on the stream they are on. A teacher on its side stream and NCCL's kernels overlap
+            the rest: they have their own time, what is waited for them is in the part that waits, and the parts may add
+            up to more than the update. "other" is what the student's stream spends outside every part.
 
-The floor of a part is what it cannot do without (training/forecast.py). A teacher on ranks of its own is waited for; its floor
-is what this device would take instead.
+The floor of a part is what it cannot do without (training/forecast.py). A teacher on ranks of its own is waited for;
+its floor is what this device would take instead.
 """
 
 import atexit
@@ -197,7 +197,10 @@ class Profile:
 
 
 def gloo_seconds(trace: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds in which at least one of gloo's collectives runs, in the spans of each name; from the events of a Chrome trace."""
+    """Seconds in which at least one of gloo's collectives runs, in the spans of each name.
+
+    From the events of a Chrome trace.
+    """
     complete = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in trace if e.get("ph") == "X"]
     running = sorted((begin, end) for name, begin, end in complete if name.startswith("gloo:"))
     begins, ends = np.array(running).reshape(-1, 2).T

@@ -58,8 +58,8 @@ class Ranks:
         """A stage that all ranks pass or none: what one refuses inside (ValueError, OSError) is raised on all of them.
 
         The lowest rank that refused is heard, by its own exception there and a ValueError with its words on the others.
-        Every rank that trains must come here; `with_teachers` those that are set aside for teachers, too. A refusal is the
-        end: teachers that are already serving are told, and the process group is left.
+        Every rank that trains must come here; `with_teachers` those that are set aside for teachers, too. A refusal is
+        the end: teachers that are already serving are told, and the process group is left.
         """
         error = None
         try:
@@ -134,8 +134,8 @@ def init_ranks(
 ) -> Ranks:
     """Choose the device, join the process group if torchrun made one, and share the cores between the processes.
 
-    The last `teacher_ranks` ranks are left out of the process group, so that DeepSpeed sees students alone; a link joins
-    them. Raises ValueError where CUDA is asked for and there is none, or where ranks outnumber the GPUs.
+    The last `teacher_ranks` ranks are left out of the process group, so that DeepSpeed sees students alone; a link
+    joins them. Raises ValueError where CUDA is asked for and there is none, or where ranks outnumber the GPUs.
     """
     here = launched()
     if device == "auto":
@@ -181,7 +181,8 @@ def _gpus(here: Launched, *, second_device: bool) -> tuple[torch.device, torch.d
     """This process's GPU, and another one for its teacher where that is asked for."""
     if not torch.cuda.is_available():
         raise ValueError(
-            "--engine.device cuda wants a GPU and PyTorch sees none: use --engine.device cpu, or install the CUDA build of torch"
+            "--engine.device cuda wants a GPU and PyTorch sees none: use --engine.device cpu, or install the CUDA "
+            "build of torch"
         )
     count = torch.cuda.device_count()
     if here.local_world_size > count:
@@ -190,19 +191,22 @@ def _gpus(here: Launched, *, second_device: bool) -> tuple[torch.device, torch.d
         )
     if second_device and 2 * here.local_world_size > count:
         raise ValueError(
-            f"--teacher.device second wants {2 * here.local_world_size} GPUs for {here.local_world_size} process(es) here, "
-            f"this machine has {count}: lower --nproc-per-node, or use --teacher.device same"
+            f"--teacher.device second wants {2 * here.local_world_size} GPUs for {here.local_world_size} process(es) "
+            f"here, this machine has {count}: lower --nproc-per-node, or use --teacher.device same"
         )
     second = torch.device("cuda", here.local_rank + here.local_world_size) if second_device else None
     return torch.device("cuda", here.local_rank), second
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the CPU memory that it frees, in pages of 2 MiB where Linux gives them; nothing without glibc.
+    """Let this process keep the CPU memory that it frees, in pages of 2 MiB where Linux gives them.
+
+    Nothing without glibc.
 
     Otherwise freed tensors of many megabytes go back to the system, and getting them again costs a page fault for every
-    4 KiB: 10 to 18 % of a training step in fp32 on two cores, 4 to 7 % in bf16. The rows of a loss chunk are 120 KB apart,
-    so small pages also miss the TLB, which is 30 % of that product. Works for all tensors if called before the first one.
+    4 KiB: 10 to 18 % of a training step in fp32 on two cores, 4 to 7 % in bf16. The rows of a loss chunk are 120 KB
+    apart, so small pages also miss the TLB, which is 30 % of that product. Works for all tensors if called before the
+    first one.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -214,9 +218,9 @@ def keep_freed_memory() -> None:
 def settle_vector_math() -> None:
     """Have MKL's vector functions choose their kernels now, in one thread.
 
-    They choose at their first call in a process. Where two threads make that call at once, one of them may for that once
-    take a kernel for another processor: 15 of 490 runs of a toy model had other last bits in their first micro-batch, and
-    with this 0 of 200. The encoder's attention on CPUs calls both functions.
+    They choose at their first call in a process. Where two threads make that call at once, one of them may for that
+    once take a kernel for another processor: 15 of 490 runs of a toy model had other last bits in their first
+    micro-batch, and with this 0 of 200. The encoder's attention on CPUs calls both functions.
     """
     torch.ones(1).exp().log()
 

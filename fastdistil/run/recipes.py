@@ -44,14 +44,17 @@ def hidden_cosine() -> Config:
 
 
 def minilm() -> Config:
-    """MiniLMv2's value relation of the last layers, for students of any width; masked LM trains the head that the export has."""
+    """MiniLMv2's value relation of the last layers, for students of any width.
+
+    Masked LM trains the head that the export has.
+    """
     return replace(
         distilbert(), recipe="minilm", out=Path("runs/minilm"), loss=LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=1.0)
     )
 
 
 def distilroberta() -> Config:
-    """distilbert for a RoBERTa, whose student is one, too: masked tokens are drawn uniformly, as when RoBERTa was trained."""
+    """distilbert for a RoBERTa, whose student is a RoBERTa: masked tokens are drawn uniformly, as in its training."""
     config = distilbert()
     return replace(
         config, recipe="distilroberta", out=Path("runs/distilroberta"), masking=replace(config.masking, smoothing=0.0)
@@ -59,7 +62,7 @@ def distilroberta() -> Config:
 
 
 def multilingual() -> Config:
-    """distilbert for a multilingual BERT, whose vocabulary of 119,547 takes most of the memory: micro-batches half as long."""
+    """distilbert for a multilingual BERT, whose vocabulary of 119,547 takes most memory: shorter micro-batches."""
     config = distilbert()
     return replace(
         config, recipe="multilingual", out=Path("runs/multilingual"), batch=replace(config.batch, token_budget=8192)

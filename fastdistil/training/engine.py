@@ -5,8 +5,8 @@ Two engines with the same five verbs (`forward_backward`, `step`, `evaluate`, `s
     PlainEngine      PyTorch's AdamW on any number of ranks: ZeRO stage 0
     DeepSpeedEngine  ZeRO stage 1, 2 or 3, under torchrun
 
-Both keep fp32 master weights and add gradients up in fp32, also where the arithmetic is bf16. Their state is the same set
-of full tensors, whatever the stage and the number of ranks: a checkpoint of one is resumed by any other.
+Both keep fp32 master weights and add gradients up in fp32, also where the arithmetic is bf16. Their state is the same
+set of full tensors, whatever the stage and the number of ranks: a checkpoint of one is resumed by any other.
 """
 
 import logging
@@ -58,8 +58,8 @@ def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
 class Bf16Compute(nn.Module):
     """Runs a module of fp32 parameters on bf16 copies of them.
 
-    The copies are made anew in each forward (6 bytes a parameter, under 1 % of a micro-batch); autograd carries their gradients
-    back through the cast, so they accumulate in fp32.
+    The copies are made anew in each forward (6 bytes a parameter, under 1 % of a micro-batch); autograd carries their
+    gradients back through the cast, so they accumulate in fp32.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -81,7 +81,7 @@ def _clip(module: nn.Module, clip_norm: float) -> Tensor:
 
 
 def _skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-    """Have the next step of a fused AdamW change neither weights, moments nor counts if the gradient's norm is not finite.
+    """Have the next step of a fused AdamW change nothing, not even its counts, if the gradient's norm is not finite.
 
     By GradScaler's protocol, on the device: no sync. ZeRO stages 1 to 3 skip such a step by themselves.
     """
@@ -126,7 +126,9 @@ class PlainEngine:
         return sums
 
     def step(self, lr: float) -> Tensor:
-        """Sum over the ranks, clip, update, clear the gradients. Returns the norm before clipping, 0-dim on the device (no sync).
+        """Sum over the ranks, clip, update, clear the gradients.
+
+        Returns the norm before clipping, 0-dim on the device (no sync).
 
         Where it is not finite nothing is updated."""
         _set_rate(self.optimizer, lr)
@@ -158,7 +160,10 @@ class PlainEngine:
         return sums
 
     def state(self) -> State:
-        """Full fp32 weights and moments on the CPU, on rank 0; an empty dict on others. Moments are 0 before the first step."""
+        """Full fp32 weights and moments on the CPU, on rank 0; an empty dict on others.
+
+        Moments are 0 before the first step.
+        """
         if not self.ranks.is_main:
             return {}
         # Copies, since the next step writes into the live ones; a sync, once a checkpoint.
@@ -217,8 +222,8 @@ class DeepSpeedEngine:
         """As PlainEngine.forward_backward; communicates as the stage needs."""
         loss, sums = self.engine(batch, teacher, num_tokens, num_masked)
         self.forward_ended = time.perf_counter()
-        # DeepSpeed averages over the ranks and we want the sum. Denominators are counted over the whole update, so there is
-        # no division by the number of micro-batches either.
+        # DeepSpeed averages over the ranks and we want the sum. Denominators are counted over the whole update, so
+        # there is no division by the number of micro-batches either.
         with span("backward"):
             self.engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
@@ -290,7 +295,8 @@ class DeepSpeedEngine:
 
         value = value.to(self.ranks.device)
         if self.stage == 3:
-            # safe_set_full_* reads beyond the end where the ranks do not divide the parameter (0.19.8), so it is cut here.
+            # safe_set_full_* reads beyond the end where the ranks do not divide the parameter (0.19.8), so it is cut
+            # here.
             size, rank = p.ds_tensor.numel(), self.ranks.rank  # type: ignore[attr-defined]
             padded = torch.nn.functional.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
             part = padded[size * rank : size * (rank + 1)]

@@ -1,7 +1,8 @@
 """What a run will be, before any of it: the answer to --dry-run, the first lines of a log, and the floors of a profile.
 
-`python -m fastdistil.pretrain ... --dry-run --world-size 128` needs no GPU, no torchrun and no weights, and writes nothing: the
-teacher's config.json and the lengths of the prepared sequences are enough. A number that was not measured says so.
+`python -m fastdistil.pretrain ... --dry-run --world-size 128` needs no GPU, no torchrun and no weights, and writes
+nothing: the teacher's config.json and the lengths of the prepared sequences are enough. A number that was not measured
+says so.
 """
 
 import logging
@@ -35,7 +36,10 @@ BYTES_A_PARAMETER = 32
 
 
 def report(resolved: Resolved) -> str:
-    """A table for a person, a line a fact. Raises ValueError where files are damaged or the device cannot hold the run."""
+    """A table for a person, a line a fact.
+
+    Raises ValueError where files are damaged or the device cannot hold the run.
+    """
     rows = list(_rows(resolved))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -136,8 +140,8 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
     idle = -count % ranks.world_size
     if idle:
         log.warning(
-            f"{ranks.world_size} ranks do not divide {count} micro-batches: {idle} of {count + idle} places in an update "
-            f"stay empty; {count + idle} micro-batches (--batch.size, --batch.token-budget) would fill them"
+            f"{ranks.world_size} ranks do not divide {count} micro-batches: {idle} of {count + idle} places in an "
+            f"update stay empty; {count + idle} micro-batches (--batch.size, --batch.token-budget) would fill them"
         )
 
 
@@ -165,9 +169,9 @@ def floors(
 ) -> dict[Part, float]:
     """Seconds an update on one device that each part of a profile cannot do without.
 
-    Matrix products at `peak` FLOP/s, an FP8 teacher's too; student forward : backward = 1 : 2; the loss of distillation has
-    both heads, forward and gradient. The optimiser at the speed of a copy measured here. Parts that nobody knows a floor of
-    are left out: communication, and all products where `peak` is None.
+    Matrix products at `peak` FLOP/s, an FP8 teacher's too; student forward : backward = 1 : 2; the loss of distillation
+    has both heads, forward and gradient. The optimiser at the speed of a copy measured here. Parts that nobody knows a
+    floor of are left out: communication, and all products where `peak` is None.
 
     Args:
         num_tokens: real tokens of an update on that device.
@@ -195,7 +199,10 @@ def floors(
 
 
 def _device(resolved: Resolved) -> tuple[torch.device, int, str]:
-    """(device, its bytes, its name) of the run that is meant; a cluster's ranks are GPUs unless the configuration says."""
+    """(device, its bytes, its name) of the run that is meant.
+
+    A cluster's ranks are GPUs unless the configuration says.
+    """
     config, has_gpu = resolved.config, torch.cuda.is_available()
     asked = config.engine.device
     if asked == "cpu" or (asked == "auto" and not has_gpu and config.world_size is None):
@@ -232,7 +239,7 @@ def _length(resolved: Resolved, plan: Plan) -> tuple[int, float, str]:
 
 
 def _utilisation(device_name: str, dtype: torch.dtype) -> tuple[float, str]:
-    """(MFU of benchmarks/step.py on such a device, the lowest of several, where it is from), or what is assumed without one."""
+    """(lowest MFU that benchmarks/step.py measured on such a device, where it is from), or what is assumed without."""
     kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     pattern = "step.cpu.json" if device_name == "CPU" else "step.*.json"
     found = []

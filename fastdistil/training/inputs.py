@@ -1,4 +1,7 @@
-"""What a run reads, verified: corpus with its plan, teacher, student. Made alike on every rank, without a word between them."""
+"""What a run reads, verified: corpus with its plan, teacher, student.
+
+Made alike on every rank, without a word between them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ class Corpus:
     """Processes that make micro-batches for training."""
 
     def micro_batches(self, split: Split, ranks: Ranks, *, rank: int, first: int = 0) -> Iterator[MicroBatch]:
-        """Those of a rank from number `first` on: of the whole training, where `first` begins an update, or of one validation."""
+        """Those of a rank from number `first` on, which begins an update: of all the training, or of a validation."""
         if split == Split.VALIDATION:
             return map(self.validation_collator, self.validation.of_rank(rank, ranks.world_size)[first:])
         per_rank = -(-self.plan.micro_batches_per_update // ranks.world_size)
@@ -51,8 +54,8 @@ class Corpus:
 def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
     """Open and verify the shards, hold out the validation sequences, plan the run.
 
-    Each rank hashes its part of the files. Raises ValueError naming a file that is damaged or too small, and where there is
-    nothing to profile at the updates that --profile names.
+    Each rank hashes its part of the files. Raises ValueError naming a file that is damaged or too small, and where
+    there is nothing to profile at the updates that --profile names.
     """
     config = resolved.config
     assert config.data.shards is not None  # preflight
@@ -131,11 +134,14 @@ def load_models(resolved: Resolved, ranks: Ranks) -> tuple[Teacher | RemoteTeach
 
 
 def compile_encoder(encoder: Encoder, mode: str | None = None) -> None:
-    """Have torch.compile run this encoder from its first call on, under the same parameter names; `mode` is torch.compile's.
+    """Have torch.compile run this encoder from its first call on, under the same parameter names.
+
+    `mode` is torch.compile's.
 
     One graph serves all layouts of a token budget; sdpa and flash-attn are not traced, and cut it into some a layer.
     """
-    # The layers' streams of dropout are constants of their graphs. Dynamo makes 8 of these before it runs the rest eagerly.
+    # The layers' streams of dropout are constants of their graphs. Dynamo makes 8 of these before it runs the rest
+    # eagerly.
     torch._dynamo.config.recompile_limit = 64
     encoder.compile(mode=mode)
 

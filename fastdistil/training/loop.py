@@ -1,7 +1,7 @@
 """The training loop, read from top to bottom: `setup` makes what it works with, `train` is the loop.
 
-An update: its plan -> for every micro-batch of this rank, with the teacher's output for it: forward and backward -> one step.
-Once in a while, on every rank alike: a line of the log (the only host sync), a validation, a checkpoint.
+An update: its plan -> for every micro-batch of this rank, with the teacher's output for it: forward and backward -> one
+step. Once in a while, on every rank alike: a line of the log (the only host sync), a validation, a checkpoint.
 """
 
 import logging
@@ -202,14 +202,16 @@ def report(job: Job) -> str | None:
     if in_a_row < job.config.engine.max_skipped:
         return None
     return (
-        f"the gradients of updates {job.update - in_a_row + 1} to {job.update} were not finite; they changed nothing, and the "
-        f"checkpoint of update {job.update} has the weights that they met. See which micro-batch it was: "
+        f"the gradients of updates {job.update - in_a_row + 1} to {job.update} were not finite; they changed nothing, "
+        f"and the checkpoint of update {job.update} has the weights that they met. See which micro-batch it was: "
         f"python -m fastdistil.replay {job.config.out} --update {job.update}"
     )
 
 
 def say_straggler(busy_s: list[float]) -> None:
-    """Log the rank whose data, teacher and forward took far longer than the others'; seconds by rank, on every rank alike.
+    """Log the rank whose data, teacher and forward took far longer than the others'.
+
+    Seconds by rank, on every rank alike.
 
     By the host's clock: on CUDA a slow GPU is not seen.
     """
@@ -273,7 +275,10 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
 
 @contextmanager
 def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
-    """Around a run: a rank that hangs leaves its stacks; one that fails its traceback, torchrun the cause, and a status."""
+    """Around a run: a rank that hangs leaves its stacks.
+
+    One that fails its traceback, torchrun the cause, and a status.
+    """
     watchdog = Watchdog(config.out, ranks.rank, config.engine.timeout_s, alone=ranks.world_size == 1)
     try:
         yield watchdog

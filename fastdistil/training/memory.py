@@ -1,7 +1,7 @@
 """Memory that a run needs on each rank, from shapes alone, before anything is allocated.
 
-`_rows` is a table: a row a thing in memory, with the moments of an update at which it is there. The peak is the moment with the
-largest sum:
+`_rows` is a table: a row a thing in memory, with the moments of an update at which it is there. The peak is the moment
+with the largest sum:
 
     teacher      the teacher infers, its widest layer beside the hidden states that it handed over before
     loss         all that the student keeps for its backward, and the loss's chunks of logits
@@ -9,10 +9,12 @@ largest sum:
     step         whole gradients, and what an engine makes of them
     checkpoint   on the CPU, the copy of weights and moments that is written
 
-Counted operator by operator in encoder.py and kernels/, and measured for DeepSpeed 0.19.8; tests/training/test_memory.py holds
-it to 10 % of measured peaks. Not counted: torch.compile, and what an allocator keeps without using it.
+Counted operator by operator in encoder.py and kernels/, and measured for DeepSpeed 0.19.8;
+tests/training/test_memory.py holds it to 10 % of measured peaks. Not counted: torch.compile, and what an allocator
+keeps without using it.
 
-Shapes: N tokens of the micro-batch, D width, F width of the feed-forward layer, V padded vocabulary, P parameters, W ranks.
+Shapes: N tokens of the micro-batch, D width, F width of the feed-forward layer, V padded vocabulary, P parameters, W
+ranks.
 """
 
 import logging
@@ -131,8 +133,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     config, student, dtype = resolved.config, resolved.student, resolved.dtype(device)
     s, N, V = dtype.itemsize, config.batch.token_budget, student.padded_vocab_size
     D, F, token = student.hidden_size, student.ffn_size, N * s
-    # A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result and GELU's input
-    # and output; in fp32 the log-sum-exp of the attention, means and deviations.
+    # A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result and GELU's
+    # input and output; in fp32 the log-sum-exp of the attention, means and deviations.
     layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
     dropout_p = student.attention_dropout
     if resolve_backend(config.engine.attention, device, dropout_p=dropout_p, dtype=dtype) == "sdpa":
@@ -209,7 +211,7 @@ def check(resolved: Resolved, ranks: Ranks, *, local_world_size: int) -> Footpri
 
 
 def say_measured(predicted: Footprint, ranks: Ranks) -> None:
-    """One line at the end of a run on CUDA: the allocator's peak beside the prediction, which has CUDA's own part besides."""
+    """One line at the end of a run on CUDA: the allocator's peak and what CUDA is assumed to take, and the prediction."""
     if ranks.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(ranks.device) + CUDA_CONTEXT
         log.info(
@@ -219,7 +221,7 @@ def say_measured(predicted: Footprint, ranks: Ranks) -> None:
 
 
 def host_bytes() -> int:
-    """Bytes that processes of this machine may still take: what the kernel says, or less where a control group (v2) limits it."""
+    """Bytes that processes here may still take: what the kernel says, or less where a control group (v2) limits it."""
     available = psutil.virtual_memory().available
     limit, statistics = (CONTROL_GROUP / f"memory.{name}" for name in ("max", "stat"))
     if limit.is_file() and (text := limit.read_text().strip()) != "max":

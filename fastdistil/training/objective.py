@@ -5,24 +5,27 @@ For the real tokens R and masked tokens M of a whole update (all ranks, all micr
     L = kd     * T^2/|R| * sum_{r in R} KL(softmax(z_t/T) || softmax(z_s/T))
       + mlm    / |M|     * sum_{m in M} CE(z_s, original id)
       + cosine / |R|     * sum_{r in R} (1 - cos(h_s, h_t))
-      + hidden / |R|     * sum_{r in R} mean over layers i of (1 - cos(student's output of layer i, teacher's of layer m_i))
-      + values / |R|     * sum_{r in R} KL of the value relations of the last layers
+      + hidden / |R|     * sum_{r in R} mean over layers i of (1 - cos(student's output of layer i, teacher's of layer
+      m_i)) + values / |R|     * sum_{r in R} KL of the value relations of the last layers
 
-|R| and |M| come from the plan of the update, so each micro-batch contributes its sums divided by them and the parts add up
-exactly: no mean of means, no communication before the backward.
+|R| and |M| come from the plan of the update, so each micro-batch contributes its sums divided by them and the parts add
+up exactly: no mean of means, no communication before the backward.
 
 A term is a field and an entry of LOSS_TERMS in run/config.py, and here a function of its name. kd and mlm are one fused
-operator (kernels/linear_distill.py), in which no logits exist for more than some thousand tokens; the others are in TERMS.
+operator (kernels/linear_distill.py), in which no logits exist for more than some thousand tokens; the others are in
+TERMS.
 
-hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer m_i.
-         What it has to make up for is that the layers between m_(i-1) and m_i are gone from its input. So it is asked for the
-         output of the layer it began as, neither of an earlier nor of a later one, and the last meets the teacher's last, as
-         the evenly spread map has both ends. A student that did not begin as layers of this teacher takes that spread map.
-values   The value relation of MiniLMv2 (arXiv 2012.15828, section 3.1): per sequence x and relation head a of A, of width d_r,
-         R_a = softmax(V_a V_a^T / sqrt(d_r)), V the values of the last layer, all heads side by side and then cut into A.
-         Loss = 1/(A |x|) sum_a sum_t KL(R_a,t of the teacher || of the student), here weighted by |x|: the mean over real
-         tokens as of every term, not over sequences. Widths and heads of the two may differ, A divides both widths. The paper
-         has the same relations of queries and keys besides, and of a large teacher takes an upper middle layer; we do neither.
+hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer
+         m_i. What it has to make up for is that the layers between m_(i-1) and m_i are gone from its input. So it is
+         asked for the output of the layer it began as, neither of an earlier nor of a later one, and the last meets the
+         teacher's last, as the evenly spread map has both ends. A student that did not begin as layers of this teacher
+         takes that spread map.
+values   The value relation of MiniLMv2 (arXiv 2012.15828, section 3.1): per sequence x and relation head a of A, of
+         width d_r, R_a = softmax(V_a V_a^T / sqrt(d_r)), V the values of the last layer, all heads side by side and
+         then cut into A. Loss = 1/(A |x|) sum_a sum_t KL(R_a,t of the teacher || of the student), here weighted by |x|:
+         the mean over real tokens as of every term, not over sequences. Widths and heads of the two may differ, A
+         divides both widths. The paper has the same relations of queries and keys besides, and of a large teacher takes
+         an upper middle layer; we do neither.
 
 Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary, S sequences of up to L tokens,
 A relation heads.
@@ -80,13 +83,19 @@ class TeacherOutput(NamedTuple):
 
 
 def kept_outputs(loss: LossConfig, layers: tuple[int, ...]) -> KeptOutputs:
-    """What an encoder must hand out beside its last hidden states for these losses; `layers` imitate or are imitated."""
+    """What an encoder must hand out beside its last hidden states for these losses.
+
+    `layers` imitate or are imitated.
+    """
     wanted = {term.wants for term in loss.terms}
     return KeptOutputs(layers if "layers" in wanted else (), "values" in wanted)
 
 
 def hidden_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor], num_rows: Tensor) -> Tensor:
-    """0-dim fp32: mean over layers of the sum over real tokens of 1 - cos; (N, D) outputs of each layer and its example."""
+    """0-dim fp32: mean over layers of the sum over real tokens of 1 - cos.
+
+    (N, D) outputs of each layer and its example.
+    """
     sums = [cosine_loss(s, t, num_rows=num_rows) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(sums).mean()
 
@@ -100,8 +109,8 @@ def value_relation(
 ) -> Tensor:
     """0-dim fp32: the sum over real tokens of the mean over relation heads of KL(teacher || student), nats.
 
-    The student gets a gradient. No host sync. The relations are many times larger than the values, so they are made again
-    in the backward.
+    The student gets a gradient. No host sync. The relations are many times larger than the values, so they are made
+    again in the backward.
 
     Args:
         student_ND, teacher_NE: values of the last layers; rows beyond the sum of `lengths` count for nothing.
@@ -118,7 +127,8 @@ def value_relation(
     sizes = [sum(group) for group in groups]
     sizes.append(len(student_ND) - sum(sizes))
     *students, padding_ND = student_ND.split(sizes)
-    # A zero that depends on the values: under ZeRO-3 all ranks' backwards go the same way, also of one without a sequence.
+    # A zero that depends on the values: under ZeRO-3 all ranks' backwards go the same way, also of one without a
+    # sequence.
     total = padding_ND[:0].float().sum()
     first = row = 0
     for group, mine_ND, example_NE in zip(groups, students, teacher_NE.split(sizes), strict=False):
@@ -186,8 +196,8 @@ class Objective(nn.Module):
             num_tokens, num_masked: |R| and |M| of the whole update.
 
         Returns:
-            The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (len(SUMS),) fp32
-            detached sums named in SUMS.
+            The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (len(SUMS),)
+            fp32 detached sums named in SUMS.
         """
         with span("student forward"):
             student = self._student_outputs(batch, with_kept=teacher is not None)

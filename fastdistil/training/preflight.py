@@ -1,7 +1,7 @@
 """Everything that can be refused before torch is imported: folders, vocabularies, sizes, the run folder.
 
-`resolve` turns a configuration with gaps into what the run will really use, or raises with what was wanted, what was got and
-what to do. Whatever follows from that alone, and later rooms need, is a property of `Resolved`.
+`resolve` turns a configuration with gaps into what the run will really use, or raises with what was wanted, what was
+got and what to do. Whatever follows from that alone, and later rooms need, is a property of `Resolved`.
 """
 
 import math
@@ -60,13 +60,16 @@ class Resolved:
 
     @property
     def zero_stage(self) -> int:
-        """The plain engine is stage 0, on any number of ranks; unless the configuration says, several ranks have stage 1."""
+        """The plain engine is stage 0, on any number of ranks.
+
+        Unless the configuration says, several ranks have stage 1.
+        """
         asked = self.config.engine.zero_stage
         return asked if asked is not None else int(self.world_size > 1)
 
     @property
     def head_fraction(self) -> float:
-        """Share of the tokens that pass the vocabulary heads: all of them for a teacher's distribution, else the masked ones."""
+        """Share of the tokens that pass the vocabulary heads: all with a teacher, else the masked ones."""
         return 1.0 if self.teacher else self.config.masking.fraction
 
     def flops_per_token(self, mean_attended_length: float) -> FlopsPerToken:
@@ -82,7 +85,10 @@ class Resolved:
         return {"auto": automatic, "fp32": torch.float32, "bf16": torch.bfloat16}[self.config.engine.precision]
 
     def teacher_dtype(self, device: "torch.device") -> "torch.dtype":
-        """What the teacher's tensors are in, which are bf16 around FP8 products; as the engine, unless the configuration says."""
+        """What the teacher's tensors are in, which are bf16 around FP8 products.
+
+        As the engine, unless the configuration says.
+        """
         import torch
 
         if self.config.teacher.precision == "auto":
@@ -102,7 +108,8 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     if config.world_size is not None:
         if not config.dry_run:
             raise ValueError(
-                f"--world-size {config.world_size} has no effect without --dry-run: torchrun says how many ranks a run has"
+                f"--world-size {config.world_size} has no effect without --dry-run: torchrun says how many ranks a run "
+                "has"
             )
         if config.world_size < 1:
             raise ValueError(f"--world-size must be 1 or more, got {config.world_size}")
@@ -144,8 +151,8 @@ def _check_engine(config: Config, world_size: int, *, by_torchrun: bool) -> None
         )
     if stage == 3 and config.engine.compile:
         raise ValueError(
-            "--engine.compile does not go with --engine.zero-stage 3, which gathers parameters in hooks that a compiled "
-            "encoder does not run: use stage 2 or lower, or leave --engine.compile out"
+            "--engine.compile does not go with --engine.zero-stage 3, which gathers parameters in hooks that a "
+            "compiled encoder does not run: use stage 2 or lower, or leave --engine.compile out"
         )
     if ranks and (not by_torchrun or ranks >= world_size):
         raise ValueError(
@@ -170,15 +177,15 @@ def _check_losses(config: Config) -> None:
         )
     if distils and teacher.path is None:
         raise ValueError(
-            f"recipe {config.recipe} imitates a teacher and --teacher.path is missing: give a Hugging Face folder with a "
-            "masked-LM head (the mlm recipe trains one), or train without a teacher by the mlm recipe"
+            f"recipe {config.recipe} imitates a teacher and --teacher.path is missing: give a Hugging Face folder with "
+            "a masked-LM head (the mlm recipe trains one), or train without a teacher by the mlm recipe"
         )
     if teacher.path is None and teacher.precision != "auto":
         raise ValueError(f"--teacher.precision {teacher.precision} has no effect without --teacher.path: leave it out")
     if teacher.path is not None and not distils:
         raise ValueError(
-            "--teacher.path has no effect with --loss.kd 0 and --loss.cosine 0 (and no --loss.hidden or --loss.values): "
-            "leave it out, or give one of them a weight"
+            "--teacher.path has no effect with --loss.kd 0 and --loss.cosine 0 (and no --loss.hidden or "
+            "--loss.values): leave it out, or give one of them a weight"
         )
 
 
@@ -189,13 +196,13 @@ def _check_widths(config: Config, teacher: Architecture | None, student: Archite
     for term in loss.terms:
         if term.same_width and widths[0] != widths[1]:
             raise ValueError(
-                f"the {term.name} loss compares hidden states of one width, the teacher's is {widths[0]} and the student's "
-                f"{widths[1]}: use --loss.{term.name} 0, or the teacher's width"
+                f"the {term.name} loss compares hidden states of one width, the teacher's is {widths[0]} and the "
+                f"student's {widths[1]}: use --loss.{term.name} 0, or the teacher's width"
             )
     if loss.values and any(width % loss.relation_heads for width in widths):
         raise ValueError(
-            f"--loss.relation-heads {loss.relation_heads} must divide the widths {widths[0]} of the teacher and {widths[1]} "
-            f"of the student: use {math.gcd(*widths)} or a divisor of it"
+            f"--loss.relation-heads {loss.relation_heads} must divide the widths {widths[0]} of the teacher and "
+            f"{widths[1]} of the student: use {math.gcd(*widths)} or a divisor of it"
         )
 
 
@@ -221,7 +228,8 @@ def _check_lengths(config: Config, meta: Meta, teacher: Architecture | None, stu
         )
     if other.max_length > student.max_positions:
         raise ValueError(
-            f"--data.validation holds sequences of up to {other.max_length} tokens, the student reads {student.max_positions}"
+            f"--data.validation holds sequences of up to {other.max_length} tokens, the student reads "
+            f"{student.max_positions}"
         )
 
 
@@ -276,7 +284,7 @@ def _source(config: Config, teacher: Architecture | None, meta: Meta) -> tuple[P
 
 
 def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
-    """`num_layers` of `num_source` layers, evenly from the first to the last: (6, 12) -> 0 2 4 7 9 11, as the authors took."""
+    """`num_layers` of `num_source` layers, evenly from first to last: (6, 12) -> 0 2 4 7 9 11, as the authors took."""
     if num_layers == 1:
         return (0,)
     return tuple(round(i * (num_source - 1) / (num_layers - 1)) for i in range(num_layers))
@@ -302,8 +310,8 @@ def _layers(asked: StudentConfig, teacher: Architecture | None, source: Architec
     layers = asked.layers if asked.layers is not None else spread(num_layers, source.num_layers)
     if not layers or min(layers) < 0 or max(layers) >= source.num_layers or len(layers) > source.num_layers:
         raise ValueError(
-            f"--student.layers {' '.join(map(str, layers))} wants layers that the source with 0..{source.num_layers - 1} "
-            "does not have"
+            f"--student.layers {' '.join(map(str, layers))} wants layers that the source with "
+            f"0..{source.num_layers - 1} does not have"
         )
     return layers
 
@@ -320,14 +328,15 @@ def _student(
         value, has = getattr(asked, name), getattr(source, name)
         if value not in (None, has):
             raise ValueError(
-                f"--student.{name.replace('_', '-')} {value} differs from the {has} of the model it starts from: leave it "
-                "out, or use --student.init random"
+                f"--student.{name.replace('_', '-')} {value} differs from the {has} of the model it starts from: leave "
+                "it out, or use --student.init random"
             )
     hidden_size = asked.hidden_size or _size(model, "hidden_size")
     same_width = model if model is not None and model.hidden_size == hidden_size else None
     if model is not None and same_width is None and asked.num_heads is None:
         raise ValueError(
-            f"--student.hidden-size {hidden_size} differs from the teacher's {model.hidden_size}: give --student.num-heads too"
+            f"--student.hidden-size {hidden_size} differs from the teacher's {model.hidden_size}: give "
+            "--student.num-heads too"
         )
     # A row a size: what was asked for, what the model that it starts from or imitates has, what stands otherwise.
     sizes = {
@@ -357,8 +366,8 @@ def _family(asked: StudentConfig, teacher: Architecture | None, source: Architec
         if asked.token_types is not None:
             name = model.family.title
             raise ValueError(
-                f"--student.token-types {asked.token_types} is for students of BERT and DistilBERT: those of a {name} are "
-                f"{name}s, leave it out"
+                f"--student.token-types {asked.token_types} is for students of BERT and DistilBERT: those of a {name} "
+                f"are {name}s, leave it out"
             )
         return model.model_type, model.token_types, model.layer_norm_eps
     token_types = asked.token_types
@@ -382,8 +391,9 @@ def _micro_batches(config: Config, meta: Meta, world_size: int) -> int:
     count = max(1, round(tokens / budget))
     if count < world_size:
         raise ValueError(
-            f"an update of {round(tokens):,} tokens is {count} micro-batch(es) of {budget:,}, which {world_size} ranks cannot "
-            f"divide: use --batch.token-budget {max(64, int(tokens / world_size) // 64 * 64)} or less, a larger batch, or "
-            "fewer ranks"
+            f"an update of {round(tokens):,} tokens is {count} micro-batch(es) of {budget:,}, which {world_size} ranks "
+            "cannot "
+            f"divide: use --batch.token-budget {max(64, int(tokens / world_size) // 64 * 64)} or less, a larger batch, "
+            "or fewer ranks"
         )
     return count

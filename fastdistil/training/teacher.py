@@ -1,7 +1,8 @@
 """The frozen teacher: hidden states for a micro-batch, never logits, never a gradient, never in an engine.
 
-`TeacherPrefetcher` hands (micro-batch, teacher's output) to the loop. On CUDA the teacher works on the next micro-batch, on a
-stream of its own, while the student works on this one; on a CPU it precedes. The numbers are the same, bit for bit.
+`TeacherPrefetcher` hands (micro-batch, teacher's output) to the loop. On CUDA the teacher works on the next
+micro-batch, on a stream of its own, while the student works on this one; on a CPU it precedes. The numbers are the
+same, bit for bit.
 
     student's stream   student 1 | student 2 | student 3
     side stream        teacher 2 | teacher 3 | teacher 4      with the copies to the device
@@ -137,7 +138,8 @@ class TeacherPrefetcher:
 
     Args:
         teacher: None for masked LM alone.
-        overlap: infer ahead, where the device is a GPU. The first updates are timed with it and without it, and it is kept only
+        overlap: infer ahead, where the device is a GPU. The first updates are timed with it and without it, and it is
+        kept only
             where it gains.
     """
 
