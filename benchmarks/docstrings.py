@@ -44,7 +44,7 @@ def documents(*packages: str) -> list[str]:
         for path in sorted(root.rglob("*.py")):
             if LEFT_OUT.isdisjoint(path.relative_to(root).parts):
                 found.update((text, None) for text in docstrings(path))
-    return [text for text in found if not text.isspace()]
+    return [text for text in found if text.strip()]
 
 
 def docstrings(path: Path) -> Iterator[str]:
