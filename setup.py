@@ -1,8 +1,9 @@
 """Builds the CPU kernels of csrc/, once for AVX-512 and once for AVX2, when torch is importable at build time.
 
-Use `pip install --no-build-isolation -e .`; without torch in the build environment, or on another kind of processor, the
-package installs Python-only and fastdistil.ops runs the plain PyTorch kernels on CPU tensors. ops.py imports the build
-that the processor can run: two modules, rather than a switch inside one, keep each instruction set in its own library.
+Use `pip install --no-build-isolation -e .`. Without torch in the build environment, or on another kind of processor,
+the package installs Python alone, and CPU tensors run the plain PyTorch kernels. kernels/_backend.py imports the build
+that the processor can run: two modules, instead of a switch inside one, keep each instruction set in a library of its
+own.
 """
 
 import platform

@@ -3,8 +3,8 @@
     python -m benchmarks.aot        a table, one line for each kernel, dtype, tile and architecture
 
 No GPU and no driver are needed. Registers and stack come from `cuobjdump -res-usage`, load widths, spills and the
-instruction mix from the disassembly; both tools lie inside the triton package. tests/kernels/test_aot.py fails on a spill or on a
-narrow hot load.
+instruction mix from the disassembly; both tools lie inside the triton package. tests/kernels/test_aot.py fails on a
+spill or on a narrow hot load.
 """
 
 import re

@@ -83,7 +83,8 @@ def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropou
         tensor_cores=dtype != "fp32",
         # Outside the tensor cores Triton keeps whole operands in registers: no block that tl.dot takes fits.
         may_spill=dtype == "fp32",
-        # lse, delta and keys of every row that a thread holds, 32 bits each: 20 to 109, but up to 398 with Triton 3.6.0.
+        # lse, delta and keys of every row that a thread holds, 32 bits each: 20 to 109, but up to 398 with Triton
+        # 3.6.0.
         max_narrow_loads=400,
     )
 
@@ -188,7 +189,8 @@ def _keys_variant(**ones: Any) -> Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel in every tile that the launchers use, in bf16 (attention without dropout at the common widths); less of the
+    """Every kernel in every tile that the launchers use, in bf16 (attention without dropout at the common widths); less
+    of the
     other dtypes: fp16 compiles as bf16 does."""
     for dtype in TRITON_DTYPES:
         yield _distill_variant(dtype, gradient=True, num_rows=True)

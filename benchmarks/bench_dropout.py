@@ -1,4 +1,5 @@
-"""Dropout of attention weights, in place, and of hidden states, with its backward. Floor: an in-place product of as many bytes.
+"""Dropout of attention weights, in place, and of hidden states, with its backward. Floor: an in-place product of as
+many bytes.
 
 python -m pytest benchmarks/bench_dropout.py -s
 """

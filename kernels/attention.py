@@ -1,35 +1,37 @@
-"""Bidirectional attention inside each sequence of a packed micro-batch, with dropout inside: flash attention in Triton.
+"""Bidirectional attention inside each sequence of a packed micro-batch: flash attention in Triton, with dropout.
 
 For the rows a..b-1 of one sequence and one head (Vaswani et al. 2017, eq. 1):
 
-    out[a:b] = dropout(softmax(q[a:b] @ k[a:b].T / sqrt(Dh))) @ v[a:b]
+    out[a:b] = dropout(softmax(q[a:b] @ k[a:b].T / sqrt(D))) @ v[a:b]
 
-No row sees another sequence, so the trailing pad sequence needs no mask: it attends to itself, and
-since no loss counts its rows, nothing flows back from it.
+No row sees another sequence, so the trailing pad sequence needs no mask: it attends to itself, and since no loss counts
+its rows, nothing flows back from it.
 
-The kernels, with c = log2(e) / sqrt(Dh), Z[r, j] = keep[r, j] / (1 - p) for L rows (Dao 2023, alg. 1 and 2):
+For one sequence of L rows, with c = log2(e) / sqrt(D) and Z[r, j] = keep[r, j] / (1 - p) (Dao 2023, alg. 1 and 2):
 
     s = q k.T      lse[r] = log2 sum_j 2^(c s[r, j])      P = 2^(c s - lse)      out = (Z P) v
 
     dv = (Z P).T dout      dP = Z (dout v.T)      ds = P (dP - delta)      delta[r] = sum_d dout[r, d] out[r, d]
-    dq = ds k / sqrt(Dh)   dk = ds.T q / sqrt(Dh)
+    dq = ds k / sqrt(D)    dk = ds.T q / sqrt(D)
 
-delta is sum_j P dP: the softmax's own term, and out holds the same sum after v was applied. The kernels leave 1 / (1 - p)
-out of ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics and sums are fp32; P and ds are
-rounded to the input's dtype before they meet a tensor core, as in the paper.
+delta is the softmax's own term, sum_j P dP: out holds the same sum with v applied. The kernels leave 1 / (1 - p) out of
+ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics and sums are fp32. P and ds are rounded
+to the input's dtype before they meet a tensor core, as in the paper.
 
-Saved: qkv, out, lse. Masks are those of dropout.py, with a token's row in the micro-batch as its index: they depend on no
-tile. They are drawn again from one key for each head and row and one for each head and column, which a small kernel draws
-before: 8 H N bytes.
+Saved: qkv, out, lse. The masks are those of dropout.py, where a token's index is its row in the micro-batch, so that
+they depend neither on tiles nor on the device. They are drawn again from one key for each head and row and one for each
+head and column, which a small kernel draws beforehand: 8 H N bytes.
 
-The backward is two kernels, dq by rows and dk with dv by columns, each of which computes s and dP: 7 products of
-2 L^2 Dh FLOP where 5 would do if tiles added to one dq. That is the price of a sum in one order, without atomics: a step
-is the same to the last bit each time. FLOP a head and sequence: 4 L^2 Dh forward, 14 L^2 Dh backward (10 is what
-benchmarks count). Bytes: forward reads qkv and writes out; backward reads qkv and dout twice, out once, writes dqkv. A
-sequence's rows are read again by every tile of it, from L2: that is why a tile has 128 rows where registers allow.
+The backward is two kernels, dq by rows and dk with dv by columns. Each computes s and dP, so there are 7 products of
+2 L^2 D FLOP where 5 would do if tiles added to one dq. That is the price of a sum in one order, without atomics: a step
+is the same to the last bit each time. FLOP a head and sequence: 4 L^2 D forward, 14 L^2 D backward
+(benchmarks count 10).
 
-One program has one tile and one head, heads running fastest: the programs that run together read the same rows of qkv,
-and long sequences start first for all heads.
+Bytes: the forward reads qkv and writes out; the backward reads qkv and dout twice and out once, and writes dqkv. A
+sequence's rows are read again by each of its tiles, from L2: that is why a tile has 128 rows where registers allow.
+
+One program has one tile and one head, and heads run fastest: programs that run together read the same rows of qkv, and
+long sequences start first for all heads.
 
 Shapes: N tokens, H heads, D width of a head, T tiles, M and N in BLOCK_M and BLOCK_N rows of queries and of keys.
 """
@@ -42,7 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype
 from .attention_backends import (
     LOG2_E,
     AttentionBackend,
@@ -56,21 +58,18 @@ from .attention_tiles import MAX_HEAD_DIM, NUM_STAGES, Tile, block_d, tiles_for
 from .dropout import check_dropout, keep, keep_reference, row_and_column_keys, threshold
 from .layout import TILE_ROWS, SequenceLayout
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = tl.constexpr(INTERPRET)
 
 
 def attention_reference(
     qkv_N3HD: Tensor, layout: SequenceLayout, *, dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0
 ) -> Tensor:
-    """The definition, in fp32 PyTorch (fp64 for fp64 inputs): (N, H, Dh) in that dtype."""
+    """The definition, in fp32 PyTorch (fp64 for fp64 inputs): (N, H, D) in that dtype."""
     qkv = qkv_N3HD.to(torch.promote_types(qkv_N3HD.dtype, torch.float32))
     heads = torch.arange(qkv.shape[2], device=qkv.device)
     outputs = []
-    bounds = layout.cu_seqlens.tolist()
-    parts = qkv.split([end - start for start, end in pairwise(bounds)])
-    for part, (start, end) in zip(parts, pairwise(bounds), strict=True):
-        q_HLD, k_HLD, v_HLD = part.permute(1, 2, 0, 3)
+    for start, end in pairwise(layout.cu_seqlens.tolist()):
+        q_HLD, k_HLD, v_HLD = qkv[start:end].permute(1, 2, 0, 3)
         weight_HLL = torch.softmax(q_HLD @ k_HLD.mT * q_HLD.shape[-1] ** -0.5, dim=-1)
         if seed is not None and dropout_p > 0:
             row = torch.arange(start, end, device=qkv.device)
@@ -148,7 +147,7 @@ def _forward_step(
     total = total * alpha + tl.sum(p, 1)
     if DROPOUT:
         column_key = _keys(key_ptr, column, num_left, MASKED)
-        # A zero that the compiler does not know: a constant one it would move behind the rounding of p, and unpack and
+        # A zero that the compiler does not know. It would move a constant one behind the rounding of p, and unpack and
         # pack pairs of bf16 for it: two instructions a score.
         p = tl.where(keep(row_key[:, None], column_key[None, :], threshold), p, scale2 * 0.0)
     v = _rows(v_ptr, at, num_left, D, MASKED)
@@ -286,7 +285,7 @@ def _dkdv_step(
 ):  # fmt: skip
     row = tl.arange(0, at_q.shape[0])
     q = _rows(q_ptr, at_q, num_left, D, MASKED)
-    # Rows past the end have probability 0 by their infinite lse: no mask on the scores.
+    # Rows past the end have an infinite lse, hence probability 0: the scores need no mask.
     lse = _numbers(lse_ptr, row, num_left, float("inf"), MASKED)
     p = tl.exp2(_dot(k, tl.trans(q)) * scale2 - lse[None, :])
     dout = _rows(dout_ptr, at_out, num_left, D, MASKED)
@@ -442,19 +441,19 @@ def attention(
     stream: int = 0,
     backend: AttentionBackend = "auto",
 ) -> Tensor:
-    """Attention of every token to all tokens of its own sequence, scaled by 1/sqrt(Dh).
+    """Attention of every token to all tokens of its own sequence, scaled by 1 / sqrt(D).
 
     Args:
         qkv_N3HD: queries, keys and values of all heads. fp32, bf16 or fp16. Gets a gradient.
         layout: of the N tokens.
         dropout_p: probability in [0, 1) that an attention weight is dropped.
-        seed: of `new_dropout_seed`, on the same device; without one nothing is dropped, whatever dropout_p. Backends
-            other than fused draw from torch's default generator of the device instead.
+        seed: of `new_dropout_seed`, on the same device; without one nothing is dropped, whatever dropout_p. With one,
+            backends other than fused draw from torch's default generator of the device instead.
         stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
         backend: see `resolve_backend`.
 
     Returns:
-        (N, H, Dh) in the dtype of the input.
+        (N, H, D) in the dtype of the input.
 
     Raises:
         ValueError: where shapes, dropout or the backend do not fit.
@@ -478,12 +477,9 @@ def attention(
         return attention_sdpa(qkv_N3HD, layout, dropout_p)
     if chosen == "flash-attn":
         return attention_flash_attn(qkv_N3HD, layout, dropout_p)
-    if dtype not in DTYPES:
-        raise ValueError(f"attention wants fp32, bf16 or fp16, got {dtype}: convert it, or use backend sdpa")
-    by_triton = device.type in TRITON_DEVICES
-    if by_triton and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
+    check_dtype("attention", qkv_N3HD, ": convert it, or use backend sdpa")
+    if device.type in TRITON_DEVICES and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
             f"attention backend fused wants heads of at most {MAX_HEAD_DIM}, got {qkv_N3HD.shape[3]}: use backend sdpa"
         )
-    out_NHD, _ = attention_forward(qkv_N3HD.contiguous(), layout.tiles, seed, stream, dropout_p)
-    return out_NHD
+    return attention_forward(qkv_N3HD.contiguous(), layout.tiles, seed, stream, dropout_p)[0]

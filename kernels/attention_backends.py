@@ -4,13 +4,15 @@
     sdpa        PyTorch's scaled_dot_product_attention, one call for each run of equal lengths
     flash-attn  flash_attn_varlen_qkvpacked_func of that package (CUDA, bf16 and fp16)
 
-`sdpa`, measured on two CPU cores (4,096 tokens, 12 heads of 32 and of 64, forward and backward, with and without
-dropout, fp32 and bf16): against gathering the sequences into groups of exactly one length one call a run is 1.0 to 1.6
-times as fast on lengths like Wikipedia's (20 sequences) and 0.9 to 1.3 times on 12 to 128 tokens. Lengths rounded up
-to 16, 32 or 64, with a key mask, gain 12 % at most (16, short sequences) and lose up to a factor of 2.9 (64, the
-same). So there are no gather indices.
+sdpa does not gather sequences of one length from all over the micro-batch. On two CPU cores (4,096 tokens, 12 heads of
+32 and of 64, forward and backward, with and without dropout, fp32 and bf16) one call for each run is 1.0 to 1.6 times
+as fast as gathered groups on lengths like Wikipedia's (20 sequences), and 0.9 to 1.3 times on 12 to 128 tokens. Groups
+of lengths rounded up to 16, 32 or 64, with a key mask, gain at most 12 % (16, short sequences) and lose up to a factor
+of 2.9 (64, also short ones).
 
-Shapes: N tokens of the micro-batch, H heads, D (with heads apart also Dh) width of a head, B sequences of one length L.
+The dropout masks of fused are those of kernels/dropout.py; sdpa and flash-attn draw from torch's generator.
+
+Shapes: N tokens of the micro-batch, H heads, D width of a head, B sequences of one length L.
 """
 
 import importlib.util
@@ -24,13 +26,13 @@ from torch import Tensor
 from .layout import SequenceLayout
 
 AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
-CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2: 2^16 to 2^22 differ by less than this machine's noise
+CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2; timings of 2^16 to 2^22 differ by less than their noise
 LOG2_E = 1.4426950408889634
 
 
 def _chunks(tiles: Tensor, num_heads: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, B sequences, their length L) of neighbours of one length, with up to CHUNK_SCORES scores, in order."""
-    # the first tile of every sequence that is not empty
+    """(first row, B, L), in order: B neighbours of one length L, as many as have up to CHUNK_SCORES scores together."""
+    # The first tile of every sequence that is not empty.
     whole = tiles[(tiles[:, 0] == tiles[:, 2]) & (tiles[:, 0] < tiles[:, 1])]
     whole = whole[whole[:, 0].argsort()]
     lengths, counts = torch.unique_consecutive(whole[:, 1] - whole[:, 0], return_counts=True)
@@ -53,7 +55,7 @@ def _by_head(rows: Tensor, batch: int) -> Tensor:
 def attention_forward_torch(
     qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """`attention_forward` in PyTorch: serves CPU tensors. Scores exist for CHUNK_SCORES at a time."""
+    """`attention_forward` in PyTorch, which serves CPU tensors. Only CHUNK_SCORES scores exist at a time."""
     N, _, H, D = qkv.shape
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
     for first, B, L in _chunks(tiles, H):
@@ -75,7 +77,7 @@ def attention_backward_torch(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    """`attention_backward` in PyTorch: serves CPU tensors. The gradient as attention.py derives it."""
+    """`attention_backward` in PyTorch, which serves CPU tensors. The gradient as attention.py derives it."""
     _, _, H, D = qkv.shape
     dqkv = torch.empty_like(qkv)
     for first, B, L in _chunks(tiles, H):
@@ -97,15 +99,15 @@ def attention_backward_torch(
     return dqkv
 
 
-# The runs differ from one micro-batch to the next: traced, every new layout would recompile the
-# encoder. As a graph break, the code around it is compiled once, for the constant N.
+# The runs differ from one micro-batch to the next: traced, every new layout would recompile the encoder. With a graph
+# break here the code around it is compiled once, for the constant N.
 @torch.compiler.disable()
 def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+    """(N, H, D) by PyTorch's scaled_dot_product_attention."""
     num_heads, head_dim = qkv_N3HD.shape[2:]
     sizes = [batch * length for batch, length in layout.runs]
     outputs = []
-    # split, not slices: its backward is one concatenation; that of a slice fills a whole (N, 3, H,
-    # Dh) with zeros.
+    # split, whose backward is one concatenation; that of a slice fills a whole (N, 3, H, D) with zeros.
     for (batch, length), rows in zip(layout.runs, qkv_N3HD.split(sizes), strict=True):
         q_BHLD, k_BHLD, v_BHLD = rows.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
         out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, dropout_p=dropout_p)
@@ -113,8 +115,9 @@ def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -
     return torch.cat(outputs)
 
 
-@torch.compiler.disable()  # a package of its own, with operators of its own
+@torch.compiler.disable()  # the operators of another package
 def attention_flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+    """(N, H, D) by the package flash-attn."""
     from flash_attn import flash_attn_varlen_qkvpacked_func  # pyright: ignore[reportMissingImports]
 
     return flash_attn_varlen_qkvpacked_func(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p)
@@ -125,10 +128,10 @@ def resolve_backend(
 ) -> Literal["fused", "sdpa", "flash-attn"]:
     """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
 
-    auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and fused
-    with: PyTorch's flash kernel for CPUs has no dropout, so that sdpa then writes whole score matrices and draws for each
-    element. Time of sdpa over that of fused, two threads of a quiet AVX-512 machine, 12 heads of 32 / of 64, fp32 (bf16:
-    0.8 to 1.3 times these ratios); at 1,024 tokens, in brackets at 4,096:
+    auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and
+    fused with dropout: PyTorch's flash kernel for CPUs has none, so that sdpa then writes whole score matrices and
+    draws a number for each element. Time of sdpa over that of fused on two threads of a quiet AVX-512 machine, 12 heads
+    of 32 / of 64, fp32, at 1,024 tokens and in brackets at 4,096 (bf16: 0.8 to 1.3 times these ratios):
 
         lengths             forward, dropout 0           forward and backward, dropout 0.1
         all 128             0.69 / 0.88 (0.74 / 0.87)    2.07 / 1.75 (1.89 / 1.59)

@@ -29,10 +29,10 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
-# For bf16 and fp16, by compute capability and head width (next power of two). Chosen by the compiled code
-# (python -m benchmarks.aot), Triton 3.6.0 and 3.9.0: no spill with or without dropout, then two CTAs an SM, so that one's
-# softmax runs beside the other's products, then fewest instructions a score. 128 rows of queries halve the reads of keys
-# and values from L2, which at 64 would take as long as the forward itself; 64 keys, since with 128 one CTA fits.
+# For bf16 and fp16, by compute capability and head width (next power of two). Chosen by the compiled code (python -m
+# benchmarks.aot), Triton 3.6.0 and 3.9.0: no spill with or without dropout, then two CTAs an SM, so that one's softmax
+# runs beside the other's products, then fewest instructions a score. 128 rows of queries halve the reads of keys and
+# values from L2, which at 64 would take as long as the forward itself; 64 keys, since with 128 one CTA fits.
 TILES: dict[int, dict[int, Tiles]] = {
     80: {  # mma.sync: operands live in registers, which decide everything
         # 128 x 64 at width 16 makes ptxas spill for a third CTA.
@@ -57,8 +57,8 @@ TILES: dict[int, dict[int, Tiles]] = {
         128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 128, 8)),
     },
 }
-# Products of fp32 run on the FP32 units, with operands in registers: every block that tl.dot takes spills at width 64 in one
-# of the kernels, so this is for tests and for fp32 runs that can wait (or for backend sdpa).
+# Products of fp32 run on the FP32 units, with operands in registers: every block that tl.dot takes spills at width 64
+# in one of the kernels, so this is for tests and for fp32 runs that can wait (or for backend sdpa).
 FP32_TILES = Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4))
 
 

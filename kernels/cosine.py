@@ -3,9 +3,9 @@
     cos[n] = s.t / sqrt((s.s + eps) * (t.t + eps)),  eps = 1e-12      (as cosine_embedding_loss has it)
     d (1 - cos) / d s = cos * s / (s.s + eps) - t / sqrt((s.s + eps) * (t.t + eps))
 
-so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved. Memory: two
-reads and one write of (N, D). Over several mapped layers the caller sums several of these; where
-widths differ he projects the student first, with a linear of his own that is trained along.
+so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved. Memory: two reads and one write
+of (N, D). Over several mapped layers the caller sums several of these. Where widths differ the caller projects the
+student first, with a linear of its own that is trained along.
 
 Shapes: N = rows (tokens), D = width.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows
 
 EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
 MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps
@@ -60,7 +60,7 @@ def _cosine_kernel(
 def tile(width: int) -> dict[str, int]:
     """Kernel settings for a width: a CTA takes rows until it has 2,048 elements of a model.
 
-    That is 16 a thread; 32 spilled on sm_80.
+    That is 16 elements a thread; 32 spilled on sm_80.
     """
     block = triton.next_power_of_2(width)
     return {"ROWS": max(1, 2048 // block), "BLOCK_D": block, "num_warps": max(4, block // 512)}
@@ -87,7 +87,7 @@ def _(student, teacher, num_rows):
 
 
 def cosine_rows_torch(student: Tensor, teacher: Tensor, num_rows: Tensor | None):
-    """`cosine_rows` in plain PyTorch: serves CPU tensors where csrc/ is not built."""
+    """`cosine_rows` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
     s, t = student.float(), teacher.float()
     s_norm2, t_norm2 = s.square().sum(1, True) + EPS, t.square().sum(1, True) + EPS
     inverse = (s_norm2.sqrt() * t_norm2.sqrt()).reciprocal()
@@ -122,8 +122,8 @@ def cosine_loss(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | No
     Args:
         student_ND: hidden states, fp32, bf16 or fp16, D up to 8,192. Gets a gradient.
         teacher_ND: of the same shape; converted to the student's dtype. Gets no gradient.
-        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for
-            nothing and get gradient 0. All rows by default.
+        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for nothing and get gradient
+            0. All rows by default.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit.
@@ -134,15 +134,10 @@ def cosine_loss(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | No
             f"{tuple(student_ND.shape)} and teacher {tuple(teacher_ND.shape)}: where widths differ, "
             f"project the student first"
         )
-    if student_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"cosine_loss wants fp32, bf16 or fp16, got {student_ND.dtype}")
+    check_dtype("cosine_loss", student_ND)
     if not 1 <= student_ND.shape[1] <= MAX_WIDTH:
         raise ValueError(f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[1]}")
-    if num_rows is not None and (num_rows.ndim or num_rows.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"cosine_loss wants num_rows as a 0-dim int32 or int64 tensor, got {num_rows.dtype} of "
-            f"shape {tuple(num_rows.shape)}"
-        )
+    check_num_rows("cosine_loss", num_rows, student_ND)
     teacher = teacher_ND.detach().to(student_ND.dtype).contiguous()
     rows, _ = cosine_rows(student_ND.contiguous(), teacher, num_rows)
     return rows.sum()

@@ -7,19 +7,19 @@ With student logits z, teacher logits y, temperature T, p = softmax(y / T), q = 
     loss   = kd_scale * sum_n kd[n] + mlm_scale * sum_n mlm[n]
     d loss / d z = kd_scale * T * (q - p) + mlm_scale * (softmax(z) - onehot(label))
 
-Since sum p = sum q = 1, kd is also T^2 * sum_v (p log(p/q) - p + q), whose every term is >= 0 and is
-exactly 0 where the two rows agree. The kernels sum that form and clamp each term's rounding error at
-0: identical rows cost exactly 0, and no row less. Everything is computed in fp32; the difference
-q - p is taken before it is rounded to the dtype of the logits, in which it would cancel.
+Since sum p = sum q = 1, kd is also T^2 * sum_v (p log(p/q) - p + q), whose every term is >= 0, and exactly 0 where the
+two rows agree. The kernels sum that form and clamp each term's rounding error at 0: identical rows cost exactly 0, and
+no row less. Everything is computed in fp32. The difference q - p is taken before it is rounded to the dtype of the
+logits, in which it would cancel.
 
-Each row is read twice, a pair of BERT rows being 122 KB in bf16: from memory for the two maxima and
-normalisers, then from L2 for loss and gradient, which is written over the student's logits if the
-caller gives that buffer. 6 bytes an element in bf16. Nothing is saved for a backward but the gradient.
+Each row is read twice, a pair of BERT rows being 122 KB in bf16: from memory for the two maxima and normalisers, then
+from L2 for loss and gradient. The gradient is written over the student's logits if the caller gives that buffer. That
+makes 6 bytes an element in bf16. Nothing is saved for a backward but the gradient.
 
 Agreement: a row agrees where some column is the largest of both models (in bf16 ties are common).
 
-Shapes: N = rows (tokens), V = columns, of which the first `vocab_size` are the vocabulary. The others
-(padding to a multiple of 64, so that Triton loads 16 bytes a thread) count in no sum and get 0.
+Shapes: N = rows (tokens), V = columns, of which the first `vocab_size` are the vocabulary. The others (padding to a
+multiple of 64, so that Triton loads 16 bytes a thread) count in no sum and get 0.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows
 
 # 16 warps a row: two CTAs fill an SM, and the rows of all CTAs in flight (32 MB on an H100) stay in L2.
 NUM_WARPS = 16
@@ -103,6 +103,29 @@ def _include(z, largest, total, c):
 
 
 @triton.jit
+def _normalisers(s_row, t_row, lanes, step: tl.constexpr, width, vocab_size, c):
+    """Of student and teacher, the largest logit and log2 of the sum of 2^(c (z - largest)): the pass over memory."""
+    s_max = tl.full((lanes.shape[0],), NO_COLUMN, tl.float32)
+    t_max, s_total, t_total = s_max, tl.zeros_like(s_max), tl.zeros_like(s_max)
+    for start in range(0, width, step):
+        z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last")
+        y = _load_logits(t_row, start + lanes, width, vocab_size, "evict_last")
+        s_max, s_total = _include(z, s_max, s_total, c)
+        t_max, t_total = _include(y, t_max, t_total, c)
+    s_top, t_top = tl.max(s_max, axis=0), tl.max(t_max, axis=0)
+    s_log2 = tl.log2(tl.sum(s_total * tl.exp2((s_max - s_top) * c), axis=0))
+    t_log2 = tl.log2(tl.sum(t_total * tl.exp2((t_max - t_top) * c), axis=0))
+    return s_top, s_log2, t_top, t_log2
+
+
+@triton.jit
+def _store_row(out_ptr, N, row, kd, mlm, agree):
+    tl.store(out_ptr + row, kd)
+    tl.store(out_ptr + N + row, mlm)
+    tl.store(out_ptr + 2 * N + row, agree)
+
+
+@triton.jit
 def _distill_kernel(
     s_ptr, t_ptr, label_ptr, num_rows_ptr,  # (N, V) logits, (N,) int64, 0-dim integer or None
     ds_ptr,                                 # (N, V) gradient, may be s_ptr; or None
@@ -112,8 +135,7 @@ def _distill_kernel(
     LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: N * V passes 2^31 at 70k tokens of BERT vocabulary
-    s_row = s_ptr + row * s_stride
-    t_row = t_ptr + row * t_stride
+    s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
     step: tl.constexpr = LANES * VECTOR
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
@@ -126,29 +148,18 @@ def _distill_kernel(
                 columns = start + lanes
                 zero = tl.zeros((LANES, VECTOR), ds_ptr.dtype.element_ty)
                 tl.store(ds_ptr + row * ds_stride + columns, zero, mask=columns < width)
-        tl.store(out_ptr + row, 0.0)
-        tl.store(out_ptr + N + row, 0.0)
-        tl.store(out_ptr + 2 * N + row, 0.0)
+        _store_row(out_ptr, N, row, 0.0, 0.0, 0.0)
         return
 
     label = tl.load(label_ptr + row)
     labelled = label >= 0
-    # Read before any thread of this CTA writes a gradient over it. A label outside the vocabulary
-    # makes the loss NaN: raising would cost a synchronisation.
+    # Read before any thread of this CTA writes a gradient over it. A label outside the vocabulary makes the loss NaN:
+    # raising would cost a synchronisation.
     inside = labelled & (label < vocab_size)
     z_label = tl.load(s_row + label, mask=inside, other=float("nan")).to(tl.float32)
 
     c = LOG2E / temperature
-    s_max, t_max = (tl.full((LANES,), NO_COLUMN, tl.float32), tl.full((LANES,), NO_COLUMN, tl.float32))
-    s_total, t_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    for start in range(0, width, step):
-        z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last")
-        y = _load_logits(t_row, start + lanes, width, vocab_size, "evict_last")
-        s_max, s_total = _include(z, s_max, s_total, c)
-        t_max, t_total = _include(y, t_max, t_total, c)
-    s_top, t_top = tl.max(s_max, axis=0), tl.max(t_max, axis=0)
-    s_log2 = tl.log2(tl.sum(s_total * tl.exp2((s_max - s_top) * c), axis=0))
-    t_log2 = tl.log2(tl.sum(t_total * tl.exp2((t_max - t_top) * c), axis=0))
+    s_top, s_log2, t_top, t_log2 = _normalisers(s_row, t_row, lanes, step, width, vocab_size, c)
 
     mlm = 0.0
     s1_log2 = 0.0
@@ -180,28 +191,19 @@ def _distill_kernel(
                 dz += mlm_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
             dz = dz.to(ds_ptr.dtype.element_ty)
             tl.store(ds_ptr + row * ds_stride + columns, dz, mask=columns < width)
-    tl.store(out_ptr + row, temperature * temperature * tl.sum(kd, axis=0))
-    tl.store(out_ptr + N + row, mlm)
-    tl.store(out_ptr + 2 * N + row, tl.where(tl.max(nearest, axis=0) == 0.0, 1.0, 0.0))
+    agree = tl.where(tl.max(nearest, axis=0) == 0.0, 1.0, 0.0)
+    _store_row(out_ptr, N, row, temperature * temperature * tl.sum(kd, axis=0), mlm, agree)
 
 
 @torch.library.custom_op("fastdistil::distill_rows", mutates_args=("dstudent",), device_types=TRITON_DEVICES)
 def distill_rows(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    num_rows: Tensor | None,
-    dstudent: Tensor | None,
-    first_row: int,
-    temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
-    vocab_size: int,
-) -> Tensor:
+    student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None, dstudent: Tensor | None,
+    first_row: int, temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int,
+) -> Tensor:  # fmt: skip
     """(3, N) fp32: kd, mlm and agreement (0 or 1) of each row; the gradient goes to `dstudent`.
 
-    The inner operator, without autograd. `dstudent` may be `student` itself, or None for values only.
-    Rows must be contiguous. `first_row` is the index of row 0 as `num_rows` counts.
+    The inner operator, without autograd. `dstudent` may be `student` itself, or None for values only. Rows must be
+    contiguous. `first_row` is the index of row 0 as `num_rows` counts.
     """
     N, width = student.shape
     rows = student.new_empty((3, N), dtype=torch.float32)
@@ -216,23 +218,15 @@ def distill_rows(
 
 
 @distill_rows.register_fake
-def _(student, teacher, labels, num_rows, dstudent, first_row, temperature, kd_scale, mlm_scale, vocab_size):  # fmt: skip
+def _(student, *_others):
     return student.new_empty((3, student.shape[0]), dtype=torch.float32)
 
 
 def distill_rows_torch(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    num_rows: Tensor | None,
-    dstudent: Tensor | None,
-    first_row: int,
-    temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
-    vocab_size: int,
-) -> Tensor:
-    """`distill_rows` in plain PyTorch: serves CPU tensors where csrc/ is not built."""
+    student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None, dstudent: Tensor | None,
+    first_row: int, temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int,
+) -> Tensor:  # fmt: skip
+    """`distill_rows` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
     z, y = student[:, :vocab_size].float(), teacher[:, :vocab_size].float()
     real = _real_rows(student, num_rows, first_row)
     log_q, log_p = (torch.log_softmax(x / temperature, dim=-1) for x in (z, y))
@@ -258,16 +252,9 @@ if CPU_BACKEND == "torch":
 
 @torch.library.custom_op("fastdistil::distill", mutates_args=())
 def _distill(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    num_rows: Tensor | None,
-    temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
-    vocab_size: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None,
+    temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int, needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     rows = distill_rows(
@@ -318,17 +305,17 @@ def distill_loss(
     """Weighted distillation loss of rows of logits; the student's gradient is made in the forward.
 
     Args:
-        student_NV: finite logits, fp32, bf16 or fp16. Gets a gradient, and is left as it is: the operator
-            that writes over it works on the private buffers of `linear_distill_loss` only.
+        student_NV: finite logits, fp32, bf16 or fp16. Gets a gradient, and is left as it is: only
+            `linear_distill_loss` has gradients written over logits, which are buffers of its own.
         teacher_NV: logits of the same shape and dtype. Gets none.
-        labels_N: int64, the original id of a masked token; negative where there is none. A label
-            outside the vocabulary raises IndexError on the CPU and gives a loss of NaN on CUDA.
+        labels_N: int64, the original id of a masked token; negative where there is none. A label outside the vocabulary
+            raises IndexError on the CPU and gives a loss of NaN on CUDA.
         temperature: > 0, of the KD term.
-        kd_scale, mlm_scale: weights of the two sums; 1 / (number of tokens) belongs here. Inside
-            torch.compile they are constants of the graph: another value compiles it anew.
+        kd_scale, mlm_scale: weights of the two sums; 1 / (number of tokens) belongs here. Inside torch.compile they are
+            constants of the graph: another value compiles it anew.
         vocab_size: columns that exist, the others being padding; all of them by default.
-        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for
-            nothing and get gradient 0. All rows by default.
+        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for nothing and get gradient
+            0. All rows by default.
 
     Raises:
         ValueError: on shapes, dtypes, devices or scalars that do not fit.
@@ -359,8 +346,7 @@ def check_operands(
     op: str, student: Tensor, labels: Tensor, temperature: float, vocab_size: int, num_rows: Tensor | None
 ) -> None:
     """Raises ValueError naming `op` unless what the two public losses share fits together."""
-    if student.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{op} wants fp32, bf16 or fp16, got {student.dtype}")
+    check_dtype(op, student)
     if student.shape[0] == 0:
         raise ValueError(f"{op} wants at least one row, got none")
     if labels.shape != student.shape[:1] or labels.dtype != torch.int64:
@@ -371,11 +357,6 @@ def check_operands(
         raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
     if vocab_size < 1:
         raise ValueError(f"{op}: vocab_size must be 1 or more, got {vocab_size}")
-    if num_rows is not None and (num_rows.ndim or num_rows.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"{op} wants num_rows as a 0-dim int32 or int64 tensor, got {num_rows.dtype} of shape "
-            f"{tuple(num_rows.shape)}"
-        )
-    for name, tensor in (("labels", labels), ("num_rows", num_rows)):
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(f"{op} wants everything on {student.device}, got {name} on {tensor.device}")
+    check_num_rows(op, num_rows, student)
+    if labels.device != student.device:
+        raise ValueError(f"{op} wants everything on {student.device}, got labels on {labels.device}")

@@ -4,14 +4,18 @@
     row_key[h, r] = Philox4x32-10(counter (r, h, stream, 0), key seed)[0];  column_key: (c, h, stream, 1)
     mix(x)        = ((x * 0x7feb352d) ^ ((x * 0x7feb352d) >> 15)) * 0x846ca68b         (all modulo 2^32)
 
-Philox: Salmon et al. 2011; the multipliers: Wellons' lowbias32, without its first and last shifts (keys are uniform already,
-and a comparison reads the high bits). So a backward draws its mask again instead of reading it, in any order of tiles, also
-transposed, where a generator that gives one thread four neighbours would have to move them: six integer instructions
-an element, against about 60 of a Philox call each. `row ^ column` alone, or with one multiplication, shows as correlated rows;
-with two, the pairs of rows of a 4,096 x 4,096 mask correlate as those of a true random one, their mean square within 0.2 %
-(tests/kernels/test_dropout.py repeats this on a smaller mask).
+Philox: Salmon et al. 2011. The multipliers: Wellons' lowbias32, without its first and last shifts (keys are uniform
+already, and a comparison reads the high bits).
 
-A stream is one place of dropout in the model: layers and places differ in it, steps and ranks in the seed.
+So a backward draws its mask again instead of reading it, in any order of tiles, also transposed, where a generator that
+gives one thread four neighbours would have to move them. It costs six integer instructions an element, against about 60
+with a Philox call for each.
+
+`row ^ column` alone, or with one multiplication, shows as correlated rows. With two, the pairs of rows of a 4,096 x
+4,096 mask correlate as those of a truly random one, their mean square within 0.2 % (tests/kernels/test_dropout.py
+repeats this on a smaller mask).
+
+A stream is one place of dropout in the model. Layers and places differ in the stream, steps and ranks in the seed.
 
 Shapes: H heads, R rows, C columns, B blocks that follow one another in the index of rows and of columns.
 """
@@ -21,19 +25,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype
 
 ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 256  # of the plain dropout kernel: 16 elements a thread
 
 
 def new_dropout_seed(device: torch.device | str) -> Tensor:
-    """0-dim int64 on the device from torch's default generator there: draw one for each micro-batch. No sync."""
+    """0-dim int64 on the device, from torch's default generator there: one for each micro-batch. No sync."""
     return torch.randint(2**63 - 1, (), device=device)
 
 
 def threshold(dropout_p: float) -> int:
-    """An element is kept if its 32 random bits are not below this; at most the largest of them."""
+    """An element is kept if its 32 random bits are not below this number, which is itself at most 2^32 - 1."""
     return min(round(dropout_p * 2**32), 2**32 - 1)
 
 
@@ -91,7 +95,7 @@ def _keys_kernel(seed_ptr, out_ptr, N, stream, H: tl.constexpr, BLOCK: tl.conste
 
 
 def row_and_column_keys(seed: Tensor, stream: int, num_heads: int, num_tokens: int) -> Tensor:
-    """(2, H, N) int32 keys, for kernels that would draw each many times: attention, where every tile of a head needs them."""
+    """(2, H, N) int32 keys, of rows and then of columns, for attention: each of its tiles would draw them anew."""
     out = seed.new_empty((2, num_heads, num_tokens), dtype=torch.int32)
     _keys_kernel[(triton.cdiv(num_tokens, 256), num_heads)](
         seed, out, num_tokens, stream, H=num_heads, BLOCK=256, **LAUNCH_OPTIONS
@@ -121,7 +125,7 @@ def _dropout_kernel(
 
 @torch.library.custom_op("fastdistil::dropout_", mutates_args=("x",), device_types=TRITON_DEVICES)
 def dropout_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
-    """Drops elements of x (B, H, R, C), contiguous, in place; its first row and its first column have index `first`."""
+    """Drops elements of x (B, H, R, C), contiguous, in place. Its first row and its first column have index `first`."""
     B, H, R, C = x.shape
     if x.numel() > 0:
         grid = (triton.cdiv(R, BLOCK_ROWS), B * H, triton.cdiv(C, BLOCK_COLUMNS))
@@ -132,7 +136,7 @@ def dropout_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float)
 
 
 def dropout_torch_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
-    """`dropout_` in plain PyTorch: serves CPU tensors where csrc/ is not built."""
+    """`dropout_` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
     B, H, R, C = x.shape
     heads = torch.arange(H, device=x.device)
     for b in range(B):
@@ -185,8 +189,7 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
     """
     if x_ND.ndim != 2:
         raise ValueError(f"dropout wants an (N, D) tensor, got {tuple(x_ND.shape)}")
-    if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dropout wants fp32, bf16 or fp16, got {x_ND.dtype}")
+    check_dtype("dropout", x_ND)
     check_dropout("dropout", x_ND, seed, stream, dropout_p)
     if seed is None or dropout_p == 0:
         return x_ND
@@ -194,7 +197,7 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
 
 
 def check_dropout(operator: str, x: Tensor, seed: Tensor | None, stream: int, dropout_p: float) -> None:
-    """ValueError if the arguments of an operator with dropout do not fit."""
+    """Raises ValueError if the arguments of an operator with dropout do not fit."""
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{operator}: dropout_p must be at least 0 and below 1, got {dropout_p}")
     if not 0 <= stream < 2**31:

@@ -2,11 +2,13 @@
 
     q = e4m3(y * 448 / amax),  scale = amax / 448,  amax = max |y| over the row;  y = x, or z * Phi(z) with z = x + bias
 
-448 is the largest e4m3 number (Micikevicius et al. 2022, arXiv 2209.05433, table 1). fp32 arithmetic, one rounding to e4m3.
+448 is the largest e4m3 number (Micikevicius et al. 2022, arXiv 2209.05433, table 1). The arithmetic is fp32, with one
+rounding to e4m3.
 
-Memory: one read of (N, D) and one write of bytes, 3 bytes an element from bf16: three passes of PyTorch's own would be 9. GELU is
-done here because its output is read by nothing but the next product: that pass, 4 bytes an element in bf16, is spared. A layer
-of width D and a feed-forward layer of 4 D then moves 5 N D bytes more than in bf16, not 21 N D.
+Memory: one read of (N, D) and one write of bytes, 3 bytes an element from bf16, where three passes of PyTorch's own
+take 9. GELU is done here because nothing but the next product reads its output: that spares a pass of 4 bytes an
+element in bf16. A layer of width D and a feed-forward layer of 4 D then moves 5 N D bytes more than in bf16, instead of
+21 N D.
 
 A row of zeros gets the scale 1e-12 / 448. NaN stays NaN. No gradient: it serves a frozen model.
 
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
 from .gelu import SQRT_HALF
 
 E4M3_MAX, LEAST_AMAX = tl.constexpr(448.0), tl.constexpr(1e-12)
@@ -86,13 +88,9 @@ def quantise_rows(x_ND: Tensor, gelu_bias_D: Tensor | None = None) -> tuple[Tens
     """
     if x_ND.ndim != 2 or x_ND.shape[1] < 1:
         raise ValueError(f"quantise_rows wants (N, D) with D of 1 or more, got {tuple(x_ND.shape)}")
-    if x_ND.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"quantise_rows wants fp32, bf16 or fp16, got {x_ND.dtype}")
-    if gelu_bias_D is not None and (gelu_bias_D.shape != x_ND.shape[1:] or gelu_bias_D.dtype != x_ND.dtype):
-        raise ValueError(
-            f"quantise_rows wants a bias of shape {tuple(x_ND.shape[1:])} and {x_ND.dtype}, got {tuple(gelu_bias_D.shape)} "
-            f"and {gelu_bias_D.dtype}: convert the module to the dtype of its input"
-        )
+    check_dtype("quantise_rows", x_ND)
+    if gelu_bias_D is not None:
+        check_parameter("quantise_rows", "bias", gelu_bias_D, x_ND)
     if x_ND.device.type not in TRITON_DEVICES:
         return quantise_rows_reference(x_ND, gelu_bias_D)
     bias = None if gelu_bias_D is None else gelu_bias_D.contiguous()

@@ -3,9 +3,11 @@
     out  = z * Phi(z),  z = x + bias,  Phi(z) = (1 + erf(z / sqrt 2)) / 2        (Hendrycks and Gimpel 2016)
     dx   = dout * (Phi(z) + z * phi(z)),  phi(z) = exp(-z^2 / 2) / sqrt(2 pi);  dbias = sum over rows of dx
 
-Only x is saved: the backward computes z again. fp32 arithmetic, one rounding. Memory: forward one read and one write of (N, F),
-backward two reads and one write; the bias gradient, which would be one more read, is summed on the way: every program adds up
-a strip of 128 rows, then one reduction adds the strips (no atomics; 1 % of the traffic in bf16).
+Only x is saved: the backward computes z again. fp32 arithmetic, one rounding.
+
+Memory: the forward reads and writes (N, F) once, the backward reads it twice and writes it once. The bias gradient,
+which would be one more read, is summed on the way: every program adds up a strip of 128 rows, then one reduction adds
+the strips (no atomics; 1 % of the traffic in bf16).
 
 Shapes: N = rows (tokens), F = width of the feed-forward layer.
 """
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
 from .linear import linear
 
 SQRT_HALF, INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
@@ -122,12 +124,8 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
     """
     if x_NF.ndim != 2 or bias_F.shape != x_NF.shape[1:]:
         raise ValueError(f"bias_gelu wants (N, F) and (F,), got {tuple(x_NF.shape)} and {tuple(bias_F.shape)}")
-    if x_NF.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"bias_gelu wants fp32, bf16 or fp16, got {x_NF.dtype}")
-    if bias_F.dtype != x_NF.dtype:
-        raise ValueError(
-            f"bias_gelu wants a bias of dtype {x_NF.dtype}, got {bias_F.dtype}: convert the module to the dtype of its input"
-        )
+    check_dtype("bias_gelu", x_NF)
+    check_parameter("bias_gelu", "bias", bias_F, x_NF)
     if x_NF.device.type not in TRITON_DEVICES:
         return F.gelu(x_NF + bias_F)  # PyTorch's own, which also keeps the sum
     return gelu_forward(x_NF.contiguous(), bias_F.contiguous())

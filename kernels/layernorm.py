@@ -8,10 +8,12 @@ With g = dout * weight and means over a row:
     dy = rstd * (g - mean(g) - xhat * mean(g * xhat));  dresidual = dy;  dx = keep ? dy / (1 - p) : 0
     dweight = sum over rows of dout * xhat;  dbias = sum over rows of dout
 
-fp32 arithmetic, one rounding. Saved: x, residual, mean and rstd. The backward adds the sum and draws the mask again, which is
-exact and costs no store in the forward. Memory: forward two reads and one write of (N, D), backward three and two (without
-dropout one write, dx being dresidual). Every program sums dweight and dbias of its rows into a row of its own and one
-reduction adds the programs up: no atomics, the same bits every time; 2 rows of fp32 for 32 of the input, 5 % of the backward's
+fp32 arithmetic, one rounding. Saved: x, residual, mean and rstd. The backward adds y up and draws the mask again, which
+is exact and costs no store in the forward.
+
+Memory: the forward reads (N, D) twice and writes it once, the backward three times and twice (without dropout once, dx
+being dresidual). Every program sums dweight and dbias of its rows into a row of its own, and one reduction adds the
+programs up: no atomics, the same bits every time. That is 2 rows of fp32 for 32 of the input, 5 % of the backward's
 traffic in bf16.
 
 Shapes: N = rows (tokens), D = width.
@@ -23,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
 from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_reference, keys, threshold
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
@@ -53,12 +55,12 @@ def dropout_add_layernorm_reference(
 
 
 @triton.jit
-def _sum_of(x_ptr, residual_ptr, at, live, row_key, column_key, threshold, scale):
-    """(residual + dropout(x) in fp32, mask): the mask is all True without keys."""
+def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale):
+    """(residual + dropout(x) in fp32, mask of what is kept): without column keys nothing is dropped."""
     y = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     kept = live
     if column_key is not None:
-        kept = keep(row_key[:, None], column_key[None, :], threshold)
+        kept = keep(keys(seed, stream, ROW_SIDE, 0, row)[:, None], column_key[None, :], threshold)
         y = tl.where(kept, y * scale, 0.0)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -86,10 +88,7 @@ def _forward_kernel(
         row = first + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
-        row_key = None
-        if seed_ptr is not None:
-            row_key = keys(seed, stream, ROW_SIDE, 0, row)
-        y, _ = _sum_of(x_ptr, residual_ptr, at, live, row_key, column_key, threshold, scale)
+        y, _ = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
         mean = tl.sum(y, axis=1) / D
         # Two passes over registers: the difference of mean square and squared mean would cancel.
         y = tl.where(in_row[None, :], y - mean[:, None], 0.0)
@@ -122,10 +121,7 @@ def _backward_kernel(
         row = program * rows_per_program + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
-        row_key = None
-        if seed_ptr is not None:
-            row_key = keys(seed, stream, ROW_SIDE, 0, row)
-        y, kept = _sum_of(x_ptr, residual_ptr, at, live, row_key, column_key, threshold, scale)
+        y, kept = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
         xhat = tl.where(live, (y - mean[:, None]) * rstd[:, None], 0.0)
@@ -145,11 +141,11 @@ def _backward_kernel(
 
 
 def tile(width: int, itemsize: int) -> dict[str, int]:
-    """Kernel settings for a width: 4 KiB of x in a row block, 16 elements of bf16 a thread (more spilled on sm_90 and sm_100).
+    """Kernel settings for a width: 4 KiB of x in a block of rows, 16 elements of bf16 a thread.
 
-    At width 768 in bf16 that is two rows of 1,024 columns on four warps; the quarter of the columns behind the end costs
-    predicated-off instructions, no memory. A warp holds 256 columns of every row, so that dweight and dbias are sums
-    within a thread, and the two sums of a row cross four warps.
+    More spilled on sm_90 and sm_100. At width 768 in bf16 that is two rows of 1,024 columns on four warps. The quarter
+    of the columns behind the end costs predicated-off instructions, no memory. A warp holds 256 columns of every row,
+    so that dweight and dbias are sums within a thread, and the two sums of a row cross four warps.
     """
     block = triton.next_power_of_2(width)
     return {"ROWS": max(1, 4096 // (itemsize * block)), "BLOCK_D": block, "num_warps": max(4, block // 256)}
@@ -279,19 +275,13 @@ def layernorm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, *, eps: float = 1e
 def _layernorm(x, residual, weight, bias, eps, seed, stream, dropout_p) -> Tensor:
     if x.ndim != 2 or not 1 <= x.shape[1] <= MAX_WIDTH:
         raise ValueError(f"layernorm wants (N, D) with D of 1 to {MAX_WIDTH}, got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"layernorm wants fp32, bf16 or fp16, got {x.dtype}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != x.shape[1:] or parameter.dtype != x.dtype:
-            raise ValueError(
-                f"layernorm wants a {name} of shape ({x.shape[1]},) and dtype {x.dtype}, got "
-                f"{tuple(parameter.shape)} {parameter.dtype}: convert the module to the dtype of its input"
-            )
+    check_dtype("layernorm", x)
+    check_parameter("layernorm", "weight", weight, x)
+    check_parameter("layernorm", "bias", bias, x)
     if x.device.type not in TRITON_DEVICES:
         # On the CPU PyTorch's own is the faster one: at 4,096 x 768 adding the sum again cost more than keeping it.
         y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
         return F.layer_norm(y if residual is None else residual + y, x.shape[1:], weight, bias, eps)
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else residual.contiguous()
-    out, _, _ = layernorm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
-    return out
+    return layernorm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)[0]

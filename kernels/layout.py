@@ -20,8 +20,11 @@ class SequenceLayout:
     cu_seqlens: Tensor
     """(S + 1,) int32: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]. Trailing ones may be empty."""
     tiles: Tensor
-    """(T, 3) int32: start and end of a sequence, first of the up to 128 rows of a tile. A tile never crosses a boundary;
-    longest sequences come first, so that the last programs to run are short ones, and tiles of nothing, all 0, last."""
+    """(T, 3) int32: start and end of a sequence, and the first of the up to 128 of its rows that are the tile.
+
+    The longest sequences come first, so that the last programs to run are short ones. Tiles of nothing, all 0, come
+    last.
+    """
     max_length: int
     """Tokens of the longest sequence."""
     num_tokens: int
@@ -44,8 +47,8 @@ def sequence_layout(
 ) -> SequenceLayout:
     """The layout of sequences of `lengths` tokens, in order and the trailing pad included.
 
-    The numbers of sequences and tiles are rounded up to a multiple of their step, with empty ones: a step that is rarely
-    exceeded keeps the shapes of all micro-batches the same, for torch.compile and CUDA graphs.
+    The numbers of sequences and tiles are rounded up to a multiple of their step, with empty ones: a step that is
+    rarely exceeded keeps the shapes of all micro-batches the same, for torch.compile and CUDA graphs.
 
     Raises ValueError if there is no sequence or one without a token.
     """
@@ -66,11 +69,10 @@ def sequence_layout(
     cu_seqlens = np.pad(bounds.astype(np.int32), (0, -length_S.size % sequence_step), mode="edge")
     changes = np.flatnonzero(np.diff(length_S, prepend=-1))  # first sequence of every run
     counts = np.diff(changes, append=length_S.size)
-    layout = SequenceLayout(
+    return SequenceLayout(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         tiles=torch.from_numpy(tile_T3),
         max_length=int(length_S.max()),
         num_tokens=int(bounds[-1]),
         runs=tuple(zip(counts.tolist(), length_S[changes].tolist(), strict=True)),
-    )
-    return layout.to(device)
+    ).to(device)

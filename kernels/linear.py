@@ -2,11 +2,11 @@
 
     out = x @ weight.T + bias,   dx = dout @ weight,   dweight = dout.T @ x,   dbias = dout.sum(0)
 
-PyTorch takes MKL for fp32 and copies the bias over the output before the product. oneDNN adds it in the product, and its fp32
-kernels are faster where MKL does not know the processor: on two cores of an AMD EPYC (Zen 4), 1,024 rows, 384 to 1,536
-and 30,528 columns, the forward reached 1.2 to 1.6 and dx 1.1 to 1.2 times the speed of PyTorch's; in bf16, where PyTorch's
-products are oneDNN's too, the forward 1.05 to 1.1 times. dweight is not among them: oneDNN has it faster as its transpose only,
-and putting that right costs what was gained.
+PyTorch takes MKL for fp32 and copies the bias over the output before the product. oneDNN adds it in the product, and
+its fp32 kernels are faster where MKL does not know the processor: on two cores of an AMD EPYC (Zen 4), 1,024 rows, 384
+to 1,536 and 30,528 columns, the forward reached 1.2 to 1.6 and dx 1.1 to 1.2 times the speed of PyTorch's; in bf16,
+where PyTorch's products are oneDNN's too, the forward 1.05 to 1.1 times. dweight is not among them: oneDNN has it
+faster as its transpose only, and putting that right costs what was gained.
 
 Other devices and dtypes, and autocast, get PyTorch's own.
 """

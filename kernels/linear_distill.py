@@ -4,15 +4,15 @@
     loss, kd_sum, mlm_sum, num_agree = distill_loss(z, y, labels)                   (kernels/distill.py)
     dstudent = dz @ student_weight,   dweight = dz.T @ student,   dbias = dz.sum(0)
 
-The tokens are walked in chunks: two GEMMs, the row kernel which turns z into dz in place, two GEMMs.
-All gradients are made in the forward and only scaled in the backward, so what is kept is as large as
-the inputs. V / D being 40 at BERT's size, making the logits again in the backward would cost more than
-that saves. Logits live in the dtype of the hidden states; dweight and dbias are summed in fp32.
+The tokens are walked in chunks: two GEMMs, the row kernel which turns z into dz in place, two GEMMs. All gradients are
+made in the forward and only scaled in the backward, so what is kept is as large as the inputs. V / D being 40 at BERT's
+size, making the logits again in the backward would cost more than that saves. Logits live in the dtype of the hidden
+states; dweight and dbias are summed in fp32.
 
 Cost: 8 N D V FLOP with gradient (2 of them the teacher's), and 6 bytes a logit for the row kernel.
 
-Shapes: N = tokens, V = rows of both weights (the vocabulary, padded to a multiple of 64), D = width of
-the student, E = width of the teacher.
+Shapes: N = tokens, V = rows of both weights (the vocabulary, padded to a multiple of 64), D = width of the student,
+E = width of the teacher.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ from .linear import linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
 
-# Tokens of a chunk. On CUDA the GEMMs want thousands of rows (at 4,096 the fp32 sum of dweight is read and
-# written once per 0.8 TFLOP) and the two buffers 0.12 MB a token of BERT's vocabulary in bf16.
+# Tokens of a chunk. On CUDA the GEMMs want thousands of rows (at 4,096 the fp32 sum of dweight is read and written once
+# per 0.8 TFLOP), and the two buffers take 0.12 MB a token of BERT's vocabulary in bf16.
 CUDA_CHUNK_TOKENS = 4096
 CUDA_MEMORY_SHARE = 1 / 64  # of the device's memory, for the two buffers
-# On two CPU cores the GEMMs are all that counts and want long chunks too: in fp32 512 tokens were as fast as
-# 1,024 (256: 12 % slower), in bf16 1,024 were 14 % faster than 512.
+# On two CPU cores the GEMMs are all that counts and want long chunks too: in fp32 512 tokens were as fast as 1,024
+# (256: 12 % slower), in bf16 1,024 were 14 % faster than 512.
 CPU_BUFFER_BYTES = 128 * 2**20  # of the two buffers
 
 
@@ -56,8 +56,8 @@ def default_chunk_tokens(
 ) -> int:
     """Tokens of a chunk, from the shapes and the device's total memory (`total_memory` for one that is not here).
 
-    Not from what happens to be free: the order of the sums, hence the last bits of dweight, depends on
-    the chunks, and a resumed run must give the same bits.
+    Not from what happens to be free: the order of the sums, hence the last bits of dweight, depends on the chunks, and
+    a resumed run must give the same bits.
     """
     budget, longest = CPU_BUFFER_BYTES, 1024
     if device.type == "cuda":
@@ -69,29 +69,17 @@ def default_chunk_tokens(
 
 @torch.library.custom_op("fastdistil::linear_distill", mutates_args=())
 def _linear_distill(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor,
-    labels: Tensor,
-    num_rows: Tensor | None,
-    temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
-    vocab_size: int,
-    chunk_tokens: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student: Tensor, student_weight: Tensor, student_bias: Tensor,
+    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, labels: Tensor, num_rows: Tensor | None,
+    temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int, chunk_tokens: int, needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # Under autocast the body of a custom op still casts what it calls: the dtypes are settled here.
     with torch.autocast(student.device.type, enabled=False):
         N, V = student.shape[0], student_weight.shape[0]
         chunk = min(chunk_tokens, N)
         labels = labels.contiguous()
         weight, bias = student_weight.to(student.dtype), student_bias.to(student.dtype)
-        teacher_weight = teacher_weight.to(teacher.dtype)
-        teacher_bias = teacher_bias.to(teacher.dtype)
+        teacher_weight, teacher_bias = teacher_weight.to(teacher.dtype), teacher_bias.to(teacher.dtype)
         z_buffer, y_buffer = _buffer(student, chunk, V), _buffer(teacher, chunk, V)
         dstudent, dweight, dbias = _empty_gradients(student, student_weight, student_bias, needs_grad)
         # One chunk needs no fp32 sum: its product is rounded to the weight's dtype once, by the GEMM.
@@ -123,7 +111,10 @@ def _linear_distill(
 
 
 def _buffer(hidden: Tensor, chunk: int, num_columns: int) -> Tensor | None:
-    """Where all chunks' logits are written in turn. oneDNN's products have no `out`: malloc gives the same memory again."""
+    """Where all chunks' logits are written in turn; None for oneDNN, whose products have no `out`.
+
+    There malloc gives every chunk the same memory again.
+    """
     return None if runs_on_onednn(hidden) else hidden.new_empty(chunk, num_columns)
 
 
@@ -177,8 +168,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_grad_others):
     gradients = ctx.saved_tensors
-    # The trainer's loss is the end of its graph, and reading a CPU tensor costs nothing: dweight is not multiplied by 1.
-    # What stands for a tensor while a graph is traced has a type of its own.
+    # The trainer's loss is the end of its graph, so grad_loss is 1. On the CPU reading it costs nothing, and dweight is
+    # not multiplied by 1. What stands for a tensor while a graph is traced has another type.
     if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1):
         gradients = [grad_loss * x for x in gradients]
     return (*gradients, *[None] * 11)
@@ -206,15 +197,15 @@ def linear_distill_loss(
     """Weighted distillation loss of two models' hidden states under their vocabulary heads.
 
     Args:
-        student_ND, student_weight_VD, student_bias_V: get gradients. The hidden states' dtype (fp32,
-            bf16, fp16; under autocast, its dtype) is that of the GEMMs and logits; a weight of
-            another dtype is converted for them and gets its gradient in its own.
+        student_ND, student_weight_VD, student_bias_V: get gradients. The hidden states' dtype (fp32, bf16, fp16; under
+            autocast, its dtype) is that of the GEMMs and logits; a weight of another dtype is converted for them and
+            gets its gradient in its own.
         teacher_ND, teacher_weight_VE, teacher_bias_V: get none. Likewise in a dtype of their own.
         labels_N, temperature, kd_scale, mlm_scale, num_rows: as in `distill_loss`.
-        vocab_size: rows of the weights that exist; those beyond it are padding, count in neither
-            softmax and get gradient 0.
-        chunk_tokens: tokens taken at a time; by default what measured best for the device. Memory
-            grows with it, 2 * V elements a token.
+        vocab_size: rows of the weights that exist; those beyond it are padding, count in neither softmax and get
+            gradient 0.
+        chunk_tokens: tokens taken at a time; by default what measured best for the device. Memory grows with it, 2 V
+            elements a token.
 
     Raises:
         ValueError: on shapes, dtypes, devices or scalars that do not fit.

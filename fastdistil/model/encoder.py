@@ -1,8 +1,8 @@
 """One packed BERT encoder and MLM head, for teacher and student. Knows no ranks and no masks.
 
-Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT is the same
-encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the sequence
-layout says where its sequences begin and end, and only the attention needs to know.
+Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT is the
+same encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the
+sequence layout says where its sequences begin and end, and only the attention needs to know.
 
 Inside, the operators compute in fp32 whatever the dtype: in bf16 an eps of 1e-12 would vanish.
 
@@ -147,13 +147,13 @@ class Encoder(nn.Module):
         dropout_seed: Tensor | None = None,
         kept_outputs: KeptOutputs | None = None,
     ) -> Any:
-        """Last hidden states (N, D), in the dtype of the weights; with `kept_outputs` a pair of them and a tuple of those.
+        """Last hidden states (N, D), in the dtype of the weights; with `kept_outputs` a pair of them and a tuple of
+        those.
 
         Args:
-            input_ids_N: int32 or int64.
-            position_ids_N: likewise; they start at 0 in each sequence and stay below max_positions.
-            layout: of the N tokens.
-            dropout_seed: 0-dim int64 on the same device, of this micro-batch; it decides what all layers drop. In training
+            input_ids_N: int32 or int64. position_ids_N: likewise; they start at 0 in each sequence and stay below
+            max_positions. layout: of the N tokens. dropout_seed: 0-dim int64 on the same device, of this micro-batch;
+            it decides what all layers drop. In training
                 mode None draws one from torch's default generator of the device; in evaluation nothing is dropped.
                 Attention backends other than fused draw from that generator themselves.
             kept_outputs: what else to hand out: first the layers, in the order asked for, then the values.
@@ -194,8 +194,8 @@ class Encoder(nn.Module):
 class VocabHead(nn.Module):
     """The MLM head: dense, GELU, LayerNorm, then the decoder tied to the word embeddings.
 
-    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that registers it runs its
-    forward. For the same reason a loss that works on weights is handed in as `reduce`.
+    It registers the tied weight itself, because ZeRO-3 gathers a parameter only while a module that registers it runs
+    its forward. For the same reason a loss that works on weights is handed in as `reduce`.
     """
 
     def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
@@ -209,8 +209,8 @@ class VocabHead(nn.Module):
     def forward(self, hidden_ND: Tensor, reduce: Callable[[Tensor, Tensor, Tensor], Any] | None = None) -> Any:
         """Logits (N, vocab_size), or whatever `reduce(transformed_ND, weight_VD, bias_V)` returns.
 
-        The weight and the bias that `reduce` gets have padding rows from vocab_size on, all zero. It has to leave them out of
-        every softmax and to give them no gradient.
+        The weight and the bias that `reduce` gets have padding rows from vocab_size on, all zero. It has to leave them
+        out of every softmax and to give them no gradient.
         """
         transformed_ND = self.norm(self.dense(hidden_ND))
         if reduce is not None:

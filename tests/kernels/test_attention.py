@@ -22,7 +22,8 @@ from fastdistil.kernels.dropout import keep_reference
 from fastdistil.kernels.layout import sequence_layout
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, assert_no_worse_than_pytorch, results
 
-# Below, at and across the blocks of 32 and 64 and the tile of 128; the interpreter gets fewer, a program costs it 10 ms.
+# Below, at and across the blocks of 32 and 64 and the tile of 128; the interpreter gets fewer, a program costs it 10
+# ms.
 LENGTHS = [[1], [3, 3, 3], [31, 32, 33, 7, 7], [64, 130] if INTERPRETED else [63, 64, 65, 128, 130]]
 
 

@@ -290,7 +290,7 @@ def test_kernels_compile_where_an_argument_is_one(variant):
         ({"stream": -1}, r"stream must be in \[0, 2\^31\), got -1"),
         ({"stream": 2**31}, "got 2147483648"),
         ({"seed": torch.zeros(1, dtype=torch.int64)}, r"got torch.int64 of shape \(1,\)"),
-        ({"seed": torch.tensor(1.0)}, r"got torch.float32 of shape \(\) on cpu: use dropout_seed"),
+        ({"seed": torch.tensor(1.0)}, r"got torch.float32 of shape \(\) on cpu: use new_dropout_seed"),
         ({"seed": torch.zeros((), dtype=torch.int64, device="meta")}, "on cpu, got .* on meta"),
     ],
 )
