@@ -1,4 +1,7 @@
-"""Documents -> sequences of token ids, in worker processes: [CLS] text [SEP], as recipe.md says (Sequences)."""
+"""Documents -> sequences of token ids, [CLS] text [SEP], in worker processes.
+
+Long documents are cut and short sequences left out by the rules of DistilBERT's authors.
+"""
 
 import os
 import signal
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SHORTEST = 12
-"""Sequences with fewer tokens, [CLS] and [SEP] included, are dropped (recipe.md, Sequences)."""
+"""Sequences with fewer tokens, [CLS] and [SEP] included, are dropped."""
 PIECE_CHARS = 2**14
 PIECES_AT_ONCE = 64
 """`tokenizers` needs 50 to 100 bytes a character while it encodes, so it gets 1 M characters at a time at most."""

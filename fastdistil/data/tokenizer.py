@@ -1,7 +1,7 @@
 """Tokenizers: their identity (standard library only), loading, training and saving.
 
-The identity functions come before anything heavy is imported: a run whose teacher, student and data do not share a
-vocabulary is refused at start (trap 16 of the recipe).
+The identity functions need nothing heavy, so that a run whose teacher, student and data do not share a vocabulary is
+refused at once.
 """
 
 import hashlib
@@ -107,6 +107,7 @@ def _vocabulary_file(source: Path) -> Path:
 
 
 def _in_id_order(path: Path, pairs: list[tuple[Any, Any]]) -> list[str]:
+    """The tokens of (id, token) pairs; ValueError unless every id from 0 on has one token."""
     tokens: dict[int, str] = {}
     for index, token in pairs:
         if type(index) is not int or not isinstance(token, str):
