@@ -10,7 +10,6 @@ ratios are to the first.
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,11 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     for path in config.models:
         finetune.configuration(path)
         model = finetune.pretrained(transformers.AutoModel, path).eval()
-        num_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         models.append(model)
-        records.append({"path": str(path), "class": type(model).__name__})
-        records[-1] |= {"num_parameters": model.num_parameters(), "bytes": num_bytes}
+        records.append(
+            {"path": str(path), "class": type(model).__name__, "num_parameters": model.num_parameters(), "bytes": size}
+        )
 
     # All read the same random ids, from the later half of the smallest vocabulary: BERT's special tokens come before.
     readable = min(getattr(model.config, "max_position_embeddings", 512) for model in models)
@@ -105,10 +105,8 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
         for model in models:
             model.to(device)
         with torch.inference_mode():
-            one = [_call(model, batch[:1]) for model in models]
-            many = [_call(model, batch) for model in models]
-            latency = in_turn(one, rounds=config.rounds)
-            duration = in_turn(many, rounds=max(3, config.rounds // 4))
+            latency = in_turn(models, batch[:1], rounds=config.rounds)
+            duration = in_turn(models, batch, rounds=max(3, config.rounds // 4))
         for record, alone, together in zip(records, latency, duration, strict=True):
             record[device] = {
                 "latency_ms": 1e3 * statistics.median(alone),
@@ -118,24 +116,17 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     return {"length": length, "batch_size": config.batch_size, "models": records}
 
 
-def _call(model: Any, ids: Any) -> Callable[[], None]:
+def in_turn(models: list[Any], ids: Any, *, rounds: int) -> list[list[float]]:
+    """Seconds that each model takes for `ids` in each of `rounds` turns of all; three turns before them warm up."""
     import torch
 
-    def call() -> None:
-        model(input_ids=ids)
-        if ids.is_cuda:
-            torch.cuda.synchronize()  # the end of the work is what is timed
-
-    return call
-
-
-def in_turn(calls: list[Callable[[], None]], *, rounds: int) -> list[list[float]]:
-    """Seconds of each call, `rounds` of them, the calls taking turns; three turns before them warm up."""
-    times: list[list[float]] = [[] for _ in calls]
+    times: list[list[float]] = [[] for _ in models]
     for turn in range(-3, rounds):
-        for call, kept in zip(calls, times, strict=True):
+        for model, kept in zip(models, times, strict=True):
             begin = time.perf_counter()
-            call()
+            model(input_ids=ids)
+            if ids.is_cuda:
+                torch.cuda.synchronize()  # the end of the work is what is timed
             if turn >= 0:
                 kept.append(time.perf_counter() - begin)
     return times

@@ -103,13 +103,10 @@ def page(runs: list[Run]) -> str:
     return environment.get_template("report.html").render(
         title=", ".join(run.name for run in runs),
         version=__version__,
+        runs=runs,
         summary=summary(runs),
-        plots=_plots(runs),
-        profiles=[(run.name, run.profile) for run in runs if run.profile],
-        without_profile=[run.name for run in runs if not run.profile],
-        evaluations=[(run.name, run.evaluation) for run in runs if run.evaluation],
         differences=differences(runs),
-        names=[run.name for run in runs],
+        plots=_plots(runs),
     )
 
 

@@ -1,13 +1,14 @@
 """Command: the paper's experiment on any teacher and corpus, from pre-training to tables.
 
-    python -m fastdistil.study --shards data/wiki --teacher teacher/ --data glue/ --tasks sst2 cola mrpc --out runs/study
+    python -m fastdistil.study --shards wiki --teacher teacher/ --data glue/ --tasks sst2 cola mrpc --out runs/study
 
-Each variant of the objective is pre-trained once a seed, on the same sequences with the same masks, exported, and fine-tuned on
-every task. A step is a command of this package that a user could have typed: OUT/logs/STEP.log holds it and what it printed,
-and whoever deletes that file has the step done again. OUT/study.json holds what was measured, OUT/study.md the tables
-and plots made of it (study_tables.py), also where some steps are still to be done.
+Each variant of the objective is pre-trained once a seed, on the same sequences with the same masks, exported, and
+fine-tuned on every task. A step is a command of this package that a user could have typed: OUT/logs/STEP.log holds it
+and what it printed, and whoever deletes that file has the step done again. OUT/study.json holds what was measured,
+OUT/study.md the tables and plots made of it (evaluation/tables.py), also where some steps are still to be done.
 """
 
+import functools
 import json
 import logging
 import os
@@ -15,16 +16,17 @@ import queue
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
-from fastdistil.run import command as launcher
+from fastdistil.run.command import Failed, command, visible_gpus
 from fastdistil.run.config import Config
+from fastdistil.run.files import read_json, read_json_lines, write_json
 from fastdistil.run.recipes import RECIPES
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -39,12 +41,14 @@ VARIANTS: dict[str, str] = {
     "no-teacher": "mlm --loss.kd 0 --loss.cosine 0 --student.init random --student.layers None",
 }
 """The rows of the ablation: a recipe, and what it changes. All students have the sizes of the first."""
+SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_positions")
+"""Of a student, which the variants with a teacher have from it and the others are given."""
 FREE_AT_RESUME = ("out", "seeds", "variants", "jobs", "launcher")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyConfig:
-    """Distil with all terms, without each, from random weights, and train without a teacher; fine-tune all and compare."""
+    """Distil with all terms, without each, from random weights; train without a teacher; fine-tune all and compare."""
 
     shards: Path
     """Folder written by fastdistil.prepare."""
@@ -57,7 +61,8 @@ class StudyConfig:
     teacher: Path | None = None
     """Hugging Face folder with a masked-LM head. None: one is trained by the mlm recipe and --teacher-options."""
     teacher_options: str = ""
-    """Options of fastdistil.pretrain for that teacher (size, batch, rate, duration), as one string after an equals sign: --teacher-options="--student.num-layers 4 ..."."""
+    """Options of fastdistil.pretrain for that teacher (size, batch, rate, duration), as one string after an equals
+    sign: --teacher-options="--student.num-layers 4 ..."."""
     options: str = ""
     """Options of fastdistil.pretrain for every student, likewise; the duration is --tokens."""
     tokens: int = 100_000_000
@@ -90,39 +95,39 @@ class StudyConfig:
             raise ValueError("--teacher-options has no effect with --teacher: give one of the two")
 
 
-class StepFailed(Exception):
-    """A command of the study ended with an error."""
-
-
+@command
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0: all measured, tables written. 1: a step failed or was interrupted. 2: a wrong command line."""
+    """Exit status 0: all measured, tables written. 1: not all, or no tables. 2: a wrong command line."""
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    try:
-        study = Study(tyro.cli(StudyConfig, args=args, prog="python -m fastdistil.study"))
-        study.check()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    study = Study(tyro.cli(StudyConfig, args=args, prog="python -m fastdistil.study"))
+    study.check()
     try:
         study.run()
-    except (StepFailed, ValueError, OSError, KeyboardInterrupt) as error:
-        print(f"error: {error or 'interrupted'}; the same command goes on", file=sys.stderr)
-        return 1
+    except (Failed, ValueError, OSError, KeyboardInterrupt) as error:
+        raise Failed(f"{str(error) or 'interrupted'}; the same command goes on") from None
     finally:
-        study.write()
-    return 0
+        has_tables = study.write()
+    return 0 if has_tables else 1
+
+
+class Step(NamedTuple):
+    """`python -m fastdistil.MODULE WORDS`, which has been done where OUT/logs/NAME.log exists."""
+
+    name: str
+    module: str
+    words: tuple[object, ...]
 
 
 class Study:
-    """The steps of a study. Names: VARIANT-SEED, VARIANT-SEED-at-UPDATE for an earlier checkpoint, teacher-SEED.
+    """The steps of a study. Models are called VARIANT-SEED, VARIANT-SEED-at-UPDATE (earlier checkpoints), teacher-SEED.
 
     OUT/runs/NAME is a run of pretrain, OUT/models/NAME its export, OUT/scores/NAME.json the result of evaluate.
     """
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.out = config, config.out
-        self.teacher = config.teacher or self.out / "models" / "teacher"
+        self.teacher = config.teacher or self._model("teacher")
         self.devices: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
 
     def check(self) -> None:
@@ -131,16 +136,14 @@ class Study:
         if not config.data.is_dir():
             raise ValueError(f"--data {config.data} is not a folder: give that of the tasks' data")
         if config.teacher is None:
-            resolve(self._teacher_config(), world_size=1, by_torchrun=True)
+            self._resolve(self._teacher_words())
         else:
-            for variant in config.variants:
-                self._resolve(variant, 1)
+            self._resolve_students()
         settings = json.loads(json.dumps(asdict(config), default=str))
-        bound = {k: v for k, v in settings.items() if k not in FREE_AT_RESUME}
         if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            for key, value in bound.items():
-                if old.get(key) != value:
+            old = read_json(path)
+            for key, value in settings.items():
+                if key not in FREE_AT_RESUME and old.get(key) != value:
                     raise ValueError(
                         f"--out {self.out} is a study with --{key.replace('_', '-')} {old.get(key)!r}, now {value!r}: "
                         "use the old value, or another --out"
@@ -148,197 +151,181 @@ class Study:
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ValueError(f"--out {self.out} is not empty and holds no study: give a new folder")
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_json(path, settings)
 
     def run(self) -> None:
-        """Every step that is still to be done, `jobs` at a time. Raises StepFailed at the first that fails."""
-        if self.config.teacher is None:
-            self._pretrain_and_export("teacher", self._teacher_arguments())
-            for variant in self.config.variants:
-                self._resolve(variant, 1)
+        """Every step that is still to be done, `jobs` at a time. Raises Failed at the first that fails."""
         for device in _devices(self.config.jobs):
             self.devices.put(device)
+        if self.config.teacher is None:
+            self._do(*self._pretraining("teacher", self._teacher_words()))
+            self._resolve_students()
         with ThreadPoolExecutor(self.config.jobs) as pool:
-            futures = [pool.submit(chain) for chain in self._chains()]
+            futures = [pool.submit(self._do, *steps) for steps in self._chains()]
             try:
                 for future in futures:
                     future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-        models = (self.teacher, self.out / "models" / "distilbert-1")
-        self._step("efficiency", "efficiency", *models, "--out", self.out / "efficiency.json")
+        models = (self.teacher, self._model("distilbert-1"))
+        self._do(Step("efficiency", "efficiency", (*models, "--out", self.out / "efficiency.json")))
 
-    def _chains(self) -> Iterator[Callable[[], None]]:
-        """Steps that follow from one another, as functions; different ones may run at the same time."""
-        seeds = range(1, self.config.seeds + 1)
-        for seed in seeds:
-            yield lambda seed=seed: self._evaluate(f"teacher-{seed}", self.teacher, seed)
-            for variant in self.config.variants:
-                yield lambda variant=variant, seed=seed: self._variant(variant, seed)
-        for variant in self.config.variants:
-            yield lambda variant=variant: self._earlier(variant)
-
-    def _variant(self, variant: str, seed: int) -> None:
-        name = f"{variant}-{seed}"
-        self._pretrain_and_export(name, self._arguments(variant, seed))
-        self._evaluate(name, self.out / "models" / name, seed)
-
-    def _earlier(self, variant: str) -> None:
-        every = self._every(variant, 1)
-        for update in (every * k for k in range(1, self.config.points)):
-            name = f"{variant}-1-at-{update}"
-            run, model = self.out / "runs" / f"{variant}-1", self.out / "models" / name
-            self._step(f"export-{name}", "export", run, "--out", model, "--checkpoint", update)
-            self._evaluate(name, model, 1)
-
-    def _pretrain_and_export(self, name: str, arguments: list[str]) -> None:
-        run, model = self.out / "runs" / name, self.out / "models" / name
-        threads = ("--engine.threads", _cores(self.config.jobs)) if self.config.jobs > 1 else ()
-        self._step(
-            f"pretrain-{name}", "pretrain", *arguments, "--out", run, "--resume", "auto", *threads,
-            launcher=self.config.launcher,
-        )  # fmt: skip
-        self._step(f"export-{name}", "export", run, "--out", model, "--overwrite")
-
-    def _evaluate(self, name: str, model: Path, seed: int) -> None:
-        config = self.config
-        options = ("--task", *config.tasks, "--data", config.data, "--first-seed", seed, "--seeds", 1)
-        result = self.out / "scores" / f"{name}.json"
-        result.parent.mkdir(exist_ok=True)
-        words = (model, *options, "--out", result, *shlex.split(config.evaluate_options))
-        self._step(f"evaluate-{name}", "evaluate", *words)
-
-    def _teacher_arguments(self) -> list[str]:
-        shards = ("--data.shards", str(self.config.shards))
-        return ["mlm", *shards, *shlex.split(self.config.teacher_options)]
-
-    def _teacher_config(self) -> Config:
-        return _parse([*self._teacher_arguments(), "--out", str(self.out / "runs" / "teacher")])
-
-    def _arguments(self, variant: str, seed: int) -> list[str]:
-        """What follows `fastdistil.pretrain` for a variant, but the run folder."""
-        updates = self._updates(variant, seed)
-        duration = ["--optim.unit", "updates", "--optim.duration", str(updates)]
-        every = str(self._every(variant, seed))
-        kept = ["--log.checkpoint-every", every, "--log.keep-checkpoints", str(self.config.points)]
-        return [*self._recipe(variant, seed), *duration, *(kept if self.config.points > 1 else ())]
-
-    def _every(self, variant: str, seed: int) -> int:
-        """Updates between two checkpoints: rounded up, or the last one would come beside an unasked one and push out the first."""
-        return -(-self._updates(variant, seed) // self.config.points)
-
-    def _recipe(self, variant: str, seed: int) -> list[str]:
-        recipe, *changes = VARIANTS[variant].split()
-        words = ["--data.shards", str(self.config.shards), *shlex.split(self.config.options)]
-        if recipe == "mlm":  # sizes that the others have from their teacher
-            student = self._resolve("distilbert", seed).student
-            for name in ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_positions"):
-                changes += [f"--student.{name.replace('_', '-')}", str(getattr(student, name))]
-        else:
-            changes += ["--teacher.path", str(self.teacher)]
-        return [recipe, *words, *changes, "--seed", str(seed)]
-
-    def _resolve(self, variant: str, seed: int) -> Resolved:
-        out = self.out / "runs" / f"{variant}-{seed}"
-        config = _parse([*self._recipe(variant, seed), "--out", str(out / "checked")])
-        return resolve(config, world_size=1, by_torchrun=bool(self.config.launcher))
-
-    def _updates(self, variant: str, seed: int) -> int:
-        resolved = self._resolve(variant, seed)
-        size = resolved.micro_batches_per_update * resolved.config.batch.token_budget
-        return max(1, round(self.config.tokens / size))
-
-    def _step(self, name: str, module: str, *words: object, launcher: str = "") -> None:
-        """Run one command of the package unless its log says that it is done. Raises StepFailed."""
-        done = self.out / "logs" / f"{name}.log"
-        if done.is_file():
-            return
-        start = shlex.split(launcher) or [sys.executable]
-        command = [*start, "-m", f"fastdistil.{module}", *map(str, words)]
-        log.info("%s", name)
-        part = done.with_suffix(".part")
-        device = self.devices.get() if not self.devices.empty() else {}
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(f"$ {shlex.join(command)}\n")
-                file.flush()
-                status = subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | device
-                ).returncode
-        finally:
-            if device:
-                self.devices.put(device)
-        text = part.read_text(encoding="utf-8", errors="replace")
-        stopped = module == "pretrain" and "--resume auto goes on" in text  # by a signal: status 0
-        if status or stopped:
-            tail = "\n".join(text.splitlines()[-8:])
-            raise StepFailed(f"{name} ended with status {status}; {part} ends in\n{tail}\n")
-        part.replace(done)
-
-    def write(self) -> None:
-        """Gather what was measured in OUT/study.json and make OUT/study.md of it."""
-        from fastdistil.evaluation import tables  # SciPy and Matplotlib: a second and a half
+    def write(self) -> bool:
+        """Gather what was measured in OUT/study.json and make OUT/study.md of it; says whether that was possible."""
+        from fastdistil.evaluation import tables  # pandas, SciPy and Matplotlib: two seconds
 
         try:
             measured = gather(self.config, self.teacher)
             tables.write(self.out, measured)
         except (ValueError, OSError) as error:
             print(f"error: no tables: {error}", file=sys.stderr)
-            return
+            return False
         print(f"{self.out / 'study.md'}: {measured['complete']}")
+        return True
+
+    def _chains(self) -> Iterator[list[Step]]:
+        """Lists of steps that follow from one another; steps of different lists may run at the same time."""
+        config, student = self.config, self._distilbert
+        updates = max(1, round(config.tokens / (student.micro_batches_per_update * student.config.batch.token_budget)))
+        # Rounded up: else the checkpoint at the end would come beside an unasked one, and push out the first.
+        every = -(-updates // config.points)
+        duration = ["--optim.unit", "updates", "--optim.duration", updates]
+        kept = ["--log.checkpoint-every", every, "--log.keep-checkpoints", config.points] if config.points > 1 else []
+        for seed in range(1, config.seeds + 1):
+            yield [self._evaluation(f"teacher-{seed}", seed, self.teacher)]
+            for variant in config.variants:
+                name = f"{variant}-{seed}"
+                steps = self._pretraining(name, [*self._words(variant, seed), *duration, *kept])
+                steps.append(self._evaluation(name, seed))
+                # The first seed is evaluated at its earlier checkpoints, too.
+                for update in range(every, every * config.points, every) if seed == 1 else ():
+                    earlier = f"{name}-at-{update}"
+                    words = (self.out / "runs" / name, "--out", self._model(earlier), "--checkpoint", update)
+                    steps += [Step(f"export-{earlier}", "export", words), self._evaluation(earlier, seed)]
+                yield steps
+
+    def _model(self, name: str) -> Path:
+        return self.out / "models" / name
+
+    def _pretraining(self, name: str, words: list[object]) -> list[Step]:
+        run = self.out / "runs" / name
+        threads = ("--engine.threads", _cores(self.config.jobs)) if self.config.jobs > 1 else ()
+        return [
+            Step(f"pretrain-{name}", "pretrain", (*words, "--out", run, "--resume", "auto", *threads)),
+            Step(f"export-{name}", "export", (run, "--out", self._model(name), "--overwrite")),
+        ]
+
+    def _evaluation(self, name: str, seed: int, model: Path | None = None) -> Step:
+        config, result = self.config, self.out / "scores" / f"{name}.json"
+        given = (model or self._model(name), "--task", *config.tasks, "--data", config.data)
+        words = (*given, "--first-seed", seed, "--seeds", 1, "--out", result, *shlex.split(config.evaluate_options))
+        return Step(f"evaluate-{name}", "evaluate", words)
+
+    def _teacher_words(self) -> list[object]:
+        return ["mlm", "--data.shards", self.config.shards, *shlex.split(self.config.teacher_options)]
+
+    def _words(self, variant: str, seed: int) -> list[object]:
+        """What follows `fastdistil.pretrain` for a variant, but the duration and the run folder."""
+        recipe, *changes = VARIANTS[variant].split()
+        words = [recipe, "--data.shards", self.config.shards, *shlex.split(self.config.options), *changes]
+        if recipe == "mlm":
+            for size in SIZES:
+                words += [f"--student.{size.replace('_', '-')}", getattr(self._distilbert.student, size)]
+        else:
+            words += ["--teacher.path", self.teacher]
+        return [*words, "--seed", seed]
+
+    def _resolve(self, words: list[object]) -> Resolved:
+        """The run that these words ask for, in a folder of its own. Raises ValueError or OSError."""
+        config = _parse([*map(str, words), "--out", str(self.out / "runs" / "checked")])
+        return resolve(config, world_size=1, by_torchrun=bool(self.config.launcher))
+
+    def _resolve_students(self) -> None:
+        """Refuse what a run of a variant would refuse; its teacher must be there."""
+        for variant in self.config.variants:
+            self._resolve(self._words(variant, 1))
+
+    @functools.cached_property
+    def _distilbert(self) -> Resolved:
+        """The run of the student that the others are like."""
+        return self._resolve(self._words("distilbert", 1))
+
+    def _do(self, *steps: Step) -> None:
+        """Run each step unless its log says that it is done. Raises Failed."""
+        for name, module, words in steps:
+            done = self.out / "logs" / f"{name}.log"
+            if done.is_file():
+                continue
+            launcher = shlex.split(self.config.launcher) if module == "pretrain" else []
+            line = [*(launcher or [sys.executable]), "-m", f"fastdistil.{module}", *map(str, words)]
+            log.info("%s", name)
+            part = done.with_suffix(".part")
+            device = self.devices.get()
+            try:
+                with part.open("w", encoding="utf-8") as file:
+                    file.write(f"$ {shlex.join(line)}\n")
+                    file.flush()
+                    ended = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=os.environ | device)
+            finally:
+                self.devices.put(device)
+            text = part.read_text(encoding="utf-8", errors="replace")
+            stopped = module == "pretrain" and "--resume auto goes on" in text  # by a signal: status 0
+            if ended.returncode or stopped:
+                tail = "\n".join(text.splitlines()[-8:])
+                raise Failed(f"{name} ended with status {ended.returncode}; {part} ends in\n{tail}\n")
+            part.replace(done)
 
 
 def gather(config: StudyConfig, teacher: Path) -> dict[str, Any]:
-    """What the steps that are done have measured, as OUT/study.json holds it; study_tables.py reads nothing else."""
+    """What the steps that are done have measured: the contents of OUT/study.json, from which the tables are made."""
     out = config.out
+    done = {path.stem for path in (out / "logs").glob("*.log")}
     names = {f"{variant}-{seed}": (variant, seed) for seed in range(1, config.seeds + 1) for variant in config.variants}
     runs = {
         name: {"variant": variant, "seed": seed, **_curves(out / "runs" / name)}
         for name, (variant, seed) in names.items()
-        if (out / "logs" / f"pretrain-{name}.log").is_file()
+        if f"pretrain-{name}" in done
     }
-    scores: dict[str, dict[str, float]] = {}
-    tasks: dict[str, Any] = {}
-    for path in sorted((out / "scores").glob("*.json")):
-        if not (out / "logs" / f"evaluate-{path.stem}.log").is_file():
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        tasks = {
-            task: {k: found[k] for k in ("metrics", "num_train", "num_validation")}
-            for task, found in record["tasks"].items()
-        }
-        scores[path.stem] = {
-            task: next(iter(found["seeds"].values()))["score"] for task, found in record["tasks"].items()
-        }
-    efficiency = out / "efficiency.json"
-    wanted = len(names) + config.seeds + len(config.variants) * (config.points - 1)
+    found = {
+        path.stem: read_json(path)["tasks"]
+        for path in sorted((out / "scores").glob("*.json"))
+        if f"evaluate-{path.stem}" in done
+    }
+    scores = {
+        name: {task: next(iter(of_task["seeds"].values()))["score"] for task, of_task in tasks.items()}
+        for name, tasks in found.items()
+    }
+    about = ("metrics", "num_train", "num_validation")
+    last = next(reversed(found.values()), {})
+    num_wanted = len(names) + config.seeds + len(config.variants) * (config.points - 1)
     measured = {
-        "settings": json.loads((out / "settings.json").read_text(encoding="utf-8")),
+        "settings": read_json(out / "settings.json"),
         "teacher": str(teacher),
-        "tasks": tasks,
+        "tasks": {task: {key: of_task[key] for key in about} for task, of_task in last.items()},
         "runs": runs,
         "scores": scores,
-        "efficiency": json.loads(efficiency.read_text()) if efficiency.is_file() else None,
-        "complete": f"{len(runs)} of {len(names)} pre-trainings, {len(scores)} of {wanted} evaluations",
+        "efficiency": read_json(out / "efficiency.json") if "efficiency" in done else None,
+        "complete": f"{len(runs)} of {len(names)} pre-trainings, {len(scores)} of {num_wanted} evaluations",
     }
-    (out / "study.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "study.json", measured)
     return measured
 
 
 def _curves(run: Path) -> dict[str, Any]:
     """Of a run's metrics: tokens and updates in all, and each validation as {"tokens", "update", losses}."""
     tokens, update, validations = 0, 0, []
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["split"] == "train":
-            tokens, update = tokens + record["tokens"], record["update"]
+    for line in read_json_lines(run / "metrics.jsonl"):
+        if line["split"] == "train":
+            tokens, update = tokens + line["tokens"], line["update"]
         else:
-            validations.append({k: v for k, v in record.items() if k != "split"} | {"tokens": tokens})
+            validations.append({k: v for k, v in line.items() if k != "split"} | {"tokens": tokens})
+    if not validations:
+        raise ValueError(f"{run / 'metrics.jsonl'} holds no validation: delete the log of that pre-training")
     return {"tokens": tokens, "updates": update, "validations": validations}
 
 
 def _parse(arguments: list[str]) -> Config:
-    """The configuration that fastdistil.pretrain would make of these words; a mistake ends the program as it does there."""
+    """The configuration that fastdistil.pretrain would make of these words; a mistake ends this program, too."""
     recipe, *options = arguments
     return tyro.cli(Config, args=options, default=RECIPES[recipe](), prog="--options of fastdistil.pretrain")
 
@@ -350,15 +337,13 @@ def _cores(jobs: int) -> int:
 
 def _devices(jobs: int) -> list[dict[str, str]]:
     """For each job that runs at the same time, the environment that gives it its share of the machine."""
+    if jobs == 1:
+        return [{}]
     import torch
 
-    num_gpus = torch.cuda.device_count()
-    visible = launcher.visible_gpus(num_gpus)
-    shares: list[dict[str, str]] = []
-    for job in range(jobs):
-        gpu = {"CUDA_VISIBLE_DEVICES": visible[job % num_gpus]} if num_gpus else {}
-        shares.append({"OMP_NUM_THREADS": str(_cores(jobs))} | gpu)
-    return shares if jobs > 1 else [{}]
+    gpus = visible_gpus(torch.cuda.device_count())
+    threads = {"OMP_NUM_THREADS": str(_cores(jobs))}
+    return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if gpus else {}) for job in range(jobs)]
 
 
 if __name__ == "__main__":

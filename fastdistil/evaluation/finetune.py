@@ -35,10 +35,6 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-MODEL_INPUTS = ("input_ids", "token_type_ids")
-"""What is kept of a tokenizer's output; the attention mask follows from the lengths."""
-
-
 class Encoded:
     """The examples of a split as token ids, by one tokenizer; made once for all seeds.
 
@@ -48,10 +44,9 @@ class Encoded:
     """
 
     def __init__(self, tokenizer: Any, table: Any, labels: Tensor) -> None:
-        self.columns = {name: table[name] for name in table if name in MODEL_INPUTS}
+        self.columns = {name: table[name] for name in ("input_ids", "token_type_ids") if name in table}
         self.lengths = np.array([len(ids) for ids in table["input_ids"]])
-        self.labels = labels
-        self.padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self.labels, self.tokenizer = labels, tokenizer
 
     @classmethod
     def texts(cls, tokenizer: Any, examples: tasks.Examples, max_length: int) -> "Encoded":
@@ -64,15 +59,11 @@ class Encoded:
 
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """((B, L) inputs of a model, (B,) labels or (2B,) ends of spans, starts first) on the device."""
-        inputs = {}
-        for name, column in self.columns.items():
-            parts = [torch.tensor(column[i]) for i in rows]
-            inputs[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=self.padding[name])
-        lengths = torch.from_numpy(self.lengths[rows])
-        inputs["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        parts = {name: [column[i] for i in rows] for name, column in self.columns.items()}
+        inputs = self.tokenizer.pad(parts, padding_side="right", return_attention_mask=True, return_tensors="pt")
         on_cuda = device.type == "cuda"
         moved = {k: (v.pin_memory() if on_cuda else v).to(device, non_blocking=True) for k, v in inputs.items()}
-        return moved, self.labels[rows].T.flatten().to(device)
+        return moved, self.labels[rows].movedim(0, -1).flatten().to(device)
 
 
 def shuffled(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
