@@ -76,11 +76,6 @@ class Job:
         if self.ranks.is_main:
             folder.write_status(self.config.out, state, update=self.update, updates=self.corpus.num_updates, **about)
 
-    def means(self, sums: list[float], num_tokens: int, num_masked: int) -> dict[str, float]:
-        """Reported losses of summed ones."""
-        has_teacher = self.resolved.teacher is not None
-        return means(sums, num_tokens, num_masked, self.config.loss, has_teacher=has_teacher)
-
 
 def setup(
     resolved: Resolved,
@@ -120,12 +115,11 @@ def setup(
         f"{ranks.num_devices} x {(peak or 0) / 1e9:,.0f} GFLOP/s ({peak_source})"
     )
     prefetcher = TeacherPrefetcher(teacher, ranks.device, overlap=config.teacher.overlap)
-    has_teacher = teacher is not None
     journal = Journal(
         writer,
         ranks,
         num_sums=len(SUMS),
-        to_means=partial(means, loss=config.loss, has_teacher=has_teacher),
+        to_means=partial(means, loss=config.loss, has_teacher=teacher is not None),
         flops=flops,
         peak=peak and peak * ranks.num_devices,
         num_updates=corpus.num_updates,
@@ -153,6 +147,7 @@ def train(job: Job) -> str | None:
     config, corpus, ranks = job.config, job.corpus, job.ranks
     engine, journal, prefetcher = job.engine, job.journal, job.prefetcher
     every, num_rounds, failure = config.log, job.resolved.micro_batches_per_rank, None
+    # Micro-batches are made in worker processes, and the teacher's output one of them ahead where that gains.
     first = job.update * num_rounds
     batches = corpus.micro_batches(Split.TRAIN, ranks, rank=ranks.rank, first=first)
     with_teacher = prefetcher.ahead(batches, Split.TRAIN, first)
@@ -234,7 +229,7 @@ def validate(job: Job) -> None:
         sums += job.engine.evaluate(batch, teacher_output)
     totals = job.ranks.sum(sums).tolist()  # a sync, once a validation
     plan = job.corpus.validation
-    losses = job.means(totals, plan.num_tokens, plan.num_masked)
+    losses = job.journal.to_means(totals, plan.num_tokens, plan.num_masked)
     job.journal.validation({"split": "validation", "update": job.update, **losses})
     job.journal.restart_clock()
 
