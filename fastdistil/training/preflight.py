@@ -4,10 +4,11 @@
 got and what to do. Whatever follows from that alone, and later rooms need, is a property of `Resolved`.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
@@ -246,26 +247,22 @@ def _check_own_tokenizer(path: Path, meta: Meta) -> None:
 def _model(option: str, path: Path, meta: Meta) -> Architecture:
     """A model that reads the shards, which it does only if both mean the same by every id (recipe.md, trap 16)."""
     model = read_architecture(path)
-    fix = f"prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer {path}`"
-    if model.vocab_size != meta.vocab_size:
-        raise ValueError(
-            f"{option} {path} has a vocabulary of {model.vocab_size}, the shards have {meta.vocab_size}: {fix}"
-        )
-    if model.pad_id != meta.special_ids["pad"]:
-        raise ValueError(
-            f"{option} {path} pads with id {model.pad_id}, the shards with {meta.special_ids['pad']}: {fix}"
-        )
-    try:
-        digest, ids = tokenizer.vocabulary_sha256(path), tokenizer.special_ids(path)
-    except FileNotFoundError:
-        return model  # weights without a tokenizer: the size is all there is to compare, and export says whose it was
-    if ids != meta.special_ids:
-        raise ValueError(f"{option} {path} has the special ids {ids}, the shards {meta.special_ids}: {fix}")
-    if digest != meta.tokenizer_sha256:
-        raise ValueError(
-            f"{option} {path} has a tokenizer with hash {digest[:12]}, the shards were made with "
-            f"{meta.tokenizer_sha256[:12]}: {fix}"
-        )
+    # A row a comparison: how it reads, what the model has, what the shards have.
+    rows: list[tuple[str, Any, Any]] = [
+        ("has a vocabulary of {}, the shards have {}", model.vocab_size, meta.vocab_size),
+        ("pads with id {}, the shards with {}", model.pad_id, meta.special_ids["pad"]),
+    ]
+    # Weights without a tokenizer: the sizes are all there is to compare, and export says whose tokenizer it was.
+    with contextlib.suppress(FileNotFoundError):
+        hashes = tokenizer.vocabulary_sha256(path)[:12], meta.tokenizer_sha256[:12]
+        rows.append(("has the special ids {}, the shards {}", tokenizer.special_ids(path), meta.special_ids))
+        rows.append(("has a tokenizer with hash {}, the shards were made with {}", *hashes))
+    for text, has, wanted in rows:
+        if has != wanted:
+            raise ValueError(
+                f"{option} {path} {text.format(has, wanted)}: prepare the shards with its tokenizer: "
+                f"`python -m fastdistil.prepare ... --tokenizer {path}`"
+            )
     return model
 
 
