@@ -12,6 +12,33 @@ def root(tmp_path_factory):
     return runs.make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For toy models in this process: on a busy machine two threads that wait for each other took 14 times as long."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def quiet(root, tmp_path_factory):
+    """A short run in one go, in one process, as a user starts it; read only, like all that sessions share."""
+    from tests.support import launch, runs
+
+    run = tmp_path_factory.mktemp("quiet") / "run"
+    return runs.Done(run, launch.run(*runs.arguments(root, run)).stdout)
+
+
+@pytest.fixture(scope="session")
+def quiet_two(root, tmp_path_factory):
+    """The same of two ranks, with runs.TWO."""
+    from tests.support import forked, runs
+
+    run = tmp_path_factory.mktemp("quiet-two") / "run"
+    return runs.Done(run, forked.run(*runs.arguments(root, run, **runs.TWO), ranks=2).stdout)
+
+
 def pytest_terminal_summary(terminalreporter):
     from fastdistil.kernels._backend import CPU_BACKEND
 

@@ -1,12 +1,12 @@
-"""evaluate.py and finetune.py: a task that can be learnt is learnt, one that cannot is not; repeatable, resumable; mistakes."""
+"""evaluate.py and evaluation/finetune.py: what can be learnt is learnt; repeatable, resumable; mistakes."""
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,29 +16,9 @@ from fastdistil import evaluate
 from fastdistil.evaluation import finetune, tasks
 from fastdistil.evaluation.tasks import Settings
 from tests.support import models
+from tests.support.encoders import WORDS, make_encoder
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(60))]
-
-
-def make_encoder(folder: Path, seed: int = 0, **sizes: Any) -> Path:
-    """A BertForMaskedLM of one layer with a tokenizer, as an export is."""
-    import transformers
-
-    torch.manual_seed(seed)
-    given: dict[str, Any] = {
-        "vocab_size": len(WORDS),
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-    }
-    config = transformers.BertConfig(**given | sizes)
-    transformers.BertForMaskedLM(config).save_pretrained(folder)
-    words = WORDS + [f"x{i}" for i in range(config.vocab_size - len(WORDS))]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_task(folder: Path, *, shuffled: bool = False, count: int = 240) -> Path:
@@ -63,7 +43,7 @@ def folders(tmp_path_factory):
     return make_encoder(root / "model"), root / "data"
 
 
-QUICK = ["--epochs", "3", "--batch-size", "8", "--lr", "3e-3", "--device", "cpu"]
+QUICK = ["--epochs", "3", "--batch-size", "8", "--lr", "3e-3", "--dropout", "0.1", "--device", "cpu"]
 
 
 def run(model: Path, data: Path, *words: object) -> int:
@@ -71,17 +51,24 @@ def run(model: Path, data: Path, *words: object) -> int:
     return evaluate.main([*start, *map(str, words)])
 
 
-def test_a_task_is_learnt_and_scored(folders, tmp_path, capsys):
-    model, data = folders
-    out = tmp_path / "result.json"
-    assert run(model, data, "--out", out, "--seeds", 2) == 0
-    record = json.loads(out.read_text())
+@pytest.fixture(scope="module")
+def scored(folders, tmp_path_factory):
+    """A folder with result.json, of two seeds, and the model of the second in kept/sst2."""
+    out = tmp_path_factory.mktemp("scored")
+    assert run(*folders, "--out", out / "result.json", "--seeds", 2, "--save", out / "kept") == 0
+    return out
+
+
+def test_a_task_is_learnt_and_scored(folders, scored, tmp_path, capsys):
+    record = json.loads((scored / "result.json").read_text())
     found = record["tasks"]["sst2"]
     scores = [found["seeds"][seed]["accuracy"] for seed in ("1", "2")]
     assert min(scores) > 0.9
     assert found["median"] == pytest.approx(np.median(scores))
     assert (found["num_train"], found["num_validation"]) == (240, 60)
     assert record["class"] == "BertForSequenceClassification"
+
+    assert run(*folders, "--out", shutil.copy(scored / "result.json", tmp_path), "--seeds", 2) == 0
     text = capsys.readouterr().out
     assert f"{100 * found['median']:.1f}" in text
     assert "92.7" in text  # BERT-base's, as published
@@ -95,19 +82,19 @@ def test_labels_of_no_meaning_are_not_learnt(folders, tmp_path):
     assert json.loads(out.read_text())["tasks"]["sst2"]["median"] < 0.75
 
 
-def test_a_seed_repeats_and_is_not_done_twice(folders, tmp_path, monkeypatch):
-    model, data = folders
-    first, second = tmp_path / "a.json", tmp_path / "b.json"
-    assert run(model, data, "--out", first, "--seeds", 1, "--dropout", "0.1") == 0
-    assert run(model, data, "--out", second, "--seeds", 1, "--dropout", "0.1") == 0
-    one, two = (json.loads(f.read_text())["tasks"]["sst2"]["seeds"]["1"] for f in (first, second))
-    assert one["score"] == two["score"]
+def test_a_seed_repeats_and_is_not_done_twice(folders, scored, tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    assert run(*folders, "--out", path, "--seeds", 1) == 0
+    seeds = json.loads(path.read_text())["tasks"]["sst2"]["seeds"]
+    assert (
+        seeds["1"]["score"] == json.loads((scored / "result.json").read_text())["tasks"]["sst2"]["seeds"]["1"]["score"]
+    )
 
     done = []
     monkeypatch.setattr(finetune, "fine_tune", lambda *_, seed, **__: done.append(seed))
-    assert run(model, data, "--out", first, "--seeds", 3, "--dropout", "0.1") == 0
+    assert run(*folders, "--out", path, "--seeds", 3) == 0
     assert done == [2, 3]
-    assert json.loads(first.read_text())["tasks"]["sst2"]["seeds"]["1"] == one
+    assert json.loads(path.read_text())["tasks"]["sst2"]["seeds"]["1"] == seeds["1"]
 
 
 def test_weights_after_a_fine_tuning_are_bitwise_the_same(folders):
@@ -142,17 +129,14 @@ def test_a_distilbert_reads_pairs(folders, tmp_path):
     assert kept["tasks"]["table"]["num_train"] == 24
 
 
-def test_padding_changes_no_prediction(folders):
+def test_padding_changes_no_prediction(folders, scored):
     """One example at a time, and all in batches with longer ones."""
-    data = tasks.load("sst2", tasks.TASKS["sst2"], str(folders[1]))
     import transformers
 
+    data = tasks.load("sst2", tasks.TASKS["sst2"], str(folders[1]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders[0])
     encoded = finetune.Encoded.texts(tokenizer, data.validation, 64)
-    settings = Settings(epochs=3, batch_size=8, lr=3e-3)
-    model = finetune.load_model(str(folders[0]), data, settings, seed=1)
-    train = finetune.Encoded.texts(tokenizer, data.train, 64)
-    finetune.fine_tune(model, train, settings, seed=1, device=torch.device("cpu"))
+    model = finetune.load_model(str(scored / "kept" / "sst2"), data, Settings(), seed=1)
     alone, together = (finetune.predict(model, encoded, size, torch.device("cpu")) for size in (1, 60))
     assert (alone == together).all()
     assert len(set(alone)) == 2  # or it would say nothing
@@ -191,10 +175,8 @@ def test_the_second_distillations_loss_and_gradient():
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_a_teacher_is_fine_tuned_first_or_taken_as_it_is(folders, tmp_path, monkeypatch):
+def test_a_teacher_is_fine_tuned_first_or_taken_as_it_is(folders, scored, tmp_path, monkeypatch):
     model, data = folders
-    save = tmp_path / "teacher"
-    assert run(model, data, "--out", tmp_path / "a.json", "--seeds", 1, "--save", save) == 0
     calls = []
     real = finetune.fine_tune
 
@@ -203,7 +185,7 @@ def test_a_teacher_is_fine_tuned_first_or_taken_as_it_is(folders, tmp_path, monk
         return real(*arguments, teacher=teacher, **keywords)
 
     monkeypatch.setattr(finetune, "fine_tune", counted)
-    for teacher, wanted in ((save / "sst2", [True]), (model, [False, True])):
+    for teacher, wanted in ((scored / "kept" / "sst2", [True]), (model, [False, True])):
         calls.clear()
         out = tmp_path / f"{len(wanted)}.json"
         assert run(model, data, "--out", out, "--seeds", 1, "--teacher", teacher) == 0
@@ -253,14 +235,14 @@ def test_mistakes_are_named(folders, tmp_path, capsys, words, message):
     assert not (tmp_path / "r.json").exists()
 
 
-def test_a_file_of_other_settings_is_not_mixed_into(folders, tmp_path, capsys):
-    out = tmp_path / "r.json"
-    assert run(*folders, "--out", out, "--seeds", 1, "--epochs", 1) == 0
-    assert run(*folders, "--out", out, "--seeds", 2, "--epochs", 2) == 2
+def test_a_file_of_other_settings_is_not_mixed_into(folders, scored, tmp_path, capsys):
+    out = Path(shutil.copy(scored / "result.json", tmp_path))
+    assert run(*folders, "--out", out, "--seeds", 3, "--epochs", 2) == 2
     assert "another --epochs" in capsys.readouterr().err
-    out.write_text("{}")
-    assert run(*folders, "--out", out) == 2
-    assert "is no evaluation" in capsys.readouterr().err
+    for content, message in (("{}", "is no evaluation"), ("[", "is not readable as JSON")):
+        out.write_text(content)
+        assert run(*folders, "--out", out) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_glue_is_what_the_folder_holds(folders, tmp_path, capsys):

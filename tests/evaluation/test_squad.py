@@ -1,4 +1,4 @@
-"""squad.py: files as distributed, windows that keep their answers, the best span against all spans, EM and F1 as officially computed."""
+"""squad.py: files as distributed, windows that keep their answers, the best span against all spans, official scores."""
 
 import json
 import random
@@ -10,9 +10,10 @@ import transformers
 
 from fastdistil import evaluate
 from fastdistil.evaluation import squad, tasks
+from tests.support.encoders import make_encoder
 from tests.support.models import MINILM
-from tests.test_evaluate import make_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SQUAD = tasks.TASKS["squad"]
 PASSAGE = "Néstor sailed from Bergen in 1921. The ship, the Vega, was lost near Spitsbergen; nobody drowned."
 
@@ -145,7 +146,10 @@ def test_scores_are_the_official_ones(answer, people, exact, f1):
 
 
 def make_squad(folder: Path, *, marked: bool, none: bool) -> Path:
-    """The answer is the word after w0 in a passage of several windows (or any word, unmarked); there is none where w0 is missing."""
+    """The answer is w0, w1 or w2 in a passage of several windows, or with marked=False any word.
+
+    With `none` every third question has no answer.
+    """
     rng = random.Random(1)
     for split, count in (("train", 300), ("dev", 60)):
         paragraphs = []
