@@ -8,24 +8,17 @@ import signal
 import pytest
 import torch
 
-from fastdistil.run import checkpoint, ranks
+from fastdistil.run import checkpoint
+from fastdistil.run.files import sha256
+from fastdistil.run.ranks import Ranks
+from tests.support.checkpoints import save, tensors
 
-PLACE = ranks.Place(0, 1, torch.device("cpu"), None)
-
-
-def tensors(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    names = ("weight.a", "weight.b", "exp_avg.a", "exp_avg_sq.a")
-    return {n: torch.randn(50, 20, generator=generator) for n in names}
-
-
-def save(run, update, keep=2):
-    return checkpoint.save(run, tensors(update), {"update": update, "tokens": 10 * update}, keep=keep)
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     save(tmp_path, 5)
-    loaded = checkpoint.load(tmp_path, PLACE)
+    loaded = checkpoint.load(tmp_path, ALONE)
     assert loaded is not None
     got, state = loaded
     assert state == {"update": 5, "tokens": 50}
@@ -45,7 +38,7 @@ def test_the_last_ones_are_kept(tmp_path):
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path):
-    assert checkpoint.load(tmp_path, PLACE) is None
+    assert checkpoint.load(tmp_path, ALONE) is None
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint \(found: none\)"):
         checkpoint.load_weights(tmp_path)
     save(tmp_path, 5)
@@ -119,7 +112,7 @@ def test_a_damaged_one_is_not_counted_among_those_that_are_kept(tmp_path):
 def test_nothing_usable_is_an_error_not_a_fresh_start(tmp_path):
     (save(tmp_path, 5) / "weights.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        checkpoint.load(tmp_path, PLACE)
+        checkpoint.load(tmp_path, ALONE)
 
 
 def test_a_renamed_checkpoint_is_passed_over(tmp_path):
@@ -190,7 +183,7 @@ def test_a_forged_state_with_its_own_hash_is_passed_over(tmp_path, state):
     folder = save(tmp_path, 10)
     (folder / "state.json").write_text(state)
     manifest = json.loads((folder / "manifest.json").read_text())
-    digest = checkpoint._sha256(folder / "state.json")
+    digest = sha256(folder / "state.json")
     manifest["files"]["state.json"] = {"bytes": len(state), "sha256": digest}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "a file is not a checkpoint's" in str(checkpoint.verify(folder))

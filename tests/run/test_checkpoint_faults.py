@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from fastdistil.run import checkpoint
-from tests.run.test_checkpoint import save, tensors
 from tests.support import launch
+from tests.support.checkpoints import save, tensors
 
 
 class Killer:
@@ -109,7 +109,7 @@ def test_all_is_synced_before_the_rename_and_the_rename_after_it(tmp_path, monke
     """What a loss of power would show, and SIGKILL does not."""
     save(tmp_path, 5)
     seen, rename = [], os.rename
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: seen.append(path.name))
+    monkeypatch.setattr(checkpoint, "sync", lambda path: seen.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (seen.append("rename"), rename(a, b)))
     save(tmp_path, 10)
     assert sorted(seen[:3]) == sorted(checkpoint.FILES)
@@ -184,14 +184,14 @@ def test_what_cannot_be_read_is_passed_over_and_nothing_hangs(tmp_path, monkeypa
         (folder / "manifest.json").unlink()
         os.mkfifo(folder / "manifest.json")
     else:
-        real = checkpoint._sha256
+        real = checkpoint.sha256
 
         def broken_disk(path):
             if path.parent == folder:
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             return real(path)
 
-        monkeypatch.setattr(checkpoint, "_sha256", broken_disk)
+        monkeypatch.setattr(checkpoint, "sha256", broken_disk)
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 5)
     assert f"passing over {folder}: " in caplog.text
 
@@ -241,10 +241,13 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays_and_is_named(tmp_path, m
 
 
 def in_child(code: str, *before: str) -> subprocess.CompletedProcess[str]:
-    """Run Python after the command words `before`; `save` is that of test_checkpoint.py."""
-    code = (
-        f"from pathlib import Path\nfrom fastdistil import checkpoint\nfrom tests.test_checkpoint import save\n{code}"
+    """Run Python after the command words `before`; it knows `Path`, `checkpoint` and `save`."""
+    imports = (
+        "from pathlib import Path",
+        "from fastdistil.run import checkpoint",
+        "from tests.support.checkpoints import save",
     )
+    code = "\n".join((*imports, code))
     words = [*before, sys.executable, "-c", code]
     return subprocess.run(words, env=launch.ENVIRONMENT, capture_output=True, text=True, timeout=120)  # fmt: skip
 

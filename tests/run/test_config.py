@@ -1,6 +1,7 @@
 """The command line: recipes, overrides, typos, mistakes, and all of it before torch is imported."""
 
 import argparse
+import resource
 import subprocess
 import sys
 import time
@@ -90,13 +91,10 @@ def test_no_option_of_ours_is_taken_by_torchrun():
 
 def seconds_and_output(*args):
     # user time of the child does not depend on what else the machine is doing
-    import resource
-
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", *args], capture_output=True, text=True, env=launch.ENVIRONMENT
-    )
+    words = [sys.executable, "-X", "importtime", "-m", *args]
+    done = subprocess.run(words, capture_output=True, text=True, env=launch.ENVIRONMENT)
     wall = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -115,40 +113,25 @@ def seconds_and_output(*args):
     ids=" ".join,
 )
 def test_help_and_mistakes_come_before_torch(args):
-    seconds, done = min((seconds_and_output(*args) for _ in range(3)), key=lambda pair: pair[0])
-    assert "torch" not in {
-        line.split("|")[-1].strip().split(".")[0]
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
-    assert done.returncode == (0 if "--help" in args else 2)
-    assert seconds < 0.75  # half a second, and what -X importtime itself costs
+    bound, taken = 0.75, []  # half a second, and what -X importtime itself costs
+    while len(taken) < 3 and min(taken, default=bound) >= bound:  # the machine may have been busy
+        seconds, done = seconds_and_output(*args)
+        taken.append(seconds)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+        assert len(lines) > 50
+        assert "torch" not in {line.split("|")[-1].strip().split(".")[0] for line in lines}
+        assert done.returncode == (0 if "--help" in args else 2)
+    assert min(taken) < bound
 
 
 def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
     base = recipes.distilbert()
     saved = config.to_json(base)
-    free = parse(
-        [
-            "distilbert",
-            "--resume",
-            "auto",
-            "--log.every",
-            "3",
-            "--data.num-workers",
-            "0",
-            "--engine.zero-stage",
-            "3",
-            "--out",
-            "elsewhere",
-        ],
-        quiet=False,
-    )
+    changes = {"resume": "auto", "log__every": 3, "data__num_workers": 0, "engine__zero_stage": 3, "out": "elsewhere"}
+    free = parse(["distilbert", *launch.options(**changes)], quiet=False)
     assert config.resume_differences(saved, config.to_json(free)) == []
-    bound = parse(
-        ["distilbert", "--optim.lr", "1e-4", "--seed", "7", "--engine.precision", "bf16", "--engine.attention", "sdpa"],
-        quiet=False,
-    )
+    changes = {"optim__lr": 1e-4, "seed": 7, "engine__precision": "bf16", "engine__attention": "sdpa"}
+    bound = parse(["distilbert", *launch.options(**changes)], quiet=False)
     assert config.resume_differences(saved, config.to_json(bound)) == [
         "--engine.attention: was 'auto', now 'sdpa'",
         "--engine.precision: was 'auto', now 'bf16'",

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from fastdistil.model.architecture import FlopsPerToken
 from fastdistil.run import metrics
+from fastdistil.run.ranks import Ranks
 
 NAMES = ("loss", "kd")
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def to_means(sums: list[float], tokens: int, _masked: int) -> dict[str, float]:
@@ -18,12 +19,11 @@ def to_means(sums: list[float], tokens: int, _masked: int) -> dict[str, float]:
 
 
 def journal(writer: metrics.MetricsWriter | None = None, **changes: object) -> metrics.Journal:
-    given = dict(num_sums=2, to_means=to_means, flops=FlopsPerToken(teacher=1.0, student=2.0), peak=1e6, num_updates=100,
-                 device=torch.device("cpu"))  # fmt: skip
-    return metrics.Journal(writer, **given | changes)  # type: ignore[arg-type]
+    given = {"num_sums": 2, "to_means": to_means, "flops": 3.0, "peak": 1e6, "num_updates": 100}
+    return metrics.Journal(writer, ALONE, **given | changes)  # type: ignore[arg-type]
 
 
-def update(record: metrics.Journal, number: int, norm: float, sums: tuple[float, float] = (8.0, 4.0)) -> None:  # fmt: skip
+def update(record: metrics.Journal, number: int, norm: float, sums: tuple[float, float] = (8.0, 4.0)) -> None:
     record.add(torch.tensor(sums))
     counts = {"split": "train", "update": number, "tokens": 4, "masked": 1}
     record.close_update(counts, torch.tensor(norm))
@@ -91,7 +91,8 @@ def test_a_resume_forgets_what_came_after_the_checkpoint(tmp_path):
 
 def test_no_peak_is_made_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Nobody 3000")
-    assert metrics.peak_flops(torch.device("cuda"), torch.bfloat16) == (None, "no peak known for NVIDIA Nobody 3000")  # fmt: skip
+    unknown = None, "no peak known for NVIDIA Nobody 3000"
+    assert metrics.peak_flops(torch.device("cuda"), torch.bfloat16) == unknown
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert metrics.peak_flops(torch.device("cuda"), torch.bfloat16)[0] == 989e12
     peak, source = metrics.peak_flops(torch.device("cpu"), torch.float32)

@@ -1,48 +1,36 @@
 """--profile: a trace, a table whose parts are the step, and no number changed."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 
 from fastdistil.model.architecture import flops_per_token
-from fastdistil.run import profile as profiling
+from fastdistil.pretrain import parse
+from fastdistil.run import profile
 from fastdistil.run.config import Config
-from tests.support import launch, toy
-
-PRETRAIN = "fastdistil.pretrain"
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    root = tmp_path_factory.mktemp("profile")
-    shards = toy.make_shards(root / "shards", num_sequences=120)
-    teacher = toy.make_teacher(root / "teacher", shards)
-    return launch.options(
-        data__shards=shards, teacher__path=teacher, batch__size=512, batch__unit="tokens",
-        batch__token_budget=128, optim__unit="updates", optim__duration=5, log__every=1,
-        data__num_workers=0, data__validation_sequences=4, log__validate_every=2,  # inside the window
-    )  # fmt: skip
-
-
-def losses(run):
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [(r["update"], r["loss"].hex()) for r in map(json.loads, lines) if r["split"] == "train"]
+from fastdistil.training import forecast
+from fastdistil.training.preflight import resolve
+from tests.support import forked, launch, runs
 
 
 @pytest.mark.parametrize("ranks", [None, 2])
-def test_a_profiled_run(arguments, tmp_path, ranks):
-    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
-    launch.run(PRETRAIN, "distilbert", *arguments, "--out", plain, ranks=ranks)
-    assert not (plain / "profile").exists()
-    log = launch.run(PRETRAIN, "distilbert", *arguments, "--out", profiled, "--profile", "2:4", ranks=ranks).stdout
-    assert losses(profiled) == losses(plain)
+def test_a_profiled_run(root, quiet, quiet_two, tmp_path, ranks):
+    plain, profiled = quiet_two if ranks else quiet, tmp_path / "profiled"
+    options = runs.TWO if ranks else {}
+    options = options | {"log__every": 1, "log__validate_every": 2, "profile": "2:4"}  # a validation in the window
+    log = forked.run(*runs.arguments(root, profiled, **options), ranks=ranks).stdout
+    assert not (plain.run / "profile").exists()
+    trained = [
+        [line for line in runs.exact_metrics(run) if line[0] == ("split", "train")] for run in (profiled, plain.run)
+    ]
+    assert trained[0] == trained[1]
+    assert runs.same(*(runs.tensors_of(run, 12) for run in (profiled, plain.run)))
 
     found = json.loads((profiled / "profile" / "table.json").read_text())
     assert found["updates"] == 2
     parts = {name: row["seconds"] for name, row in found["parts"].items()}
-    assert set(parts) == {*profiling.PARTS, "other"}
+    assert set(parts) == {*profile.PARTS, "other"}
     assert sum(parts.values()) == pytest.approx(found["seconds_an_update"], rel=0.1)
     assert min(parts.values()) >= 0
     for part in ("teacher", "student forward", "loss", "backward", "optimiser"):
@@ -52,16 +40,16 @@ def test_a_profiled_run(arguments, tmp_path, ranks):
     assert (parts["communication"] > 0) == (ranks == 2)
     trace = json.loads((profiled / "profile" / "trace.json").read_text())
     names = [event.get("name") for event in trace["traceEvents"]]
-    micro_batches = 4 // (ranks or 1)
+    micro_batches = 3  # of this rank in an update: 3 of 3, or 3 of 5
     assert names.count("backward") == names.count("teacher") == 2 * micro_batches
     assert names.count("optimiser") == names.count("update") == 2
     assert "[memory]" in names
 
 
-def test_a_window_beyond_the_run_is_refused(arguments, tmp_path):
-    done = launch.run(PRETRAIN, "distilbert", *arguments, "--out", tmp_path / "run", "--profile", "5:7", ok=False)
+def test_a_window_beyond_the_run_is_refused(root, tmp_path):
+    done = forked.run(*runs.arguments(root, tmp_path / "run", profile="12:14"), ok=False)
     assert done.returncode == 2
-    assert "goes beyond the run's 5 updates" in done.stderr
+    assert "goes beyond the run's 12 updates" in done.stderr
 
 
 @pytest.mark.parametrize("window", ["0:2", "3:3", "13:10", "abc", "1", "1:2:3", "-1:2", "1:2x"])
@@ -80,17 +68,17 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(profiling.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(profile.time, "perf_counter", lambda: self.now)
 
     def work(self, part, seconds):
-        with profiling.span(part):
+        with profile.span(part):
             self.now += seconds
 
 
-def updates(profile, clock, numbers):
+def updates(profiled, clock, numbers):
     """Updates of 10 s, 6 of them in no part, with a validation after each."""
     for number in numbers:
-        with profile.update(number):
+        with profiled.update(number):
             clock.work("loss", 3.0)
             clock.work("backward", 1.0)
             clock.now += 6.0
@@ -98,32 +86,32 @@ def updates(profile, clock, numbers):
 
 
 @pytest.mark.parametrize(("window", "made", "count"), [((1, 5), (0, 3), 2), ((1, 3), (0, 9), 2), ((1, 4), (2, 9), 2)])
-def test_what_is_written_where_a_run_ends_or_resumes_in_the_window(
-    tmp_path, caplog, monkeypatch, window, made, count
-):  # fmt: skip
+def test_what_is_written_where_a_run_ends_or_resumes_in_the_window(tmp_path, caplog, monkeypatch, window, made, count):
     caplog.set_level("INFO", logger="fastdistil")
     clock = Clock(monkeypatch)
     cpu = torch.device("cpu")
-    profile = profiling.Profile(range(*window), tmp_path, cpu, lambda: {"loss": 0.5})
-    updates(profile, clock, range(*made))
+    profiled = profile.Profile(range(*window), tmp_path, cpu, lambda: {"loss": 0.5})
+    updates(profiled, clock, range(*made))
     assert (tmp_path / "table.json").exists() == (made[1] >= window[1])
-    profile.close()
-    profile.close()
+    profiled.close()
+    profiled.close()
     assert caplog.text.count("table.json") == 1
     found = json.loads((tmp_path / "table.json").read_text())
     assert (found["updates"], found["seconds_an_update"]) == (count, 10.0)
     got = {name: (row["seconds"], row["share"], row["floor"]) for name, row in found["parts"].items()}
     assert got == {
-        "loss": (3.0, 0.3, 0.5), "backward": (1.0, 0.1, None), "communication": (0.0, 0.0, None),
+        "loss": (3.0, 0.3, 0.5),
+        "backward": (1.0, 0.1, None),
+        "communication": (0.0, 0.0, None),
         "other": (6.0, 0.6, None),
-    }  # fmt: skip
+    }
     assert "3000.0   30.0%      500.0" in caplog.text
 
 
 def test_a_window_that_is_past_says_so(tmp_path, caplog, monkeypatch):
-    profile = profiling.Profile(range(1, 3), tmp_path, torch.device("cpu"), dict)
-    updates(profile, Clock(monkeypatch), range(3, 5))
-    profile.close()
+    profiled = profile.Profile(range(1, 3), tmp_path, torch.device("cpu"), dict)
+    updates(profiled, Clock(monkeypatch), range(3, 5))
+    profiled.close()
     assert "none of the updates" in caplog.text
     assert not list(tmp_path.iterdir())
 
@@ -134,8 +122,8 @@ def test_an_error_in_a_profiled_run_keeps_its_exit_status(tmp_path, num_updates,
     script.write_text(f"""
 import sys, torch
 from pathlib import Path
-from fastdistil import profiling
-profile = profiling.Profile(range(1, 5), Path({str(tmp_path / "profile")!r}), torch.device("cpu"), dict)
+from fastdistil.run.profile import Profile
+profile = Profile(range(1, 5), Path({str(tmp_path / "profile")!r}), torch.device("cpu"), dict)
 for update in range({num_updates}):
     with profile.update(update):
         torch.ones(3).sum()
@@ -152,13 +140,18 @@ def event(name, begin_ms, end_ms, **more):
 
 def test_collectives_that_run_at_once_count_once():
     trace = [
-        event("update", 0, 100), event("backward", 10, 40), event("optimiser", 50, 90),
+        event("update", 0, 100),
+        event("backward", 10, 40),
+        event("optimiser", 50, 90),
         event("gloo:all_reduce", 5, 25),  # begun before the part
-        event("gloo:all_gather", 55, 75), event("gloo:all_gather", 60, 65), event("gloo:all_gather", 70, 80),
-        event("gloo:all_reduce", 110, 130), {"ph": "i", "name": "[memory]", "ts": 1},
-    ]  # fmt: skip
-    assert profiling.gloo_seconds(trace) == pytest.approx({"update": 0.045, "backward": 0.015, "optimiser": 0.025})
-    assert profiling.gloo_seconds(trace[:3])["update"] == 0
+        event("gloo:all_gather", 55, 75),
+        event("gloo:all_gather", 60, 65),
+        event("gloo:all_gather", 70, 80),
+        event("gloo:all_reduce", 110, 130),
+        {"ph": "i", "name": "[memory]", "ts": 1},
+    ]
+    assert profile.gloo_seconds(trace) == pytest.approx({"update": 0.045, "backward": 0.015, "optimiser": 0.025})
+    assert profile.gloo_seconds(trace[:3])["update"] == 0
 
 
 def test_of_nccl_the_kernels_count_and_not_what_launched_them():
@@ -168,38 +161,33 @@ def test_of_nccl_the_kernels_count_and_not_what_launched_them():
         event("ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)", 5, 25, cat="kernel"),
         event("gemm", 5, 25, cat="kernel"),
     ]
-    assert profiling.nccl_seconds(trace) == pytest.approx(0.02)
+    assert profile.nccl_seconds(trace) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("has_teacher", [True, False])
-def test_floors_are_the_work_of_an_update(monkeypatch, has_teacher):
-    monkeypatch.setattr(profiling, "_copy_bytes_per_s", lambda device: 1e6)
-    student = toy.architecture()
-    teacher = student if has_teacher else None
-    floors = partial(
-        profiling.floors,
-        teacher,
-        student,
-        20.0,
-        head_fraction=1.0,
-        num_tokens=1000,
-        num_stepped=500,
-        device=torch.device("cpu"),
+def test_floors_are_the_work_of_an_update(root, monkeypatch, has_teacher):
+    monkeypatch.setattr(forecast, "copy_bytes_per_s", lambda device: 1e6)
+    recipe = "distilbert" if has_teacher else "mlm"
+    teacher = {"teacher__path": root / "teacher"} if has_teacher else {}
+    size = {} if has_teacher else {"student__num_layers": 2, "student__hidden_size": 32, "student__num_heads": 4}
+    config = parse(
+        [recipe, *launch.options(data__shards=root / "shards", out=root / "none", **teacher, **size)], quiet=False
     )
-    found = floors(peak=1e9)
+    resolved = resolve(config, world_size=1, by_torchrun=False)
+    given = {"num_tokens": 1000, "num_stepped": 500, "device": torch.device("cpu")}
+    found = forecast.floors(resolved, 20.0, peak=1e9, **given)
     assert found.pop("optimiser") == pytest.approx(32 * 500 / 1e6)
     assert found.pop("waiting for data") == 0.0
-    all_flops = flops_per_token(teacher, student, 20.0).total
+    share = 1.0 if has_teacher else config.masking.fraction
+    all_flops = flops_per_token(resolved.teacher, resolved.student, 20.0, head_fraction=share).total
     assert sum(found.values()) == pytest.approx(1000 * all_flops / 1e9)
     if not has_teacher:  # the loss is a forward like the student's own
         assert found["backward"] == pytest.approx(2 * (found["student forward"] + found["loss"]))
-    assert set(floors(peak=None)) == {
-        "optimiser", "waiting for data"
-    }  # fmt: skip
+    assert set(forecast.floors(resolved, 20.0, peak=None, **given)) == {"optimiser", "waiting for data"}
 
 
 def test_outside_a_window_spans_do_nothing():
-    with pytest.raises(RuntimeError, match="through"), profiling.span("teacher"):
+    with pytest.raises(RuntimeError, match="through"), profile.span("teacher"):
         raise RuntimeError("through")
-    assert list(profiling.spanned([1, 2], "waiting for data")) == [1, 2]
-    assert profiling._recorder is None
+    assert list(profile.spanned([1, 2], "waiting for data")) == [1, 2]
+    assert profile._recorder is None

@@ -12,6 +12,7 @@ ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))},
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait make a run beside another one ten times slower
     "PYTHONPATH": str(ROOT),
 }
 
@@ -37,14 +38,23 @@ def command(*args: object, ranks: int | None = None, script: bool = False, resta
 
 
 def run(
-    *args: object, ranks: int | None = None, script: bool = False, ok: bool = True, timeout_s: float = 300,
-    environment: dict[str, str] | None = None, cwd: Path | None = None,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    *args: object,
+    ranks: int | None = None,
+    script: bool = False,
+    ok: bool = True,
+    timeout_s: float = 300,
+    environment: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; with `ok` a failure shows what was printed."""
     done = subprocess.run(
-        command(*args, ranks=ranks, script=script), capture_output=True, text=True, timeout=timeout_s,
-        env=ENVIRONMENT | (environment or {}), cwd=cwd,
-    )  # fmt: skip
+        command(*args, ranks=ranks, script=script),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=ENVIRONMENT | (environment or {}),
+        cwd=cwd,
+    )
     if ok:
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +26,17 @@ SHORT = options(
     engine__bucket_elements=10_000,
 )
 """12 updates of 3 micro-batches."""
+
+
+TWO = {"engine__zero_stage": 3, "engine__precision": "bf16", "batch__size": 40, "engine__timeout_s": 120}
+"""Changes for a short run of two ranks, which divide neither its 5 micro-batches nor its parameters."""
+
+
+class Done(NamedTuple):
+    """A run to its end."""
+
+    run: Path
+    printed: str
 
 
 def make_inputs(root: Path) -> Path:
