@@ -69,13 +69,19 @@ def architecture(**changes: int | float | str) -> Architecture:
     return Architecture(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def make_teacher(folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float) -> Path:
-    """A Hugging Face folder of a BertForMaskedLM with weights large enough that its distributions are not flat."""
-    model = MaskedLM(architecture(**changes), generator=torch.Generator().manual_seed(seed))
+def steep(architecture: Architecture, *, seed: int) -> MaskedLM:
+    """A model of random weights that are large enough for distributions and relations that are not flat."""
+    model = MaskedLM(architecture, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
                 p.mul_(5.0)
+    return model
+
+
+def make_teacher(folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float) -> Path:
+    """A Hugging Face folder of a BertForMaskedLM."""
+    model = steep(architecture(**changes), seed=seed)
     folder.mkdir(parents=True)
     write_hugging_face_folder(model.state_dict(), model.architecture, shards_folder / "tokenizer", folder)
     return folder

@@ -1,118 +1,231 @@
-"""Run under torchrun by test_engine.py: every ZeRO stage in one launch, results to a file.
+"""What the tests of engines do on every rank (forked.call): gradients of an update, runs in pieces, spoilt updates."""
 
-    torchrun ... tests/workers/engine_worker.py FOLDER OUT precision
-
-For each engine: the gradient and loss terms of one update, then six updates straight against three, a saved state, a fresh
-engine and three more. Dropout is on in the second part.
-"""
-
+import json
 import sys
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 
-from fastdistil.data import batches as data
+from fastdistil.data.batches import Collator
+from fastdistil.data.plan import Plan
 from fastdistil.data.shards import Shards
 from fastdistil.model.weights import hugging_face_state
-from fastdistil.run import ranks
-from fastdistil.run.command import leave
-from fastdistil.run.config import Config, EngineConfig, MaskingConfig, OptimConfig
-from fastdistil.training import objective as losses
+from fastdistil.run import checkpoint
+from fastdistil.run.config import Config, EngineConfig, LossConfig, MaskingConfig, OptimConfig
+from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import DeepSpeedEngine, Engine, PlainEngine
-from fastdistil.training.objective import Objective
-from tests.training.test_objective import make_batches, make_student, make_teacher
-from tests.workers.resume_worker import switch_dropout_on
+from fastdistil.training.objective import SUMS, Objective, means
+from tests.support.updates import CPU, make_batches, make_student, make_teacher
 
-BUDGET, UPDATES = 256, 6
-CPU = torch.device("cpu")
+BUDGET, SEED = 256, 7
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def make(
-    root: Path, config: Config, stage: int | None, accumulation: int, place: ranks.Place, dropout: float
+def make_engine(
+    ranks: Ranks,
+    root: Path,
+    student: str,
+    *,
+    stage: int,
+    precision: str,
+    accumulation: int,
+    loss: LossConfig | None = None,
+    attention: Any = "auto",
 ) -> Engine:
-    student = make_student(root, CPU)
-    if dropout:
-        switch_dropout_on(student, dropout)
-    objective = Objective(student, config.loss)
-    if stage is None:
-        return PlainEngine(objective, config, device=place.device)
-    return DeepSpeedEngine(objective, config, stage=stage, accumulation=accumulation, place=place)
+    """An engine in training mode, with clipping and decay; `accumulation` micro-batches a rank in an update."""
+    config = Config(
+        loss=loss or LossConfig(),
+        optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
+        engine=EngineConfig(bucket_elements=10_000),
+    )
+    model = make_student(root, student, CPU)
+    model.encoder.attention_backend = attention
+    objective, dtype = Objective(model, config.loss).train(), DTYPES[precision]
+    if stage == 0:
+        return PlainEngine(objective, config, ranks, dtype)
+    return DeepSpeedEngine(objective, config, ranks, dtype, stage=stage, accumulation=accumulation)
 
 
-def one_update(root: Path, config: Config, stage: int | None, place: ranks.Place) -> dict:
-    """Loss terms and full gradients of one update of 4 micro-batches, as hugging_face_state names them."""
-    update, batches = make_batches(root, 4, CPU)
-    accumulation = 4 // place.world_size
-    engine, teacher = make(root, config, stage, accumulation, place, 0.0), make_teacher(root, CPU)
-    teacher.model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
-    sums = torch.zeros(len(losses.SUMS))
-    for k in range(accumulation):
-        batch = batches[k * place.world_size + place.rank]
-        sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
-    if stage is None:
-        full = {n: p.grad for n, p in engine.objective.student.named_parameters()}
+def gradients(
+    ranks: Ranks,
+    root: Path,
+    student: str,
+    precision: str,
+    stages: Sequence[int],
+    micro_batches: int,
+    loss: LossConfig | None = None,
+) -> dict[int, Any]:
+    """{stage: (reported losses, gradients)} of an update, as updates.one_update has them of one process."""
+    loss, found = loss or LossConfig(), {}
+    accumulation = -(-micro_batches // ranks.world_size)
+    update, batches = make_batches(root, micro_batches, CPU, ranks=ranks.world_size)
+    teacher = make_teacher(root, CPU, loss=loss, dtype=DTYPES[precision])
+    for stage in stages:
+        engine = make_engine(
+            ranks, root, student, stage=stage, precision=precision, accumulation=accumulation, loss=loss
+        )
+        sums = torch.zeros(len(SUMS))
+        for batch in batches[accumulation * ranks.rank :][:accumulation]:
+            sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
+        totals = ranks.sum(sums).tolist()
+        reported = means(totals, update.num_tokens, update.num_masked, loss, has_teacher=True)
+        found[stage] = reported, _full_gradients(engine)
+    return found
+
+
+def inductor_after_an_update(ranks: Ranks, root: Path) -> bool:
+    """Whether DeepSpeed has imported the compiler."""
+    gradients(ranks, root, "student", "fp32", [1], 2)
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+def _full_gradients(engine: Engine) -> dict[str, torch.Tensor]:
+    model = engine.objective.student
+    if isinstance(engine, PlainEngine):
+        engine._sum_gradients()
+        full = {n: p.grad for n, p in model.named_parameters()}
     else:
         from deepspeed.utils import safe_get_full_grad
 
-        full = {n: safe_get_full_grad(p) for n, p in engine.objective.student.named_parameters()}
-    grads = {n: g.float() for n, g in full.items() if g is not None}
-    means = losses.means(
-        ranks.sum_over_ranks(sums).tolist(), update.num_tokens, update.num_masked, config.loss, has_teacher=True
-    )
-    return {"means": means, "gradients": hugging_face_state(grads, engine.objective.student.architecture)}
+        full = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
+    return hugging_face_state({n: g.float() for n, g in full.items() if g is not None}, model.architecture)
 
 
-def train(root: Path, config: Config, engine: Engine, updates: range, place: ranks.Place) -> list[list[float]]:
-    shards = Shards(root / "shards")
-    plan = data.Plan(shards.lengths, seed=7, token_budget=BUDGET, micro_batches_per_update=2, mask_fraction=0.15)
-    collator = data.Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
-    teacher = make_teacher(root, CPU)
-    teacher.model.to(torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
-    history = []
-    for u in updates:
-        update = plan.update(u)
-        sums = torch.zeros(len(losses.SUMS))
-        for k, slot in enumerate(data.rank_slots(update, rank=place.rank, world_size=place.world_size)):
-            batch = collator(slot)
-            torch.manual_seed(data.seed_of(7, "dropout", u, k * place.world_size + place.rank))
-            sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
-        norm = engine.step(1e-3)
-        history.append([*ranks.sum_over_ranks(sums).tolist(), norm.item()])
-    return history
+class Job:
+    """A run with dropout in this process, on the first `num_sequences`, of `micro_batches` an update over all ranks."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        root: Path,
+        stage: int,
+        precision: str,
+        micro_batches: int,
+        num_sequences: int,
+        attention: str = "auto",
+    ) -> None:
+        self.ranks = ranks
+        self.teacher = make_teacher(root, CPU, dtype=DTYPES[precision])
+        self.engine = make_engine(
+            ranks,
+            root,
+            "dropping",
+            stage=stage,
+            precision=precision,
+            accumulation=micro_batches // ranks.world_size,
+            attention=attention,
+        )
+        shards = Shards(root / "shards")
+        self.plan = Plan(
+            shards.lengths[:num_sequences],
+            seed=SEED,
+            token_budget=BUDGET,
+            micro_batches_per_update=micro_batches,
+            mask_fraction=0.15,
+        )
+        self.collator = Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
+
+    def train(self, updates: Iterable[int], spoilt: dict[int, float] | None = None) -> list[dict[str, Any]]:
+        """A record an update: exact loss sums and gradient norm in hexadecimal, and the sequences of every micro-batch.
+
+        In a spoilt update a number of the teacher is what the dictionary says, in the last micro-batch of the last rank.
+        """
+        ranks, history = self.ranks, []
+        for u in updates:
+            update = self.plan.update(u)
+            sums = torch.zeros(len(SUMS), dtype=torch.float64)
+            met: list[tuple[int, tuple[int, ...]]] = []
+            mine = update.of_rank(ranks.rank, ranks.world_size)
+            for k, micro_batch in enumerate(mine):
+                number, batch = k * ranks.world_size + ranks.rank, self.collator(micro_batch)
+                met.append((number, batch.sequences))
+                output = self.teacher(batch)
+                if u in (spoilt or {}) and ranks.rank == ranks.world_size - 1 and k == len(mine) - 1:
+                    output.transformed_NE[3, 5] = (spoilt or {})[u]
+                sums += self.engine.forward_backward(batch, output, update.num_tokens, update.num_masked)
+            norm = float(self.engine.step(1e-3))
+            numbers = dict(zip((*SUMS, "norm"), (*ranks.sum(sums).tolist(), norm), strict=True))
+            record = {"update": u, "epoch": self.plan.epoch_of(u), "met": sorted(_of_every_rank(met, ranks))}
+            history.append(record | {"numbers": {name: x.hex() for name, x in numbers.items()}})
+        return history
+
+    def save(self, run: Path, update: int) -> None:
+        """Write a checkpoint; every rank waits for it."""
+        tensors = self.engine.state()
+        if self.ranks.is_main:
+            checkpoint.save(run, tensors, {"update": update}, keep=9)
+        self.ranks.any(False)
+
+    def load(self, run: Path) -> None:
+        """Go on from the newest checkpoint."""
+        saved = checkpoint.load(run, self.ranks)
+        assert saved is not None
+        self.engine.load(saved.tensors, step=saved.state["update"])
 
 
-def main(root: Path, out: Path, precision: str) -> None:
-    config = Config(optim=OptimConfig(clip_norm=1.0, weight_decay=0.01), engine=EngineConfig(bucket_elements=10_000))
-    config = replace(config, engine=replace(config.engine, precision=precision))
-    place = ranks.init("cpu", timeout_s=120, threads=1)
-    results = {}
-    stages: list[int | None] = [0, 1, 2, 3] if place.world_size > 1 else [None, 0, 3]
+def _of_every_rank(mine: list[Any], ranks: Ranks) -> list[Any]:
+    everyone: list[Any] = [mine] * ranks.world_size
+    if ranks.host_group is not None:
+        torch_dist.all_gather_object(everyone, mine, group=ranks.host_group)
+    return list(chain.from_iterable(everyone))
+
+
+def in_pieces(ranks: Ranks, root: Path, out: Path, cell: tuple[Any, ...], ways: dict[str, list[int]]) -> dict[str, Any]:
+    """{way: history and last state of `Job(*cell)`} where each way is the updates after which a fresh engine goes on."""
+    found = {}
+    for way, ends in ways.items():
+        history, first = [], 0
+        job = Job(ranks, root, *cell)
+        for end in ends:
+            if first:
+                torch.manual_seed(999)  # whatever the generators were, a fresh process has others
+                job = Job(ranks, root, *cell)
+                job.load(out / way)
+            history += job.train(range(first, end))
+            job.save(out / way, end)
+            first = end
+        found[way] = {"history": history, "state": job.engine.state()}
+    return found
+
+
+def piece(
+    ranks: Ranks, root: Path, out: Path, stages: Sequence[int], first: int, last: int, cell: tuple[Any, ...]
+) -> None:
+    """Updates `first` to `last` of a run of every stage, which goes on from its checkpoint; adds to its history.jsonl."""
     for stage in stages:
-        result = one_update(root, config, stage, place)
-        accumulation = 2 // place.world_size
-        straight = make(root, config, stage, accumulation, place, 0.1)
-        history = train(root, config, straight, range(UPDATES), place)
-        first = make(root, config, stage, accumulation, place, 0.1)
-        train(root, config, first, range(UPDATES // 2), place)
-        box = [first.state()]
-        state = ranks.broadcast_object(box[0], place)
-        second = make(root, config, stage, accumulation, place, 0.1)
-        second.load(state, step=UPDATES // 2)
-        resumed = train(root, config, second, range(UPDATES // 2, UPDATES), place)
-        result |= {
-            "history": history,
-            "resumed": resumed,
-            "straight_state": straight.state(),
-            "resumed_state": second.state(),
-            "half_state": state,
-        }
-        results[stage] = result
-    if place.is_main:
-        torch.save(results, out)
-    ranks.shutdown()
+        run = out / str(stage)
+        job = Job(ranks, root, stage, *cell)
+        if first:
+            job.load(run)
+        history = job.train(range(first, last))
+        job.save(run, last)
+        if ranks.is_main:
+            with (run / "history.jsonl").open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in history)
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-    leave(0)
+def spoilt(ranks: Ranks, root: Path, stages: Sequence[int]) -> dict[str, Any]:
+    """What updates whose gradient is not finite leave behind, and a run that never met them, for every engine."""
+    found = {}
+    for precision in DTYPES:
+        for stage in stages:
+            cell = (stage, precision, 2, 400)
+            job, quiet = Job(ranks, root, *cell), Job(ranks, root, *cell)
+            history = job.train([0, 1])
+            before = job.engine.state()
+            history += job.train([2, 3], {2: float("nan"), 3: float("inf")})
+            after = job.engine.state()
+            history += job.train([4])
+            quiet.train([0, 1, 4])
+            found[f"{precision}-{stage}"] = {
+                "norms": [float.fromhex(record["numbers"]["norm"]) for record in history],
+                "before": before,
+                "after": after,
+                "on": job.engine.state(),
+                "without": quiet.engine.state(),
+            }
+    return found

@@ -1,0 +1,101 @@
+"""An update of a toy run: its micro-batches, its teacher and students, and what our objective makes of them in one process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdistil.data.batches import Collator, MicroBatch
+from fastdistil.data.plan import Plan, UpdatePlan
+from fastdistil.data.shards import Shards
+from fastdistil.model.architecture import Architecture
+from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher, write_hugging_face_folder
+from fastdistil.run.config import LossConfig, MaskingConfig
+from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
+from fastdistil.training.preflight import spread
+from fastdistil.training.teacher import Teacher
+from tests.support import precision, toy
+
+CPU = torch.device("cpu")
+DEVICE = torch.device(precision.DEVICE)  # CUDA runs the Triton kernels
+LAYERS = spread(2, 4)
+"""Of the teacher: those that a student of two layers begins as and imitates."""
+
+Gradients = dict[str, torch.Tensor]
+"""By the names of Hugging Face."""
+
+
+def write_students(root: Path) -> None:
+    """Beside `shards` and `teacher`, folders of two-layer students.
+
+    student       two of the teacher's layers, no dropout
+    dropping      the same weights, with dropout
+    same, narrow  random weights, no dropout; as wide as the teacher, and not
+    """
+    bare = toy.architecture(model_type="distilbert", num_layers=2, token_types=0, dropout=0.0, attention_dropout=0.0)
+    teacher = load_masked_lm(root / "teacher", need_head=True)
+
+    def of_teacher(architecture: Architecture) -> MaskedLM:
+        generator = torch.Generator().manual_seed(5)
+        return student_from_teacher(teacher, LAYERS, architecture, copy_transform=False, generator=generator)
+
+    students = {
+        "student": of_teacher(bare),
+        "dropping": of_teacher(replace(bare, dropout=0.1, attention_dropout=0.1)),
+        "same": toy.steep(bare, seed=5),
+        "narrow": toy.steep(replace(bare, hidden_size=24, num_heads=3), seed=5),
+    }
+    for name, student in students.items():
+        (root / name).mkdir()
+        write_hugging_face_folder(
+            student.state_dict(), student.architecture, root / "shards" / "tokenizer", root / name
+        )
+
+
+def make_student(root: Path, name: str = "student", device: torch.device = DEVICE) -> MaskedLM:
+    """One of `write_students`."""
+    return load_masked_lm(root / name, need_head=True).to(device)
+
+
+def make_teacher(
+    root: Path, device: torch.device = DEVICE, *, loss: LossConfig | None = None, dtype: torch.dtype = torch.float32
+) -> Teacher:
+    """The toy teacher, which hands over what `loss` wants."""
+    model = load_masked_lm(root / "teacher", need_head=True)
+    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept_outputs(loss or LossConfig(), LAYERS))
+
+
+def make_batches(
+    root: Path, micro_batches: int, device: torch.device = DEVICE, *, ranks: int = 1
+) -> tuple[UpdatePlan, list[MicroBatch]]:
+    """An update of about 1,024 tokens and its micro-batches, those of the first rank first."""
+    shards, budget = Shards(root / "shards"), 1024 // micro_batches
+    update = Plan(
+        shards.lengths, seed=3, token_budget=budget, micro_batches_per_update=micro_batches, mask_fraction=0.15
+    ).update(0)
+    collator = Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
+    return update, [collator(plan).to(device) for rank in range(ranks) for plan in update.of_rank(rank, ranks)]
+
+
+def one_update(
+    root: Path, name: str, micro_batches: int, loss: LossConfig, *, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, float], Gradients]:
+    """(reported losses, gradients) of an update of a student, from a teacher in `dtype`."""
+    update, batches = make_batches(root, micro_batches)
+    objective, teacher = Objective(make_student(root, name), loss), make_teacher(root, loss=loss, dtype=dtype)
+    sums, total = torch.zeros(len(SUMS), device=DEVICE), 0.0
+    for batch in batches:
+        part, more = objective(batch, teacher(batch), update.num_tokens, update.num_masked)
+        part.backward()
+        sums, total = sums + more, total + part.item()
+    reported = means(sums.tolist(), update.num_tokens, update.num_masked, loss, has_teacher=True)
+    assert reported["loss"] == pytest.approx(total, rel=1e-5)
+    return reported, gradients_of(objective.student)
+
+
+def gradients_of(student: MaskedLM) -> Gradients:
+    """Of every trained parameter."""
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return hugging_face_state(found, student.architecture)
