@@ -129,6 +129,7 @@ class Study:
         self.config, self.out = config, config.out
         self.teacher = config.teacher or self._model("teacher")
         self.devices: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        self.has_failed = False  # then no further step begins
 
     def check(self) -> None:
         """Refuse what would fail hours later, and what belongs to another study. Raises ValueError or OSError."""
@@ -254,7 +255,7 @@ class Study:
         """Run each step unless its log says that it is done. Raises Failed."""
         for name, module, words in steps:
             done = self.out / "logs" / f"{name}.log"
-            if done.is_file():
+            if self.has_failed or done.is_file():
                 continue
             launcher = shlex.split(self.config.launcher) if module == "pretrain" else []
             line = [*(launcher or [sys.executable]), "-m", f"fastdistil.{module}", *map(str, words)]
@@ -271,6 +272,7 @@ class Study:
             text = part.read_text(encoding="utf-8", errors="replace")
             stopped = module == "pretrain" and "--resume auto goes on" in text  # by a signal: status 0
             if ended.returncode or stopped:
+                self.has_failed = True
                 tail = "\n".join(text.splitlines()[-8:])
                 raise Failed(f"{name} ended with status {ended.returncode}; {part} ends in\n{tail}\n")
             part.replace(done)

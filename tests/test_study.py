@@ -2,16 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
 
 from fastdistil import study
-from tests.support import toy
+from tests.support import launch
 
 OPTIONS = (
     "--batch.unit tokens --batch.size 512 --batch.token-budget 512 --log.validate-every 2 "
@@ -20,16 +18,15 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(root, tmp_path_factory):
     """(shards, teacher, data): data is CoLA's own files, whose texts are words of the toy vocabulary."""
-    root = tmp_path_factory.mktemp("study")
-    shards, teacher = (toy.make_shards(root / "shards"), toy.make_teacher(root / "teacher", root / "shards"))
+    data = tmp_path_factory.mktemp("data")
     for split, count in (("train", 40), ("dev", 20)):
-        file = root / "data" / "cola" / f"{split}.tsv"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = data / "cola" / f"{split}.tsv"
+        file.parent.mkdir(exist_ok=True)
         rows = (f"x\t{i % 2}\t\tw{i} w{i % 2}" for i in range(count))
         file.write_text("\n".join(rows) + "\n")
-    return shards, teacher, root / "data"
+    return root / "shards", root / "teacher", data
 
 
 def command(folders, out, **changes) -> list[str]:
@@ -49,17 +46,19 @@ def command(folders, out, **changes) -> list[str]:
     return [f"--{key}={value}" for key, value in words.items() if value is not None]
 
 
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "fastdistil.study"]
-    return subprocess.run([*start, *words], capture_output=True, text=True, timeout=400)
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Of the steps."""
+    for name, value in launch.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
 def finished(folders, tmp_path_factory):
+    """(folder, command line) of a study that a process of its own has made."""
     out = tmp_path_factory.mktemp("finished") / "study"
-    words = [*command(folders, out), "--variants", "distilbert", "no-teacher"]
-    done = run(words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [*command(folders, out, jobs=2), "--variants", "distilbert", "no-teacher"]
+    launch.run("fastdistil.study", *words, timeout_s=400)
     return out, words
 
 
@@ -103,7 +102,7 @@ def test_a_second_start_does_nothing_again(finished):
     out, words = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix != ".png"}
     begin = time.monotonic()
-    assert run(words).returncode == 0
+    assert study.main(words) == 0
     assert time.monotonic() - begin < 60
     changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
     assert changed <= {"settings.json", "study.json", "study.md"}
@@ -116,28 +115,75 @@ def test_a_step_whose_log_is_gone_is_done_again(finished, tmp_path):
     (copied / "logs" / "evaluate-distilbert-1.log").unlink()
     (copied / "scores" / "distilbert-1.json").unlink()
     words = [word.replace(str(out), str(copied)) for word in words]
-    done = run(words)
-    assert done.returncode == 0, done.stderr
-    assert (
-        json.loads((copied / "study.json").read_text())["scores"]["distilbert-1"]
-        == (json.loads((out / "study.json").read_text())["scores"]["distilbert-1"])
-    )  # fine-tuning is exactly repeatable
+    assert study.main(words) == 0
+    again, first = (json.loads((folder / "study.json").read_text())["scores"] for folder in (copied, out))
+    assert again["distilbert-1"] == first["distilbert-1"]  # fine-tuning is exactly repeatable
 
 
-def test_other_settings_are_refused(finished):
+def test_other_settings_are_refused(finished, capsys):
     _, words = finished
-    done = run([*words, "--tokens", "4096"])
-    assert done.returncode == 2
-    assert "--tokens 2560, now 4096" in done.stderr
+    assert study.main([*words, "--tokens", "4096"]) == 2
+    assert "--tokens 2560, now 4096" in capsys.readouterr().err
 
 
-def test_a_failing_step_is_named_with_its_last_words(folders, tmp_path):
-    words = command(folders, tmp_path / "study", tasks="rte")  # not in the data
-    done = run([*words, "--variants", "distilbert"])
-    assert done.returncode == 1
-    assert "evaluate-teacher-1 ended with status 2" in done.stderr
-    assert "does not hold rte" in done.stderr
-    assert "the same command goes on" in done.stderr
+def test_a_failing_step_is_named_with_its_last_words(folders, tmp_path, capsys):
+    out = tmp_path / "study"
+    words = command(folders, out, tasks="rte")  # not in the data
+    assert study.main([*words, "--variants", "distilbert"]) == 1
+    error = capsys.readouterr().err
+    assert "evaluate-teacher-1 ended with status 2" in error
+    assert "does not hold rte" in error
+    assert "the same command goes on" in error
+    assert not list((out / "logs").glob("pretrain-*"))  # nothing else was begun
+    assert "0 of 1 pre-trainings" in (out / "study.md").read_text()
+
+
+def test_an_interrupted_study_says_so_and_has_its_tables(folders, tmp_path, capsys, monkeypatch):
+    def interrupt(_: study.Study) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study.Study, "run", interrupt)
+    assert study.main(command(folders, tmp_path / "study")) == 1
+    assert capsys.readouterr().err == "error: interrupted; the same command goes on\n"
+    assert (tmp_path / "study" / "study.md").is_file()
+
+
+def test_tables_that_cannot_be_made_are_no_success(finished, tmp_path, capsys):
+    out, words = finished
+    copied = tmp_path / "study"
+    shutil.copytree(out, copied)
+    (copied / "runs" / "no-teacher-1" / "metrics.jsonl").unlink()
+    assert study.main([word.replace(str(out), str(copied)) for word in words]) == 1
+    assert "error: no tables: " in capsys.readouterr().err
+
+
+def parsed(words: list[str]) -> study.Study:
+    return study.Study(tyro.cli(study.StudyConfig, args=words))
+
+
+def test_an_earlier_checkpoint_waits_for_its_run(folders, tmp_path):
+    """Steps of different lists may run at the same time."""
+    lists = [[step.name for step in steps] for steps in parsed(command(folders, tmp_path, seeds=2))._chains()]
+    (names,) = (names for names in lists if "export-no-kd-1-at-3" in names)
+    assert names == [
+        "pretrain-no-kd-1",
+        "export-no-kd-1",
+        "evaluate-no-kd-1",
+        "export-no-kd-1-at-3",
+        "evaluate-no-kd-1-at-3",
+    ]
+    assert sum(map(len, lists)) == 2 + 6 * (2 * 3 + 2)
+
+
+def test_a_study_that_trains_its_own_teacher_goes_on(folders, tmp_path):
+    """At its second start the teacher's run folder is there."""
+    size = "--student.num-layers 2 --student.hidden-size 32 --student.num-heads 2"
+    begun = parsed(command(folders, tmp_path / "study", teacher=None, **{"teacher-options": size}))
+    begun.check()
+    (run,) = [Path(str(word)) for word in begun._pretraining("teacher", [])[0].words if str(word).endswith("teacher")]
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    begun.check()
 
 
 @pytest.mark.parametrize(
@@ -181,4 +227,4 @@ def test_jobs_share_cores_and_gpus(monkeypatch):
 
 def test_a_variant_is_refused_by_name():
     with pytest.raises(ValueError, match="no-such"):
-        replace(study.StudyConfig(shards=Path("s"), out=Path("o"), data=Path("d"), tasks=("cola",)), variants=("no-such",))  # fmt: skip
+        study.StudyConfig(shards=Path("s"), out=Path("o"), data=Path("d"), tasks=("cola",), variants=("no-such",))
