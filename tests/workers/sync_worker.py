@@ -1,6 +1,7 @@
-"""`fastdistil.pretrain` with a count of what would make the host wait for a GPU: sync_worker.py ARGUMENTS...
+"""`fastdistil.pretrain` with a count of what would make the host wait for a GPU: python -m tests.workers.sync_worker ARGUMENTS...
 
-Prints, as JSON, how often each line of our code brought a tensor's number to the host, or copied one there, on this rank.
+Prints, as JSON, how often each line of our code (that of an operator counts for the line that calls it) brought a tensor's
+number to the host on this rank.
 """
 
 import json
@@ -14,7 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdistil import pretrain
 from fastdistil.run.command import launched, leave
 
-SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"}  # fmt: skip
+SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"}
+PACKAGE = Path(pretrain.__file__).parent
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is the package's and no operator."""
+    return path.is_relative_to(PACKAGE) and path.parent.name != "kernels"
 
 
 class Syncs(TorchDispatchMode):
@@ -26,8 +33,8 @@ class Syncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in SYNCS:
-            ours = [f for f in traceback.extract_stack() if Path(f.filename).parent.name == "fastdistil"]  # fmt: skip
-            self.by_line[f"{Path(ours[-1].filename).name}: {ours[-1].line}"] += 1
+            *_, frame = (f for f in traceback.extract_stack() if is_ours(Path(f.filename)))
+            self.by_line[f"{Path(frame.filename).name}: {frame.line}"] += 1
         return func(*args, **(kwargs or {}))
 
 
