@@ -12,7 +12,7 @@ from fastdistil.model.families import Family
 from fastdistil.run import files
 
 VOCABULARY_MULTIPLE = 64
-"""Vocabulary rows are padded to this: one 128-byte load of bf16 (recipe.md, trap 9)."""
+"""Vocabulary rows are padded to this: one 128-byte load of bf16."""
 INITIALIZER_RANGE = 0.02
 """Standard deviation of fresh linear and embedding weights, that of BERT and DistilBERT."""
 
@@ -135,7 +135,7 @@ def read_architecture(folder: str | Path) -> Architecture:
 def _refuse_what_is_not_computed(config: dict[str, Any], activation: str) -> None:
     if config.get(activation, "gelu") != "gelu":
         raise ValueError(
-            f"{activation} must be 'gelu' (exact erf, trap 6 of the recipe), got {config[activation]!r}: "
+            f"{activation} must be 'gelu' (exact erf), got {config[activation]!r}: "
             "such a model cannot be computed exactly here, use another checkpoint"
         )
     if config.get("position_embedding_type", "absolute") != "absolute":
@@ -164,7 +164,7 @@ class FlopsPerToken(NamedTuple):
 def flops_per_token(
     teacher: Architecture | None, student: Architecture, mean_attended_length: float, *, head_fraction: float = 1.0
 ) -> FlopsPerToken:
-    """The cost model of performance.md.
+    """The cost model: matrix products, attention scores and vocabulary heads.
 
     Args:
         teacher: None where the student trains without one.

@@ -115,7 +115,7 @@ _BERT = Family(
         "ffn_out": ("output.dense",),
         "ffn_norm": ("output.LayerNorm",),
     },
-    head={  # other names and another order than DistilBERT's (trap 7 of the recipe)
+    head={  # other names and another order than DistilBERT's
         "head.dense": "cls.predictions.transform.dense",
         "head.norm": "cls.predictions.transform.LayerNorm",
         "head": "cls.predictions",

@@ -234,7 +234,7 @@ class LossConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskingConfig(_Section):
-    """Which tokens are predicted (recipe.md: Masking)."""
+    """Which tokens are predicted (as the authors chose them)."""
 
     fraction: Annotated[float, Range("in (0, 0.4]", lambda x: 0 < x <= 0.4)] = 0.15
     """Share of the real tokens of a micro-batch that is predicted."""

@@ -339,12 +339,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     import deepspeed.ops
 
-    # ZeRO asks whether our optimiser is DeepSpeed's Muon. That module calls torch.compile, which would import Inductor:
-    # 2 s of every rank's start, for functions that nobody calls.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import deepspeed.runtime.zero.muon.original_muon
-
-    del os.environ["TORCHDYNAMO_DISABLE"]
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 warns of, several times a second.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)

@@ -245,7 +245,7 @@ def _check_own_tokenizer(path: Path, meta: Meta) -> None:
 
 
 def _model(option: str, path: Path, meta: Meta) -> Architecture:
-    """A model that reads the shards, which it does only if both mean the same by every id (recipe.md, trap 16)."""
+    """A model that reads the shards, which it does only if both mean the same by every id."""
     model = read_architecture(path)
     # A row a comparison: how it reads, what the model has, what the shards have.
     rows: list[tuple[str, Any, Any]] = [

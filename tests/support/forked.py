@@ -33,6 +33,8 @@ PRELOADED = [
     "torch._dynamo",
     "torch.utils.tensorboard",
     "deepspeed",
+    # ZeRO imports it to ask whether our optimiser is one, and it imports Inductor: 2 s of every engine's start.
+    "deepspeed.runtime.zero.muon.original_muon",
     "triton",
     "safetensors.torch",
     "tyro",
@@ -46,7 +48,7 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     before = dict(os.environ)
-    os.environ.update(ENVIRONMENT, DS_ACCELERATOR="cpu")
+    os.environ.update(ENVIRONMENT, DS_ACCELERATOR="cpu", TORCHINDUCTOR_COMPILE_THREADS="1")  # no pool of its own
     try:
         ensure_running()
     finally:

@@ -61,11 +61,6 @@ def test_the_engines_of_fp32_have_the_gradient_of_one_process(computed, alone):
         assert error < 1e-5, (stage, where)
 
 
-def test_deepspeed_starts_without_the_compiler(folder):
-    """Inductor takes 2 s to import, which every rank would wait for."""
-    assert forked.call(engine_worker.inductor_after_an_update, folder, ranks=1) == [False]
-
-
 def test_learning_rate_is_the_authors_schedule():
     """transformers' get_linear_schedule_with_warmup, value by value."""
     config = replace(Config(), optim=OptimConfig(lr=5e-4, warmup=0.05))

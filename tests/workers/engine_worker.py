@@ -1,7 +1,6 @@
 """What the tests of engines do on every rank (forked.call): gradients of an update, runs in pieces, spoilt updates."""
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -75,12 +74,6 @@ def gradients(
         reported = means(totals, update.num_tokens, update.num_masked, loss, has_teacher=True)
         found[stage] = reported, _full_gradients(engine)
     return found
-
-
-def inductor_after_an_update(ranks: Ranks, root: Path) -> bool:
-    """Whether DeepSpeed has imported the compiler."""
-    gradients(ranks, root, "student", "fp32", [1], 2)
-    return "torch._inductor.compile_fx" in sys.modules
 
 
 def _full_gradients(engine: Engine) -> dict[str, torch.Tensor]:
@@ -174,28 +167,39 @@ def _of_every_rank(mine: list[Any], ranks: Ranks) -> list[Any]:
     return list(chain.from_iterable(everyone))
 
 
-def in_pieces(ranks: Ranks, root: Path, out: Path, cell: tuple[Any, ...], ways: dict[str, list[int]]) -> dict[str, Any]:
-    """{way: history and last state of `Job(*cell)`} where each way is the updates after which a fresh engine goes on."""
-    found = {}
-    for way, ends in ways.items():
-        history, first = [], 0
-        job = Job(ranks, root, *cell)
-        for end in ends:
-            if first:
-                torch.manual_seed(999)  # whatever the generators were, a fresh process has others
-                job = Job(ranks, root, *cell)
-                job.load(out / way)
-            history += job.train(range(first, end))
-            job.save(out / way, end)
-            first = end
-        found[way] = {"history": history, "state": job.engine.state()}
+def in_pieces(
+    ranks: Ranks, root: Path, out: Path, num_sequences: int, cells: dict[tuple[Any, ...], dict[str, list[int]]]
+) -> dict[tuple[Any, ...], Any]:
+    """{cell: {way: history and last state}}; a way is the updates after which a fresh engine goes on from a checkpoint.
+
+    A cell is (ZeRO stage, precision, micro-batches a rank in an update, attention).
+    """
+    found: dict[tuple[Any, ...], Any] = {}
+    for cell, ways in cells.items():
+        stage, precision, accumulation, attention = cell
+        settings = stage, precision, accumulation * ranks.world_size, num_sequences, attention
+        for way, ends in ways.items():
+            run, history, first = out / "-".join(map(str, cell)) / way, [], 0
+            job = Job(ranks, root, *settings)
+            for end in ends:
+                if first:
+                    torch.manual_seed(999)  # whatever the generators were, a fresh process has others
+                    job = Job(ranks, root, *settings)
+                    job.load(run)
+                history += job.train(range(first, end))
+                job.save(run, end)
+                first = end
+            found.setdefault(cell, {})[way] = {"history": history, "state": job.engine.state()}
     return found
 
 
 def piece(
     ranks: Ranks, root: Path, out: Path, stages: Sequence[int], first: int, last: int, cell: tuple[Any, ...]
 ) -> None:
-    """Updates `first` to `last` of a run of every stage, which goes on from its checkpoint; adds to its history.jsonl."""
+    """Updates `first` to `last` of a run of each stage, which goes on from its checkpoint; adds to its history.jsonl.
+
+    The cell is (precision, micro-batches of an update over all ranks, sequences).
+    """
     for stage in stages:
         run = out / str(stage)
         job = Job(ranks, root, stage, *cell)
