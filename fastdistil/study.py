@@ -129,7 +129,7 @@ class Study:
         self.config, self.out = config, config.out
         self.teacher = config.teacher or self._model("teacher")
         self.devices: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        self.has_failed = False  # then no further step begins
+        self.is_ending = False  # before all is done: then no further step begins
 
     def check(self) -> None:
         """Refuse what would fail hours later, and what belongs to another study. Raises ValueError or OSError."""
@@ -140,6 +140,8 @@ class Study:
             self._resolve(self._teacher_words())
         else:
             self._resolve_students()
+
+        # A study goes on with the settings it began with, but for some.
         settings = json.loads(json.dumps(asdict(config), default=str))
         if path.is_file():
             old = read_json(path)
@@ -159,17 +161,16 @@ class Study:
         for device in _devices(self.config.jobs):
             self.devices.put(device)
         if self.config.teacher is None:
-            self._do(*self._pretraining("teacher", self._teacher_words()))
+            self._do(self._pretraining("teacher", self._teacher_words()))
             self._resolve_students()
         with ThreadPoolExecutor(self.config.jobs) as pool:
-            futures = [pool.submit(self._do, *steps) for steps in self._chains()]
             try:
-                for future in futures:
-                    future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                list(pool.map(self._do, self._chains()))
+            except BaseException:  # an interruption, too
+                self.is_ending = True
+                raise
         models = (self.teacher, self._model("distilbert-1"))
-        self._do(Step("efficiency", "efficiency", (*models, "--out", self.out / "efficiency.json")))
+        self._do([Step("efficiency", "efficiency", (*models, "--out", self.out / "efficiency.json"))])
 
     def write(self) -> bool:
         """Gather what was measured in OUT/study.json and make OUT/study.md of it; says whether that was possible."""
@@ -251,11 +252,11 @@ class Study:
         """The run of the student that the others are like."""
         return self._resolve(self._words("distilbert", 1))
 
-    def _do(self, *steps: Step) -> None:
+    def _do(self, steps: list[Step]) -> None:
         """Run each step unless its log says that it is done. Raises Failed."""
         for name, module, words in steps:
             done = self.out / "logs" / f"{name}.log"
-            if self.has_failed or done.is_file():
+            if self.is_ending or done.is_file():
                 continue
             launcher = shlex.split(self.config.launcher) if module == "pretrain" else []
             line = [*(launcher or [sys.executable]), "-m", f"fastdistil.{module}", *map(str, words)]
@@ -272,7 +273,7 @@ class Study:
             text = part.read_text(encoding="utf-8", errors="replace")
             stopped = module == "pretrain" and "--resume auto goes on" in text  # by a signal: status 0
             if ended.returncode or stopped:
-                self.has_failed = True
+                self.is_ending = True
                 tail = "\n".join(text.splitlines()[-8:])
                 raise Failed(f"{name} ended with status {ended.returncode}; {part} ends in\n{tail}\n")
             part.replace(done)
@@ -288,22 +289,18 @@ def gather(config: StudyConfig, teacher: Path) -> dict[str, Any]:
         for name, (variant, seed) in names.items()
         if f"pretrain-{name}" in done
     }
-    found = {
-        path.stem: read_json(path)["tasks"]
-        for path in sorted((out / "scores").glob("*.json"))
-        if f"evaluate-{path.stem}" in done
-    }
-    scores = {
-        name: {task: next(iter(of_task["seeds"].values()))["score"] for task, of_task in tasks.items()}
-        for name, tasks in found.items()
-    }
-    about = ("metrics", "num_train", "num_validation")
-    last = next(reversed(found.values()), {})
+    scores, about = {}, {}
+    for path in sorted((out / "scores").glob("*.json")):
+        if f"evaluate-{path.stem}" in done:
+            tasks = read_json(path)["tasks"]
+            scores[path.stem] = {task: next(iter(found["seeds"].values()))["score"] for task, found in tasks.items()}
+            for task, found in tasks.items():
+                about[task] = {key: found[key] for key in ("metrics", "num_train", "num_validation")}
     num_wanted = len(names) + config.seeds + len(config.variants) * (config.points - 1)
     measured = {
         "settings": read_json(out / "settings.json"),
         "teacher": str(teacher),
-        "tasks": {task: {key: of_task[key] for key in about} for task, of_task in last.items()},
+        "tasks": about,
         "runs": runs,
         "scores": scores,
         "efficiency": read_json(out / "efficiency.json") if "efficiency" in done else None,

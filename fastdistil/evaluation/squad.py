@@ -102,15 +102,12 @@ class Windows(Encoded):
             raise ValueError("SQuAD wants a tokenizer with character offsets: give a tokenizer.json")
         self.questions = questions
         # A question is cut to a sixth of the window, so that every window holds some passage.
+        texts, longest = [q.text for q in questions], max(1, max_length // 6)
         heads = tokenizer(
-            [q.text for q in questions],
-            add_special_tokens=False,
-            truncation=True,
-            max_length=max(1, max_length // 6),
-            return_offsets_mapping=True,
+            texts, add_special_tokens=False, truncation=True, max_length=longest, return_offsets_mapping=True
         )["offset_mapping"]
         table = tokenizer(
-            [q.text[: ends[-1][1] if ends else 0] for q, ends in zip(questions, heads, strict=True)],
+            [text[: ends[-1][1] if ends else 0] for text, ends in zip(texts, heads, strict=True)],
             [q.passage for q in questions],
             truncation="only_second",
             max_length=max_length,

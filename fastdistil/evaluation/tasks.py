@@ -1,7 +1,7 @@
 """The tasks that models are compared on: their columns, labels and metrics, and their data from files as distributed.
 
-Local files are Parquet, CSV, TSV or JSON; `datasets` reads them. GLUE's own TSV files and those of Hugging Face give their columns
-other names, so that a task may know several. Metrics are scikit-learn's and SciPy's.
+Local files are Parquet, CSV, TSV or JSON; `datasets` reads them. GLUE's own TSV files and those of Hugging Face give
+their columns other names, so that a task may know several. Metrics are scikit-learn's and SciPy's.
 """
 
 import csv
@@ -16,13 +16,12 @@ class Task:
     """A table of labelled texts, or of pairs of texts."""
 
     columns: tuple[tuple[str, ...], ...] = ()
-    """The columns of a file by name, one or two of texts and then that of the label; a file may have any of these sets."""
+    """Names of the columns: one or two of texts, then that of the label. A file has all of one of these sets."""
     metrics: tuple[str, ...] = ("accuracy",)
     """The task's score is their mean, as GLUE's and the paper's."""
     regression: bool = False
     spans: bool = False
     """Questions, each answered by a piece of a passage (squad.py)."""
-    glue: bool = True
     published: tuple[float, float] | None = None
     """BERT-base and DistilBERT in the paper (arXiv 1910.01108, tables 1 and 2), x 100."""
 
@@ -54,21 +53,24 @@ TASKS: dict[str, Task] = {
     "qnli": Task(columns=(("question", "sentence", "label"),), published=(91.8, 89.2)),
     "rte": Task(columns=(SENTENCES,), published=(69.3, 59.9)),
     "wnli": Task(columns=(SENTENCES,), published=(53.5, 56.3)),
-    "imdb": Task(columns=(("text", "label"),), glue=False, published=(93.46, 92.82)),
+    "imdb": Task(columns=(("text", "label"),), published=(93.46, 92.82)),
     # Published: the mean of EM 81.2 and F1 88.5, and that of 77.7 and 85.8.
-    "squad": Task(metrics=("exact_match", "f1"), spans=True, glue=False, published=(84.85, 81.75)),
-    "squad2": Task(metrics=("exact_match", "f1"), spans=True, glue=False),
+    "squad": Task(metrics=("exact_match", "f1"), spans=True, published=(84.85, 81.75)),
+    "squad2": Task(metrics=("exact_match", "f1"), spans=True),
 }
 
 
 def table(texts: tuple[str, ...], label: str) -> Task:
-    """Any labelled texts, or pairs of them, scored by accuracy. Raises ValueError unless one or two columns are texts."""
+    """A task of any labelled texts, or pairs of texts, scored by accuracy.
+
+    Raises ValueError unless there are one or two columns of texts.
+    """
     if len(texts) not in (1, 2):
         raise ValueError(f"--text-columns must be one or two, got {' '.join(texts)}")
-    return Task(columns=((*texts, label),), glue=False)
+    return Task(columns=((*texts, label),))
 
 
-GLUE = tuple(name for name, task in TASKS.items() if task.glue)
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 READERS = {".parquet": "parquet", ".tsv": "csv", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLITS = {
     "train": ("train", "msr_paraphrase_train"),
@@ -202,6 +204,7 @@ def split_files(name: str, source: str) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise ValueError(f"--data {source} is not a folder: give the one that holds {name}'s files")
     files = sorted(file for file in folder.iterdir() if file.suffix in READERS)
+    # A folder may hold both versions of SQuAD.
     if name in ("squad", "squad2") and len({"v2" in file.name for file in files}) == 2:
         files = [file for file in files if ("v2" in file.name) == (name == "squad2")]
     found = {}
@@ -213,8 +216,8 @@ def split_files(name: str, source: str) -> dict[str, list[Path]]:
             found[split] = of_split
     if "train" not in found or len(found) < 2:
         raise ValueError(
-            f"{folder} does not hold {name}: wanted train and validation (or dev, or test) files, of {' '.join(READERS)}, "
-            f"got {' '.join(f.name for f in sorted(folder.iterdir())[:8]) or 'nothing'}"
+            f"{folder} does not hold {name}: wanted train and validation (or dev, or test) files, of "
+            f"{' '.join(READERS)}, got {' '.join(f.name for f in sorted(folder.iterdir())[:8]) or 'nothing'}"
         )
     return found
 
@@ -250,11 +253,9 @@ def hub_tables(source: str) -> dict[str, Any]:
 
     _, path, *rest = source.split(":")
     config = rest[0] if rest else None
-    found = {}
-    for split in datasets.get_dataset_split_names(path, config_name=config):
-        if split in ("train", "validation", "validation_matched", "test"):
-            found[split.removesuffix("_matched")] = datasets.load_dataset(path, config, split=split)
-    return found
+    names = datasets.get_dataset_split_names(path, config_name=config)
+    wanted = [name for name in names if name in ("train", "validation", "validation_matched", "test")]
+    return {name.removesuffix("_matched"): datasets.load_dataset(path, config, split=name) for name in wanted}
 
 
 def _labelled(table: Any, task: Task, source: str) -> tuple[tuple[list[str], ...], list[Any]]:
