@@ -1,8 +1,9 @@
-"""What the tests of training read: a toy corpus, a teacher, and students of it."""
+"""What the tests of training read: a toy corpus, a teacher, and students of it. They compute in one thread."""
 
 import shutil
 
 import pytest
+import torch
 
 from tests.support import updates
 
@@ -13,3 +14,12 @@ def folder(root, tmp_path_factory):
     copy = shutil.copytree(root, tmp_path_factory.mktemp("students"), dirs_exist_ok=True)
     updates.write_students(copy)
     return copy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Toy sizes gain nothing from more, and on a machine with other work threads wait for each other: ten times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,56 +1,129 @@
 """A run in pieces is the run that never stopped: bit for bit with the same ranks, the same sequences and losses with others."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
 
-from tests.support import launch
-from tests.training.test_objective import folder  # noqa: F401 (a fixture)
+from tests.support import forked
+from tests.support.updates import CPU, make_student
+from tests.workers import engine_worker
 
-WORKER = launch.ROOT / "tests" / "workers" / "resume_worker.py"
+STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+
+# Where a run stops and a fresh engine goes on from its checkpoint.
+WAYS = {"straight": [12], "6 + 6": [6, 12]}
+THREE = WAYS | {"4 + 4 + 4": [4, 8, 12]}
+EVERY = THREE | {"every update": list(range(1, 13))}
+
+# {(ZeRO stage, precision, micro-batches a rank in an update, attention): ways}
+SDPA = (0, "fp32", 1, "sdpa")
+ALONE = {
+    **{(0, *rest, "auto"): THREE for rest in product(PRECISIONS, (1, 4))},
+    (0, "fp32", 4, "auto"): EVERY,
+    SDPA: WAYS,
+}
+OF_TWO = {(stage, *rest, "auto"): WAYS for stage in STAGES for rest in (("fp32", 2), ("bf16", 1))}
+ALL_OF_TWO = {**{(*cell, "auto"): THREE for cell in product(STAGES, PRECISIONS, (1, 4))}, (1, "fp32", 4, "auto"): EVERY}
+NUM_SEQUENCES = 80
+"""So few that even 12 micro-batches go beyond an epoch."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((None, ALONE), id="alone"),
+        pytest.param((1, {(3, "fp32", 4, "auto"): WAYS}), id="one-rank"),
+        pytest.param((2, OF_TWO), id="two-ranks"),
+        pytest.param((2, ALL_OF_TWO), marks=pytest.mark.soak, id="everything"),
+    ],
+)
+def runs(request, folder, tmp_path_factory):
+    """{cell: {way: history and last state}}."""
+    ranks, cells = request.param
+    out = tmp_path_factory.mktemp("pieces")
+    found, *_ = forked.call(engine_worker.in_pieces, folder, out, NUM_SEQUENCES, cells, ranks=ranks, timeout_s=900)
+    assert found.keys() == cells.keys()
+    return found
+
+
+def test_twelve_updates_are_six_and_six_for_every_engine(runs):
+    for cell, ways in runs.items():
+        straight = ways["straight"]
+        for way, result in ways.items():
+            assert result["history"] == straight["history"], (cell, way)
+            assert result["state"].keys() == straight["state"].keys()
+            for name, value in result["state"].items():
+                assert torch.equal(value, straight["state"][name]), (cell, way, name)
+                assert value.dtype == torch.float32
+        assert {name.split(".")[0] for name in straight["state"]} == {"weight", "exp_avg", "exp_avg_sq"}
+        assert len(straight["history"]) == 12
+        assert straight["history"][-1]["epoch"] >= 1, cell  # an epoch ended among the updates
+
+
+def test_all_engines_agree(runs):
+    """After twelve updates with dropout, clipping and weight decay: the same weights and moments, whatever the stage."""
+    first = {cell[1:]: ways["straight"] for cell, ways in reversed(runs.items())}
+    for cell, ways in runs.items():
+        one, other = first[cell[1:]], ways["straight"]
+        for name, value in other["state"].items():
+            # in bf16 too: sums over micro-batches and ranks are fp32, and every engine sees the same rounded weights
+            bound = 2e-5 * one["state"][name].norm() + 1e-7
+            assert (value - one["state"][name]).norm() <= bound, (cell, name)
+        norms = [[float.fromhex(record["numbers"]["norm"]) for record in x["history"]] for x in (one, other)]
+        assert min(norms[0]) > 0
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4), cell
+
+
+def test_training_went_somewhere(runs, folder):
+    start = make_student(folder, "dropping", CPU).state_dict()
+    for ways in runs.values():
+        end = ways["straight"]["state"]
+        assert any(not torch.equal(value, end[f"weight.{name}"]) for name, value in start.items())
+
+
+def test_sdpa_draws_its_dropout_from_torchs_generator(runs):
+    """Or its cell would show nothing: every micro-batch seeds that generator."""
+    if SDPA in runs:
+        fused = runs[0, "fp32", 1, "auto"]
+        assert runs[SDPA]["straight"]["history"] != fused["straight"]["history"]
+
+
+def histories(out, stage):
+    return [json.loads(line) for line in (out / str(stage) / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "which"), [(None, "cells"), (2, "cells"), pytest.param(2, "everything", marks=pytest.mark.soak)]
+    ("pieces", "updates", "sequences"),
+    [
+        pytest.param(((2, 5), (1, 9), (2, 14)), 14, 80, id="2-1-2"),
+        pytest.param(((4, 9), (2, 21), (1, 42), (4, 50)), 50, 400, marks=pytest.mark.soak, id="4-2-1-4"),
+    ],
 )
-def test_twelve_updates_are_six_and_six_for_every_engine(folder, tmp_path, ranks, which):  # noqa: F811
-    launch.run(WORKER, folder, tmp_path, which, ranks=ranks, script=True, timeout_s=900)
-    results = torch.load(tmp_path / "cells.pt", weights_only=True)
-    engines = {key.split("|")[0] for key in results}
-    assert len(engines) == (4 if ranks is None else 16 if which == "everything" else 8)
-    for key, result in results.items():
-        engine, way = key.split("|")
-        straight = results[f"{engine}|straight"]
-        assert result["history"] == straight["history"], (engine, way)
-        assert torch.equal(result["generator"], straight["generator"]), (engine, way)
-        assert result["state"].keys() == straight["state"].keys()
-        for name, value in result["state"].items():
-            assert torch.equal(value, straight["state"][name]), (engine, way, name)
-        assert result["history"][-1]["epoch"] >= 1, engine  # an epoch ended among the updates
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_four_ranks_then_two_then_one_then_four(folder, tmp_path):  # noqa: F811
-    """ZeRO 1, 2, 3 in fp32 against the plain engine over 50 updates: the same sequences, losses within 1e-6; none lost or repeated in three epochs."""
-    launch.run(WORKER, folder, tmp_path, "plain", 0, 50, script=True)
-    for ranks, first, last in ((4, 0, 9), (2, 9, 21), (1, 21, 42), (4, 42, 50)):
-        launch.run(WORKER, folder, tmp_path, "1,2,3", first, last, ranks=ranks, script=True, timeout_s=500)  # fmt: skip
-    for stage in ("1", "2", "3"):
-        one, other = (read(tmp_path / s / "history.jsonl") for s in ("plain", stage))
-        assert [line["update"] for line in other] == list(range(50))
+def test_other_numbers_of_ranks_go_on(folder, tmp_path, pieces, updates, sequences):
+    """Every stage against the plain engine in one process: the same sequences, losses within 1e-6; none lost or repeated in three epochs."""
+    cell = ("fp32", 4, sequences)
+    forked.call(engine_worker.piece, folder, tmp_path / "plain", (0,), 0, updates, cell)
+    first = 0
+    for ranks, last in pieces:
+        forked.call(engine_worker.piece, folder, tmp_path, STAGES, first, last, cell, ranks=ranks, timeout_s=500)
+        first = last
+    one = histories(tmp_path / "plain", 0)
+    for stage in STAGES:
+        other = histories(tmp_path, stage)
+        assert [record["update"] for record in other] == list(range(updates))
         worst = 0.0
         for a, b in zip(one, other, strict=True):
             assert a["met"] == b["met"]
-            for x, y in zip(a["sums"][:3], b["sums"][:3], strict=True):
-                worst = max(worst, abs(float.fromhex(x) / float.fromhex(y) - 1))
+            for term in ("kd", "mlm", "cosine"):
+                x, y = (float.fromhex(record["numbers"][term]) for record in (a, b))
+                worst = max(worst, abs(x / y - 1))
         assert worst < 1e-6, (stage, worst)
         assert worst > 0  # another order of additions: were it zero, nothing was compared
         # an epoch's last micro-batches may share an update with the next one's first, never a micro-batch
-        seen = [s for line in other for _, sequences in line["met"] for s in sequences]
-        for epoch in range(len(seen) // 400):
-            assert sorted(seen[400 * epoch : 400 * (epoch + 1)]) == list(range(400))
-        assert len(seen) > 3 * 400
+        seen = [s for record in other for _, met in record["met"] for s in met]
+        for epoch in range(len(seen) // sequences):
+            assert sorted(seen[sequences * epoch : sequences * (epoch + 1)]) == list(range(sequences))
+        assert len(seen) > 3 * sequences
