@@ -1,7 +1,8 @@
-"""Damaged files: our error, naming the file, or a valid result. Never a crash, a hang, wild memory or damage that passes for whole.
+"""Damaged files: our error, naming the file, or a valid result; never a crash, a hang, wild memory or unnoticed damage.
 
-Hypothesis drives some dozens of executions of each target (fuzz_targets.py) in every test run; `make soak` a million in all, by a plain
-loop of seeds, and by coverage where atheris is installed. FASTDISTIL_FUZZ_EXECUTIONS changes their number.
+Hypothesis drives 250 executions of each target (support/fuzz_targets.py) in every test run; `make soak` makes a
+million in all, by a plain loop of seeds, and more led by coverage where atheris is installed.
+FASTDISTIL_FUZZ_EXECUTIONS changes their number.
 """
 
 import os
@@ -15,16 +16,19 @@ from hypothesis import strategies as st
 from tests.support import fuzz_targets, launch
 
 NAMES = (
-    "meta", "counts", "offsets", "tokens", "run", "manifest", "state", "moments", "architecture", "safetensors", "safetensors index",
-    "pickle of weights", "tokenizer", "tokenizer config", "special tokens", "vocabulary", "squad", "results", "progress", "metrics",
-)  # fmt: skip
+    *("meta", "counts", "offsets", "tokens"),
+    *("run", "manifest", "state", "moments", "metrics"),
+    *("architecture", "safetensors", "safetensors index", "pickle of weights"),
+    *("tokenizer", "tokenizer config", "special tokens", "vocabulary"),
+    *("squad", "results", "progress"),
+)
 EXECUTIONS = int(os.environ.get("FASTDISTIL_FUZZ_EXECUTIONS", "1000000"))
 
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory) -> dict[str, fuzz_targets.Target]:
     made = fuzz_targets.make(tmp_path_factory.mktemp("fuzz"))
-    assert tuple(made) == NAMES
+    assert sorted(made) == sorted(NAMES)
     return made
 
 
@@ -32,7 +36,13 @@ def targets(tmp_path_factory) -> dict[str, fuzz_targets.Target]:
 def test_some_mutations(targets, name):
     target, refused = targets[name], []
 
-    @settings(max_examples=250, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])  # fmt: skip
+    @settings(
+        max_examples=250,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
     @given(st.randoms(use_true_random=False))
     def fuzz(rng: random.Random) -> None:
         refused.append(target.run(rng))
@@ -53,8 +63,8 @@ def test_a_million_mutations(targets):
                     refused += targets[name].run(random.Random(seed))
                 except BaseException as error:
                     raise AssertionError(f"{name}, seed {seed}") from error
-        seconds = time.perf_counter() - begin
-        print(f"{name}: {count:,} executions, {refused / count:.1%} refused, {count / seconds:,.0f} a second")  # fmt: skip
+        speed = count / (time.perf_counter() - begin)
+        print(f"{name}: {count:,} executions, {refused / count:.1%} refused, {speed:,.0f} a second")
         assert refused >= targets[name].least_refused * count
 
 
@@ -63,6 +73,6 @@ def test_a_million_mutations(targets):
 def test_mutations_led_by_coverage(name, tmp_path):
     pytest.importorskip("atheris", reason="atheris (coverage-guided fuzzing) is not installed")
     count = EXECUTIONS // 100
-    done = launch.run(launch.ROOT / "tests" / "workers" / "atheris_worker.py", name, count, tmp_path, script=True, ok=False, timeout_s=3000)  # fmt: skip
+    done = launch.run("tests.workers.atheris_worker", name, count, tmp_path, ok=False, timeout_s=3000)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"Done {count} runs" in done.stderr

@@ -1,4 +1,4 @@
-"""Files that want to run code, leave their folder or learn secrets: every payload as every file that the program reads."""
+"""Files that want to run code, leave their folder or learn secrets: each payload as each file that a command reads."""
 
 import gzip
 import hashlib
@@ -26,11 +26,10 @@ from fastdistil.data import shards, sources, tokenizer
 from fastdistil.evaluation import finetune, squad, tasks
 from fastdistil.evaluation.tasks import TASKS, Examples, Settings, TaskData
 from fastdistil.model import architecture, weights
-from fastdistil.run import checkpoint
-from fastdistil.run import folder as run_folder
+from fastdistil.run import checkpoint, folder
 from fastdistil.run.config import Config, to_json
-from tests.run.test_checkpoint import save
 from tests.support import launch, toy
+from tests.support.checkpoints import save
 from tests.support.launch import options
 
 
@@ -44,7 +43,8 @@ class Calls:
         return self.function, self.arguments
 
 
-AUTO_MAP = {"auto_map": {n: "modeling_x.X" for n in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoTokenizer")}}  # fmt: skip
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoTokenizer")
+AUTO_MAP = {"auto_map": dict.fromkeys(AUTO_CLASSES, "modeling_x.X")}
 
 
 def payloads(marker: Path) -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def payloads(marker: Path) -> dict[str, bytes]:
     np.save(buffer, np.array([calls["exec"]], dtype=object), allow_pickle=True)
     found["npy of objects"] = buffer.getvalue()
     header = json.dumps({"__metadata__": {"format": "pt"}}).encode()
-    found["safetensors and a pickle"] = len(header).to_bytes(8, "little") + header + found["pickle of exec"]  # fmt: skip
+    found["safetensors and a pickle"] = len(header).to_bytes(8, "little") + header + found["pickle of exec"]
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("../../escaped", "x")
@@ -82,7 +82,8 @@ def payloads(marker: Path) -> dict[str, bytes]:
     found["yaml"] = f"!!python/object/apply:os.system ['{shell}']\n".encode()
     found["python"] = f"import os\nos.system({shell!r})\n".encode()
     found["JSON that names code"] = json.dumps(AUTO_MAP | {"model_type": "x"}).encode()
-    found["JSON that names code on the hub"] = json.dumps({"model_type": "bert", "auto_map": {"AutoConfig": "evil/x--modeling_x.X"}}).encode()  # fmt: skip
+    on_hub = {"model_type": "bert", "auto_map": {"AutoConfig": "evil/x--modeling_x.X"}}
+    found["JSON that names code on the hub"] = json.dumps(on_hub).encode()
     found["jinja"] = f"{{{{ cycler.__init__.__globals__.os.system({shell!r}) }}}}".encode()
     found["JSON of another type"] = b'[{"__reduce__": "os.system"}]'
     return found
@@ -138,9 +139,9 @@ def load_forged_checkpoint(folder: Path) -> None:
     load_checkpoint(folder)
 
 
-def load_run(folder: Path) -> None:
-    run_folder.read(folder)
-    report.read("run", folder)
+def load_run(run: Path) -> None:
+    folder.read(run)
+    report.read("run", run)
 
 
 def load_task(folder: Path) -> None:
@@ -196,9 +197,17 @@ def good(tmp_path_factory) -> Path:
 
 # what is read -> (folder, reader, files that could lie there too)
 OF_A_MODEL = (
-    "pytorch_model.bin", "model.safetensors.index.json", "modeling_x.py", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json", "adapter_config.json",
-)  # fmt: skip
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "modeling_x.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "adapter_config.json",
+)
 READERS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "checkpoint": ("run", load_checkpoint, ()),
     "forged checkpoint": ("run", load_forged_checkpoint, ()),
@@ -209,7 +218,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "forged shards": ("shards", load_forged_shards, ()),
     "task": ("task", load_task, ()),
     "text": ("text", load_text, ()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -291,7 +300,7 @@ def test_an_export_names_no_code(good, tmp_path):
     folder = hostile_model(good, tmp_path / "model", tmp_path / "executed")
     model = weights.load_masked_lm(folder, need_head=True)
     (tmp_path / "out").mkdir()
-    weights.write_hugging_face_folder(model.state_dict(), model.architecture, folder, tmp_path / "out")  # fmt: skip
+    weights.write_hugging_face_folder(model.state_dict(), model.architecture, folder, tmp_path / "out")
     written = all_files(tmp_path / "out")
     assert written == ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
     for name in ("config.json", "tokenizer_config.json"):
@@ -307,8 +316,12 @@ def test_a_data_set_folder_runs_nothing(tmp_path, monkeypatch):
     folder.mkdir()
     everything = payloads(marker)
     with tarfile.open(folder / "train.tar", "w") as archive:
-        contents = {"a.txt": b"a text", "a.pyd": everything["pickle of exec"], "a.pickle": everything["pickle of exec"],
-                    "a.pth": everything["torch.save, zip True"]}  # fmt: skip
+        contents = {
+            "a.txt": b"a text",
+            "a.pyd": everything["pickle of exec"],
+            "a.pickle": everything["pickle of exec"],
+            "a.pth": everything["torch.save, zip True"],
+        }
         for name, content in contents.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
@@ -356,52 +369,74 @@ def test_shard_names_cannot_leave_the_folder(good, tmp_path):
 
 
 SECRET = "s3cr3t-5f1d7a"
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "MY_PASSWORD")  # fmt: skip
+SECRETS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "WANDB_API_KEY",
+    "GITHUB_TOKEN",
+    "MY_PASSWORD",
+)
+
+
+AUDIT = """
+import sys
+def hook(event, args):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        address = args[0] if event == "socket.getaddrinfo" else args[1]
+        open(CALLS, "a").write(f"{event} {address!r}\\n")
+sys.addaudithook(hook)
+open(CALLS, "a").write("audited\\n")
+"""
 
 
 @pytest.fixture(scope="module")
 def commands(good, tmp_path_factory) -> tuple[Path, str]:
-    """(folder, what was printed) of prepare, pretrain under torchrun, export and evaluate on local files, with secrets in the environment.
+    """(folder, what was printed) of prepare, pretrain under torchrun, export and evaluate on local files.
 
-    FOLDER/calls has what Python asked of sockets, by an audit hook in every process; FOLDER/strace, where that is installed, what
-    the system was asked by Python and C++ alike.
+    There are secrets in the environment. FOLDER/calls has what Python asked of sockets, by an audit hook in every
+    process; FOLDER/strace, where that is installed, what the system was asked by Python and C++ alike.
     """
     root = tmp_path_factory.mktemp("commands")
-    calls, artefacts = root / "calls", root / "artefacts"
+    artefacts = root / "artefacts"
     (root / "site").mkdir()
-    (root / "site" / "sitecustomize.py").write_text(
-        "import sys\n"
-        "def hook(event, args):\n"
-        "    if event in ('socket.connect', 'socket.sendto', 'socket.getaddrinfo'):\n"
-        "        address = args[0] if event == 'socket.getaddrinfo' else args[1]\n"
-        f"        open({str(calls)!r}, 'a').write(f'{{event}} {{address!r}}\\n')\n"
-        "sys.addaudithook(hook)\n"
-        f"open({str(calls)!r}, 'a').write('audited\\n')\n"
-    )
+    (root / "site" / "sitecustomize.py").write_text(f"CALLS = {str(root / 'calls')!r}\n{AUDIT}")
     environment = launch.ENVIRONMENT | dict.fromkeys(SECRETS, SECRET)
     environment |= {"PYTHONPATH": f"{root / 'site'}{os.pathsep}{launch.ROOT}", "HF_HOME": str(root / "cache")}
     del environment["HF_HUB_OFFLINE"]  # nothing but the names given keeps it from the hub
-    (root / "text.txt").write_text("\n".join(f"w{i} w{i + 1} w{i + 2} w3 w4 w5 w6 w7 w8 w9 w10 w11 w12" for i in range(80)))  # fmt: skip
+    documents = (f"w{i} w{i + 1} w{i + 2} w3 w4 w5 w6 w7 w8 w9 w10 w11 w12" for i in range(80))
+    (root / "text.txt").write_text("\n".join(documents))
     (root / "task").mkdir()
     for split in ("train", "validation"):
         lines = [f"w{i} w2\t{i % 2}" for i in range(8)]
         (root / "task" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
-    run, exported, teacher = artefacts / "run", artefacts / "export", good / "teacher"
-    given = options(
-        data__shards=artefacts / "shards", teacher__path=teacher, out=run, student__num_layers=1, optim__duration=2,
-        optim__unit="updates", batch__size=512, batch__token_budget=256, data__num_workers=0, data__validation_sequences=4,
-    )  # fmt: skip
+    shards, run, exported, teacher = artefacts / "shards", artefacts / "run", artefacts / "export", good / "teacher"
+    prepared = options(tokenizer=teacher, out=shards, workers=1, max_length=32)
+    trained = options(
+        data__shards=shards,
+        teacher__path=teacher,
+        out=run,
+        student__num_layers=1,
+        optim__duration=2,
+        optim__unit="updates",
+        batch__size=512,
+        batch__token_budget=256,
+        data__num_workers=0,
+        data__validation_sequences=4,
+        engine__zero_stage=1,  # with all of DeepSpeed
+    )
+    tuned = options(data=root / "task", seeds=1, epochs=1, device="cpu", save=artefacts / "tuned")
     printed = []
     for words, ranks in (
-        (["prepare", root / "text.txt", "--tokenizer", teacher, "--out", artefacts / "shards", "--workers", 1, "--max-length", 32], None),
-        (["pretrain", "quickstart", *given], 1),
+        (["prepare", root / "text.txt", *prepared], None),
+        (["pretrain", "quickstart", *trained], 1),
         (["export", run, "--out", exported], None),
-        (["evaluate", exported, "--task", "sst2", "--data", root / "task", "--seeds", 1, "--epochs", 1, "--device", "cpu", "--save", artefacts / "tuned"], None),
-    ):  # fmt: skip
+        (["evaluate", exported, "--task", "sst2", *tuned], None),
+    ):
         command = launch.command(f"fastdistil.{words[0]}", *words[1:], ranks=ranks)
         if shutil.which("strace"):
-            trace = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg", "-e", "signal=none"]  # fmt: skip
-            command = [*trace, "-A", "-o", str(root / "strace"), *command]
+            trace = ["-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg", "-e", "signal=none"]
+            command = ["strace", *trace, "-A", "-o", str(root / "strace"), *command]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         printed += [done.stdout, done.stderr]
@@ -412,7 +447,7 @@ def test_secrets_reach_no_artefact(commands):
     root, printed = commands
     assert SECRET not in printed
     files = [p for p in (root / "artefacts").rglob("*") if p.is_file()]
-    assert {"config.json", "metrics.jsonl", "README.md", "evaluation.json"} <= {p.name for p in files}  # fmt: skip
+    assert {"config.json", "metrics.jsonl", "README.md", "evaluation.json"} <= {p.name for p in files}
     assert not [p for p in files if SECRET.encode() in p.read_bytes()]
 
 
@@ -443,14 +478,21 @@ def own_addresses() -> list[str]:
     return [a.address for found in psutil.net_if_addrs().values() for a in found]
 
 
+UNPICKLE = """
+import sys, torch
+from fastdistil.training import engine
+engine._import_deepspeed(torch.device("cpu"))
+try:
+    torch.load(sys.argv[1], weights_only=False)
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+
+
 def test_deepspeed_cannot_unpickle(tmp_path):
-    file = tmp_path / "x.pt"
-    marker = tmp_path / "executed"
+    file, marker = tmp_path / "x.pt", tmp_path / "executed"
     torch.save({"a": Calls(os.system, f"touch {marker}")}, file)
-    code = (
-        "import sys, torch\nfrom fastdistil import engine\nengine._import_deepspeed(torch.device('cpu'))\n"
-        "try:\n    torch.load(sys.argv[1], weights_only=False)\nexcept Exception as e:\n    print('refused', type(e).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=launch.ENVIRONMENT)  # fmt: skip
+    words = [sys.executable, "-c", UNPICKLE, str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, env=launch.ENVIRONMENT)
     assert "refused" in done.stdout, done.stderr
     assert not marker.exists()

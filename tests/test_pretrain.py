@@ -46,7 +46,7 @@ def test_what_a_run_says_and_leaves(quiet):
 
 
 def stopped_and_resumed(root, run, straight, *, ranks, **changes):
-    """Stop a run by SIGTERM after update 7 and resume it: metrics, weights and moments must be those of `straight`, bit for bit."""
+    """Stop a run by SIGTERM after update 7 and resume it: metrics, weights and moments of `straight`, bit for bit."""
     words = arguments(root, run, **changes | {"log__every": 1, "resume": "auto"})
     process = launch.start_until("update 7/12", launch.command(*words, ranks=ranks))
     process.send_signal(signal.SIGTERM)
@@ -96,7 +96,7 @@ def test_more_ranks_stopped_and_resumed(root, tmp_path, ranks, changes):
 
 
 def test_killed_and_resumed_on_another_number_of_ranks(root, quiet, tmp_path):
-    """SIGKILL after the checkpoint of update 5; on with two ranks and ZeRO-3: the same sequences, losses within 1e-5."""
+    """SIGKILL after the checkpoint of update 5; on by two ranks with ZeRO-3: the same sequences, losses within 1e-5."""
     run = tmp_path / "run"
     process = launch.start_until("update 7/12", launch.command(*arguments(root, run, log__every=1)))
     process.kill()
@@ -113,7 +113,7 @@ def test_killed_and_resumed_on_another_number_of_ranks(root, quiet, tmp_path):
 
 
 def test_text_to_hugging_face(tmp_path):
-    """prepare -> mlm (a teacher) -> distil -> export -> transformers, by the commands of the README, on text of our own."""
+    """prepare -> mlm (a teacher) -> distil -> export -> transformers, by the commands of the README."""
     words = [
         "the",
         "cat",
@@ -241,7 +241,7 @@ def test_a_second_signal_ends_at_once(root, tmp_path):
 
 
 def syncs(root, out, updates):
-    """How often each line brought a tensor's number to the host in a run that logs, validates and saves at its end alone."""
+    """How often each line brought a tensor's number to the host in a run that logs, validates and saves at its end."""
     seldom = {f"log__{name}": 1000 for name in ("every", "validate_every", "checkpoint_every")}
     changes = seldom | {"optim__duration": updates, "data__num_workers": 1, "student__num_layers": 1}
     _, *words = arguments(root, out, **changes)
@@ -254,5 +254,5 @@ def test_no_update_makes_the_host_wait(root, tmp_path):
     few, many = (syncs(root, tmp_path / str(count), count) for count in (2, 4))
     assert few.keys() == many.keys()
     more = {line: many[line] - few[line] for line in many if many[line] != few[line]}
-    # kernels/linear_distill.py reads the loss's gradient where that is on the CPU already, to save a pass over the weights
+    # kernels/linear_distill.py reads the loss's gradient where that is on the CPU, to save a pass over the weights
     assert more == {"engine.py: loss.backward()": 2 * 3}  # of three micro-batches each

@@ -1,4 +1,4 @@
-"""checkpoint.py under faults: killed at every step of a save, every kind of damage, shards of another checkpoint, disks that are full or fail."""
+"""checkpoint.py under faults: killed at every step of a save, damaged in every way, on disks that are full or fail."""
 
 import errno
 import itertools
@@ -56,7 +56,8 @@ def killed_save(run: Path, at: int) -> bool:
     child = os.fork()
     if child == 0:
         killer = Killer(at)
-        for owner, name in ((os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "mkdir"), (shutil, "rmtree")):  # fmt: skip
+        steps = (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "mkdir"), (shutil, "rmtree")
+        for owner, name in steps:
             killer.around(owner, name)
         killer.around(checkpoint, "save_file", half=True)
         killer.around(Path, "write_text", half=True)
@@ -98,7 +99,7 @@ def test_killed_at_every_step_of_a_save_the_old_or_the_new_one_is_there(tmp_path
         names = sorted(p.name for p in (run / "checkpoints").iterdir())
         assert names in (["update-00000010", "update-00000020"], ["update-00000015", "update-00000020"]) or (
             again and names == ["update-00000010", "update-00000015", "update-00000020"]
-        )  # fmt: skip
+        )
         shutil.rmtree(run)
     assert len(found) >= 50
     assert found == sorted(found)  # the old one until some point, the new one after it
@@ -213,8 +214,9 @@ def test_a_disk_that_fails_is_said_and_leaves_the_earlier_one(tmp_path, monkeypa
     def fail(*_, **__):
         raise OSError(number, os.strerror(number))
 
+    owners = {"mkdir": Path, "fsync": os, "rename": os}
     with monkeypatch.context() as patch:
-        patch.setattr(*{"mkdir": (Path, "mkdir"), "fsync": (os, "fsync"), "rename": (os, "rename")}[step], fail)  # fmt: skip
+        patch.setattr(owners[step], step, fail)
         with pytest.raises(OSError, match=os.strerror(number)) as error:
             save(tmp_path, 10)
     assert "update-00000010 (16,000 bytes" in str(error.value)
@@ -249,14 +251,17 @@ def in_child(code: str, *before: str) -> subprocess.CompletedProcess[str]:
     )
     code = "\n".join((*imports, code))
     words = [*before, sys.executable, "-c", code]
-    return subprocess.run(words, env=launch.ENVIRONMENT, capture_output=True, text=True, timeout=120)  # fmt: skip
+    return subprocess.run(words, env=launch.ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 def test_a_disk_that_is_really_full(tmp_path):
-    """A tmpfs in a namespace of its own, gone with the process. A checkpoint takes 32 KiB of it; that it is full is found by writing, then by asking."""
+    """A tmpfs in a namespace of its own, gone with the process, of which a checkpoint takes 32 KiB.
+
+    That it is full is found by writing, then by asking.
+    """
     mount = f"mount -t tmpfs -o size=48k tmpfs {shlex.quote(str(tmp_path))}"
-    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]  # fmt: skip
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:  # fmt: skip
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("this system lets us mount no tmpfs")
     done = in_child(
         f"""
@@ -275,7 +280,7 @@ for checkpoint.require_space in (lambda *_: None, ask):
     assert done.returncode == 0, done.stderr
     by_writing, whole, by_asking, still_whole = done.stdout.splitlines()
     folder = f"{tmp_path}/checkpoints"
-    assert by_writing.startswith(f"cannot write the checkpoint {folder}/update-00000010 (16,000 bytes, ")  # fmt: skip
+    assert by_writing.startswith(f"cannot write the checkpoint {folder}/update-00000010 (16,000 bytes, ")
     assert "No space left on device" in by_writing
     assert by_asking.startswith(f"{folder} has 16,384 bytes free, a checkpoint needs 1,064,576: ")
     assert whole == still_whole == "update-00000005 update-00000005"

@@ -204,7 +204,8 @@ def line_of(process):
 def test_a_lock_is_held_by_one_process_and_says_by_which(tmp_path):
     path = tmp_path / "below" / ".lock"
     with holder(path) as other:
-        wanted = f"--out x is in use by process {other.pid} on {socket.gethostname()}: wait for it, stop it, or choose another --out"
+        holder_name = f"process {other.pid} on {socket.gethostname()}"
+        wanted = f"--out x is in use by {holder_name}: wait for it, stop it, or choose another --out"
         with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
             files.Lock(path, "--out x")
         assert f"process {other.pid} " in path.read_text()  # who failed to get it has changed nothing

@@ -1,7 +1,8 @@
 """What is fuzzed: readers, each with a good file to damage and the rule that its answer must keep.
 
-The rule is the same for all: a ValueError or OSError that names the file, or a result; never another exception, a hang or wild memory.
-And damage must not pass in silence: what a reader accepts is compared with the good file as far as anything in the folder can tell.
+The rule is the same for all: a ValueError or OSError that names the file, or a result; never another exception, a
+hang or wild memory. And damage must not pass in silence: what a reader accepts is compared with the good file, as far
+as anything in the folder can tell.
 """
 
 import json
@@ -22,17 +23,20 @@ from fastdistil import evaluate, export, prepare
 from fastdistil.data import shards, tokenizer
 from fastdistil.evaluation import squad, tasks
 from fastdistil.model import weights
-from fastdistil.run import checkpoint, metrics
-from fastdistil.run import folder as run_folder
+from fastdistil.run import checkpoint, folder, metrics
 from fastdistil.run.config import Config, from_json, resume_differences, to_json
-from tests.run.test_checkpoint import save
 from tests.support import toy
+from tests.support.checkpoints import save
 
 AWKWARD: list[Any] = [
-    None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308, "", "x", "\x00", "../x", "é" * 50, [], [[]], {}, [0] * 50,
-    {"a": {"b": None}}, "1", 10**400, float("inf"), float("nan"), "\ud800",
-]  # fmt: skip
-PIECES = [b'"', b"{", b"}", b"[", b",", b"\x00", b"\xff\xfe", b"1e999", b"-1", b"null", b"NaN", b"[" * 3000, b"\\ud800", b"9" * 5000, b"\xef\xbb\xbf", b"\r\n"]  # fmt: skip
+    *(None, True, False, {}, {"a": {"b": None}}, [], [[]], [0] * 50),
+    *(0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, 1e308, float("inf"), float("nan")),
+    *("", "x", "1", "\x00", "../x", "é" * 50, "\ud800"),
+]
+PIECES = [
+    *(b'"', b"{", b"}", b"[", b",", b"1e999", b"-1", b"null", b"NaN", b"[" * 3000, b"9" * 5000),
+    *(b"\x00", b"\xff\xfe", b"\\ud800", b"\xef\xbb\xbf", b"\r\n"),
+]
 MOST_MEMORY = 256 * 2**20
 LONGEST_S = 2.0
 
@@ -99,7 +103,10 @@ class Target:
         self.wanted = read(folder)
 
     def refuses(self, content: bytes) -> bool:
-        """Whether the file is refused with this content; raises what a reader must not raise, AssertionError where it breaks the rule."""
+        """Whether the file is refused with this content.
+
+        Raises what a reader must not raise, and AssertionError where it breaks the rule.
+        """
         self.path.write_bytes(content)
         begin = time.process_time()
         try:
@@ -136,20 +143,19 @@ def _read_shards(folder: Path) -> object:
     """All but what nothing else in the folder says: counts of what was dropped, arguments, a greater maximal length."""
     opened = shards.Shards(folder)
     meta = opened.meta
-    if (tokenizer.vocabulary_sha256(folder / "tokenizer"), tokenizer.special_ids(folder / "tokenizer")) != (
-        meta.tokenizer_sha256, meta.special_ids,
-    ):  # fmt: skip
+    words = folder / "tokenizer"
+    if (tokenizer.vocabulary_sha256(words), tokenizer.special_ids(words)) != (meta.tokenizer_sha256, meta.special_ids):
         raise ValueError(f"{folder}: preflight refuses this")
-    told = (meta.dtype, meta.vocab_size, meta.num_sequences, meta.num_tokens, meta.counts_sha256, meta.shards)  # fmt: skip
+    told = meta.dtype, meta.vocab_size, meta.num_sequences, meta.num_tokens, meta.counts_sha256, meta.shards
     return told, opened.counts.tobytes(), opened.lengths.tobytes(), opened.sequence(0).tobytes()
 
 
-def _read_run(folder: Path) -> None:
-    record = run_folder.read(folder)
+def _read_run(run: Path) -> None:
+    record = folder.read(run)
     try:
         from_json(record["config"])
     except ValueError as error:  # it does not know its file
-        raise ValueError(f"{folder}: a configuration: {error}") from error
+        raise ValueError(f"{run}: a configuration: {error}") from error
     resume_differences(record["config"], to_json(Config()))
 
 
@@ -214,16 +220,16 @@ def make(root: Path) -> dict[str, Target]:
     torch.save(state, root / "pickled" / "pytorch_model.bin")
     (root / "pickled" / "model.safetensors").unlink()
     (root / "parts" / "model.safetensors").rename(root / "parts" / "a.safetensors")
-    write("parts/model.safetensors.index.json", {"weight_map": dict.fromkeys(state, "a.safetensors")})  # fmt: skip
+    write("parts/model.safetensors.index.json", {"weight_map": dict.fromkeys(state, "a.safetensors")})
     question = {"id": "1", "question": "w4?", "answers": [{"text": "w2", "answer_start": 3}]}
     paragraph = {"context": "w1 w2 w3", "qas": [question, question]}
-    write("squad/train.json", {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]})  # fmt: skip
+    write("squad/train.json", {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]})
     settings = asdict(tasks.Settings()) | {"data": str(root / "results"), "teacher": None}
     scores = {"sst2": {"seeds": {"1": {"score": 0.5}, "2": {"score": 0.7}}, "median": 0.6}}
     write("results/evaluation.json", {"model": "m", "settings": settings, "tasks": scores})
     shard = shards.read_meta(root / "shards").shards[0]
     entry = {"shard": asdict(shard), "text": asdict(prepare.ShardText(num_batches=1, text_sha256="x"))}
-    write("progress/progress.json", {"preparation": {"max_length": 3}, "tokenizer_sha256": None, "shards": [entry]})  # fmt: skip
+    write("progress/progress.json", {"preparation": {"max_length": 3}, "tokenizer_sha256": None, "shards": [entry]})
     lines = [json.dumps({"split": "train", "update": i, "loss": 0.5}) for i in range(3)]
     (root / "metrics" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -249,4 +255,4 @@ def make(root: Path) -> dict[str, Target]:
         "results": Target(root / "results", "evaluation.json", _read_results, 0.4),
         "progress": Target(root / "progress", "progress.json", _read_progress, 0.4),
         "metrics": Target(root / "metrics", "metrics.jsonl", _read_metrics, 0.0),  # a damaged line is left out
-    }  # fmt: skip
+    }

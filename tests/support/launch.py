@@ -22,7 +22,7 @@ RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def command(*args: object, ranks: int | None = None, script: bool = False, restarts: int | None = None) -> list[str]:
-    """The argument list: `python -m module ...` or `torchrun ... -m module ...`; `script` runs a file instead of a module."""
+    """The argument list: `python -m module ...` or `torchrun ... -m module ...`; `script` runs a file in its place."""
     words = [str(a) for a in args]
     how = [] if script else ["-m"]
     if ranks is None:

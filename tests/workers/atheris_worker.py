@@ -1,4 +1,7 @@
-"""Fuzzing of one target led by the coverage of our code, in a process of its own, which libFuzzer ends: NAME EXECUTIONS FOLDER."""
+"""Fuzzing led by the coverage of our code, in a process of its own that libFuzzer ends: NAME COUNT FOLDER.
+
+NAME is a target of fuzz_targets.py, COUNT the executions, FOLDER an empty one for its files.
+"""
 
 import random
 import sys
@@ -21,8 +24,16 @@ def mutated(data: bytes, max_size: int, seed: int) -> bytes:
 
 
 atheris.Setup(
-    [sys.argv[0], f"-runs={executions}", "-timeout=10", "-rss_limit_mb=4096", "-max_len=200000", f"-artifact_prefix={root}/", str(corpus)],
+    [
+        sys.argv[0],
+        f"-runs={executions}",
+        "-timeout=10",
+        "-rss_limit_mb=4096",
+        "-max_len=200000",
+        f"-artifact_prefix={root}/",
+        str(corpus),
+    ],
     target.refuses,  # type: ignore
     custom_mutator=mutated,
-)  # fmt: skip
+)
 atheris.Fuzz()

@@ -1,7 +1,7 @@
-"""`fastdistil.pretrain` with a count of what would make the host wait for a GPU: python -m tests.workers.sync_worker ARGUMENTS...
+"""`fastdistil.pretrain` with a count of what would make the host wait for a GPU: sync_worker ARGUMENTS...
 
-Prints, as JSON, how often each line of our code (that of an operator counts for the line that calls it) brought a tensor's
-number to the host on this rank.
+Prints, as JSON, how often each line of our code brought a tensor's number to the host on this rank. What an operator
+does counts for the line that calls it.
 """
 
 import json
