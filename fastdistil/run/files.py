@@ -68,8 +68,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, record: Any, *, durable: bool = False) -> None:
-    """Replace `path` by `record` as indented JSON."""
-    write_bytes(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(), durable=durable)
+    """Replace `path` by `record` as indented JSON.
+
+    Names of files that are not UTF-8 come back from `read_json` as they were.
+    """
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode(errors="surrogatepass"), durable=durable)
 
 
 def sync(path: Path) -> None:
