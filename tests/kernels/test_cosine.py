@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastdistil.kernels.cosine import cosine_loss, cosine_loss_reference
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
+from tests.support.properties import for_any
 
 SHAPES = [(1, 2), (5, 31), (3, 384), (127, 65), (2, 768), (3, 769), (1, 8192)]  # rows per CTA: 2,048 to 1
 
@@ -29,6 +30,21 @@ def check(leaves, **options):
 @pytest.mark.parametrize("shape", [*SHAPES, (4097, 20)], ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
     check(make_leaves(shape, dtype))
+
+
+@for_any(
+    lambda st: {
+        "shape": st.tuples(st.integers(8, 40), st.integers(8, 300)),
+        "dtype": st.sampled_from(DTYPES),
+        "contiguous": st.booleans(),
+        "seed": st.integers(0, 10),
+    }
+)
+def test_any_shape_and_strides(shape, dtype, contiguous, seed):
+    leaves = make_leaves(shape if contiguous else shape[::-1], dtype, seed)
+    if not contiguous:
+        leaves = {name: x.detach().t().requires_grad_(x.requires_grad) for name, x in leaves.items()}
+    check(leaves)
 
 
 def test_parallel_vectors_cost_nothing():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastdistil.kernels.distill import distill_loss, distill_loss_reference
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, assert_no_worse_than_pytorch, results
+from tests.support.properties import for_any
 
 # One element; below, at and across a thread's load, a lane block, the C++ block of 1,024; real vocabularies.
 SHAPES = [(1, 1), (2, 7), (127, 33), (3, 1024), (2, 2049), (2, 4097), (5, 30522), (2, 30528), (1, 119547)]
@@ -29,11 +30,12 @@ def make_leaves(shape, dtype=torch.float32, *, labelled=0.3, spread=4.0, seed=0)
     }
 
 
-def check(leaves, **options):
+def check(leaves, *, sizes=None, **options):
     assert_no_worse_than_pytorch(
         functools.partial(distill_loss, **OPTIONS | options),
         functools.partial(distill_loss_reference, **OPTIONS | options),
         leaves,
+        sizes=sizes,
     )
 
 
@@ -47,6 +49,30 @@ def test_no_worse_than_twice_pytorch(shape, dtype):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 8.0])
 def test_temperatures(temperature, dtype):
     check(make_leaves((9, 1500), dtype), temperature=temperature)
+
+
+@for_any(
+    lambda st: {
+        "shape": st.tuples(st.integers(1, 9), st.integers(1, 2100)),
+        "dtype": st.sampled_from(DTYPES),
+        "strides": st.sampled_from(["padded rows", "misaligned", "transposed"]),
+        "seed": st.integers(0, 10),
+    }
+)
+def test_any_shape_and_strides(shape, dtype, strides, seed):
+    N, V = shape
+    leaves = make_leaves(shape, dtype, seed=seed)
+    for name in ("student_NV", "teacher_NV"):
+        contiguous = leaves[name].detach()
+        if strides == "padded rows":
+            strided = contiguous.new_zeros(N, V + 5)[:, :V]
+        elif strides == "misaligned":
+            strided = contiguous.new_zeros(N * V + 1)[1:].view(N, V)
+        else:
+            strided = contiguous.new_zeros(V, N).t()
+        leaves[name] = strided.copy_(contiguous).requires_grad_(leaves[name].requires_grad)
+    # A gradient is a difference of probabilities, which are 1 where there is one column, and a loss a sum of logarithms.
+    check(leaves, sizes={"dstudent_NV": 1.7, **dict.fromkeys(("value 0", "value 1", "value 2"), float(N))})
 
 
 @pytest.mark.parametrize("labelled", [0.0, 1.0], ids=["none masked", "all masked"])

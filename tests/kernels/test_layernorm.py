@@ -12,6 +12,7 @@ from fastdistil.kernels import layernorm as module
 from fastdistil.kernels.dropout import keep_reference
 from fastdistil.kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference, layernorm
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
+from tests.support.properties import for_any
 
 # Rows of a program: 32; of a block: 1,024 down to 1. Widths that are no multiple of 16, of a block, of a warp.
 SHAPES = [(1, 2), (5, 31), (33, 384), (67, 65), (3, 768), (2, 769), (1, 4096)]
@@ -74,6 +75,18 @@ ops_layernorm_reference = dropout_add_layernorm_reference
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype, options):
     check(make_leaves(shape, dtype), **options)
+
+
+@for_any(
+    lambda st: {
+        "shape": st.tuples(st.integers(1, 70), st.integers(16, 300)),  # three values may be nearly equal
+        "dtype": st.sampled_from(DTYPES),
+        "options": st.sampled_from(list(OPTIONS.values())),
+        "seed": st.integers(0, 10),
+    }
+)
+def test_any_shape(shape, dtype, options, seed):
+    check(make_leaves(shape, dtype, seed), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

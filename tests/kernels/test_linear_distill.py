@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistil.kernels.linear_distill import default_chunk_tokens, linear_distill_loss, linear_distill_loss_reference
 from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
+from tests.support.properties import for_any
 
 V, VOCAB = 320, 301  # padded and real vocabulary
 OPTIONS: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.7, "mlm_scale": 0.3, "vocab_size": VOCAB}
@@ -38,12 +39,9 @@ def ours(**options):
     return functools.partial(linear_distill_loss, **OPTIONS | options)
 
 
-def check(leaves, *, chunk_tokens=None, **options):
-    assert_no_worse_than_pytorch(
-        ours(chunk_tokens=chunk_tokens, **options),
-        functools.partial(linear_distill_loss_reference, **OPTIONS | options),
-        leaves,
-    )
+def check(leaves, *, chunk_tokens=None, sizes=None, **options):
+    reference = functools.partial(linear_distill_loss_reference, **OPTIONS | options)
+    assert_no_worse_than_pytorch(ours(chunk_tokens=chunk_tokens, **options), reference, leaves, sizes=sizes)
 
 
 def assert_same(got, expected, **tolerance):
@@ -62,6 +60,34 @@ def test_no_worse_than_twice_pytorch(chunk_tokens, dtype):
 def test_a_real_vocabulary_in_default_chunks(dtype):
     leaves = make_leaves(20, dtype, widths=(64, 32), num_columns=30528)
     check(leaves, vocab_size=30522)
+
+
+@for_any(
+    lambda st: {
+        "num_tokens": st.integers(1, 30),
+        "widths": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        "num_columns": st.integers(1, 200),
+        "chunk_tokens": st.integers(1, 40),
+        "data": st.data(),
+    }
+)
+def test_any_shape(num_tokens, widths, num_columns, chunk_tokens, data):
+    """A number of dbias may be a small sum over tokens: of few columns, of probabilities of nearly 1 or 0."""
+    import hypothesis.strategies as st
+
+    leaves = make_leaves(num_tokens, widths=widths, num_columns=num_columns)
+    vocab_size = data.draw(st.integers(1, num_columns))
+    leaves["labels_N"].clamp_(max=vocab_size - 1)
+    # A logit's gradient is a difference of probabilities, times these; a loss is a sum of logarithms of sums of about 1.
+    slope = OPTIONS["kd_scale"] * OPTIONS["temperature"] + OPTIONS["mlm_scale"]
+    largest = {name: leaves[name].detach().abs().max().item() for name in ("student_ND", "student_weight_VD")}
+    sizes = {
+        "dstudent_ND": slope * largest["student_weight_VD"],
+        "dstudent_weight_VD": num_tokens * slope * largest["student_ND"],
+        "dstudent_bias_V": num_tokens * slope,
+        **dict.fromkeys(("value 0", "value 1", "value 2"), num_tokens),
+    }
+    check(leaves, chunk_tokens=chunk_tokens, vocab_size=vocab_size, sizes=sizes)
 
 
 @pytest.mark.parametrize("num_rows", [0, 4, 5, 7, 13])

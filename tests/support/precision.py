@@ -39,15 +39,22 @@ def assert_no_worse_than_pytorch(
     ours: Callable[..., Tensor | Sequence[Tensor]],
     reference: Callable[..., Tensor | Sequence[Tensor]],
     leaves: Mapping[str, Tensor],
+    *,
+    sizes: Mapping[str, float] | None = None,
 ) -> None:
-    """Every value and gradient of `ours` errs at most SLACK times as much as `reference` does in the same dtype."""
-    floor = FLOOR
+    """Every value and gradient of `ours` errs at most SLACK times as much as `reference` does in the same dtype.
+
+    Besides, each may err by FLOOR of its size: that of its largest number or, if it is more, what `sizes` holds under its
+    name. That is for results whose own numbers are small because what they are made of cancels: PyTorch then errs by next
+    to nothing in one case and by several roundings of those larger numbers in the next.
+    """
+    least = 0.0
     if INTERPRETED:  # a truncation of its own, which PyTorch may happen to be spared: one unit of the largest value
-        kinds = {x.dtype for x in leaves.values() if x.is_floating_point()}
-        floor = max(FLOOR, *(torch.finfo(kind).eps for kind in kinds))
+        least = max(torch.finfo(x.dtype).eps for x in leaves.values() if x.is_floating_point())
     truth = results(reference, fp64(leaves))
     mine, theirs = results(ours, leaves), results(reference, leaves)
     for name, exact in truth.items():
         my_error, their_error = ((x[name] - exact).abs().max().item() for x in (mine, theirs))
-        allowed = SLACK * their_error + floor * exact.abs().max().item()
+        size = exact.abs().max().item()
+        allowed = SLACK * their_error + max(least * size, FLOOR * max(size, (sizes or {}).get(name, 0.0)))
         assert my_error <= allowed, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
