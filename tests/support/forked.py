@@ -132,8 +132,12 @@ def run(
     timeout_s: float = 300,
     environment: dict[str, str] | None = None,
     cwd: Path = ROOT,
+    stop_at: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`launch.run`, without the interpreter's start and torchrun's; a rank that fails ends the others, as there."""
+    """`launch.run`, without the interpreter's start and torchrun's; a rank that fails ends the others, as there.
+
+    When `stop_at` has been printed, every rank gets the SIGTERM that torchrun would pass on.
+    """
     given = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
@@ -147,8 +151,13 @@ def run(
         deadline = time.monotonic() + timeout_s
         try:
             while (running := [p for p in processes if p.exitcode is None]) and not any(p.exitcode for p in processes):
-                if not wait([p.sentinel for p in running], max(0.0, deadline - time.monotonic())):
+                wait([p.sentinel for p in running], 0.02 if stop_at else max(0.0, deadline - time.monotonic()))
+                if time.monotonic() >= deadline:
                     raise subprocess.TimeoutExpired([module, *given], timeout_s)
+                if stop_at and stop_at in outputs[0].read_text():
+                    stop_at = None
+                    for process in running:
+                        process.terminate()
         finally:
             _end(processes, grace_s=2.0)  # the others' last words
         status = next((p.exitcode for p in processes if p.exitcode), 0)

@@ -1,13 +1,11 @@
 """The teacher beside the student: the same numbers ahead, on a second device and on ranks of its own; no race, nobody left waiting."""
 
-# ruff: noqa: F811 (fixtures of other files)
-
-import json
 import logging
-import signal
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +13,26 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from fastdistil.data.batches import MicroBatch
 from fastdistil.model.weights import load_masked_lm
-from fastdistil.run import ranks as dist
-from fastdistil.run.config import Config, DataConfig, LossConfig, TeacherConfig
-from fastdistil.training.objective import Objective, TeacherOutput
+from fastdistil.run.config import BatchConfig, Config, DataConfig, LossConfig, TeacherConfig
+from fastdistil.run.link import TeacherLink
+from fastdistil.run.ranks import Ranks, init_ranks
+from fastdistil.training.objective import EncoderOutputs, Objective, TeacherOutput
 from fastdistil.training.preflight import resolve
-from fastdistil.training.teacher import Feed, RemoteTeacher, Split, Teacher, serve
-from tests.support import launch
-from tests.test_pretrain import arguments, losses, root, same, tensors  # noqa: F401
-from tests.training.test_objective import folder, make_batches, make_student, make_teacher  # noqa: F401
+from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher, serve
+from tests.support import forked
+from tests.support.runs import arguments, exact_metrics, metrics_of, same, tensors_of
+from tests.support.updates import CPU, make_batches, make_student, make_teacher
+from tests.workers import together_worker
 
-CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and their allocator exist on a GPU only")
 
 
+def tensors_in(output: TeacherOutput) -> tuple[torch.Tensor, ...]:
+    return (*output.encoder.tensors(), *output[1:])
+
+
 def equal(a: TeacherOutput, b: TeacherOutput) -> bool:
-    pairs = zip((*a[:4], *a.kept), (*b[:4], *b.kept), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
+    return all(torch.equal(x, y) for x, y in zip(tensors_in(a), tensors_in(b), strict=True))
 
 
 def test_on_a_cpu_the_teacher_precedes(folder, caplog):
@@ -39,21 +41,21 @@ def test_on_a_cpu_the_teacher_precedes(folder, caplog):
     infer = teacher._states
     teacher._states = lambda batch: (happened.append("teacher"), infer(batch))[1]
     with caplog.at_level(logging.INFO, "fastdistil"):
-        feed = Feed(teacher, CPU, overlap=True)
+        prefetcher = TeacherPrefetcher(teacher, CPU, overlap=True)
     assert "precedes the student" in caplog.text
-    for given, (batch, hints) in zip(batches, feed.ahead(iter(batches)), strict=True):
+    for given, (batch, output) in zip(batches, prefetcher.ahead(iter(batches)), strict=True):
         happened.append("student")
         assert all(torch.equal(getattr(batch, n), getattr(given, n)) for n in ("input_ids", "labels"))
-        assert hints is not None
-        assert equal(hints, make_teacher(folder, CPU)(given))
+        assert output is not None
+        assert equal(output, make_teacher(folder, CPU)(given))
     assert happened == ["teacher", "student"] * 4
 
 
-def test_without_a_teacher_there_are_no_hints(folder):
+def test_without_a_teacher_there_is_no_output(folder):
     _, batches = make_batches(folder, 2, CPU)
-    pairs = list(Feed(None, CPU, overlap=True).ahead(iter(batches)))
+    pairs = list(TeacherPrefetcher(None, CPU, overlap=True).ahead(iter(batches)))
     assert [b.sequences for b, _ in pairs] == [b.sequences for b in batches]
-    assert [hints for _, hints in pairs] == [None, None]
+    assert [output for _, output in pairs] == [None, None]
 
 
 # --- streams, without a GPU: what CUDA orders is modelled as the set of all work that a stream has behind it
@@ -121,7 +123,8 @@ class FakeTeacher(Teacher):
         far = self.cuda.current_stream(self.encoder_device)
         assert far is not self.cuda.default[self.encoder_device]
         self.began[batch.sequences] = self.cuda.work("teacher", batch, self.device)
-        return TeacherOutput(*torch.ones(4, 1, 1).unbind(), kept=())
+        hidden_NE, *others = torch.ones(4, 1, 1).unbind()
+        return TeacherOutput(EncoderOutputs(hidden_NE), *others)
 
 
 @pytest.mark.parametrize("encoder_index", [0, 1])
@@ -132,19 +135,27 @@ def test_streams_wait_for_each_other_and_for_no_more(folder, monkeypatch, encode
     device, encoder_device = torch.device("cuda", 0), torch.device("cuda", encoder_index)
     cuda.default[encoder_device].behind.add(("weights",))
     teacher = FakeTeacher(cuda, encoder_device) if with_teacher else None
-    feed = Feed(teacher, device, overlap=True)
+    prefetcher = TeacherPrefetcher(teacher, device, overlap=True)
     if teacher and encoder_index:
-        assert isinstance(feed.far, FakeStream)
-        assert ("weights",) in feed.far.behind
+        assert isinstance(prefetcher.far, FakeStream)
+        assert ("weights",) in prefetcher.far.behind
     ids = [b.sequences for b in batches]
-    for k, (batch, hints) in enumerate(feed.ahead(iter(batches))):
+    for k, (batch, output) in enumerate(prefetcher.ahead(iter(batches))):
         before = cuda.work("student", batch, device)
         side = {w for w in before if w[0] in ("copy", "teacher")}
         done = {("copy", i) for i in ids[: k + 1]} | {("teacher", i) for i in (ids[: k + 1] if with_teacher else ())}
-        assert side == done, "waits for its own hints, and not for the next"
-        tensors_ = [batch.input_ids, batch.position_ids, batch.labels, batch.masked_rows, batch.num_rows]
-        tensors_ += [batch.layout.cu_seqlens, batch.layout.tiles, *(hints or ())[:2]]
-        assert {id(t) for t in tensors_} <= cuda.recorded, "trap 14"
+        assert side == done, "waits for its own teacher output, and not for the next"
+        read = [
+            batch.input_ids,
+            batch.position_ids,
+            batch.labels,
+            batch.masked_rows,
+            batch.num_rows,
+            batch.dropout_seed,
+        ]
+        read += [batch.layout.cu_seqlens, batch.layout.tiles]
+        read += [*output.encoder.tensors(), output.transformed_NE] if output else []
+        assert {id(t) for t in read} <= cuda.recorded, "trap 14"
         if teacher and k + 1 < len(ids):
             students = {w for w in teacher.began[ids[k + 1]] if w[0] == "student"}
             assert students == {("student", i) for i in ids[:k]}, "one ahead of the student: no more, no less"
@@ -171,16 +182,16 @@ def test_the_overlap_is_measured_and_kept_where_it_gains(monkeypatch, caplog, ov
     cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     device = torch.device("cuda", 0)
-    feed = Feed(FakeTeacher(cuda, device), device, overlap=True)
+    prefetcher = TeacherPrefetcher(FakeTeacher(cuda, device), device, overlap=True)
     states = []
     with caplog.at_level(logging.INFO, "fastdistil"):
         for update in range(1, 20):
             FakeEvent.ready = update > 15  # the device is behind the host: read later, without waiting
-            states.append(feed.overlapping)
-            with feed.update():
+            states.append(prefetcher.overlapping)
+            with prefetcher.update():
                 # what surrounds the two measurements must not count: warm-up, and an update half with and half without
                 around = update in (1, 4, 9, 14)
-                took = 1000.0 if around else overlapped_ms if feed.overlapping else 10.0
+                took = 1000.0 if around else overlapped_ms if prefetcher.overlapping else 10.0
                 FakeEvent.clock += took + 0.1 * (update - (6.5 if update < 9 else 11.5))
             FakeEvent.clock += 500.0  # a validation
     gains = overlapped_ms < 10
@@ -202,11 +213,11 @@ def test_overlap_changes_no_bit_on_a_gpu(folder):
     update, batches = make_batches(folder, 4, CPU)
     found = []
     for overlap in (True, False):
-        objective = Objective(make_student(folder, device), LossConfig())
-        feed, sums = Feed(make_teacher(folder, device), device, overlap=overlap), []
-        assert feed.overlapping == overlap
-        for batch, hints in feed.ahead(iter(pinned(batches * 8))):
-            loss, part = objective(batch, hints, update.num_tokens, update.num_masked)
+        objective = Objective(make_student(folder, device=device), LossConfig())
+        prefetcher, sums = TeacherPrefetcher(make_teacher(folder, device), device, overlap=overlap), []
+        assert prefetcher.overlapping == overlap
+        for batch, output in prefetcher.ahead(iter(pinned(batches * 8))):
+            loss, part = objective(batch, output, update.num_tokens, update.num_masked)
             loss.backward()
             sums.append(part)
         found.append([*sums, *(p.grad for p in objective.parameters() if p.grad is not None)])
@@ -220,16 +231,16 @@ def test_memory_is_not_given_away_while_the_student_reads(folder, monkeypatch, r
     device = torch.device("cuda", 0)
     _, batches = make_batches(folder, 1, CPU)
     teacher = make_teacher(folder, device)
-    wanted = teacher(batches[0].to(device)).hidden_NE.clone()
+    wanted = teacher(batches[0].to(device)).encoder.hidden_ND.clone()
     if not recording:
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    feed = Feed(teacher, device, overlap=True)
-    ((_, hints),) = feed.ahead(iter(pinned(batches)))
-    assert hints is not None
+    prefetcher = TeacherPrefetcher(teacher, device, overlap=True)
+    ((_, output),) = prefetcher.ahead(iter(pinned(batches)))
+    assert output is not None
     torch.cuda._sleep(1_000_000_000)  # about half a second
-    read = hints.hidden_NE * 1
-    del hints, _
-    with torch.cuda.stream(feed.side):
+    read = output.encoder.hidden_ND * 1
+    del output, _
+    with torch.cuda.stream(prefetcher.side):
         _junk = [torch.full_like(wanted, torch.nan) for _ in range(64)]
     assert torch.equal(read, wanted) == recording
 
@@ -237,16 +248,16 @@ def test_memory_is_not_given_away_while_the_student_reads(folder, monkeypatch, r
 # --- ranks of their own
 
 
-def linked(num_students: int, num_teachers: int, work) -> list:
-    """What `work(link, rank)` returns on each rank, each a thread with a TeacherLink of its own; an exception is returned."""
+def linked(num_students: int, num_teachers: int, work: Callable[[Ranks, TeacherLink], Any]) -> list[Any]:
+    """What `work(ranks, link)` returns on each rank, each a thread with a TeacherLink of its own; an exception is returned."""
     store, size = HashStore(), num_students + num_teachers
-    results: list = [None] * size
+    results: list[Any] = [None] * size
 
     def one(rank: int) -> None:
         try:
             timeout = timedelta(seconds=30)
-            link = dist.TeacherLink(store, rank, num_students, num_teachers, backend="gloo", timeout=timeout)
-            results[rank] = work(link, rank)
+            link = TeacherLink(store, rank, num_students, num_teachers, backend="gloo", timeout=timeout)
+            results[rank] = work(Ranks(rank, num_students, CPU, link=link), link)
         except Exception as error:
             results[rank] = error
 
@@ -270,19 +281,18 @@ def test_teacher_ranks_answer_what_a_teacher_of_ones_own_would(folder, num_teach
         made.append((student, split, number))
         return iter((train if split == Split.TRAIN else validation)[student + number :])
 
-    def work(link: dist.TeacherLink, rank: int) -> list[TeacherOutput] | None:
-        if rank >= 2:
+    def work(ranks: Ranks, link: TeacherLink) -> list[TeacherOutput | None] | None:
+        if ranks.is_teacher:
             return serve(make_teacher(folder, CPU), link, batches_from)
-        remote = RemoteTeacher(
-            load_masked_lm(folder / "teacher", need_head=True), link, device=CPU, dtype=torch.float32
-        )
-        feed, got = Feed(remote, CPU, overlap=True), []
-        training = feed.ahead(iter(train[rank + 1 :]), Split.TRAIN, 1)
-        got += [hints for _, hints in (next(training), next(training))]
+        rank, model = ranks.rank, load_masked_lm(folder / "teacher", need_head=True)
+        prefetcher = TeacherPrefetcher(RemoteTeacher(model, link, device=CPU, dtype=torch.float32), CPU, overlap=True)
+        got: list[TeacherOutput | None] = []
+        training = prefetcher.ahead(iter(train[rank + 1 :]), Split.TRAIN, 1)
+        got += [output for _, output in (next(training), next(training))]
         for _ in range(2):
-            got += [h for _, h in feed.ahead(iter(validation[rank : rank + 2]), Split.VALIDATION)]
+            got += [o for _, o in prefetcher.ahead(iter(validation[rank : rank + 2]), Split.VALIDATION)]
         got.append(next(training)[1])
-        link.stop()
+        ranks.leave()
         return got
 
     results = linked(2, num_teachers, work)
@@ -296,8 +306,8 @@ def test_teacher_ranks_answer_what_a_teacher_of_ones_own_would(folder, num_teach
 
 
 def test_a_student_that_dies_ends_its_teacher(folder):
-    def work(link: dist.TeacherLink, rank: int) -> None:
-        if rank == 1:
+    def work(ranks: Ranks, link: TeacherLink) -> None:
+        if ranks.is_teacher:
             serve(make_teacher(folder, CPU), link, lambda *_: iter(()))
 
     student, teacher = linked(1, 1, work)
@@ -306,33 +316,79 @@ def test_a_student_that_dies_ends_its_teacher(folder):
     assert "closed" in str(teacher) or "reset" in str(teacher)
 
 
-def test_an_error_of_a_teacher_rank_reaches_the_students():
-    def work(link: dist.TeacherLink, rank: int) -> str | None:
-        place = dist.Place(rank, 2, CPU, None, None, link)
-        assert place.is_teacher == (rank == 2)
-        found = dist.first_error("x" + "ö" * 3000 if rank == 2 else None, place)
-        assert dist.first_error(None, place) is None
-        return found
+# --- a stage that all ranks pass or none
 
-    assert linked(2, 1, work) == ["rank 2: x" + "ö" * 1999] * 3  # whole characters of 4,000 bytes
+
+def test_what_one_of_two_ranks_refuses_is_raised_on_both():
+    """In the words of the lowest rank, with its number where it is not the first. A refusal is the end: the group is left."""
+    first, second = forked.call(together_worker.refusals, ranks=2)
+    assert first == {
+        "nobody": "passed",
+        "rank 1": "ValueError: rank 1: no space on rank 1; left",
+        "both": "OSError: no space on rank 0; left",
+    }
+    assert second == {
+        "nobody": "passed",
+        "rank 1": "ValueError: rank 1: no space on rank 1; left",
+        "both": "ValueError: no space on rank 0; left",
+    }
+
+
+def test_what_a_teacher_rank_refuses_is_raised_on_its_students_too():
+    def work(ranks: Ranks, link: TeacherLink) -> list[str]:
+        assert ranks.is_teacher == (ranks.rank == 2)
+        said = []
+        for refusing in (None, 2, 0):
+            try:
+                with ranks.together(with_teachers=True):
+                    if ranks.rank == refusing:
+                        raise ValueError("x" + "ö" * 3000)
+                said.append("passed")
+            except ValueError as error:
+                said.append(str(error))
+        return said
+
+    whole = "x" + "ö" * 1999  # characters of 4,000 bytes
+    student, other, teacher = linked(2, 1, work)
+    assert other == teacher == ["passed", f"rank 2: {whole}", whole]
+    assert student == ["passed", f"rank 2: {whole}", "x" + "ö" * 3000]
+
+
+def test_a_refusal_stops_the_teacher_that_serves(folder):
+    def work(ranks: Ranks, link: TeacherLink) -> str:
+        if ranks.is_teacher:
+            serve(make_teacher(folder, CPU), link, lambda *_: iter(()))
+            return "served to the end"
+        with pytest.raises(ValueError, match="too far"), ranks.together():
+            raise ValueError("too far")
+        return "refused"
+
+    assert linked(1, 1, work) == ["refused", "served to the end"]
+
+
+def test_a_run_with_a_teacher_rank_that_is_refused_leaves_nobody_waiting(root, tmp_path):
+    """After the teacher has begun to serve: its drift is too large. One error, nothing written."""
+    few = {"teacher__precision": "bf16", "teacher__ranks": 1, "teacher__max_drift": 1e-9}
+    refused = forked.run(*arguments(root, tmp_path / "run", **few), ranks=3, ok=False, timeout_s=60)
+    assert refused.returncode == 2
+    assert refused.stderr.count("error: --teacher.precision bf16 wants") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_students_with_teacher_ranks_are_bitwise_those_without(root, tmp_path):
     """ZeRO-1 on two students, one teacher rank, a SIGTERM in the middle and a resume; metrics, weights, moments."""
     fixed = {"engine__zero_stage": 1, "engine__threads": 1, "log__every": 1}
-    launch.run(*arguments(root, tmp_path / "straight", **fixed), ranks=2)
+    forked.run(*arguments(root, tmp_path / "straight", **fixed), ranks=2)
     run = tmp_path / "run"
-    process = launch.start_until(
-        "update 7/12", launch.command(*arguments(root, run, teacher__ranks=1, **fixed), ranks=3)
-    )
-    process.send_signal(signal.SIGTERM)
-    assert "--resume auto goes on" in launch.rest_of(process)
-    stopped = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["update"]
+    with_teacher = arguments(root, run, teacher__ranks=1, **fixed)
+    done = forked.run(*with_teacher, ranks=3, stop_at="update 7/12")
+    assert "--resume auto goes on" in done.stdout
+    stopped = metrics_of(run)[-1]["update"]
     assert 7 <= stopped < 12
-    done = launch.run(*arguments(root, run, teacher__ranks=1, resume="auto", **fixed), ranks=3)
+    done = forked.run(*with_teacher, "--resume", "auto", ranks=3)
     assert "teacher: on 1 rank(s) of its own" in done.stdout
-    assert losses(run) == losses(tmp_path / "straight")
-    assert same(tensors(run, 12), tensors(tmp_path / "straight", 12))
+    assert exact_metrics(run) == exact_metrics(tmp_path / "straight")
+    assert same(tensors_of(run, 12), tensors_of(tmp_path / "straight", 12))
 
 
 # --- what is refused
@@ -361,7 +417,7 @@ def test_micro_batches_are_divided_among_the_students(root):
     config = Config(
         data=DataConfig(shards=root / "shards"),
         teacher=TeacherConfig(path=root / "teacher", ranks=1),
-        batch=Config().batch.__class__(size=24, token_budget=256),
+        batch=BatchConfig(size=24, token_budget=256),
     )
     assert resolve(config, world_size=4).micro_batches_per_update == 3
     with pytest.raises(ValueError, match="4 ranks cannot divide"):
@@ -370,13 +426,13 @@ def test_micro_batches_are_divided_among_the_students(root):
 
 def test_a_second_device_that_is_not_there(monkeypatch):
     with pytest.raises(ValueError, match="wants a second GPU, got the CPU"):
-        dist.init("cpu", timeout_s=10, threads=1, second_device=True)
+        init_ranks("cpu", timeout_s=10, threads=1, second_device=True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for name, value in (("is_available", True), ("device_count", 3), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     with pytest.raises(ValueError, match="wants 4 GPUs for 2 process"):
-        dist.init("cuda", timeout_s=10, threads=1, second_device=True)
+        init_ranks("cuda", timeout_s=10, threads=1, second_device=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    place = dist.init("cuda", timeout_s=10, threads=1, second_device=True)
-    assert (place.device.index, place.second_device) == (1, torch.device("cuda", 3))
+    ranks = init_ranks("cuda", timeout_s=10, threads=1, second_device=True)
+    assert (ranks.device.index, ranks.second_device) == (1, torch.device("cuda", 3))

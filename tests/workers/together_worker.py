@@ -1,0 +1,26 @@
+"""Stages that ranks pass together or not at all, on every rank of a process group (forked.call)."""
+
+from unittest.mock import patch
+
+import torch.distributed as torch_dist
+
+from fastdistil.run.ranks import Ranks
+
+STAGES = {"nobody": (), "rank 1": (1,), "both": (0, 1)}
+"""Which ranks refuse."""
+
+
+def refusals(ranks: Ranks) -> dict[str, str]:
+    """{stage: how it ended here, and whether the process group was left}. The group stays, so that there can be several."""
+    found = {}
+    for stage, refusing in STAGES.items():
+        with patch.object(torch_dist, "destroy_process_group") as left:
+            try:
+                with ranks.together():
+                    if ranks.rank in refusing:
+                        raise OSError(f"no space on rank {ranks.rank}")
+                found[stage] = "passed"
+            except (ValueError, OSError) as error:
+                found[stage] = f"{type(error).__name__}: {error}"
+        found[stage] += "; left" * left.call_count
+    return found
