@@ -114,23 +114,8 @@ def test_killed_and_resumed_on_another_number_of_ranks(root, quiet, tmp_path):
 
 def test_text_to_hugging_face(tmp_path):
     """prepare -> mlm (a teacher) -> distil -> export -> transformers, by the commands of the README."""
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "looked",
-        "at",
-        "some",
-        "birds",
-        "in",
-        "trees",
-        "of",
-        "green",
-    ]
+    sentence = "the cat sat on a mat and looked at some birds in trees of green"
+    words = sentence.split()
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(words[(i * k) % 15] for k in range(5, 40)) for i in range(1, 300)))
     forked.run("fastdistil.prepare", text, "--tokenizer", "train:200", "--max-length", 64, "--out", tmp_path / "shards")

@@ -43,16 +43,17 @@ def run(
     script: bool = False,
     ok: bool = True,
     timeout_s: float = 300,
+    restarts: int | None = None,
     environment: dict[str, str] | None = None,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; with `ok` a failure shows what was printed."""
     done = subprocess.run(
-        command(*args, ranks=ranks, script=script),
+        command(*args, ranks=ranks, script=script, restarts=restarts),
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env=ENVIRONMENT | (environment or {}),
+        env=ENVIRONMENT | (RESTARTING if restarts else {}) | (environment or {}),
         cwd=cwd,
     )
     if ok:
@@ -63,11 +64,19 @@ def run(
 def start_until(text: str, words: Sequence[str]) -> subprocess.Popen[str]:
     """A running command that has just printed `text`; its output can be read on from there."""
     process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    read_until(text, process)
+    return process
+
+
+def read_until(text: str, process: subprocess.Popen[str]) -> None:
+    """Return when a running command has just printed `text`."""
     assert process.stdout is not None
+    printed = []
     for line in process.stdout:
+        printed.append(line)
         if text in line:
-            return process
-    raise AssertionError(f"ended with {process.wait()} and without {text!r}")
+            return
+    raise AssertionError(f"ended with {process.wait()} and without {text!r}:\n{''.join(printed[-60:])}")
 
 
 def rest_of(process: subprocess.Popen[str]) -> str:

@@ -32,6 +32,17 @@ TWO = {"engine__zero_stage": 3, "engine__precision": "bf16", "batch__size": 40, 
 """Changes for a short run of two ranks, which divide neither its 5 micro-batches nor its parameters."""
 
 
+LONG = {
+    "optim__duration": 400,
+    "batch__size": 33,
+    "log__every": 1,
+    "log__validate_every": 10_000,
+    "log__keep_checkpoints": 2,
+    "resume": "auto",
+}
+"""Changes for a run of 4 micro-batches an update that lives until something happens to it, with a checkpoint every 5 updates."""
+
+
 class Done(NamedTuple):
     """A run to its end."""
 
@@ -49,6 +60,11 @@ def arguments(root: Path, out: Path, **changes: object) -> list[str]:
     """Module, recipe and options of a short run on what `make_inputs` made."""
     given = options(data__shards=root / "shards", teacher__path=root / "teacher", out=out)
     return ["fastdistil.pretrain", "distilbert", *given, *SHORT, *options(**changes)]
+
+
+def long_arguments(root: Path, out: Path, **changes: object) -> list[str]:
+    """The same of a long run, without the module."""
+    return [*arguments(root, out, **LONG | changes)[1:], "--log.no-tensorboard"]
 
 
 def exact_metrics(run: Path) -> list[tuple[tuple[str, Any], ...]]:

@@ -1,13 +1,15 @@
-"""`fastdistil.pretrain` with a fault in one rank's update, under torchrun: faulty_worker.py KIND RANK UPDATE ARGUMENTS...
+"""`fastdistil.pretrain` with a fault in one rank's update, under torchrun: faulty_worker KIND RANK UPDATE ARGUMENTS...
 
-hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  slow: 0.3 s more before every forward.
-save: a disk so slow that every checkpoint takes 2 s and more; "planted" is printed when half of its bytes are written.
+hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  kill: SIGKILL to itself, once.
+slow: 0.3 s more before every forward.  save: the checkpoint of UPDATE stays half written until there is a file RUN/go.
+"planted" is printed when it happens.
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from fastdistil import pretrain
 from fastdistil.data import batches
@@ -22,37 +24,55 @@ def fault() -> None:
     print(f"planted: {KIND} at {time.time()}", flush=True)
     if KIND == "hang":
         time.sleep(1000)
-    elif KIND == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
     elif KIND == "leave":
         os._exit(0)
-    else:
+    elif KIND == "fail":
         raise RuntimeError("planted failure")
+    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[KIND])
 
 
-if launched().rank == RANK:
-    step, collate, count = engine.DeepSpeedEngine.step, batches.Collator.__call__, [0]
-    save_file = checkpoint.save_file
+def spoil_step(kind: type) -> None:
+    """Put the fault before the step of an engine's update UPDATE; a process that torchrun has restarted has none."""
+    step, count = kind.step, [0]
 
-    def spoilt_step(self, lr):
+    def spoilt(self, lr):
         count[0] += 1
-        if count[0] == UPDATE and KIND not in ("slow", "save"):
+        if count[0] == UPDATE and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             fault()
         return step(self, lr)
 
-    def slow(self, slot):
-        if KIND == "slow":
-            time.sleep(0.3)
-        return collate(self, slot)
+    kind.step = spoilt
 
-    def slow_disk(tensors, path, metadata):
-        save_file(tensors, path, metadata)
-        if KIND == "save" and path.name == checkpoint.FILES[1]:
-            print(f"planted: half of {path.parent.name}", flush=True)
-            time.sleep(2)
 
-    engine.DeepSpeedEngine.step = spoilt_step  # type: ignore[method-assign]
+def slow_down() -> None:
+    collate = batches.Collator.__call__
+
+    def slow(self, plan):
+        time.sleep(0.3)
+        return collate(self, plan)
+
     batches.Collator.__call__ = slow  # type: ignore[method-assign]
-    checkpoint.save_file = slow_disk
 
+
+def hold_save() -> None:
+    save_file = checkpoint.save_file
+
+    def half(tensors, path: Path, metadata):
+        save_file(tensors, path, metadata)
+        if path.name == checkpoint.OPTIMIZER and path.parent.name == f"update-{UPDATE:08d}.part":
+            print(f"planted: half of {path.parent.name}", flush=True)
+            while not (path.parents[2] / "go").exists():
+                time.sleep(0.01)
+
+    checkpoint.save_file = half
+
+
+if launched().rank == RANK:
+    if KIND == "slow":
+        slow_down()
+    elif KIND == "save":
+        hold_save()
+    else:
+        for kind in (engine.PlainEngine, engine.DeepSpeedEngine):
+            spoil_step(kind)
 leave(pretrain.main(sys.argv[4:]))
