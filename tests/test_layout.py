@@ -41,7 +41,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (4700, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
+    "core": (5100, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (1400, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (2050, ("kernels", "../csrc")),
 }
@@ -216,7 +216,7 @@ def test_kernels_is_a_bare_folder():
 
 
 def test_help_and_mistakes_do_not_wait_for_torch():
-    """What has to be imported before the command line and its files are checked imports neither torch nor what brings it."""
+    """Neither torch nor what brings it is imported before the command line and its files are checked."""
     modules = ", ".join(f"fastdistil.{name}" for name in WITHOUT_TORCH)
     heavy = "{'torch', 'triton', 'deepspeed', 'transformers', 'datasets'}"
     code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"

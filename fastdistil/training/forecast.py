@@ -22,7 +22,7 @@ from fastdistil.run.metrics import peak_flops
 from fastdistil.run.profile import Part, copy_bytes_per_s
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import memory
-from fastdistil.training.inputs import Corpus, load_corpus
+from fastdistil.training.inputs import Corpus, load_corpus, plan_of
 from fastdistil.training.preflight import Resolved
 
 log = logging.getLogger("fastdistil")
@@ -222,13 +222,7 @@ def _length(resolved: Resolved, plan: Plan) -> tuple[int, float, str]:
     if len(lengths) * max(1, duration if config.optim.unit == "epochs" else 1) > EXACT_SEQUENCES:
         sample = random_words(EXACT_SEQUENCES // 2, config.seed, "dry run") % len(lengths)
         scale, about = len(lengths) / len(sample), "about "
-        plan = Plan(
-            lengths[sample],
-            seed=config.seed,
-            token_budget=config.batch.token_budget,
-            micro_batches_per_update=count,
-            mask_fraction=config.masking.fraction,
-        )
+        plan = plan_of(resolved, lengths[sample])
     micro_batches = scale * plan.micro_batches_through(0)
     tokens = float(lengths.sum()) / micro_batches * count
     if config.optim.unit == "updates":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastdistil.data.batches import Collator, MicroBatch, micro_batches
 from fastdistil.data.plan import Plan, UpdatePlan, seed_of, validation_plan
@@ -51,6 +52,17 @@ class Corpus:
         )
 
 
+def plan_of(resolved: Resolved, lengths: NDArray[np.int32]) -> Plan:
+    """The run's plan for training sequences of so many tokens."""
+    return Plan(
+        lengths,
+        seed=resolved.config.seed,
+        token_budget=resolved.config.batch.token_budget,
+        micro_batches_per_update=resolved.micro_batches_per_update,
+        mask_fraction=resolved.config.masking.fraction,
+    )
+
+
 def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
     """Open and verify the shards, hold out the validation sequences, plan the run.
 
@@ -74,13 +86,7 @@ def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
         )
     budget, masking = config.batch.token_budget, config.masking
     lengths = shards.lengths[:num_train]
-    plan = Plan(
-        lengths,
-        seed=config.seed,
-        token_budget=budget,
-        micro_batches_per_update=resolved.micro_batches_per_update,
-        mask_fraction=masking.fraction,
-    )
+    plan = plan_of(resolved, lengths)
     duration = config.optim.duration
     num_updates = int(duration) if config.optim.unit == "updates" else plan.updates_of(duration)
     if config.profile_window.stop > num_updates:

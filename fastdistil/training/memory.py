@@ -211,7 +211,7 @@ def check(resolved: Resolved, ranks: Ranks, *, local_world_size: int) -> Footpri
 
 
 def say_measured(predicted: Footprint, ranks: Ranks) -> None:
-    """One line at the end of a run on CUDA: the measured peak, with what CUDA is assumed to take, and the prediction."""
+    """One line at the end of a run on CUDA: the peak, with what CUDA is assumed to take, beside the prediction."""
     if ranks.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(ranks.device) + CUDA_CONTEXT
         log.info(
