@@ -70,7 +70,7 @@ def _environments(ranks: int | None) -> list[dict[str, str]]:
 
 
 def call(
-    work: Callable[..., Any], *args: object, ranks: int | None = None, threads: int = 1, timeout_s: float = 300
+    work: Callable[..., Any], *args: object, ranks: int | None = None, device: str = "cpu", timeout_s: float = 300
 ) -> list[Any]:
     """What `work(ranks, *args)` returns on each rank, in their order; `ranks` None is one process without a process group.
 
@@ -79,7 +79,7 @@ def call(
     processes, connections = [], []
     for environment in _environments(ranks):
         mine, its = _context().Pipe(duplex=False)
-        process = _context().Process(target=_rank, args=(its, environment, threads, work, args))
+        process = _context().Process(target=_rank, args=(its, environment, device, work, args))
         process.start()
         its.close()
         processes.append(process)
@@ -109,14 +109,14 @@ def _received(connection: Connection, rank: int) -> Any:
 
 
 def _rank(
-    connection: Connection, environment: dict[str, str], threads: int, work: Callable[..., Any], args: Any
+    connection: Connection, environment: dict[str, str], device: str, work: Callable[..., Any], args: Any
 ) -> None:
     """The process of a rank of `call`."""
     _enter(environment, ROOT)
     from fastdistil.run.ranks import init_ranks
 
     try:
-        answer = {"result": work(init_ranks("cpu", timeout_s=120, threads=threads), *args)}
+        answer = {"result": work(init_ranks(device, timeout_s=120, threads=1), *args)}
     except BaseException:
         answer = {"error": traceback.format_exc()}
     data = io.BytesIO()

@@ -1,21 +1,18 @@
 """Predicted memory against the peaks of real updates, and what is refused for want of it."""
 
-import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastdistil.model.architecture import Architecture
-from fastdistil.run import ranks as dist
+from fastdistil.run.ranks import Ranks
 from fastdistil.training import memory
-from tests.support import launch
-from tests.workers.memory_worker import Case, save
-
-WORKER = Path(__file__).parents[1] / "workers" / "memory_worker.py"
-CPU = torch.device("cpu")
+from tests.support import forked
+from tests.support.updates import CPU
+from tests.workers import memory_worker
+from tests.workers.memory_worker import Case
 
 
 def model(num_layers: int, width: int, **changes) -> Architecture:
@@ -62,19 +59,17 @@ ZERO = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """Peaks of all cases: one process, and two ranks of another."""
-    peaks = {}
-    for cases, ranks in ((ALONE, None), (ZERO, 2)):
-        folder = tmp_path_factory.mktemp("footprint")
-        save(list(cases.values()), folder / "cases")
-        launch.run(WORKER, folder / "cases", folder / "out", ranks=ranks, script=True)
-        peaks |= zip(cases, json.loads((folder / "out").read_text()), strict=True)
-    return peaks
+def measured():
+    """Peaks of all cases: those of one process in two that share the work, and the others on two ranks."""
+    names, found = list(ALONE), {}
+    for rank, peaks in enumerate(forked.call(memory_worker.peaks_alone, list(ALONE.values()), ranks=2)):
+        found |= zip(names[rank::2], peaks, strict=True)
+    peaks, _ = forked.call(memory_worker.peaks, list(ZERO.values()), ranks=2)
+    return found | dict(zip(ZERO, peaks, strict=True))
 
 
 def predicted(case: Case) -> memory.Footprint:
-    return memory.predict(case.resolved(), world_size=case.ranks, device=torch.device(case.device), device_bytes=2**34)
+    return memory.predict(case.resolved(), device=torch.device(case.device), device_bytes=2**34)
 
 
 @pytest.mark.parametrize("name", [*ALONE, *ZERO])
@@ -102,7 +97,7 @@ def test_what_makes_the_difference(measured, more, less):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_on_a_gpu(tmp_path, checkpointing):
+def test_on_a_gpu(checkpointing):
     sizes = dict(vocab_size=30522, max_positions=512)
     case = Case(
         student=model(6, 768, **sizes),
@@ -112,11 +107,9 @@ def test_on_a_gpu(tmp_path, checkpointing):
         device="cuda",
         engine={"activation_checkpointing": checkpointing},
     )
-    save([case], tmp_path / "case")
-    launch.run(WORKER, tmp_path / "case", tmp_path / "out", script=True)
-    (peak,) = json.loads((tmp_path / "out").read_text())
+    ((peak,),) = forked.call(memory_worker.peaks, [case], device="cuda")
     device_bytes = torch.cuda.get_device_properties(0).total_memory
-    need = memory.predict(case.resolved(), world_size=1, device=torch.device("cuda"), device_bytes=device_bytes)
+    need = memory.predict(case.resolved(), device=torch.device("cuda"), device_bytes=device_bytes)
     # the allocator does not see CUDA's own part
     assert need.total - memory.CUDA_CONTEXT == pytest.approx(peak, rel=memory.ACCURACY), need
 
@@ -124,11 +117,11 @@ def test_on_a_gpu(tmp_path, checkpointing):
 def on_cuda(**changes) -> memory.Footprint:
     """DistilBERT's on a GPU of 80 GB that need not exist."""
     sizes = dict(vocab_size=30522, max_positions=512)
-    case = Case(student=model(6, 768, **sizes), teacher=model(12, 768, **sizes), tokens=16384)
+    case = Case(student=model(6, 768, **sizes), teacher=model(12, 768, **sizes), tokens=16384, ranks=4)
     resolved = case.resolved()
     teacher = replace(resolved.config.teacher, **changes)
     resolved = replace(resolved, config=replace(resolved.config, teacher=teacher))
-    return memory.predict(resolved, world_size=4, device=torch.device("cuda"), device_bytes=80 * 10**9)
+    return memory.predict(resolved, device=torch.device("cuda"), device_bytes=80 * 10**9)
 
 
 class TestTeacher:
@@ -153,7 +146,7 @@ class TestRefusal:
     resolved = MINILM.resolved()
 
     def require(self, device_bytes: int, *, resolved=resolved) -> memory.Footprint:
-        return memory.require(resolved, world_size=1, device=CPU, device_bytes=device_bytes)
+        return memory.require(resolved, device=CPU, device_bytes=device_bytes)
 
     def test_the_budget_it_names_is_the_largest_that_fits(self):
         there = int(0.8 * predicted(MINILM).total)
@@ -179,14 +172,13 @@ class TestRefusal:
             self.require(int(0.89 * total))
 
     def test_a_rank_gets_its_share_of_the_machine(self, monkeypatch, caplog):
-        place = dist.Place(0, 1, CPU, None)
         total = predicted(MINILM).total
         monkeypatch.setattr(memory, "host_bytes", lambda: int(1.9 * total))
         with caplog.at_level(logging.INFO, logger="fastdistil"):
-            memory.check(self.resolved, place, local_world_size=2)
+            memory.check(self.resolved, Ranks(0, 1, CPU), local_world_size=2)
         assert f"memory: {total / 1e9:.2f} GB a rank predicted (weights " in caplog.text
         with pytest.raises(ValueError, match="a rank of this run needs"):
-            memory.check(self.resolved, place, local_world_size=3)
+            memory.check(self.resolved, Ranks(0, 1, CPU), local_world_size=3)
 
 
 @pytest.mark.parametrize(("limit", "least"), [("max", 10_000_000), ("9000000", 8_000_000)])

@@ -1,29 +1,24 @@
-"""Run by test_footprint.py, alone or under torchrun: real updates of each case, and their peaks of memory to OUT.
+"""Real updates of each case and their peaks of memory, from before the models are made (forked.call).
 
-    python tests/workers/memory_worker.py CASES.json OUT.json
-
-A peak is the allocator's, from before the models are made: on the CPU of torch.profiler's memory events, on CUDA
-torch.cuda.max_memory_allocated.
+A peak is the allocator's: on the CPU of torch.profiler's memory events, on CUDA torch.cuda.max_memory_allocated.
 """
 
 import gc
-import json
-import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
-from fastdistil.data import batches
+from fastdistil.data.batches import NO_LABEL, MicroBatch
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.run import ranks as dist
-from fastdistil.run.command import leave
 from fastdistil.run.config import BatchConfig, Config, EngineConfig, TeacherConfig
-from fastdistil.training import engine
+from fastdistil.run.ranks import Ranks
+from fastdistil.training.engine import make_engine
 from fastdistil.training.objective import Objective
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import Teacher
@@ -52,77 +47,70 @@ class Case:
                 engine=EngineConfig(device=cast(Any, self.device), **self.engine),
             ),
             teacher=self.teacher,
-            source=None,
             source_path=None,
             layers=(),
             student=self.student,
             meta=cast(Any, SimpleNamespace(max_length=self.length)),
-            tokenizer_path=FOLDER,
+            world_size=self.ranks,
             micro_batches_per_update=self.rounds * self.ranks,
         )
 
-    def micro_batch(self, device: torch.device) -> batches.MicroBatch:
+    def micro_batch(self, device: torch.device) -> MicroBatch:
         """Random ids; the last sequence is padding, 15 % of the others are predicted."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(5, self.student.vocab_size, (self.tokens,), generator=generator)
         real, count = self.tokens - self.length, self.tokens // self.length
         rows = torch.arange(int(0.15 * real))
-        labels = torch.full_like(ids, batches.NO_LABEL)
+        labels = torch.full_like(ids, NO_LABEL)
         labels[rows] = ids[rows]
         positions = torch.arange(self.length).repeat(count)
-        num_rows = torch.tensor(real, dtype=torch.int32)
         lengths = (self.length,) * count
-        return batches.MicroBatch(
-            ids, positions, labels, rows, num_rows, lengths, sequence_layout(lengths), real, len(rows), ()
-        ).to(device)  # fmt: skip
+        return MicroBatch(
+            input_ids=ids,
+            position_ids=positions,
+            labels=labels,
+            masked_rows=rows,
+            num_rows=torch.tensor(real, dtype=torch.int32),
+            dropout_seed=torch.tensor(0),
+            generator_seed=0,
+            lengths=lengths,
+            layout=sequence_layout(lengths),
+            num_tokens=real,
+            num_masked=len(rows),
+            sequences=tuple(range(count - 1)),
+        ).to(device)
 
 
-def save(cases: list[Case], path: Path) -> None:
-    path.write_text(json.dumps([asdict(case) for case in cases]))
-
-
-def load(path: Path) -> list[Case]:
-    return [
-        Case(**r | {k: r[k] and Architecture(**r[k]) for k in ("student", "teacher")})
-        for r in json.loads(path.read_text())
-    ]
-
-
-def updates(case: Case, place: dist.Place) -> None:
-    """Two updates as pretrain.train makes them, then what a checkpoint asks of the engine."""
-    config = case.resolved().config
-    dtype = engine.compute_dtype(config, place.device)
-    teacher = None
+def updates(case: Case, ranks: Ranks) -> None:
+    """Two updates as the loop makes them, then what a checkpoint asks of the engine."""
+    resolved = case.resolved()
+    settings, teacher = resolved.config.engine, None
     if case.teacher is not None:
-        teacher = Teacher(MaskedLM(case.teacher), device=place.device, dtype=dtype)
-        teacher.model.encoder.attention_backend = config.engine.attention
+        model = MaskedLM(case.teacher)
+        model.encoder.attention_backend = settings.attention
+        teacher = Teacher(model, device=ranks.device, dtype=resolved.teacher_dtype(ranks.device))
     student = MaskedLM(case.student)
-    student.encoder.activation_checkpointing = config.engine.activation_checkpointing
-    student.encoder.attention_backend = config.engine.attention
-    objective = Objective(student, config.loss)
-    trainer = engine.make_engine(objective, config, accumulation=case.rounds, place=place)
+    student.encoder.activation_checkpointing = settings.activation_checkpointing
+    student.encoder.attention_backend = settings.attention
+    objective = Objective(student, resolved.config.loss)
+    engine = make_engine(objective, resolved, ranks)
     objective.train()
-    batch, hints = case.micro_batch(place.device), None
+    batch, output = case.micro_batch(ranks.device), None
     for _ in range(2):
         for _ in range(case.rounds):
-            hints = teacher(batch) if teacher else None
-            trainer.forward_backward(batch, hints, batch.num_tokens, batch.num_masked)
-        trainer.step(1e-4)
-    trainer.state()
+            output = teacher(batch) if teacher else None
+            engine.forward_backward(batch, output, batch.num_tokens, batch.num_masked)
+        engine.step(1e-4)
+    engine.state()
 
 
-def cpu_peak(case: Case, place: dist.Place, trace: Path) -> int:
+def cpu_peak(case: Case, ranks: Ranks) -> int:
     """Most bytes that PyTorch's allocator had given out at once."""
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        updates(case, place)
-    profile.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    memory = [(e["ts"], e["args"]) for e in events if e["name"] == "[memory]"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        updates(case, ranks)
     live: dict[int, int] = {}
     peak = total = 0
-    for _, event in sorted(memory, key=lambda pair: pair[0]):
-        address, num_bytes = event["Addr"], event["Bytes"]
+    for _, address, num_bytes in sorted(_memory_events(profile)):
         # by address, not by the sum of the events: gloo's threads free tensors that the profiler does not see go
         total -= live.pop(address, 0)
         if num_bytes > 0:
@@ -132,22 +120,32 @@ def cpu_peak(case: Case, place: dist.Place, trace: Path) -> int:
     return peak
 
 
-def main(cases: list[Case], out: Path) -> None:
-    place = dist.init(cases[0].device, timeout_s=60, threads=1)
-    peaks = []
+def _memory_events(profile: torch.profiler.profile) -> Iterator[tuple[int, int, int]]:
+    """(nanosecond, address, bytes; negative where they are freed) of all threads."""
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    events: list[Any] = profile.profiler.kineto_results.experimental_event_tree()
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+
+
+def peaks(ranks: Ranks, cases: list[Case]) -> list[int]:
+    """Of this rank, every case on all of them; on a GPU where `ranks` has one."""
+    found = []
     for case in cases:
-        if place.device.type == "cuda":
+        if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            updates(case, place)
-            peaks.append(torch.cuda.max_memory_allocated())
+            updates(case, ranks)
+            found.append(torch.cuda.max_memory_allocated())
         else:
-            peaks.append(cpu_peak(case, place, out.with_suffix(f".trace{place.rank}")))
+            found.append(cpu_peak(case, ranks))
         gc.collect()  # DeepSpeed's engines are cycles
-    if place.is_main:
-        out.write_text(json.dumps(peaks))
-    dist.shutdown()
+    return found
 
 
-if __name__ == "__main__":
-    main(load(Path(sys.argv[1])), Path(sys.argv[2]))
-    leave(0)
+def peaks_alone(ranks: Ranks, cases: list[Case]) -> list[int]:
+    """Of every so many-th case, each in one process."""
+    return peaks(Ranks(0, 1, ranks.device), cases[ranks.rank :: ranks.world_size])
