@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,60 +12,58 @@ from fastdistil.run import config as c
 from fastdistil.run import recipes
 from fastdistil.training import forecast, inputs
 from fastdistil.training.preflight import resolve
-from tests.support import launch, toy
+from tests.support import forked
+from tests.support.launch import options
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("dry_run")
-    toy.make_teacher(root / "teacher", toy.make_shards(root / "shards", num_sequences=400))
-    for weights in (root / "teacher").glob("*.safetensors"):
-        weights.unlink()  # none are read
-    return root
+def bare(root, tmp_path_factory):
+    """The toy corpus and a teacher without its weights: none are read."""
+    weights = shutil.ignore_patterns("*.safetensors")
+    return shutil.copytree(root, tmp_path_factory.mktemp("bare"), dirs_exist_ok=True, ignore=weights)
 
 
 @pytest.fixture
-def config(root, monkeypatch):
+def config(bare, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as on a laptop
-    monkeypatch.setattr(forecast, "STEP_RESULTS", root / "none")
+    monkeypatch.setattr(forecast, "STEP_RESULTS", bare / "none")
     return replace(
         recipes.distilbert(),
         dry_run=True,
-        out=root / "run",
-        data=c.DataConfig(shards=root / "shards"),
+        out=bare / "run",
+        data=c.DataConfig(shards=bare / "shards"),
         batch=c.BatchConfig(size=40, token_budget=256),
-        teacher=c.TeacherConfig(path=root / "teacher"),
+        teacher=c.TeacherConfig(path=bare / "teacher"),
     )
 
 
 def rows(config: c.Config, world_size: int = 1) -> dict[str, str]:
-    resolved = resolve(config, world_size=world_size)
-    lines = forecast.report(resolved, world_size=world_size).splitlines()
+    lines = forecast.report(resolve(config, world_size=world_size)).splitlines()
     return {name.strip(): value for name, value in (re.split(r"  +", x.lstrip(), maxsplit=1) for x in lines)}
 
 
-def test_the_command(root):
-    words = launch.options(
-        data__shards=root / "shards", teacher__path=root / "teacher", out=root / "run",
+def test_the_command(bare):
+    words = options(
+        data__shards=bare / "shards", teacher__path=bare / "teacher", out=bare / "run",
         batch__size=40, batch__token_budget=64, world_size=8,
     )  # fmt: skip
-    before = sorted(root.rglob("*"))
-    done = launch.run("fastdistil.pretrain", "distilbert", "--dry-run", *words)
+    before = sorted(bare.rglob("*"))
+    done = forked.run("fastdistil.pretrain", "distilbert", "--dry-run", *words)
     assert re.search(r"^ranks +8 x .*, bfloat16$", done.stdout, re.M)
     assert re.search(r"^hours +\S+ of arithmetic, at ", done.stdout, re.M)
-    assert sorted(root.rglob("*")) == before
-    refused = launch.run("fastdistil.pretrain", "distilbert", *words, ok=False)
+    assert sorted(bare.rglob("*")) == before
+    refused = forked.run("fastdistil.pretrain", "distilbert", *words, ok=False)
     assert refused.returncode == 2
     assert "--world-size 8 has no effect without --dry-run" in refused.stderr
 
 
 def test_updates_and_tokens_are_those_of_the_run(config):
     resolved = resolve(config, world_size=1)
-    text = inputs.load_text(resolved, rank=0, world_size=1)
+    corpus = inputs.load_corpus(resolved, rank=0, world_size=1)
     said = rows(config)
-    assert said["updates"] == f"{text.num_updates:,}"
-    tokens = sum(text.plan.update(u).num_tokens for u in range(text.num_updates))
-    updates, tokens_per_update, _ = forecast._length(resolved, text.plan)
+    assert said["updates"] == f"{corpus.num_updates:,}"
+    tokens = sum(corpus.plan.update(u).num_tokens for u in range(corpus.num_updates))
+    updates, tokens_per_update, _ = forecast._length(resolved, corpus.plan)
     assert updates * tokens_per_update == pytest.approx(tokens, rel=0.02)  # the last micro-batches
     assert said["student"].startswith(f"{resolved.student.num_parameters:,} parameters (2 layers")
 

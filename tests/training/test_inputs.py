@@ -10,12 +10,12 @@ from fastdistil.training import inputs
 from tests.support import toy
 
 
-@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
+@torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
 def test_a_compiled_encoder_computes_the_same_in_every_layer_and_mode(monkeypatch):
-    """Ten layers, whose attention in evaluation cuts the graph up, are more than Dynamo compiles by itself."""
+    """Attention cuts the graph up in evaluation, and every layer is compiled anew: twice as many as Dynamo here makes by itself."""
     monkeypatch.setattr(Encoder, "compile", partialmethod(Encoder.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
-    encoder = MaskedLM(toy.architecture(num_layers=10)).encoder
+    encoder = MaskedLM(toy.architecture(num_layers=4)).encoder
     names = list(encoder.state_dict())
     ids = torch.randint(5, 101, (40,), generator=torch.Generator().manual_seed(0))
 
@@ -34,5 +34,5 @@ def test_a_compiled_encoder_computes_the_same_in_every_layer_and_mode(monkeypatc
     inputs.compile_encoder(encoder)
     for got, eager in zip(outputs(), wanted, strict=True):
         torch.testing.assert_close(got, eager)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 4
     assert list(encoder.state_dict()) == names

@@ -11,20 +11,12 @@ from fastdistil.model.architecture import read_architecture
 from fastdistil.run import config as c
 from fastdistil.run import recipes
 from fastdistil.training.preflight import resolve, spread
-from tests.support import toy
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    root = tmp_path_factory.mktemp("preflight")
-    toy.make_teacher(root / "teacher", toy.make_shards(root / "shards", num_sequences=60))
-    return root
 
 
 @pytest.fixture
-def root(made, tmp_path):
+def root(root, tmp_path):
     """A copy that a test may spoil."""
-    return shutil.copytree(made, tmp_path / "copy")
+    return shutil.copytree(root, tmp_path / "copy")
 
 
 def config(root: Path, **parts) -> c.Config:
@@ -53,6 +45,23 @@ def test_a_good_configuration_is_resolved(root):
     )
     assert r.layers == (0, 3)
     assert r.micro_batches_per_update == 2
+
+
+@pytest.mark.parametrize(
+    ("world_size", "asked", "stage", "rounds"), [(1, None, 0, 3), (2, None, 1, 2), (2, 0, 0, 2), (3, 3, 3, 1)]
+)
+def test_what_follows_from_the_ranks(root, world_size, asked, stage, rounds):
+    """The plain engine is ZeRO stage 0, which several ranks have to ask for; the last round may have empty places."""
+    given = config(root, engine={"zero_stage": asked}, batch={"size": 24})
+    resolved = resolve(given, world_size=world_size)
+    assert (resolved.world_size, resolved.micro_batches_per_update) == (world_size, 3)
+    assert (resolved.zero_stage, resolved.micro_batches_per_rank) == (stage, rounds)
+
+
+def test_the_plain_engine_wants_no_process_group(root):
+    assert resolve(config(root, engine={"zero_stage": 0}), world_size=1, by_torchrun=False).zero_stage == 0
+    with pytest.raises(ValueError, match=r"--engine.zero-stage 1 wants a process group: start with `torchrun"):
+        resolve(config(root, engine={"zero_stage": 1}), world_size=1, by_torchrun=False)
 
 
 @pytest.mark.parametrize(
