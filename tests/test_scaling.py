@@ -1,28 +1,26 @@
-"""benchmarks/scaling.py: the bytes that its formulas claim are those that DeepSpeed sends, and the ring model by hand."""
-
-import json
+"""benchmarks/scaling.py: the bytes that its formulas claim are those that the engines send, and the ring model by hand."""
 
 import pytest
+import torch
 
 from benchmarks.scaling import INFINIBAND_NDR, Link, Messages, messages, predict, ring_s, update_s
-from tests.support import launch
+from tests.support import forked
+from tests.workers import communication_worker
 
-WORKER = launch.ROOT / "tests" / "workers" / "communication_worker.py"
 HALF_RINGS = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_every_stage_sends(precision):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_every_stage_sends(dtype):
     """No gradient travels before the boundary in stages 0 and 1, and elsewhere what the formulas say."""
-    log = launch.run(WORKER, precision, ranks=2, script=True).stdout
-    line = next(x for x in log.splitlines() if x.startswith("RESULT "))
-    for stage, counted in json.loads(line.removeprefix("RESULT ")).items():
+    by_stage, _ = forked.call(communication_worker.sent, dtype, ranks=2)
+    assert by_stage.keys() == {0, 1, 2, 3}
+    for stage, counted in by_stage.items():
         inner, boundary = (
             sum(HALF_RINGS[kind] * n for kind, n in counted[phase].items()) for phase in ("inner", "boundary")
         )
-        num_parameters = counted["num_parameters"]
-        want = messages(int(stage), num_parameters, 4 if precision == "fp32" else 2)
-        if stage in "01":
+        want = messages(stage, counted["num_parameters"], dtype.itemsize)
+        if stage in (0, 1):
             assert counted["inner"] == {}, stage
         # norms and flags are a few bytes; stage 3 gathers its smallest weights (6 %) once an update instead
         assert inner == pytest.approx(want.a_micro_batch, rel=0.05, abs=64), stage

@@ -1,25 +1,18 @@
-"""Run under torchrun by test_scaling.py: bytes that every ZeRO stage puts into collectives, as JSON on rank 0.
+"""Bytes that every ZeRO stage puts into collectives, counted on every rank (forked.call)."""
 
-    torchrun ... tests/workers/communication_worker.py fp32|bf16
-
-Phases: "inner" is a micro-batch before the last one of an update, "boundary" the last one with the optimiser's step.
-"""
-
-import json
-import sys
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil.data.batches import one_token
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.run import ranks
-from fastdistil.run.command import leave
 from fastdistil.run.config import Config, EngineConfig, LossConfig
-from fastdistil.training.engine import DeepSpeedEngine
+from fastdistil.run.ranks import Ranks
+from fastdistil.training.engine import DeepSpeedEngine, PlainEngine
 from fastdistil.training.objective import Objective
 from tests.support import toy
 
@@ -44,31 +37,26 @@ def _num_bytes(value: object) -> int:
     return sum(map(_num_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def main(precision: str) -> None:
-    place = ranks.init("cpu", timeout_s=60, threads=1)
-    settings = EngineConfig(precision=precision, bucket_elements=10_000)  # type: ignore[arg-type]
-    config = replace(Config(), engine=settings, loss=LossConfig(kd=0, mlm=1, cosine=0))
-    found = {}
+def sent(ranks: Ranks, dtype: torch.dtype) -> dict[int, dict[str, Any]]:
+    """{stage: {phase: {collective: bytes}}} of an update of two micro-batches, and the number of parameters.
+
+    "inner" is the micro-batch before the last one, "boundary" the last one with the optimiser's step.
+    """
+    config = replace(Config(), engine=EngineConfig(bucket_elements=10_000), loss=LossConfig(kd=0, mlm=1, cosine=0))
+    found: dict[int, dict[str, Any]] = {}
     for stage in (0, 1, 2, 3):
         student = MaskedLM(toy.architecture(model_type="distilbert", num_layers=2, token_types=0))
         objective = Objective(student, config.loss)
-        num_parameters = sum(p.numel() for p in objective.parameters())
-        trainer = DeepSpeedEngine(objective, config, stage=stage, accumulation=2, place=place)
-        phases = {}
-        for update in range(2):  # in the first update DeepSpeed makes its buffers
+        found[stage] = {"num_parameters": sum(p.numel() for p in objective.parameters())}
+        if stage == 0:
+            engine = PlainEngine(objective, config, ranks, dtype)
+        else:
+            engine = DeepSpeedEngine(objective, config, ranks, dtype, stage=stage, accumulation=2)
+        for _ in range(2):  # in the first update DeepSpeed makes its buffers
             for phase in ("inner", "boundary"):
-                with Sent() as sent:
-                    trainer.forward_backward(one_token(place.device), None, 4, 4)
+                with Sent() as counted:
+                    engine.forward_backward(one_token(ranks.device), None, 4, 4)
                     if phase == "boundary":
-                        trainer.step(1e-4)
-                if update:
-                    phases[phase] = dict(sent.num_bytes)
-        found[stage] = phases | {"num_parameters": num_parameters}
-    if place.is_main:
-        print("RESULT " + json.dumps(found))
-    ranks.shutdown()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-    leave(0)
+                        engine.step(1e-4)
+                found[stage][phase] = dict(counted.num_bytes)
+    return found
