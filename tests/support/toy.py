@@ -5,16 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastdistil.data import shards, tokenizer
+from fastdistil.data.batches import Collator
+from fastdistil.data.plan import Plan
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import write_hugging_face_folder
 from fastdistil.run import files
+from fastdistil.run.config import MaskingConfig
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(96))]
 SPECIAL_IDS = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 MAX_LENGTH = 48
+BUDGET = 256
+"""Tokens of a micro-batch, where a test wants no others."""
 
 
 def make_shards(folder: Path, *, num_sequences: int = 400, seed: int = 0) -> Path:
@@ -53,6 +59,20 @@ def make_shards(folder: Path, *, num_sequences: int = 400, seed: int = 0) -> Pat
     )
     shards.write_meta(folder, meta)
     return folder
+
+
+def make_plan(
+    lengths: NDArray[np.int32], *, seed: int = 56, token_budget: int = BUDGET, micro_batches: int = 4
+) -> Plan:
+    """Of a run on sequences of these lengths, with so many micro-batches an update."""
+    return Plan(
+        lengths, seed=seed, token_budget=token_budget, micro_batches_per_update=micro_batches, mask_fraction=0.15
+    )
+
+
+def make_collator(of: shards.Shards, *, token_budget: int = BUDGET) -> Collator:
+    """With the masking of the paper."""
+    return Collator(of, of.counts, token_budget=token_budget, masking=MaskingConfig())
 
 
 def architecture(**changes: int | float | str) -> Architecture:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdistil.data.batches import Collator, MicroBatch
-from fastdistil.data.plan import Plan, UpdatePlan
+from fastdistil.data.batches import MicroBatch
+from fastdistil.data.plan import UpdatePlan
 from fastdistil.data.shards import Shards
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher, write_hugging_face_folder
-from fastdistil.run.config import LossConfig, MaskingConfig
+from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
 from fastdistil.training.preflight import spread
 from fastdistil.training.teacher import Teacher
@@ -72,10 +72,8 @@ def make_batches(
 ) -> tuple[UpdatePlan, list[MicroBatch]]:
     """An update of about 1,024 tokens and its micro-batches, those of the first rank first."""
     shards, budget = Shards(root / "shards"), 1024 // micro_batches
-    update = Plan(
-        shards.lengths, seed=3, token_budget=budget, micro_batches_per_update=micro_batches, mask_fraction=0.15
-    ).update(0)
-    collator = Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
+    update = toy.make_plan(shards.lengths, seed=3, token_budget=budget, micro_batches=micro_batches).update(0)
+    collator = toy.make_collator(shards, token_budget=budget)
     return update, [collator(plan).to(device) for rank in range(ranks) for plan in update.of_rank(rank, ranks)]
 
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from fastdistil.data.batches import Collator
 from fastdistil.data.shards import Shards
 from fastdistil.model.weights import load_masked_lm
-from fastdistil.run.config import LossConfig, MaskingConfig
+from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.teacher import Teacher
-from tests.support import authors
+from tests.support import authors, toy
 from tests.support.updates import DEVICE, gradients_of, make_batches, make_student, make_teacher, one_update
 
 
@@ -59,8 +58,7 @@ def test_padding_counts_for_nothing(folder):
     plan = make_batches(folder, 4)[0].micro_batches[0]
     results = []
     for budget in (256, 1024):
-        collator = Collator(shards, shards.counts, token_budget=budget, masking=MaskingConfig())
-        batch = collator(plan).to(DEVICE)
+        batch = toy.make_collator(shards, token_budget=budget)(plan).to(DEVICE)
         objective = Objective(make_student(folder), LossConfig())
         loss, sums = objective(batch, make_teacher(folder)(batch), 200, 30)
         loss.backward()

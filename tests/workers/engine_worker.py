@@ -9,18 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from fastdistil.data.batches import Collator
-from fastdistil.data.plan import Plan
 from fastdistil.data.shards import Shards
 from fastdistil.model.weights import hugging_face_state
 from fastdistil.run import checkpoint
-from fastdistil.run.config import Config, EngineConfig, LossConfig, MaskingConfig, OptimConfig
+from fastdistil.run.config import Config, EngineConfig, LossConfig, OptimConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import DeepSpeedEngine, Engine, PlainEngine
 from fastdistil.training.objective import SUMS, Objective, means
+from tests.support import toy
 from tests.support.updates import CPU, make_batches, make_student, make_teacher
 
-BUDGET, SEED = 256, 7
+SEED = 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -113,14 +112,8 @@ class Job:
             attention=attention,
         )
         shards = Shards(root / "shards")
-        self.plan = Plan(
-            shards.lengths[:num_sequences],
-            seed=SEED,
-            token_budget=BUDGET,
-            micro_batches_per_update=micro_batches,
-            mask_fraction=0.15,
-        )
-        self.collator = Collator(shards, shards.counts, token_budget=BUDGET, masking=MaskingConfig())
+        self.plan = toy.make_plan(shards.lengths[:num_sequences], seed=SEED, micro_batches=micro_batches)
+        self.collator = toy.make_collator(shards)
 
     def train(self, updates: Iterable[int], spoilt: dict[int, float] | None = None) -> list[dict[str, Any]]:
         """A record an update: exact loss sums and gradient norm in hexadecimal, and the sequences of every micro-batch.
