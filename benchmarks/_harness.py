@@ -129,7 +129,7 @@ def compare(
             "times_ours": ratio,
         }
     _print(name, case, rows, num_bytes, num_flops)
-    _keep(name, case, rows, num_bytes, num_flops)
+    keep(name, case, {"bytes": num_bytes, "flops": num_flops, "providers": rows})
     benchmark.extra_info.update({"case": case, "bytes": num_bytes, "flops": num_flops, "rows": rows})
     benchmark.pedantic(providers[OURS], rounds=3 if ours > 1 else 10)
     return rows
@@ -149,11 +149,12 @@ def _print(name: str, case: str, rows: dict, num_bytes: float, num_flops: float)
         )
 
 
-def _keep(name: str, case: str, rows: dict, num_bytes: float, num_flops: float) -> None:
+def keep(name: str, case: str, record: dict[str, Any]) -> None:
+    """Put a case among the benchmark's results of this device, with what it depends on."""
     path = _results_file(name)
     RESULTS.mkdir(exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[case] = stamp() | {"bytes": num_bytes, "flops": num_flops, "providers": rows}
+    kept[case] = stamp() | record
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 

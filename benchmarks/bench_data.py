@@ -9,14 +9,14 @@ itself spends on a micro-batch is timed while two workers are ahead of it, as th
 """
 
 import argparse
-import json
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,9 +28,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from benchmarks import docstrings
-from benchmarks._harness import OURS, RESULTS, device_name, stamp
-from fastdistil.data import batches as data
-from fastdistil.data import shards
+from benchmarks._harness import OURS, device_name, keep
+from fastdistil.data.batches import Collator, MicroBatch, micro_batches
+from fastdistil.data.plan import Plan, UpdatePlan
+from fastdistil.data.shards import Shards
 from fastdistil.run import recipes
 
 TARGET = 1e6  # tokens/s of one process
@@ -46,31 +47,34 @@ def seconds_a_batch(batches: Iterable[object]) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def host_ms(batches: Iterable[data.MicroBatch], count: int) -> tuple[float, float]:
-    """(wall, processor) median milliseconds of a training process for a micro-batch made ahead, copied, and its seed.
+def host_ms(batches: Iterable[MicroBatch], count: int) -> tuple[float, float]:
+    """(wall, processor) median milliseconds of a training process for a micro-batch made ahead and copied.
 
     The copy is none on a CPU. Where other work disturbs the clock, the processor time says what to expect.
     """
     iterator, wall, processor = iter(batches), [], []
-    for k in range(count):
+    for _ in range(count):
         time.sleep(STEP_S)
         begin, begin_processor = time.perf_counter(), time.thread_time()
         next(iterator).to(torch.device("cpu"))
-        torch.manual_seed(data.seed_of(56, "dropout", 0, k))
         wall.append(time.perf_counter() - begin)
         processor.append(time.thread_time() - begin_processor)
     return statistics.median(wall) * 1e3, statistics.median(processor) * 1e3
 
 
-def epoch_seconds(lengths: np.ndarray, token_budget: int, num_sequences: int) -> float:
-    """Seconds to plan an epoch of so many sequences, which a thread does ahead of the loop."""
-    plan = data.Plan(
-        np.resize(lengths, num_sequences),
+def make_plan(lengths: np.ndarray, token_budget: int, micro_batches_per_update: int) -> Plan:
+    return Plan(
+        lengths,
         seed=56,
         token_budget=token_budget,
-        micro_batches_per_update=1,
-        mask_fraction=0.15,
+        micro_batches_per_update=micro_batches_per_update,
+        mask_fraction=recipes.distilbert().masking.fraction,
     )
+
+
+def epoch_seconds(lengths: np.ndarray, token_budget: int, num_sequences: int) -> float:
+    """Seconds to plan an epoch of so many sequences, which a thread does ahead of the loop."""
+    plan = make_plan(np.resize(lengths, num_sequences), token_budget, 1)
     begin = time.perf_counter()
     plan.update(0)
     return time.perf_counter() - begin
@@ -93,58 +97,57 @@ def main() -> None:
         measure(Path(folder) / "docs", args, "installed documentation")
 
 
+def peers_batches(text: Shards, update: UpdatePlan) -> tuple[Dataset, list[list[int]]]:
+    """The sequences of an update in a Hugging Face data set, and which of them each of our micro-batches holds."""
+    plans = update.micro_batches
+    sequences = [text.sequence(int(i)).tolist() for plan in plans for i in plan.sequences]
+    ends = list(itertools.accumulate((len(plan.sequences) for plan in plans), initial=0))
+    return Dataset.from_dict({"input_ids": sequences}), [list(range(a, b)) for a, b in itertools.pairwise(ends)]
+
+
+def in_turn(providers: dict[str, Callable[[], Iterable[object]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds a batch of every provider, round by round."""
+    times: dict[str, list[float]] = {provider: [] for provider in providers}
+    for _ in range(rounds):
+        for provider, make in providers.items():
+            times[provider].append(seconds_a_batch(make()))
+    return times
+
+
 def measure(folder: Path, args: argparse.Namespace, name: str) -> None:
-    text, masking = shards.Shards(folder), recipes.distilbert().masking
-    collator = data.Collator(text, text.counts, token_budget=args.token_budget, masking=masking)
-    plan = data.Plan(
-        text.lengths,
-        seed=56,
-        token_budget=args.token_budget,
-        micro_batches_per_update=args.batches,
-        mask_fraction=masking.fraction,
-    )
-    update = plan.update(0)
-    tokens_a_batch = update.num_tokens / len(update.slots)
+    text, masking = Shards(folder), recipes.distilbert().masking
+    collator = Collator(text, text.counts, token_budget=args.token_budget, masking=masking)
+    update = make_plan(text.lengths, args.token_budget, args.batches).update(0)
+    tokens_a_batch = update.num_tokens / len(update.micro_batches)
     share = np.percentile(text.lengths, [10, 50, 90]).astype(int).tolist()
     case = (
         f"{name}: {args.token_budget:,} tokens, sequences of {share[0]}, {share[1]} and {share[2]} "
         "tokens (10th, 50th, 90th percentile)"
     )
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
-    sequences = [text.sequence(int(i)).tolist() for slot in update.slots for i in slot.sequences]
-    batches, first = [], 0
-    for slot in update.slots:
-        batches.append(list(range(first, first + len(slot.sequences))))
-        first += len(slot.sequences)
-    dataset = Dataset.from_dict({"input_ids": sequences})
+    dataset, sampled = peers_batches(text, update)
     collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
 
-    def ours(num_workers: int) -> Iterable[data.MicroBatch]:
-        return data.micro_batches(
-            iter([update]), collator, rank=0, world_size=1, num_workers=num_workers, pin_memory=False
-        )  # fmt: skip
+    def ours(num_workers: int) -> Iterable[MicroBatch]:
+        return micro_batches(iter([update]), collator, rank=0, world_size=1, num_workers=num_workers, pin_memory=False)
 
     def peer(num_workers: int) -> Iterable[object]:
         return DataLoader(
             dataset,  # pyright: ignore[reportArgumentType]  # has what a map-style dataset needs
-            batch_sampler=batches,
+            batch_sampler=sampled,
             collate_fn=collate,
             num_workers=num_workers,
             prefetch_factor=4 if num_workers else None,
         )
 
-    providers = {
-        OURS: lambda: map(collator, update.slots),
+    providers: dict[str, Callable[[], Iterable[object]]] = {
+        OURS: lambda: map(collator, update.micro_batches),
         "fastdistil DataLoader, 0 workers": lambda: ours(0),
         "fastdistil DataLoader, 2 workers": lambda: ours(2),
         "HF DataLoader, 0 workers": lambda: peer(0),
         "HF DataLoader, 2 workers": lambda: peer(2),
     }
-    times: dict[str, list[float]] = {provider: [] for provider in providers}
-    for _ in range(args.rounds):
-        for provider, make in providers.items():
-            times[provider].append(seconds_a_batch(make()))
+    times = in_turn(providers, args.rounds)
     print(f"{case}; {device_name()}; target {TARGET:,.0f} tokens/s in one process")
     print(f"  {'':<36}{'tokens/s':>12}{'ms a batch':>12}{'x ours':>8}")
     rows = {}
@@ -158,15 +161,13 @@ def measure(folder: Path, args: argparse.Namespace, name: str) -> None:
     planned = epoch_seconds(text.lengths, args.token_budget, 10**7)
     print(f"  a training process, workers ahead: {wall:.2f} ms, of a processor {processor:.2f}")
     print(f"  plan of an epoch of 10 M sequences, ahead in a thread: {planned:.2f} s")
-    path = RESULTS / "data.cpu.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[case] = stamp() | {
+    record = {
         "providers": rows,
         "host_ms_a_micro_batch": wall,
         "host_processor_ms_a_micro_batch": processor,
         "seconds_to_plan_10M_sequences": planned,
     }
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    keep("data", case, record)
 
 
 if __name__ == "__main__":

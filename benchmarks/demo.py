@@ -46,26 +46,26 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
     import torch
     import transformers
 
-    from fastdistil.data import batches
+    from fastdistil.data.batches import NO_LABEL, Collator
+    from fastdistil.data.plan import validation_plan
     from fastdistil.data.shards import Shards
     from fastdistil.run.config import MaskingConfig
 
     shards = Shards(out / "shards")
     held_out = np.arange(len(shards) - 512, len(shards))
-    plan = batches.validation_plan(held_out, shards.lengths, token_budget=4096, mask_fraction=0.15)
-    collator = batches.Collator(shards, shards.counts, token_budget=4096, masking=MaskingConfig())
+    plan = validation_plan(held_out, shards.lengths, token_budget=4096, mask_fraction=0.15)
+    collator = Collator(shards, shards.counts, token_budget=4096, masking=MaskingConfig())
     names = ("teacher", "student", "baseline")
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     models = {name: load(out / name).eval() for name in names}
     sums = {name: {"loss": 0.0, "agree": 0, "seconds": 0.0} for name in names}
     with torch.inference_mode():
-        for slot in plan.slots:
-            batch = collator(slot)
+        for batch in map(collator, plan.micro_batches):
             ids, labels = (
                 torch.nn.utils.rnn.pad_sequence(
                     list(x.split(list(batch.lengths)))[: len(batch.sequences)], batch_first=True, padding_value=padding
                 )
-                for x, padding in ((batch.input_ids, 0), (batch.labels, batches.NO_LABEL))
+                for x, padding in ((batch.input_ids, 0), (batch.labels, NO_LABEL))
             )
             real = ids != 0
             best = {}

@@ -8,8 +8,9 @@ An update is a fixed number of micro-batches, dealt to W ranks; the slowest rank
     seconds = ceil(M / W) * (micro-batch + its messages) + optimiser + messages of the boundary
 
 Nothing is taken to overlap. Messages are rings (Thakur, Rabenseifner and Gropp 2005): an all-reduce of B bytes takes
-2 (W - 1) (latency + B / W / bandwidth), half of it a reduce-scatter or an all-gather. Inside a node of 8 the ring is as fast as the
-node's link, across nodes as the slowest link it has. What each ZeRO stage sends was counted (tests/test_scaling.py).
+2 (W - 1) (latency + B / W / bandwidth), half of it a reduce-scatter or an all-gather. Inside a node of 8 the ring is as
+fast as the node's link, across nodes as the slowest link it has. What each ZeRO stage sends was counted
+(tests/test_scaling.py).
 """
 
 import argparse
@@ -20,6 +21,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdistil.model.encoder import MaskedLM
+    from fastdistil.run.ranks import Ranks
 
 GPUS_A_NODE = 8
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -41,18 +47,19 @@ INFINIBAND_NDR = Link(50e9, 8e-6)  # 400 Gb/s, one adapter a GPU
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """Bytes that go around the ring, in reduce-scatters and all-gathers; an all-reduce is one of each and counts twice."""
+    """Bytes that go around the ring in reduce-scatters and all-gathers; an all-reduce is one of each, counted twice."""
 
     a_micro_batch: int
     boundary: int  # once an update
 
 
 def messages(stage: int, num_parameters: int, weight_bytes: int) -> Messages:
-    """What DeepSpeed 0.19.8 sends under engine.py's settings, as counted; gradients travel in fp32.
+    """What the plain engine (stage 0) and DeepSpeed 0.19.8 send under engine.py's settings, as counted.
 
-    Stages 1 and 2 all-reduce what a reduce-scatter would do for (its setting use_multi_rank_bucket_allreduce). Stage 2 keeps
-    nothing but its part of the gradients, so every micro-batch is reduced. Stage 3 gathers weights once a micro-batch: below its
-    default of 10^9 live parameters they stay from the forward to the backward.
+    Gradients travel in fp32.
+    Stages 1 and 2 all-reduce what a reduce-scatter would do for (its setting use_multi_rank_bucket_allreduce). Stage 2
+    keeps nothing but its part of the gradients, so every micro-batch is reduced. Stage 3 gathers weights once a
+    micro-batch: below its default of 10^9 live parameters they stay from the forward to the backward.
     """
     gradients, weights = 4 * num_parameters, weight_bytes * num_parameters
     return (
@@ -96,12 +103,14 @@ def predict(
                 link=link,
             )
             speed = num_micro_batches * token_budget / seconds
-            rows.append(
-                {
-                    "gpus": num_ranks, "stage": stage, "updates_per_s": 1 / seconds,
-                    "tokens_per_s": speed, "efficiency": speed / tokens_per_s / num_ranks,
-                }
-            )  # fmt: skip
+            row = {
+                "gpus": num_ranks,
+                "stage": stage,
+                "updates_per_s": 1 / seconds,
+                "tokens_per_s": speed,
+                "efficiency": speed / tokens_per_s / num_ranks,
+            }
+            rows.append(row)
     return rows
 
 
@@ -110,89 +119,78 @@ def predict(
 WIDTH, LAYERS, VOCAB, TOKENS, ROUNDS = 128, 2, 8192, 512, 2
 
 
+def toy_model(num_layers: int) -> "MaskedLM":
+    """A DistilBERT of so many layers; a teacher has twice a student's."""
+    from fastdistil.model.architecture import Architecture
+    from fastdistil.model.encoder import MaskedLM
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_heads": 4, "ffn_size": 4 * WIDTH, "max_positions": 64}
+    return MaskedLM(Architecture(model_type="distilbert", token_types=0, num_layers=num_layers, **sizes))
+
+
 def worker(stage: str) -> None:
-    """A rank: seconds of a micro-batch alone, of the optimiser, and of whole updates; rank 0 prints JSON.
+    """A rank: median seconds of whole updates, of stage "alone" without any message; rank 0 prints JSON.
 
     The compute is measured with all processes at work at once, since they share the machine's cores.
     """
     import torch
 
-    from fastdistil.data import batches
-    from fastdistil.model.architecture import Architecture
-    from fastdistil.model.encoder import MaskedLM
-    from fastdistil.run import ranks
+    from benchmarks.step import synthetic_batch
+    from fastdistil.data.batches import NO_LABEL
     from fastdistil.run.command import leave
-    from fastdistil.run.config import Config, EngineConfig
-    from fastdistil.training import engine
+    from fastdistil.run.config import Config
+    from fastdistil.run.ranks import Ranks, init_ranks
+    from fastdistil.training.engine import DeepSpeedEngine, Engine, PlainEngine
     from fastdistil.training.objective import Objective
     from fastdistil.training.teacher import Teacher
 
-    place = ranks.init("cpu", timeout_s=120, threads=1)
+    ranks = init_ranks("cpu", timeout_s=120, threads=1)
+    batch = synthetic_batch(TOKENS, 64, ranks.rank)
+    ids = torch.randint(5, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(ranks.rank))
+    batch = replace(batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, NO_LABEL))
+    teacher = Teacher(toy_model(2 * LAYERS), device=ranks.device, dtype=torch.float32)
 
-    def model(layers: int) -> MaskedLM:
-        return MaskedLM(
-            Architecture(
-                vocab_size=VOCAB,
-                hidden_size=WIDTH,
-                num_layers=layers,
-                num_heads=4,
-                ffn_size=4 * WIDTH,
-                max_positions=64,
-                model_type="distilbert",
-                token_types=0,
-            )
-        )
-
-    from benchmarks.step import synthetic_batch
-
-    generator = torch.Generator().manual_seed(place.rank)
-    batch = synthetic_batch(TOKENS, 64, place.rank)
-    ids = torch.randint(5, VOCAB, (TOKENS,), generator=generator)
-    batch = replace(batch, input_ids=ids, labels=torch.where(batch.labels >= 0, ids, batches.NO_LABEL))
-    teacher = Teacher(model(2 * LAYERS), device=place.device, dtype=torch.float32)
-
-    def timed(trainer: engine.Engine, steps: int) -> list[float]:
-        seconds = []
-        for _ in range(steps):
-            ranks.barrier(place)
-            begin = time.perf_counter()
-            for _ in range(ROUNDS):
-                trainer.forward_backward(batch, teacher(batch), TOKENS, 77)
-            trainer.step(1e-4)
-            ranks.barrier(place)
-            seconds.append(time.perf_counter() - begin)
-        return seconds[2:]
-
-    config = Config(engine=EngineConfig(zero_stage=None if stage == "alone" else int(stage)))  # type: ignore[arg-type]
-    objective = Objective(model(LAYERS), config.loss)
-    if stage == "alone":  # no gradient travels, whatever the number of ranks
-        trainer: engine.Engine = engine.PlainEngine(objective, config, device=place.device)
+    config = Config()
+    objective = Objective(toy_model(LAYERS), config.loss)
+    engine: Engine
+    if stage in ("alone", "0"):
+        apart = Ranks(0, 1, ranks.device)  # no gradient travels, whatever the number of ranks
+        engine = PlainEngine(objective, config, apart if stage == "alone" else ranks, torch.float32)
     else:
-        trainer = engine.make_engine(objective, config, accumulation=ROUNDS, place=place)
-    found = {
-        "update_s": statistics.median(timed(trainer, 9)),
+        engine = DeepSpeedEngine(objective, config, ranks, torch.float32, stage=int(stage), accumulation=ROUNDS)
+    seconds = []
+    for _ in range(9):
+        ranks.any(False)  # all begin together
+        begin = time.perf_counter()
+        for _ in range(ROUNDS):
+            engine.forward_backward(batch, teacher(batch), TOKENS, 77)
+        engine.step(1e-4)
+        ranks.any(False)  # and the last one counts
+        seconds.append(time.perf_counter() - begin)
+    found: dict[str, object] = {
+        "update_s": statistics.median(seconds[2:]),
         "num_parameters": sum(p.numel() for p in objective.parameters()),
     }
-    if stage == "alone" and place.world_size > 1:
-        found["link"] = _measure_link(place.world_size)
-    if place.is_main:
+    if stage == "alone" and ranks.world_size > 1:
+        found["link"] = _measure_link(ranks)
+    if ranks.is_main:
         print("RESULT " + json.dumps(found))
-    ranks.shutdown()
+    ranks.leave()
     leave(0)
 
 
-def _measure_link(num_ranks: int) -> list[float]:
+def _measure_link(ranks: "Ranks") -> list[float]:
     """[bytes/s, latency] of the ring model that all-reduces of two sizes fit."""
     import torch
 
-    from fastdistil.run import ranks
+    num_ranks = ranks.world_size
 
     def all_reduce_s(num_bytes: int) -> float:
         x = torch.zeros(num_bytes // 4)
         seconds = []
         for _ in range(9):
             begin = time.perf_counter()
-            ranks.sum_over_ranks(x)
+            ranks.sum(x)
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds)
 
@@ -207,8 +205,10 @@ def _launch(num_ranks: int, stage: str) -> dict:
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     done = subprocess.run(
         [sys.executable, *words, "-m", "benchmarks.scaling", "--worker", stage],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
     if line is None:
         raise RuntimeError(f"{num_ranks} processes, {stage}: {done.stderr[-2000:]}")
@@ -224,24 +224,29 @@ def check() -> None:
         alone = _launch(num_ranks, "alone")
         link = Link(*alone.get("link", [1.0, 0.0]))
         for stage in (0, 1, 2, 3):
-            measured = _launch(num_ranks, str(stage))
-            predicted = update_s(
+            measured_s, compute_s = _launch(num_ranks, str(stage))["update_s"], alone["update_s"]
+            predicted_s = update_s(
                 num_ranks=num_ranks,
                 num_micro_batches=ROUNDS * num_ranks,
-                micro_batch_s=alone["update_s"] / ROUNDS,
+                micro_batch_s=compute_s / ROUNDS,
                 optimiser_s=0.0,  # within the measured update
                 sent=messages(stage, alone["num_parameters"], 4),
                 link=link,
             )
             row = {
-                "processes": num_ranks, "stage": stage, "predicted_s": predicted,
-                "measured_s": measured["update_s"], "compute_s": alone["update_s"],
-                "link_bytes_per_s": link.bytes_per_s, "link_latency_s": link.latency_s,
-            }  # fmt: skip
+                "processes": num_ranks,
+                "stage": stage,
+                "predicted_s": predicted_s,
+                "measured_s": measured_s,
+                "compute_s": compute_s,
+                "link_bytes_per_s": link.bytes_per_s,
+                "link_latency_s": link.latency_s,
+            }
             rows.append(row)
             print(
-                f"{num_ranks} processes, ZeRO {stage}: predicted {1e3 * predicted:7.1f} ms (compute {1e3 * alone['update_s']:.1f}), "
-                f"measured {1e3 * measured['update_s']:7.1f} ms, ratio {predicted / measured['update_s']:.2f}",
+                f"{num_ranks} processes, ZeRO {stage}: predicted {1e3 * predicted_s:7.1f} ms "
+                f"(compute {1e3 * compute_s:.1f}), measured {1e3 * measured_s:7.1f} ms, "
+                f"ratio {predicted_s / measured_s:.2f}",
                 flush=True,
             )
     (RESULTS / "scaling.cpu.json").write_text(json.dumps(stamp() | {"rows": rows}, indent=1, sort_keys=True) + "\n")
@@ -276,7 +281,8 @@ def main() -> None:
         print(f"{'GPUs':>5}{'ZeRO':>6}{'updates/s':>11}{'tokens/s':>15}{'efficiency':>12}")
         for row in rows:
             print(
-                f"{row['gpus']:>5}{row['stage']:>6}{row['updates_per_s']:>11.2f}{row['tokens_per_s']:>15,.0f}{row['efficiency']:>12.1%}"
+                f"{row['gpus']:>5}{row['stage']:>6}{row['updates_per_s']:>11.2f}{row['tokens_per_s']:>15,.0f}"
+                f"{row['efficiency']:>12.1%}"
             )
 
 

@@ -1,26 +1,24 @@
 """The whole training step against Hugging Face models with PyTorch losses, in turn, on the same real tokens.
 
-    python -m benchmarks.step                      MiniLM size on a CPU, BERT-base size on a GPU; sequences of one length
-    python -m benchmarks.step --shards wiki        the packed micro-batches of prepared text
+    python -m benchmarks.step                    MiniLM size on a CPU, BERT-base size on a GPU; sequences of one length
+    python -m benchmarks.step --shards wiki      the packed micro-batches of prepared text
     python -m benchmarks.step --precision bf16
 
-A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and AdamW. The
-peers get the same sequences with the same masks, sorted by length and padded to the longest of each batch,
-scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything is timed,
-all providers must agree on the loss without dropout.
+A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and
+AdamW. The peers get the same sequences with the same masks, sorted by length and padded to the longest of each batch,
+scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything
+is timed, all providers must agree on the loss without dropout.
 
-Every provider has a process of its own and they take turns: ours as the trainer sets one up, a peer's as PyTorch leaves it. On a
-CPU the trainer keeps the memory that it frees (dist.keep_freed_memory); "memory kept" are the peers if they did the same, which says
-how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU counts real tokens, the
-teacher's forward included (metrics.py). Peak memory is all that a process holds in an update: of the GPU's memory what is
-allocated, on a CPU what is resident, its libraries' included.
+Every provider has a process of its own and they take turns: ours as the trainer sets one up, a peer's as PyTorch leaves
+it. On a CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they
+did the same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds
+begin. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in
+an update: of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -31,7 +29,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -39,17 +37,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import DEVICE, OURS, _results_file, device_name, stamp, time_call
-from fastdistil.data import batches as data
-from fastdistil.data import shards
+from benchmarks._harness import DEVICE, OURS, device_name, keep, time_call
+from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch
+from fastdistil.data.plan import Plan, num_masked
+from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model import weights
 from fastdistil.model.architecture import Architecture, flops_per_token
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.run import metrics, ranks, recipes
-from fastdistil.training import engine, fp8, inputs, objective
-from fastdistil.training.objective import Objective
-from fastdistil.training.teacher import Feed, Teacher
+from fastdistil.run import recipes
+from fastdistil.run.metrics import peak_flops
+from fastdistil.run.ranks import init_ranks, keep_freed_memory
+from fastdistil.training.engine import PlainEngine
+from fastdistil.training.inputs import compile_encoder
+from fastdistil.training.objective import Objective, means
+from fastdistil.training.precision import quantise_encoder, require_fp8
+from fastdistil.training.preflight import spread
+from fastdistil.training.teacher import Teacher, TeacherPrefetcher
 
 PAPER_TOKENS = 13e9
 VOCAB = 30522
@@ -69,23 +73,26 @@ def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
     )
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"minilm": (6, 3, 384), "bert-base": (12, 6, 768)}  # teacher layers, student layers, width
 
 
-def synthetic_batch(num_tokens: int, length: int, seed: int) -> data.MicroBatch:
+def synthetic_batch(num_tokens: int, length: int, seed: int) -> MicroBatch:
     """Sequences of one length and random ids, 15 % of them predicted."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, VOCAB, (num_tokens,), generator=generator)
     lengths = [length] * (num_tokens // length)
-    chosen = torch.randperm(num_tokens, generator=generator)[: data.num_masked(num_tokens, 0.15)]
-    labels = torch.full((num_tokens,), data.NO_LABEL)
+    chosen = torch.randperm(num_tokens, generator=generator)[: num_masked(num_tokens, 0.15)]
+    labels = torch.full((num_tokens,), NO_LABEL)
     labels[chosen] = ids[chosen]
-    return data.MicroBatch(
+    return MicroBatch(
         input_ids=ids.index_fill(0, chosen, 103),
         position_ids=torch.arange(length).repeat(len(lengths)),
         labels=labels,
         masked_rows=chosen.sort().values,
         num_rows=torch.tensor(num_tokens, dtype=torch.int32),
+        dropout_seed=torch.tensor(seed),
+        generator_seed=seed,
         lengths=tuple(lengths),
         layout=sequence_layout(lengths),
         num_tokens=num_tokens,
@@ -94,23 +101,17 @@ def synthetic_batch(num_tokens: int, length: int, seed: int) -> data.MicroBatch:
     )
 
 
-def packed_batches(folder: Path, num_tokens: int, count: int) -> list[data.MicroBatch]:
+def packed_batches(folder: Path, num_tokens: int, count: int) -> list[MicroBatch]:
     """The first micro-batches that a run on these shards would see."""
-    text = shards.Shards(folder)
-    plan = data.Plan(text.lengths, seed=56, token_budget=num_tokens, micro_batches_per_update=1, mask_fraction=0.15)
-    masking = recipes.distilbert().masking
-    collator = data.Collator(text, text.counts, token_budget=num_tokens, masking=masking)
-    return [collator(plan.update(u).slots[0]) for u in range(count)]
-
-
-def real_lengths(batches: list[data.MicroBatch]) -> list[int]:
-    """Of the sequences, without the padding that ends a micro-batch."""
-    return [n for b in batches for n in b.lengths[: len(b.sequences)]]
+    shards, masking = Shards(folder), recipes.distilbert().masking
+    plan = Plan(shards.lengths, seed=56, token_budget=num_tokens, micro_batches_per_update=count, mask_fraction=0.15)
+    collator = Collator(shards, shards.counts, token_budget=num_tokens, masking=masking)
+    return [collator(micro_batch) for micro_batch in plan.update(0).micro_batches]
 
 
 class Ours:
-    """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `overlap` --teacher.overlap, `fp8_teacher`
-    --teacher.precision fp8."""
+    """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `overlap` --teacher.overlap,
+    `fp8_teacher` --teacher.precision fp8."""
 
     def __init__(
         self,
@@ -120,37 +121,34 @@ class Ours:
         overlap: bool = True,
         fp8_teacher: bool = False,
     ) -> None:
-        config = recipes.distilbert()
-        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=args.precision))
+        config, dtype = recipes.distilbert(), DTYPES[args.precision]
         # before the first tensor, or no memory comes in large pages
-        device = ranks.init(DEVICE, timeout_s=config.engine.timeout_s, threads=None).device
+        ranks = init_ranks(DEVICE, timeout_s=config.engine.timeout_s, threads=None)
         batches = make_batches(args)
         teacher, student = models(args.size)
         for model in (teacher, student) if compile_mode else ():
-            inputs.compile_encoder(model.encoder, compile_mode)
-        dtype = engine.compute_dtype(config, device)
-        self.teacher = Teacher(teacher, device=device, dtype=dtype)
+            compile_encoder(model.encoder, compile_mode)
+        self.teacher = Teacher(teacher, device=ranks.device, dtype=dtype)
         if fp8_teacher:
-            fp8.require_device(device)
-            fp8.quantise(self.teacher.model.encoder)
-        self.engine = engine.PlainEngine(Objective(student, config.loss), config, device=device)
+            require_fp8(ranks.device)
+            quantise_encoder(self.teacher.model.encoder)
+        self.engine = PlainEngine(Objective(student, config.loss), config, ranks, dtype)
         self.loss = config.loss
         self.num_tokens = sum(b.num_tokens for b in batches)
         self.num_masked = sum(b.num_masked for b in batches)
         self.padding = 1 - self.num_tokens / sum(len(b.input_ids) for b in batches)
-        self.batches = [b.to(device) for b in batches]
-        feed = Feed(self.teacher, device, overlap=overlap)
-        self.pairs = feed.ahead(itertools.cycle(self.batches))
+        self.batches = [b.to(ranks.device) for b in batches]
+        prefetcher = TeacherPrefetcher(self.teacher, ranks.device, overlap=overlap)
+        self.pairs = prefetcher.ahead(itertools.cycle(self.batches))
 
     def evaluate(self) -> float:
         sums = sum(self.engine.evaluate(b, self.teacher(b)) for b in self.batches)
         assert isinstance(sums, Tensor)
-        found = objective.means(sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True)
-        return found["loss"]
+        return means(sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True)["loss"]
 
     def run(self) -> None:
-        for batch, hints in itertools.islice(self.pairs, len(self.batches)):
-            self.engine.forward_backward(batch, hints, self.num_tokens, self.num_masked)
+        for batch, output in itertools.islice(self.pairs, len(self.batches)):
+            self.engine.forward_backward(batch, output, self.num_tokens, self.num_masked)
         self.engine.step(1e-5)
 
 
@@ -161,7 +159,7 @@ class HuggingFace:
         self, args: argparse.Namespace, *, compiled: bool = False, liger: bool = False, keep_memory: bool = False
     ) -> None:
         if keep_memory:
-            ranks.keep_freed_memory()
+            keep_freed_memory()
         teacher, student = models(args.size)
         self.bf16, self.liger = args.precision == "bf16", liger
         self.teacher = _hugging_face(teacher).eval().requires_grad_(False)
@@ -182,11 +180,11 @@ class HuggingFace:
             )
         self._load(make_batches(args))
 
-    def _load(self, batches: list[data.MicroBatch]) -> None:
+    def _load(self, batches: list[MicroBatch]) -> None:
         """Cuts the packed rows into sequences again, sorts them by length and pads batches of about the same size."""
         sequences = []
         for b in batches:
-            lengths = real_lengths([b])
+            lengths = list(b.real_lengths)
             ids, labels = b.input_ids[: b.num_tokens], b.labels[: b.num_tokens]
             sequences += zip(ids.split(lengths), labels.split(lengths), strict=True)
         sequences.sort(key=lambda s: len(s[0]))
@@ -201,7 +199,7 @@ class HuggingFace:
         self.batches = []
         for group in groups:
             ids = pad([s[0] for s in group], batch_first=True, padding_value=0)
-            labels = pad([s[1] for s in group], batch_first=True, padding_value=data.NO_LABEL)
+            labels = pad([s[1] for s in group], batch_first=True, padding_value=NO_LABEL)
             lengths = torch.tensor([len(s[0]) for s in group])
             real = torch.arange(ids.shape[1]) < lengths[:, None]
             mask = None if real.all() else real
@@ -242,10 +240,8 @@ class HuggingFace:
         kind = torch.bfloat16 if self.bf16 else torch.float32
         s, t, labels = (x.flatten(0, 1) if real is None else x[real] for x in (s, t, labels))
         head, decoder = self.student.vocab_projector, self.teacher.cls.predictions.decoder
-        return self.chunked(
-            s.to(kind), head.weight.to(kind), t.to(kind), decoder.weight, labels,
-            head.bias.to(kind), decoder.bias,
-        )  # fmt: skip
+        ours, theirs = (head.weight.to(kind), head.bias.to(kind)), (decoder.weight, decoder.bias)
+        return self.chunked(s.to(kind), ours[0], t.to(kind), theirs[0], labels, ours[1], theirs[1])
 
     def evaluate(self) -> float:
         self.student.eval()
@@ -296,12 +292,12 @@ def models(size: str) -> tuple[MaskedLM, MaskedLM]:
     """(teacher, student), the same in every process."""
     teacher_layers, student_layers, width = SIZES[size]
     teacher = MaskedLM(architecture("bert", teacher_layers, width))
-    layers = [round(i * (teacher_layers - 1) / (student_layers - 1)) for i in range(student_layers)]
     small = architecture("distilbert", student_layers, width)
+    layers = spread(student_layers, teacher_layers)
     return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
 
 
-def make_batches(args: argparse.Namespace) -> list[data.MicroBatch]:
+def make_batches(args: argparse.Namespace) -> list[MicroBatch]:
     if args.shards:
         return packed_batches(args.shards, args.tokens, args.batches)
     return [synthetic_batch(args.tokens, args.length, seed) for seed in range(args.batches)]
@@ -358,11 +354,11 @@ def ask(connection: Connection, command: str) -> Any:
     return connection.recv()
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     on_gpu = DEVICE == "cuda"
     parser.add_argument("--size", choices=SIZES, default="bert-base" if on_gpu else "minilm")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16" if on_gpu else "fp32")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16" if on_gpu else "fp32")
     parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 1024)
     parser.add_argument("--length", type=int, default=512 if on_gpu else 128)
     parser.add_argument("--shards", type=Path, help="prepared text, instead of sequences of one length")
@@ -373,12 +369,24 @@ def main() -> None:
     parser.add_argument("--only", help="substring of the providers to run; keeps no results")
     args = parser.parse_args()
     args.batches = args.batches or (4 if on_gpu or args.shards else 1)
+    return args
 
-    # --- a process each, one after the other: compiling takes both time and cores
-    started, rows = {}, {}
+
+class Started(NamedTuple):
+    """A provider's process that waits for questions."""
+
+    connection: Connection
+    loss: float
+    padding: float
+    peak_mib: float | None
+
+
+def start(args: argparse.Namespace) -> tuple[dict[str, Started], dict[str, dict[str, Any]]]:
+    """Every provider's process, one after the other: compiling takes both time and cores. And those that failed."""
+    started, failed = {}, {}
     context = multiprocessing.get_context("spawn")
     for name in PROVIDERS:
-        elsewhere = ON_CPU_ONLY if on_gpu else ON_GPU_ONLY
+        elsewhere = ON_CPU_ONLY if DEVICE == "cuda" else ON_GPU_ONLY
         if name in elsewhere or (args.only and args.only not in name):
             continue
         here, there = context.Pipe()
@@ -387,71 +395,82 @@ def main() -> None:
         ready = here.recv()
         if isinstance(ready, str):  # a peer that fails is reported and left out; ours must not fail
             assert name != OURS, ready
-            rows[name] = {"error": ready}
+            failed[name] = {"error": ready}
         else:
-            started[name] = here, *ready
-    agreed = {name: loss for name, (_, loss, _, _) in started.items()}
-    print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in agreed.items()))
-    first = next(iter(agreed.values()))
-    tolerance = 5e-3 if args.precision == "bf16" else 1e-5
-    # another teacher in the last digits: what drift.py bounds
-    tolerances = {name: 10 * tolerance if name == FP8 else tolerance for name in agreed}
-    assert all(abs(v / first - 1) < tolerances[name] for name, v in agreed.items()), agreed
+            started[name] = Started(here, *ready)
+    return started, failed
 
-    # --- in turn
-    times: dict[str, list[float]] = {name: [] for name in started}
-    for _ in range(args.rounds):
-        for name, (connection, *_) in started.items():
-            time.sleep(0.05)  # idle threads of another process spin: not in this one's time
-            times[name].append(ask(connection, "seconds"))
-    energy = {name: ask(connection, "joules") for name, (connection, *_) in started.items()}
 
-    # --- the table
-    batches = make_batches(args)
-    num_tokens, lengths = sum(b.num_tokens for b in batches), real_lengths(batches)
-    attended = sum(n * n for n in lengths) / num_tokens
-    teacher, student = (model.architecture for model in models(args.size))
-    flops = flops_per_token(teacher, student, attended).total
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    ceiling, source = metrics.peak_flops(torch.device(DEVICE), dtype)
-    what = f"{args.size} {args.precision}, {args.batches} x {args.tokens:,} tokens, " + (
-        "packed text" if args.shards else f"sequences of {args.length}"
-    )
-    print(
-        f"\n{what}; {device_name()}; MFU of {flops / 1e6:,.1f} MFLOP a token "
-        f"against {(ceiling or 0) / 1e9:,.0f} GFLOP/s ({source})"
-    )
+def require_agreement(losses: dict[str, float], precision: str) -> None:
+    """All providers have the same loss without dropout, but for rounding."""
+    print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in losses.items()))
+    first = next(iter(losses.values()))
+    tolerance = 5e-3 if precision == "bf16" else 1e-5
+    # another teacher in the last digits: what precision.py bounds
+    tolerances = {name: 10 * tolerance if name == FP8 else tolerance for name in losses}
+    assert all(abs(v / first - 1) < tolerances[name] for name, v in losses.items()), losses
+
+
+def print_table(rows: dict[str, dict[str, Any]]) -> None:
     print(
         f"{'':<26}{'tokens/s':>10}{'MFU':>7}{'x ours':>8}{'padding':>9}{'peak MiB':>10}{'mJ/token':>10}"
         f"{'hours for 13 B':>16}"
     )
-    for name, seconds in times.items():
-        _, _, padding, peak = started[name]
-        speed = num_tokens / statistics.median(seconds)
-        # The ratio of a round to ours of the same round: what a machine with other work to do disturbs least.
-        base = times.get(OURS, seconds)
-        ratio = statistics.median(x / y for x, y in zip(seconds, base, strict=True))
-        mfu = speed * flops / ceiling if ceiling else float("nan")
-        millijoules = None if energy[name] is None else 1e3 * energy[name] / num_tokens
-        rows[name] = {
-            "tokens_per_s": speed, "mfu": mfu, "times_ours": ratio, "padding": padding, "peak_mib": peak,
-            "mj_per_token": millijoules, "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
-            "seconds": seconds,
-        }  # fmt: skip
-        shown = [f"{x:.0f}" if x is not None else "" for x in (peak, millijoules)]
-        print(
-            f"{name:<26}{speed:>10,.0f}{mfu:>7.1%}{ratio:>8.2f}{padding:>9.1%}{shown[0]:>10}{shown[1]:>10}"
-            f"{PAPER_TOKENS / speed / 3600:>16,.1f}"
-        )
     for name, row in rows.items():
         if "error" in row:
             print(f"{name:<26}{row['error']}")
-    if args.only:
-        return
-    path = _results_file("step")
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[what] = stamp() | {"providers": rows, "peak_flops": ceiling}
-    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+            continue
+        peak, energy = (f"{row[k]:.0f}" if row[k] is not None else "" for k in ("peak_mib", "mj_per_token"))
+        print(
+            f"{name:<26}{row['tokens_per_s']:>10,.0f}{row['mfu']:>7.1%}{row['times_ours']:>8.2f}{row['padding']:>9.1%}"
+            f"{peak:>10}{energy:>10}{row['hours_for_13e9_tokens']:>16,.1f}"
+        )
+
+
+def main() -> None:
+    args = arguments()
+    started, failed = start(args)
+    require_agreement({name: provider.loss for name, provider in started.items()}, args.precision)
+
+    # In turn, round by round.
+    times: dict[str, list[float]] = {name: [] for name in started}
+    for _ in range(args.rounds):
+        for name, provider in started.items():
+            time.sleep(0.05)  # idle threads of another process spin: not in this one's time
+            times[name].append(ask(provider.connection, "seconds"))
+    energy = {name: ask(provider.connection, "joules") for name, provider in started.items()}
+
+    # What they were measured on.
+    batches = make_batches(args)
+    num_tokens = sum(b.num_tokens for b in batches)
+    attended = sum(n * n for b in batches for n in b.real_lengths) / num_tokens
+    teacher, student = (model.architecture for model in models(args.size))
+    flops = flops_per_token(teacher, student, attended).total
+    ceiling, source = peak_flops(torch.device(DEVICE), DTYPES[args.precision])
+    text = "packed text" if args.shards else f"sequences of {args.length}"
+    what = f"{args.size} {args.precision}, {args.batches} x {args.tokens:,} tokens, {text}"
+    print(
+        f"\n{what}; {device_name()}; MFU of {flops / 1e6:,.1f} MFLOP a token "
+        f"against {(ceiling or 0) / 1e9:,.0f} GFLOP/s ({source})"
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    for name, seconds in times.items():
+        speed, joules = num_tokens / statistics.median(seconds), energy[name]
+        # The ratio of a round to ours of the same round: what a machine with other work to do disturbs least.
+        ratios = (x / y for x, y in zip(seconds, times.get(OURS, seconds), strict=True))
+        rows[name] = {
+            "tokens_per_s": speed,
+            "mfu": speed * flops / ceiling if ceiling else float("nan"),
+            "times_ours": statistics.median(ratios),
+            "padding": started[name].padding,
+            "peak_mib": started[name].peak_mib,
+            "mj_per_token": None if joules is None else 1e3 * joules / num_tokens,
+            "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
+            "seconds": seconds,
+        }
+    print_table(rows | failed)
+    if not args.only:
+        keep("step", what, {"providers": rows | failed, "peak_flops": ceiling})
 
 
 if __name__ == "__main__":

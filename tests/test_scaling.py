@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: the bytes that its formulas claim are those that the engines send, and the ring model by hand."""
+"""benchmarks/scaling.py: the bytes that its formulas claim are those that the engines send; the ring model by hand."""
 
 import pytest
 import torch

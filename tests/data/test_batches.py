@@ -169,7 +169,7 @@ def test_an_empty_micro_batch_is_all_padding(shards):
 
 
 def test_masking_follows_its_distribution():
-    """15 %, 80/10/10, p ~ count^-0.7 without replacement, special tokens never: counted over 3,000 draws of 200 tokens."""
+    """15 %, 80/10/10, p ~ count^-0.7 without replacement, special tokens never: 3,000 draws of 200 tokens."""
     vocab, draws, n = 20, 3000, 200
     counts = np.array([10**6] * 5 + [2 ** min(i, 12) for i in range(vocab - 5)])
     weights = masking_weights(counts, [0, 1, 2, 3, 4], 0.7)

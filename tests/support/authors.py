@@ -4,7 +4,7 @@ No packing, no fused operator, no token counting of ours: sequence by sequence, 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,17 @@ from torch import Tensor
 from fastdistil.data.batches import MicroBatch
 
 
+def sequences(batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """((1, L) masked ids, (L,) labels) of every real sequence of some micro-batches, on the CPU."""
+    for batch in (b.to(torch.device("cpu")) for b in batches):
+        begin = 0
+        for length in batch.lengths:
+            if begin >= batch.num_tokens:
+                break  # the trailing padding
+            yield batch.input_ids[None, begin : begin + length], batch.labels[begin : begin + length]
+            begin += length
+
+
 def one_update(
     teacher_folder: Path,
     student_folder: Path,
@@ -26,30 +37,23 @@ def one_update(
     temperature: float = 2.0,
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(unweighted kd, mlm and cosine terms of the update; gradient of the weighted sum by Hugging Face name), in fp64."""
+    """(unweighted kd, mlm and cosine of the update; gradient of the weighted sum by Hugging Face name), in fp64."""
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     teacher = load(teacher_folder, attn_implementation="eager").double().eval()
     student = load(student_folder, attn_implementation="eager").double().eval()
     kd, mlm, cosine, real, masked = [], [], [], 0, 0
-    for batch in (b.to(torch.device("cpu")) for b in batches):
-        begin = 0
-        for length in batch.lengths:
-            if begin >= batch.num_tokens:
-                break  # the trailing padding
-            ids = batch.input_ids[None, begin : begin + length]
-            labels = batch.labels[begin : begin + length]
-            with torch.no_grad():
-                t = teacher(input_ids=ids, output_hidden_states=True)
-            s = student(input_ids=ids, output_hidden_states=True)
-            log_q = F.log_softmax(s.logits[0] / temperature, dim=-1)
-            p = F.softmax(t.logits[0] / temperature, dim=-1)
-            kd.append(F.kl_div(log_q, p, reduction="sum") * temperature**2)
-            mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
-            h_s, h_t = s.hidden_states[-1][0], t.hidden_states[-1][0]
-            cosine.append(F.cosine_embedding_loss(h_s, h_t, torch.ones(length), reduction="sum"))
-            real += length
-            masked += int((labels >= 0).sum())
-            begin += length
+    for ids, labels in sequences(batches):
+        with torch.no_grad():
+            t = teacher(input_ids=ids, output_hidden_states=True)
+        s = student(input_ids=ids, output_hidden_states=True)
+        log_q = F.log_softmax(s.logits[0] / temperature, dim=-1)
+        p = F.softmax(t.logits[0] / temperature, dim=-1)
+        kd.append(F.kl_div(log_q, p, reduction="sum") * temperature**2)
+        mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
+        h_s, h_t = s.hidden_states[-1][0], t.hidden_states[-1][0]
+        cosine.append(F.cosine_embedding_loss(h_s, h_t, torch.ones(len(labels)), reduction="sum"))
+        real += len(labels)
+        masked += int((labels >= 0).sum())
     terms = [torch.stack(kd).sum() / real, torch.stack(mlm).sum() / masked, torch.stack(cosine).sum() / real]
     loss = torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
     loss.backward()

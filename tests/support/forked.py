@@ -1,7 +1,7 @@
 """Ranks and commands in processes that are forked from one that has imported torch and deepspeed: 30 ms each, not 6 s.
 
-That process, multiprocessing's fork server, imports and does nothing else: it has no threads, no tensors and no state that a
-child could inherit. What it has not imported is fastdistil, so the code under test runs as in a process of its own.
+That process, multiprocessing's fork server, imports and does nothing else: it has no threads, no tensors and no state
+that a child could inherit. It has not imported fastdistil, so the code under test starts as in a process of its own.
 launch.py starts the same commands as a user does, by the interpreter and torchrun; tests of those use it.
 """
 
@@ -44,7 +44,7 @@ PRELOADED = [
 
 @cache
 def _context() -> ForkServerContext:
-    """The server, started with the environment of `launch.run`: OpenMP and DeepSpeed read theirs while they are imported."""
+    """The server, in the environment of `launch.run`: OpenMP and DeepSpeed read theirs while they are imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     before = dict(os.environ)
@@ -72,9 +72,10 @@ def _environments(ranks: int | None) -> list[dict[str, str]]:
 def call(
     work: Callable[..., Any], *args: object, ranks: int | None = None, device: str = "cpu", timeout_s: float = 300
 ) -> list[Any]:
-    """What `work(ranks, *args)` returns on each rank, in their order; `ranks` None is one process without a process group.
+    """What `work(ranks, *args)` returns on each rank, in their order.
 
-    `work` is a function of a module. It returns tensors and what JSON knows, with tuples.
+    `work` is a function of a module and returns tensors and what JSON knows, with tuples. With `ranks` None there is
+    one process without a process group.
     """
     processes, connections = [], []
     for environment in _environments(ranks):

@@ -1,4 +1,4 @@
-"""An update of a toy run: its micro-batches, its teacher and students, and what our objective makes of them in one process."""
+"""An update of a toy run: micro-batches, teacher, students, and what our objective makes of them in one process."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -18,7 +18,7 @@ def folder(root, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Toy sizes gain nothing from more, and on a machine with other work threads wait for each other: ten times slower."""
+    """Toy sizes gain nothing from more, and on a busy machine threads wait for each other: ten times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -44,9 +44,13 @@ def rows(config: c.Config, world_size: int = 1) -> dict[str, str]:
 
 def test_the_command(bare):
     words = options(
-        data__shards=bare / "shards", teacher__path=bare / "teacher", out=bare / "run",
-        batch__size=40, batch__token_budget=64, world_size=8,
-    )  # fmt: skip
+        data__shards=bare / "shards",
+        teacher__path=bare / "teacher",
+        out=bare / "run",
+        batch__size=40,
+        batch__token_budget=64,
+        world_size=8,
+    )
     before = sorted(bare.rglob("*"))
     done = forked.run("fastdistil.pretrain", "distilbert", "--dry-run", *words)
     assert re.search(r"^ranks +8 x .*, bfloat16$", done.stdout, re.M)
@@ -78,7 +82,7 @@ def test_a_large_corpus_is_estimated_from_a_sample(config, monkeypatch):
 
 def test_messages_of_every_stage(config):
     """Stages 2 and 3 communicate in every micro-batch, here two a rank."""
-    size = replace(config, world_size=2, batch=c.BatchConfig(size=1024, unit="tokens", token_budget=256))  # fmt: skip
+    size = replace(config, world_size=2, batch=c.BatchConfig(size=1024, unit="tokens", token_budget=256))
     said = rows(size, world_size=2)
     times = [re.findall(r"(\d) x", said[name]) for name in sorted(said) if name.startswith("mess")]
     assert times == [["1", "0"], ["1", "1"], ["2", "1"], ["2", "2"]]
@@ -89,21 +93,22 @@ def test_hours_are_measured_or_said_to_be_assumed(config, monkeypatch, tmp_path)
     cluster = replace(config, world_size=2)
     assumed = rows(cluster, world_size=2)["hours"]
     assert "at 50% (assumed, not measured) of 989 TFLOP/s a rank (H100, dense bf16" in assumed
-    record = {"device": "NVIDIA H100 80GB HBM3", "commit": "c0ffee", "providers": {"fastdistil": {"mfu": 0.25}}}  # fmt: skip
+    providers = {"fastdistil": {"mfu": 0.25}}
+    record = {"device": "NVIDIA H100 80GB HBM3", "commit": "c0ffee", "providers": providers}
     monkeypatch.setattr(forecast, "STEP_RESULTS", tmp_path)
     (tmp_path / "step.nvidia-h100.json").write_text(
         json.dumps({"bert-base bf16, 1 x": record, "bert-base fp32, 1 x": record})
     )
     measured = rows(cluster, world_size=2)["hours"]
-    assert "at 25% (measured: bert-base bf16, 1 x, NVIDIA H100 80GB HBM3, commit c0ffee)" in measured  # fmt: skip
+    assert "at 25% (measured: bert-base bf16, 1 x, NVIDIA H100 80GB HBM3, commit c0ffee)" in measured
     hours = [float(line.split()[0]) for line in (assumed, measured)]
     assert hours[1] == pytest.approx(2 * hours[0], rel=0.01)
 
 
 def test_what_cannot_fit_is_refused(config):
-    huge = replace(config, world_size=1, batch=c.BatchConfig(size=10**10, unit="tokens", token_budget=64 * 10**7))  # fmt: skip
-    with pytest.raises(ValueError, match=r"a rank of this run needs .* use --batch.token-budget \d+ or less"):  # fmt: skip
-        rows(huge)
+    huge = c.BatchConfig(size=10**10, unit="tokens", token_budget=64 * 10**7)
+    with pytest.raises(ValueError, match=r"a rank of this run needs .* use --batch.token-budget \d+ or less"):
+        rows(replace(config, world_size=1, batch=huge))
 
 
 def test_a_world_of_no_rank(config):

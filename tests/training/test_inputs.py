@@ -12,7 +12,7 @@ from tests.support import toy
 
 @torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
 def test_a_compiled_encoder_computes_the_same_in_every_layer_and_mode(monkeypatch):
-    """Attention cuts the graph up in evaluation, and every layer is compiled anew: twice as many as Dynamo here makes by itself."""
+    """Attention cuts the graph up in evaluation, so every layer is compiled anew: more often than Dynamo here does."""
     monkeypatch.setattr(Encoder, "compile", partialmethod(Encoder.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
     encoder = MaskedLM(toy.architecture(num_layers=4)).encoder

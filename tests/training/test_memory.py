@@ -150,7 +150,8 @@ class TestRefusal:
 
     def test_the_budget_it_names_is_the_largest_that_fits(self):
         there = int(0.8 * predicted(MINILM).total)
-        with pytest.raises(ValueError, match=r"needs .* GB \(weights .*\) and has .* GB: use --batch.token-budget (\d+) or less, or --engine.activation-checkpointing") as caught:  # fmt: skip
+        fix = r"use --batch.token-budget (\d+) or less, or --engine.activation-checkpointing"
+        with pytest.raises(ValueError, match=rf"needs .* GB \(weights .*\) and has .* GB: {fix}") as caught:
             self.require(there)
         budget = int(str(caught.value).split("token-budget ")[1].split()[0])
 

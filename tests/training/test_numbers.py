@@ -1,4 +1,4 @@
-"""Numbers that are not finite: skipped on every rank, counted, in the end refused; extreme ones that must stay finite."""
+"""Numbers that are not finite: skipped on all ranks, counted, in the end refused; and extremes that stay finite."""
 
 import math
 import shutil
@@ -101,7 +101,7 @@ def test_extreme_temperatures_and_logits_stay_finite(temperature, scale):
     teacher = scale * torch.randn(5, 101, generator=generator)
     student = (scale * torch.randn(5, 101, generator=generator)).requires_grad_()
     labels = torch.tensor([-100, 3, -100, 100, 0])
-    result = distill_loss(student, teacher, labels, temperature=temperature, kd_scale=1.0, mlm_scale=1.0)  # fmt: skip
+    result = distill_loss(student, teacher, labels, temperature=temperature, kd_scale=1.0, mlm_scale=1.0)
     result.loss.backward()
     p = (teacher.double() / temperature).softmax(-1)
     log_q = (student.detach().double() / temperature).log_softmax(-1)
@@ -116,8 +116,8 @@ def test_extreme_temperatures_and_logits_stay_finite(temperature, scale):
 
 
 def test_no_masked_token_and_vectors_of_zeros_stay_finite():
-    student = torch.randn(4, 101).requires_grad_()
-    result = distill_loss(student, torch.randn(4, 101), torch.full((4,), -100), temperature=2.0, kd_scale=0.0, mlm_scale=1.0)  # fmt: skip
+    student, teacher, labels = torch.randn(4, 101).requires_grad_(), torch.randn(4, 101), torch.full((4,), -100)
+    result = distill_loss(student, teacher, labels, temperature=2.0, kd_scale=0.0, mlm_scale=1.0)
     result.loss.backward()
     assert result.loss.item() == 0
     assert student.grad is not None

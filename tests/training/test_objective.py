@@ -1,4 +1,4 @@
-"""The objective against the authors': each loss term and every gradient of one update, in fp32, within 1e-4 relative."""
+"""The objective against the authors': each loss term and every gradient of an update, in fp32, within 1e-4 relative."""
 
 import pytest
 import torch

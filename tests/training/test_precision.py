@@ -1,4 +1,4 @@
-"""The teacher in low precision: its encoder in FP8 (on the CPU by PyTorch's own row-wise torch._scaled_mm), and its drift."""
+"""The teacher in low precision: its encoder in FP8, on the CPU by PyTorch's own torch._scaled_mm, and its drift."""
 
 import copy
 import logging

@@ -81,19 +81,34 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ({"teacher": {"path": None}}, r"imitates a teacher and --teacher.path is missing.*mlm recipe"),
         ({"teacher": {"path": Path("nowhere")}}, r"not a Hugging Face folder: wanted config.json in nowhere"),
         ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect"),
-        ({"teacher": {"path": None, "precision": "bf16"}, "loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.precision bf16 has no effect"),
+        (
+            {"teacher": {"path": None, "precision": "bf16"}, "loss": {"kd": 0.0, "cosine": 0.0}},
+            r"--teacher.precision bf16 has no effect",
+        ),
         ({"student": {"layers": (0, 4)}}, r"--student.layers 0 4 wants layers that the source with 0..3 does not have"),
         ({"student": {"num_layers": 5}}, r"wants layers that the source with 0..3 does not have"),
         ({"student": {"hidden_size": 16}}, r"--student.hidden-size 16 differs from the 32 of the model it starts from"),
         ({"student": {"init": "random", "hidden_size": 16}}, r"give --student.num-heads too"),
-        ({"student": {"init": "random", "hidden_size": 16, "num_heads": 2}}, r"cosine loss compares hidden states of one width, the teacher's is 32 and the student's 16"),
+        (
+            {"student": {"init": "random", "hidden_size": 16, "num_heads": 2}},
+            r"cosine loss compares hidden states of one width, the teacher's is 32 and the student's 16",
+        ),
         ({"student": {"init": "random", "layers": (0,)}}, r"--student.layers has no effect with --student.init random"),
-        ({"student": {"init": "random", "max_positions": 20}}, r"up to 48 tokens, the student reads 20: prepare with --max-length 20"),
+        (
+            {"student": {"init": "random", "max_positions": 20}},
+            r"up to 48 tokens, the student reads 20: prepare with --max-length 20",
+        ),
         ({"student": {"init": "nowhere"}}, r"not a Hugging Face folder"),
-        ({"engine": {"compile": True, "zero_stage": 3}}, r"--engine.compile does not go with --engine.zero-stage 3.*use stage 2 or lower"),
-        ({"batch": {"size": 3}}, r"is 1 micro-batch\(es\) of 256, which 2 ranks cannot divide: use --batch.token-budget 64 or less"),
+        (
+            {"engine": {"compile": True, "zero_stage": 3}},
+            r"--engine.compile does not go with --engine.zero-stage 3.*use stage 2 or lower",
+        ),
+        (
+            {"batch": {"size": 3}},
+            r"is 1 micro-batch\(es\) of 256, which 2 ranks cannot divide: use --batch.token-budget 64 or less",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(root, parts, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         resolve(config(root, **parts), world_size=2)

@@ -1,4 +1,4 @@
-"""A run in pieces is the run that never stopped: bit for bit with the same ranks, the same sequences and losses with others."""
+"""A run in pieces is the run that never stopped: bit for bit on as many ranks, in its losses on others."""
 
 import json
 from itertools import product
@@ -64,7 +64,7 @@ def test_twelve_updates_are_six_and_six_for_every_engine(runs):
 
 
 def test_all_engines_agree(runs):
-    """After twelve updates with dropout, clipping and weight decay: the same weights and moments, whatever the stage."""
+    """After twelve updates with dropout, clipping and weight decay: the same weights and moments at every stage."""
     first = {cell[1:]: ways["straight"] for cell, ways in reversed(runs.items())}
     for cell, ways in runs.items():
         one, other = first[cell[1:]], ways["straight"]
@@ -103,7 +103,10 @@ def histories(out, stage):
     ],
 )
 def test_other_numbers_of_ranks_go_on(folder, tmp_path, pieces, updates, sequences):
-    """Every stage against the plain engine in one process: the same sequences, losses within 1e-6; none lost or repeated in three epochs."""
+    """Every stage against the plain engine in one process: the same sequences, and losses within 1e-6.
+
+    No sequence is lost or repeated in three epochs.
+    """
     cell = ("fp32", 4, sequences)
     forked.call(engine_worker.piece, folder, tmp_path / "plain", (0,), 0, updates, cell)
     first = 0

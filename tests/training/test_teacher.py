@@ -1,4 +1,7 @@
-"""The teacher beside the student: the same numbers ahead, on a second device and on ranks of its own; no race, nobody left waiting."""
+"""The teacher beside the student: the same numbers ahead, on a second device and on ranks of its own.
+
+No race, and nobody left waiting.
+"""
 
 import logging
 import threading
@@ -227,7 +230,10 @@ def test_overlap_changes_no_bit_on_a_gpu(folder):
 @needs_gpu
 @pytest.mark.parametrize("recording", [True, False])
 def test_memory_is_not_given_away_while_the_student_reads(folder, monkeypatch, recording):
-    """Trap 14: freed while the student's stream is far behind, then taken again on the side stream; without record_stream it breaks."""
+    """Trap 14: freed while the student's stream is far behind, then taken again on the side stream.
+
+    Without record_stream it breaks.
+    """
     device = torch.device("cuda", 0)
     _, batches = make_batches(folder, 1, CPU)
     teacher = make_teacher(folder, device)
@@ -249,7 +255,7 @@ def test_memory_is_not_given_away_while_the_student_reads(folder, monkeypatch, r
 
 
 def linked(num_students: int, num_teachers: int, work: Callable[[Ranks, TeacherLink], Any]) -> list[Any]:
-    """What `work(ranks, link)` returns on each rank, each a thread with a TeacherLink of its own; an exception is returned."""
+    """What `work(ranks, link)` returns or raises on each rank, each a thread with a TeacherLink of its own."""
     store, size = HashStore(), num_students + num_teachers
     results: list[Any] = [None] * size
 
@@ -320,7 +326,7 @@ def test_a_student_that_dies_ends_its_teacher(folder):
 
 
 def test_what_one_of_two_ranks_refuses_is_raised_on_both():
-    """In the words of the lowest rank, with its number where it is not the first. A refusal is the end: the group is left."""
+    """In the words of the lowest rank, with its number where it is not the first; and the process group is left."""
     first, second = forked.call(together_worker.refusals, ranks=2)
     assert first == {
         "nobody": "passed",

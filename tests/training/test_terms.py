@@ -1,4 +1,4 @@
-"""The terms beyond the paper's against a reference written with transformers in fp64; any packing; every engine; resumed."""
+"""The terms beyond the paper's against a reference by transformers in fp64; any packing; every engine; resumed."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -23,7 +23,7 @@ VALUES = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=3.0, relation_heads=2)
 
 
 def test_every_term_has_one_home():
-    """A term is a weight in LossConfig, an entry of LOSS_TERMS and, unless it is of the fused operator, a function in TERMS."""
+    """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in TERMS."""
     fused, settings = {"kd", "mlm"}, {"temperature", "relation_heads"}
     names = {term.name for term in LOSS_TERMS}
     assert len(names) == len(LOSS_TERMS)
@@ -57,26 +57,20 @@ def reference(root, name: str, micro_batches: int, config: LossConfig):
         heads = values_LD.reshape(len(values_LD), config.relation_heads, -1).transpose(0, 1)
         return (heads @ heads.transpose(1, 2)) / heads.shape[-1] ** 0.5
 
-    for batch in batches:
-        begin = 0
-        for length in batch.lengths:
-            if begin >= batch.num_tokens:
-                break
-            ids = batch.input_ids[None, begin : begin + length]
-            labels = batch.labels[begin : begin + length]
-            with torch.no_grad():
-                t = teacher(input_ids=ids, output_hidden_states=True)
-            s = student(input_ids=ids, output_hidden_states=True)
-            mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
-            if config.hidden:
-                for mine, layer in enumerate(LAYERS):
-                    pair = s.hidden_states[1 + mine][0], t.hidden_states[1 + layer][0]
-                    one = F.cosine_embedding_loss(*pair, torch.ones(length), reduction="sum")
-                    hidden.append(one / len(LAYERS))
-            log_q, log_p = (F.log_softmax(relation(seen[k]), -1) for k in "st")
-            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (A, L)
-            values.append(kl.mean(0).sum())
-            real, masked, begin = real + length, masked + int((labels >= 0).sum()), begin + length
+    for ids, labels in authors.sequences(batches):
+        with torch.no_grad():
+            t = teacher(input_ids=ids, output_hidden_states=True)
+        s = student(input_ids=ids, output_hidden_states=True)
+        mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
+        if config.hidden:
+            for mine, layer in enumerate(LAYERS):
+                pair = s.hidden_states[1 + mine][0], t.hidden_states[1 + layer][0]
+                one = F.cosine_embedding_loss(*pair, torch.ones(len(labels)), reduction="sum")
+                hidden.append(one / len(LAYERS))
+        log_q, log_p = (F.log_softmax(relation(seen[k]), -1) for k in "st")
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (A, L)
+        values.append(kl.mean(0).sum())
+        real, masked = real + len(labels), masked + int((labels >= 0).sum())
     terms = [torch.stack(v).sum() / real if v else torch.zeros(()) for v in (hidden, values)]
     loss = config.mlm * torch.stack(mlm).sum() / masked
     loss = loss + config.hidden * terms[0] + config.values * terms[1]
@@ -205,22 +199,28 @@ def test_minilm_trains_a_narrower_student_with_other_heads(root, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["mlm", "--student.num-layers", "2", "--student.hidden-size", "32", "--student.num-heads", "4", "--loss.hidden", "1"], "--teacher.path is missing"),
-        (["minilm", "--loss.relation-heads", "7"], "--loss.relation-heads 7 must divide the widths 32 of the teacher and 32"),
-        (["hidden_cosine", "--student.init", "random", "--student.hidden-size", "24", "--student.num-heads", "3", "--loss.cosine", "0"], "the hidden loss compares hidden states of one width"),
+        (
+            "mlm --student.num-layers 2 --student.hidden-size 32 --student.num-heads 4 --loss.hidden 1",
+            "--teacher.path is missing",
+        ),
+        ("minilm --loss.relation-heads 7", "--loss.relation-heads 7 must divide the widths 32 of the teacher and 32"),
+        (
+            "hidden_cosine --student.init random --student.hidden-size 24 --student.num-heads 3 --loss.cosine 0",
+            "the hidden loss compares hidden states of one width",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(root, tmp_path, words, message):
     given = options(data__shards=root / "shards", out=tmp_path / "run")
-    if words[0] != "mlm":
+    if not words.startswith("mlm"):
         given = [*given, *options(teacher__path=root / "teacher")]
-    done = forked.run("fastdistil.pretrain", *words, *given, ok=False)
+    done = forked.run("fastdistil.pretrain", *words.split(), *given, ok=False)
     assert done.returncode == 2
     assert message in done.stderr
 
 
 def test_teacher_ranks_are_refused(root, tmp_path):
-    given = options(data__shards=root / "shards", teacher__path=root / "teacher", teacher__ranks=1)  # fmt: skip
+    given = options(data__shards=root / "shards", teacher__path=root / "teacher", teacher__ranks=1)
     words = ["fastdistil.pretrain", "hidden_cosine", *given, "--out", tmp_path / "run"]
     done = forked.run(*words, "--dry-run", "--world-size", 2, ok=False)
     assert done.returncode == 2

@@ -118,7 +118,7 @@ class Job:
     def train(self, updates: Iterable[int], spoilt: dict[int, float] | None = None) -> list[dict[str, Any]]:
         """A record an update: exact loss sums and gradient norm in hexadecimal, and the sequences of every micro-batch.
 
-        In a spoilt update a number of the teacher is what the dictionary says, in the last micro-batch of the last rank.
+        In a spoilt update a number of the teacher is the dictionary's, in the last micro-batch of the last rank.
         """
         ranks, history = self.ranks, []
         for u in updates:

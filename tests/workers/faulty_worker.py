@@ -1,6 +1,6 @@
 """`fastdistil.pretrain` with a fault in one rank's update, under torchrun: faulty_worker KIND RANK UPDATE ARGUMENTS...
 
-hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  kill: SIGKILL to itself, once.
+hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  kill: SIGKILL, once.
 slow: 0.3 s more before every forward.  save: the checkpoint of UPDATE stays half written until there is a file RUN/go.
 "planted" is printed when it happens.
 """

@@ -11,7 +11,7 @@ STAGES = {"nobody": (), "rank 1": (1,), "both": (0, 1)}
 
 
 def refusals(ranks: Ranks) -> dict[str, str]:
-    """{stage: how it ended here, and whether the process group was left}. The group stays, so that there can be several."""
+    """{stage: how it ended here, and whether the process group was left}; it stays, for there are several stages."""
     found = {}
     for stage, refusing in STAGES.items():
         with patch.object(torch_dist, "destroy_process_group") as left:
