@@ -26,7 +26,7 @@ from fastdistil.model.weights import (
     student_from_teacher,
     write_hugging_face_folder,
 )
-from tests.support import launch
+from tests.support import forked
 from tests.support.launch import options
 from tests.support.models import one_by_one, random_model, save_random
 
@@ -249,7 +249,7 @@ def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_si
     else:
         make_teacher(teacher, cased_word_pieces(tmp_path / "words", vocab_size), token_types=2)
     prepared = options(tokenizer=teacher, max_length=64, out=shards)
-    launch.run("fastdistil.prepare", texts, *prepared)
+    forked.run("fastdistil.prepare", texts, *prepared)
     given = options(
         data__shards=shards,
         teacher__path=teacher,
@@ -262,10 +262,10 @@ def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_si
         data__num_workers=0,
         log__every=1,
     )
-    launch.run("fastdistil.pretrain", recipe, *given)
+    forked.run("fastdistil.pretrain", recipe, *given)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["loss"] < 100 for line in lines)
-    launch.run("fastdistil.export", run, "--out", out)
+    forked.run("fastdistil.export", run, "--out", out)
 
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     theirs, loading = load(out, output_loading_info=True)
@@ -316,8 +316,8 @@ def test_a_roberta_has_no_distilbert_for_a_student(tmp_path, texts):
     words = byte_level_tokenizer(tmp_path / "words")
     teacher = make_teacher(tmp_path / "teacher", words, token_types=1, model_type="roberta")
     shards = tmp_path / "shards"
-    launch.run("fastdistil.prepare", texts, *options(tokenizer=teacher, max_length=64, out=shards))
+    forked.run("fastdistil.prepare", texts, *options(tokenizer=teacher, max_length=64, out=shards))
     given = options(data__shards=shards, teacher__path=teacher, out=tmp_path / "run")
-    done = launch.run("fastdistil.pretrain", "distilbert", *given, "--student.token-types", 2, ok=False)  # fmt: skip
+    done = forked.run("fastdistil.pretrain", "distilbert", *given, "--student.token-types", 2, ok=False)
     assert done.returncode == 2
     assert "those of a RoBERTa are RoBERTas" in done.stderr
