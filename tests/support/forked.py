@@ -77,10 +77,12 @@ def call(
     `work` is a function of a module and returns tensors and what JSON knows, with tuples. With `ranks` None there is
     one process without a process group.
     """
+    # What a library did with the GPU when it was imported would be inherited by a fork.
+    context = _context() if device == "cpu" else multiprocessing.get_context("spawn")
     processes, connections = [], []
     for environment in _environments(ranks):
-        mine, its = _context().Pipe(duplex=False)
-        process = _context().Process(target=_rank, args=(its, environment, device, work, args))
+        mine, its = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(its, environment, device, work, args))
         process.start()
         its.close()
         processes.append(process)
