@@ -29,8 +29,8 @@ def test_prepare_reads_the_documents_whole_and_in_order(tmp_path, monkeypatch):
 
 def test_what_is_read_is_not_imported():
     code = (
-        "import sys; from benchmarks.docstrings import *; found = [len(documents(name)) for name in ('torch', 'sympy')];"
-        "print(min(found) > 1000, {'torch', 'sympy'} & set(sys.modules))"
+        "import sys; from benchmarks.docstrings import *; found = [len(documents(name)) for name in ('torch', "
+        "'sympy')];print(min(found) > 1000, {'torch', 'sympy'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=launch.ROOT)
     assert run.stdout == "True set()\n", run.stderr

@@ -1,4 +1,7 @@
-"""What clusters do to jobs: signals, ranks that die, hang or leave, two jobs in one folder. Real processes, by torchrun."""
+"""What clusters do to jobs: signals, ranks that die, hang or leave, two jobs in one folder.
+
+Real processes, by torchrun.
+"""
 
 import os
 import random
@@ -155,14 +158,6 @@ def test_a_straggler_is_named(root, tmp_path):
     assert "rank 0 is slow" not in done.stdout
 
 
-def same_ends(one: Path, other: Path) -> None:
-    """The last checkpoints are equal bit for bit."""
-    updates = [int(folder.name.removeprefix("update-")) for run in (one, other) if (folder := checkpoint.newest(run))]
-    assert len(updates) == 2
-    assert updates[0] == updates[1]
-    assert runs.same(runs.tensors_of(one, updates[0]), runs.tensors_of(other, updates[1]))
-
-
 def test_a_killed_rank_is_restarted_and_leaves_no_trace(root, tmp_path):
     """Rank 0, in its eighth update: torchrun ends the other, starts both anew, and they go on from the fifth."""
     quiet, run, changes = tmp_path / "quiet", tmp_path / "run", {**PLAIN, "optim__duration": 12}
@@ -170,7 +165,7 @@ def test_a_killed_rank_is_restarted_and_leaves_no_trace(root, tmp_path):
     done = launch.run(FAULTY, "kill", 0, 8, *long_arguments(root, run, **changes), ranks=2, restarts=1)
     assert "planted: kill" in done.stdout
     assert done.stdout.count("resuming after update 5 of 12") == 1
-    same_ends(quiet, run)
+    runs.same_ends(quiet, run)
     assert runs.exact_metrics(run) == runs.exact_metrics(quiet)
 
 
@@ -206,4 +201,4 @@ def test_twenty_killed_ranks(root, tmp_path):
     run.parent.mkdir()
     words = launch.command("fastdistil.pretrain", *long_arguments(root, run, **changes), ranks=2, restarts=20)
     killed_at_random(words, run, kills=20, seed=2)
-    same_ends(tmp_path / "quiet", run)
+    runs.same_ends(tmp_path / "quiet", run)

@@ -1,4 +1,4 @@
-"""Half an hour of two ranks with a fault every half minute, beside a quiet run: the same weights, and nothing that grows. `make soak`."""
+"""Half an hour of two ranks with a fault every half minute, beside a quiet run: the same weights, and nothing grows."""
 
 import json
 import os
@@ -15,8 +15,9 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.run.test_interruptions import arguments, processes_of, same_ends, status, workers_of
 from tests.support import launch
+from tests.support.processes import processes_of, workers_of
+from tests.support.runs import long_arguments, same_ends, status
 
 MINUTES = float(os.environ.get("FASTDISTIL_SOAK_MINUTES", "30"))
 UPDATES_A_CHECKPOINT = 50
@@ -39,7 +40,7 @@ def sample(run: Path, samples: Samples) -> None:
     for pid in processes_of(run):
         try:
             process = psutil.Process(pid)
-            found = Sample(process.memory_info().rss / 2**20, process.num_fds(), process.num_threads())  # fmt: skip
+            found = Sample(process.memory_info().rss / 2**20, process.num_fds(), process.num_threads())
         except psutil.Error:  # it has just ended
             continue
         samples.setdefault((ranks.get(pid, "launcher"), pid), []).append(found)
@@ -47,7 +48,8 @@ def sample(run: Path, samples: Samples) -> None:
 
 def grown(before: list[Sample], after: list[Sample], num_late_threads: int) -> list[str]:
     """What is larger in `after` than in `before`: medians, since a validation and a save come and go."""
-    typical = [[statistics.median(values) for values in zip(*part, strict=True)] for part in (before, after)]  # fmt: skip
+
+    typical = [[statistics.median(values) for values in zip(*part, strict=True)] for part in (before, after)]
     slack = (0.03 * typical[0][0] + 4, 0, num_late_threads)
     return [
         f"{name} {b:.0f} -> {a:.0f}"
@@ -57,21 +59,28 @@ def grown(before: list[Sample], after: list[Sample], num_late_threads: int) -> l
 
 
 def growth(samples: Samples, *, num_late_threads: int) -> list[str]:
-    """Which processes grew: from the second to the last quarter of a long life, and from one short life of a role to the next.
+    """Which processes grew: from the second to the last quarter of a long life, and from one life of a role to the next.
 
-    Where lives are short the saver's thread, which begins with the first save, may be missing from the earlier part of one.
+    Where lives are short the saver's thread, which begins with the first save, may be missing from the earlier part of
+    one.
     """
     found, lives = [], {}
     for (role, pid), series in samples.items():
         if len(series) >= 40:
             quarter = len(series) // 4
-            found += [f"{role} {pid}: {g}" for g in grown(series[quarter : 2 * quarter], series[-quarter:], num_late_threads)]  # fmt: skip
+
+            found += [
+                f"{role} {pid}: {g}" for g in grown(series[quarter : 2 * quarter], series[-quarter:], num_late_threads)
+            ]
         if role != "launcher" and len(series) >= 4:
             lives.setdefault(role, []).append(series[len(series) // 2 :])
     for role, each in lives.items():
         half = len(each) // 2
         if half:
-            found += [f"{role} over {len(each)} lives: {g}" for g in grown(list(chain(*each[:half])), list(chain(*each[half:])), num_late_threads)]  # fmt: skip
+            found += [
+                f"{role} over {len(each)} lives: {g}"
+                for g in grown(list(chain(*each[:half])), list(chain(*each[half:])), num_late_threads)
+            ]
     return found
 
 
@@ -96,11 +105,17 @@ def fault(run: Path, kind: str, launcher: subprocess.Popen[str], rng: random.Ran
 
 def begin(inputs: Path, run: Path, updates: int) -> subprocess.Popen[str]:
     """Two ranks under a launcher that restarts them; what they print is added to RUN/../log."""
-    often = dict(optim__duration=updates, log__every=20, log__checkpoint_every=UPDATES_A_CHECKPOINT, log__validate_every=500)  # fmt: skip
-    words = launch.command("fastdistil.pretrain", *arguments(inputs, run, **often), ranks=2, restarts=1000)  # fmt: skip
+
+    often = dict(
+        optim__duration=updates, log__every=20, log__checkpoint_every=UPDATES_A_CHECKPOINT, log__validate_every=500
+    )
+
+    words = launch.command("fastdistil.pretrain", *long_arguments(inputs, run, **often), ranks=2, restarts=1000)
     run.parent.mkdir(parents=True, exist_ok=True)
     with (run.parent / "log").open("a") as file:
-        return subprocess.Popen(words, env=launch.ENVIRONMENT | launch.RESTARTING, stdout=file, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        return subprocess.Popen(
+            words, env=launch.ENVIRONMENT | launch.RESTARTING, stdout=file, stderr=subprocess.STDOUT, text=True
+        )
 
 
 def updates_of(minutes: float, inputs: Path, folder: Path) -> int:
@@ -117,7 +132,10 @@ def updates_of(minutes: float, inputs: Path, folder: Path) -> int:
 
 
 def soak(inputs: Path, folder: Path, *, minutes: float, seed: int) -> dict:
-    """Two runs side by side, two ranks each: one quiet, one with a fault about every half minute. What both did and held."""
+    """Two runs side by side, two ranks each: one quiet, one with a fault about every half minute.
+
+    What both did and held.
+    """
     rng = random.Random(seed)
     updates = updates_of(minutes, inputs, folder / "try")
     runs = {name: folder / name / "run" for name in ("quiet", "faulty")}

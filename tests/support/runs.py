@@ -40,7 +40,8 @@ LONG = {
     "log__keep_checkpoints": 2,
     "resume": "auto",
 }
-"""Changes for a run of 4 micro-batches an update that lives until something happens to it, with a checkpoint every 5 updates."""
+"""Changes for a run of 4 micro-batches an update that lives until something happens to it, with a checkpoint every 5
+updates."""
 
 
 class Done(NamedTuple):
@@ -95,3 +96,11 @@ def tensors_of(run: Path, update: int) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether both hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def same_ends(one: Path, other: Path) -> None:
+    """The last checkpoints are equal bit for bit."""
+    updates = [int(folder.name.removeprefix("update-")) for run in (one, other) if (folder := checkpoint.newest(run))]
+    assert len(updates) == 2
+    assert updates[0] == updates[1]
+    assert same(tensors_of(one, updates[0]), tensors_of(other, updates[1]))
