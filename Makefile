@@ -26,13 +26,11 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 demo: setup
 	$(BIN)/python -m benchmarks.demo
 
-# The same operator tests three times: as this processor runs them, what is C++ for AVX2, and the Triton kernels in the interpreter.
-IN_CPP := $(addprefix tests/kernels/test_,$(addsuffix .py,distill linear_distill cosine dropout))
-OPERATORS := $(IN_CPP) $(addprefix tests/kernels/test_,$(addsuffix .py,attention layernorm gelu fp8_rows))
+# Operators three times: as this processor runs them, what is C++ in the build for AVX2, what is Triton in its interpreter.
 test: setup
 	$(BIN)/python -m pytest -q
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(IN_CPP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(OPERATORS) tests/kernels/test_kernel_properties.py
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -m "cpp and not soak" tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "triton and not soak" tests/kernels
 
 # Faults for some three hours: killed ranks, half an hour of everything, fuzzing, 50 times the tests of interruptions.
 soak: setup

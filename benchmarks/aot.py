@@ -7,9 +7,12 @@ instruction mix from the disassembly; both tools lie inside the triton package. 
 spill or on a narrow hot load.
 """
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.aot_variants import Variant, rarer_variants, variants
 from fastdistil.kernels._backend import LAUNCH_OPTIONS
 
-ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TRITON_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # and their bytes
-SHARED_BYTES = {
-    80: 164 * 1024,
-    89: 100 * 1024,
-    90: 228 * 1024,
-    100: 228 * 1024,
-}  # of an SM; the driver takes 1 KiB of it a CTA
+SHARED_KIB = {80: 164, 89: 100, 90: 228, 100: 228}  # of an SM; the driver takes 1 of them a CTA
 # Instructions whose number says where the time goes, in the whole kernel.
 MIX = {
     "tensor": r"HMMA|HGMMA|UTC\w*MMA",
@@ -37,31 +34,6 @@ MIX = {
     "shared stores": r"STSM?",
     "all": r"[A-Z]\w+",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One compilation: what the launcher would pass."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    """Argument -> Triton type ("*bf16", "i32", "fp32"), or "constexpr"."""
-    constexprs: dict[str, Any]
-    """Values of the constexpr arguments; an absent optional pointer is None."""
-    divisible: tuple[str, ...] = ()
-    """Integers that the launcher specialises as multiples of 16. Pointers always are: torch aligns them."""
-    num_warps: int = 4
-    num_stages: int = 3  # Triton's default
-    archs: tuple[int, ...] = ARCHITECTURES
-    """Where the launchers use it."""
-    min_ctas: int = 2
-    """CTAs that have to fit an SM, for one's loads to run beside the other's arithmetic."""
-    tensor_cores: bool = False
-    """Whether its products have to be tensor-core instructions."""
-    may_spill: bool = False
-    max_narrow_loads: int = 3
-    """Loads of less than 128 bits that may be: scalars and numbers of a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +79,7 @@ def compile_variant(variant: Variant, arch: int) -> Report:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", cubin.name)
+        sass = _tool("nvdisasm", "-c", "-ndf", cubin.name)  # no analysis of where branches go: a quarter faster
     loads: dict[int, int] = {}
     for options in re.findall(r"\bLDG(?:STS)?\.E([.\w]*)", sass):
         width = re.search(r"\.[US]?(8|16|64|128|256)\b", options)
@@ -127,12 +99,23 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     )
 
 
+def compile_all(pairs: Iterable[tuple[Variant, int]]) -> Iterator[tuple[Variant, Report]]:
+    """Variants and their reports, in order; as many at a time as there are cores: half is done by ptxas and nvdisasm."""
+    pairs = list(pairs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = pool.map(lambda pair: compile_variant(*pair), pairs)
+        yield from zip((variant for variant, _ in pairs), reports, strict=True)
+
+
 def _ctas(arch: int, num_warps: int, registers: int, metadata: Any) -> int:
-    """CTAs that an SM holds at once: 65,536 registers given out by 8 a thread, 64 warps (Ada: 48), 512 columns of tensor memory."""
+    """CTAs that an SM holds at once.
+
+    It has 65,536 registers, given out by 8 a thread, 64 warps (Ada: 48) and 512 columns of tensor memory.
+    """
     limits = [
         65536 // (-(-registers // 8) * 8 * 32 * num_warps),
         (48 if arch == 89 else 64) // num_warps,
-        SHARED_BYTES[arch] // (metadata.shared + 1024),
+        SHARED_KIB[arch] * 1024 // (metadata.shared + 1024),
     ]
     if columns := getattr(metadata, "tmem_size", 0):
         limits.append(512 // max(32, triton.next_power_of_2(columns)))
@@ -150,23 +133,20 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> None:
-    from benchmarks.aot_variants import variants  # which imports this module
-
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':<40}{'arch':>5}{'registers':>10}{'CTAs':>5}{'spills':>7}{'stack':>6}{'shared':>7}"
         + "".join(f"{name:>14}" for name in MIX)
         + "  loads (bits: number)"
     )
-    for variant in variants():
-        for arch in variant.archs:
-            r = compile_variant(variant, arch)
-            loads = ", ".join(f"{bits}: {number}" for bits, number in sorted(r.loads.items()))
-            print(
-                f"{variant.name:<40}{arch:>5}{r.registers:>10}{r.ctas:>5}{r.num_spills:>7}{r.stack_bytes:>6}"
-                f"{r.shared_bytes:>7}{''.join(f'{n:>14}' for n in r.mix.values())}  {loads}",
-                flush=True,
-            )
+    everything = [*variants(), *rarer_variants()]
+    for variant, r in compile_all((v, arch) for v in everything for arch in v.archs):
+        loads = ", ".join(f"{bits}: {number}" for bits, number in sorted(r.loads.items()))
+        print(
+            f"{variant.name:<40}{r.arch:>5}{r.registers:>10}{r.ctas:>5}{r.num_spills:>7}{r.stack_bytes:>6}"
+            f"{r.shared_bytes:>7}{''.join(f'{n:>14}' for n in r.mix.values())}  {loads}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

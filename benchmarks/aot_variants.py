@@ -1,11 +1,40 @@
-"""What the launchers of kernels/ compile: every Triton kernel in the dtypes and tiles that are used, for benchmarks/aot.py."""
+"""What the launchers of kernels/ compile, for benchmarks/aot.py: every Triton kernel in every tile that is used."""
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.aot import ARCHITECTURES, TRITON_DTYPES, Variant
 from fastdistil.kernels import attention, attention_tiles, cosine, distill, dropout, fp8_rows, gelu, layernorm
 from fastdistil.kernels.layout import TILE_ROWS
+
+ARCHITECTURES = (80, 90, 100)
+TRITON_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # and their bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One compilation: what the launcher would pass."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    """Argument -> Triton type ("*bf16", "i32", "fp32"), or "constexpr"."""
+    constexprs: dict[str, Any]
+    """Values of the constexpr arguments; an absent optional pointer is None."""
+    divisible: tuple[str, ...] = ()
+    """Integers that the launcher specialises as multiples of 16. Pointers always are: torch aligns them."""
+    num_warps: int = 4
+    num_stages: int = 3  # Triton's default
+    archs: tuple[int, ...] = ARCHITECTURES
+    """Where the launchers use it."""
+    min_ctas: int = 2
+    """CTAs that have to fit an SM, for one's loads to run beside the other's arithmetic."""
+    tensor_cores: bool = False
+    """Whether its products have to be tensor-core instructions."""
+    may_spill: bool = False
+    max_narrow_loads: int = 3
+    """Loads of less than 128 bits that may be: scalars and numbers of a row."""
 
 
 def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
@@ -72,7 +101,9 @@ def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropou
     }  # fmt: skip
     return Variant(
         name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout,
-        kernel={"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}[kernel],
+        kernel={"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}[
+            kernel
+        ],
         signature=signature,
         constexprs=constexprs | ({} if dropout else {"key_ptr": None}),
         num_warps=tile.num_warps,
@@ -189,32 +220,47 @@ def _keys_variant(**ones: Any) -> Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel in every tile that the launchers use, in bf16 (attention without dropout at the common widths); less
-    of the
-    other dtypes: fp16 compiles as bf16 does."""
-    for dtype in TRITON_DTYPES:
-        yield _distill_variant(dtype, gradient=True, num_rows=True)
-        yield _distill_variant(dtype, gradient=True, num_rows=False)
-        yield _distill_variant(dtype, gradient=False, num_rows=True)
-        for width in (384, 768, 1024, 8192):
-            yield _cosine_variant(dtype, width)
-        yield _dropout_variant(dtype)
-        for width in (384, 768, 1024, 3072, 4096) if dtype == "bf16" else ():
-            yield _quantise_variant(dtype, width, gelu=False)
-            yield _quantise_variant(dtype, width, gelu=True)
-        for backward in (False, True):
-            yield _gelu_variant(dtype, backward=backward)
-            for width in (384, 768, 1024, 4096) if dtype == "bf16" else (768,):
-                yield _layernorm_variant(dtype, width, backward=backward, dropout=True, residual=True)
-            for residual in (False, True):
-                yield _layernorm_variant(dtype, 768, backward=backward, dropout=False, residual=residual)
-    for arch in ARCHITECTURES:
-        for kernel in ("forward", "dq", "dkdv"):
-            for head_dim in attention_tiles.TILES[arch]:
-                yield _attention_variant("bf16", head_dim, kernel, arch, True)
-                if head_dim in (32, 64):
-                    yield _attention_variant("bf16", head_dim, kernel, arch, False)
-            yield _attention_variant("fp32", 64, kernel, arch, True)
+    """Every kernel in every tile that the launchers use, in bf16.
+
+    Other widths have the code of the next one here: the blocks are powers of two.
+    """
+    yield from _row_variants("bf16", layernorm_widths=(384, 768, 4096))
+    for width in (384, 768, 4096):
+        yield _quantise_variant("bf16", width, gelu=False)
+        yield _quantise_variant("bf16", width, gelu=True)
+    for arch, kernel in itertools.product(ARCHITECTURES, ("forward", "dq", "dkdv")):
+        for head_dim in attention_tiles.TILES[arch]:
+            yield _attention_variant("bf16", head_dim, kernel, arch, True)
+            if kernel == "forward" and head_dim in (32, 64):  # which has a tile of its own without dropout
+                yield _attention_variant("bf16", head_dim, kernel, arch, False)
+
+
+def rarer_variants() -> Iterator[Variant]:
+    """Kernels of `variants` in other dtypes, or without dropout, which seldom go wrong alone.
+
+    fp16 compiles as bf16 does, nobody trains in fp32 on these GPUs, and without dropout there is less to do.
+    """
+    yield from _row_variants("fp16", layernorm_widths=(768,))
+    yield from _row_variants("fp32", layernorm_widths=(768,))
+    for arch, kernel in itertools.product(ARCHITECTURES, ("forward", "dq", "dkdv")):
+        yield _attention_variant("fp32", 64, kernel, arch, True)
+        for head_dim in (32, 64) if kernel != "forward" else ():
+            yield _attention_variant("bf16", head_dim, kernel, arch, False)
+
+
+def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[Variant]:
+    yield _distill_variant(dtype, gradient=True, num_rows=True)
+    yield _distill_variant(dtype, gradient=True, num_rows=False)
+    yield _distill_variant(dtype, gradient=False, num_rows=True)
+    for width in (384, 768, 8192):
+        yield _cosine_variant(dtype, width)
+    yield _dropout_variant(dtype)
+    for backward in (False, True):
+        yield _gelu_variant(dtype, backward=backward)
+        for width in layernorm_widths:
+            yield _layernorm_variant(dtype, width, backward=backward, dropout=True, residual=True)
+        for residual in (False, True):
+            yield _layernorm_variant(dtype, 768, backward=backward, dropout=False, residual=residual)
 
 
 def specialised_variants() -> Iterator[Variant]:

@@ -9,10 +9,10 @@ import torch
 if importlib.util.find_spec("hypothesis") is not None:  # the machines that are lent for their GPU have none
     from hypothesis import settings
 
-    # Every run of `make test` tries the same cases; --hypothesis-profile=soak (make soak) draws others each time, and more.
-    # A case costs Triton's interpreter up to a second.
+    # Every run of `make test` tries the same cases. --hypothesis-profile=soak (make soak) draws others each time, and
+    # more of them. A case costs Triton's interpreter up to a second.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    settings.register_profile("test", derandomize=True, max_examples=10 if interpreted else 50, deadline=None)
+    settings.register_profile("test", derandomize=True, max_examples=5 if interpreted else 50, deadline=None)
     settings.register_profile("soak", max_examples=100 if interpreted else 1000, deadline=None)
     settings.load_profile("test")
 

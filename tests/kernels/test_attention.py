@@ -21,10 +21,23 @@ from fastdistil.kernels.attention import attention, attention_reference
 from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.kernels.dropout import keep_reference
 from fastdistil.kernels.layout import sequence_layout
-from tests.support.precision import DEVICE, DTYPES, FLOOR, INTERPRETED, assert_no_worse_than_pytorch, fp64, results
+from tests.support.precision import (
+    DEVICE,
+    DTYPES,
+    FLOOR,
+    INTERPRETED,
+    assert_no_worse_than_pytorch,
+    each_dtype,
+    fp64,
+    of_the_definition,
+    results,
+)
 from tests.support.properties import for_any
 
-# Below, at and across the blocks of 32 and 64 and the tile of 128. The interpreter gets fewer: a program costs it 10 ms.
+pytestmark = pytest.mark.triton
+
+# Below, at and across the blocks of 32 and 64 and the tile of 128. The interpreter gets fewer: it takes 10 ms a
+# program.
 LENGTHS = [[1], [3, 3, 3], [31, 32, 33, 7, 7], [64, 130] if INTERPRETED else [63, 64, 65, 128, 130]]
 
 
@@ -78,7 +91,7 @@ def check(lengths, leaves, *, sizes=None, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_no_worse_than_twice_pytorch(lengths, dropout_p, dtype):
@@ -100,12 +113,12 @@ def test_any_lengths_and_heads(lengths, heads, width, dtype, with_dropout):
     """Gradients are judged with a size of theirs that grows with the scores, as the error of flash attention does.
 
     It computes a weight again, as exp(score - lse). By then the score has been summed twice, and lse, kept in fp32, has
-    been rounded up to four times: itself, to base 2, back from it, and in the difference. Each is a relative error of the
-    weight of one unit of 2^-24 times the size of a score: four of them are half of FLOOR. `eager` keeps its weights, and
-    with heads of width 1 each of its scores is a single rounding. PyTorch's own flash attention errs as ours does: of 300
-    random inputs of width 1 the worst gradient was wrong by 73 units of its largest number there, by 71 here, and by 21 in
-    `eager`; at widths 32 and 64 the three are equal. In bf16 and fp16 the output, of which delta is made, has been rounded,
-    which of a few tokens may be more than all that `eager` rounds.
+    been rounded up to four times: itself, to base 2, back from it, and in the difference. Each is a relative error of
+    the weight of one unit of 2^-24 times the size of a score: four of them are half of FLOOR. `eager` keeps its
+    weights, and with heads of width 1 each of its scores is a single rounding. PyTorch's own flash attention errs as
+    ours does: of 300 random inputs of width 1 the worst gradient was wrong by 73 units of its largest number there, by
+    71 here, and by 21 in `eager`; at widths 32 and 64 the three err alike. In bf16 and fp16 the output, of which delta
+    is made, has been rounded, which of a few tokens may be more than all that `eager` rounds.
     """
     leaves, options = make_leaves(lengths, dtype, heads=heads, width=width), dropout() if with_dropout else {}
     qkv = leaves["qkv_N3HD"].detach().double()
@@ -258,6 +271,7 @@ def test_reference_is_pytorchs_attention_in_fp64():
     torch.testing.assert_close(attention_reference(qkv, layout), attention(qkv, layout, backend="sdpa"))
 
 
+@of_the_definition
 def test_reference_has_the_derivative_it_claims():
     layout = sequence_layout([1, 3], "cpu")
     qkv = torch.randn(4, 3, 1, 2, dtype=torch.float64, requires_grad=True)
@@ -292,7 +306,7 @@ def test_compiles_to_one_graph_for_all_layouts():
 
 
 def test_flash_attn_gets_what_it_wants(monkeypatch):
-    """A stand-in for the package, which needs CUDA to be built: what it is called with, and that its result comes back."""
+    """A stand-in for the package, which needs CUDA to be built: what it is called with; its result comes back."""
     calls: list[tuple[tuple, dict]] = []
     lengths = [5, 3]
     qkv, layout = make_leaves(lengths)["qkv_N3HD"], sequence_layout(lengths, DEVICE)

@@ -8,8 +8,18 @@ import torch
 from torch.nn import functional as F
 
 from fastdistil.kernels.cosine import cosine_loss, cosine_loss_reference
-from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
+from tests.support.precision import (
+    DEVICE,
+    DTYPES,
+    assert_no_worse_than_pytorch,
+    compiled,
+    each_dtype,
+    of_the_definition,
+    results,
+)
 from tests.support.properties import for_any
+
+pytestmark = [pytest.mark.triton, pytest.mark.cpp]
 
 SHAPES = [(1, 2), (5, 31), (3, 384), (127, 65), (2, 768), (3, 769), (1, 8192)]  # rows per CTA: 2,048 to 1
 
@@ -26,7 +36,7 @@ def check(leaves, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", [*SHAPES, (4097, 20)], ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
     check(make_leaves(shape, dtype))
@@ -113,11 +123,12 @@ def test_registration():
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((3, 50))
-    compiled = torch.compile(lambda **leaves: cosine_loss(**leaves), fullgraph=True)
+    got = results(compiled(lambda **leaves: cosine_loss(**leaves)), leaves)
     for name, value in results(cosine_loss, leaves).items():
-        torch.testing.assert_close(results(compiled, leaves)[name], value)
+        torch.testing.assert_close(got[name], value)
 
 
+@of_the_definition
 def test_reference_has_the_derivative_it_claims():
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(3, 6, dtype=torch.float64)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import aot, aot_variants
 from fastdistil.kernels import dropout as module
 from fastdistil.kernels.dropout import dropout, new_dropout_seed
-from tests.support.precision import DEVICE, DTYPES, INTERPRETED
+from tests.support.precision import DEVICE, INTERPRETED, compiled, each_dtype, of_the_definition
+
+pytestmark = [pytest.mark.triton, pytest.mark.cpp]
 
 DROPOUT = torch.ops.fastdistil.dropout_
-SHAPES = [(1, 1, 1, 1), (1, 2, 3, 5), (2, 2, 9, 33), (2, 1, 9, 257), (3, 2, 1, 40), (1, 1, 33, 384), (1, 1, 0, 4)]  # fmt: skip
+SHAPES = [(1, 1, 1, 1), (1, 2, 3, 5), (2, 2, 9, 33), (2, 1, 9, 257), (3, 2, 1, 40), (1, 1, 33, 384), (1, 1, 0, 4)]
 SEED = 2**62 + 987654321  # both halves of it count
 
 
@@ -40,7 +41,7 @@ def keep_of(shape, seed, *, stream=0, first=0, dropout_p=0.5) -> Tensor:
     return torch.stack(masks)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_masks_and_values_are_the_definitions(shape, dtype):
     gen = torch.Generator().manual_seed(0)
@@ -71,6 +72,7 @@ def test_nothing_outside_is_touched_and_dropped_infinities_are_zero():
     assert torch.equal(x, torch.where(keep_of(shape, seed), float("inf"), 0.0))
 
 
+@of_the_definition
 def test_keys_are_philox():
     """Known answers of Random123 (kat_vectors, philox4x32 10): counter, key, first word."""
     low = 0xFFFFFFFF
@@ -127,6 +129,7 @@ def masks_that_should_not_know_each_other(dropout_p: float) -> Tensor:
     return torch.stack([mask.flatten() for mask in masks])
 
 
+@of_the_definition
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_masks_are_independent(dropout_p):
     masks = masks_that_should_not_know_each_other(dropout_p)
@@ -160,6 +163,7 @@ def pairs_of_rows(keep_RC: Tensor) -> tuple[float, float]:
     return z.abs().max().item(), (z.square().mean().item() - 1) / (2 / len(z)) ** 0.5
 
 
+@of_the_definition
 def test_rows_and_columns_are_as_random_ones():
     for dropout_p in (0.1, 0.5):
         mask = drawn(own_mix, dropout_p)
@@ -173,6 +177,7 @@ def test_rows_and_columns_are_as_random_ones():
             assert worst < 6 or dropout_p != 0.5
 
 
+@of_the_definition
 @pytest.mark.parametrize(
     "weak",
     [
@@ -192,7 +197,7 @@ def make_leaf(dtype=torch.float32) -> Tensor:
     return torch.randn(9, 40, generator=gen).to(DEVICE, dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 def test_value_and_gradient_have_one_mask(dtype):
     x, seed = make_leaf(dtype), seed_of(SEED)
     weight = make_leaf(dtype).detach().flip(0)
@@ -239,15 +244,11 @@ def test_compiles_without_graph_breaks():
     def loss(x, seed):
         return dropout(x * 2, seed, stream=2, dropout_p=0.5).square().sum()
 
-    # Inductor's cache does not know ATEN_CPU_CAPABILITY: it would compile the loops that it kept for AVX-512 as AVX2.
-    compiled = torch.compile(loss, fullgraph=True, options={"fx_graph_cache": False})
-    x = make_leaf()
+    x, compiled_loss = make_leaf(), compiled(loss)
     for value in (SEED, 1):
         seed = seed_of(value)
-        for got, expected in zip(
-            torch.autograd.grad(compiled(x, seed), x), torch.autograd.grad(loss(x, seed), x), strict=True
-        ):  # fmt: skip
-            assert torch.equal(got, expected)
+        (got,), (expected,) = (torch.autograd.grad(each(x, seed), x) for each in (compiled_loss, loss))
+        assert torch.equal(got, expected)
 
 
 def test_seeds_follow_the_default_generator():
@@ -272,13 +273,6 @@ def test_a_seed_and_its_use_do_not_read_the_device():
         assert (seed.shape, seed.dtype, seed.device.type) == ((), torch.int64, "cuda")
         x = torch.empty(3, 4, device="cuda")
         assert dropout(x, seed, stream=0, dropout_p=0.1).shape == (3, 4)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
-@pytest.mark.parametrize("variant", list(aot_variants.specialised_variants()), ids=lambda variant: variant.name)
-def test_kernels_compile_where_an_argument_is_one(variant):
-    """Triton makes an integer argument of 1 a Python constant, which has not a tensor's methods."""
-    assert aot.compile_variant(variant, 90).num_spills == 0
 
 
 @pytest.mark.parametrize(

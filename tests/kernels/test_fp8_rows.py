@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistil.kernels.fp8_rows import quantise_rows
-from tests.support.precision import DEVICE, DTYPES, INTERPRETED
+from tests.support.precision import DEVICE, INTERPRETED, each_dtype
+
+pytestmark = pytest.mark.triton
 
 # Below, at and across powers of two, which blocks are, and of 8 columns, which a thread takes.
 SHAPES = [(1, 1), (5, 31), (3, 256), (17, 257), (2, 3072)]
@@ -40,7 +42,7 @@ def check(x: Tensor, bias: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_within_half_a_step(shape, dtype, gelu):
     x, bias = make_x(shape, dtype)

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistil.kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu
-from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
+from tests.support.precision import DEVICE, INTERPRETED, SLACK, each_dtype, fp64, of_the_definition, results
+
+pytestmark = pytest.mark.triton
 
 # Blocks of 16 rows and 256 columns, strips of 128 rows.
 SHAPES = [(1, 1), (5, 31), (17, 255), (130, 20), (3, 513)]
@@ -51,7 +53,7 @@ def check(leaves):
         assert my_error <= allowed, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
     check(make_leaves(shape, dtype))
@@ -141,6 +143,7 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(got[name], value, msg=name)
 
 
+@of_the_definition
 def test_reference_has_the_derivative_it_claims():
     leaves = fp64(make_leaves((3, 4)))
     reference = functools.partial(bias_gelu_reference)

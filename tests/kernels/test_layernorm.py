@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from fastdistil.kernels import layernorm as module
 from fastdistil.kernels.dropout import keep_reference
 from fastdistil.kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference, layernorm
-from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, fp64, results
+from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, each_dtype, fp64, of_the_definition, results
 from tests.support.properties import for_any
+
+pytestmark = pytest.mark.triton
 
 # Rows of a program: 32; of a block: 1,024 down to 1. Widths that are no multiple of 16, of a block, of a warp.
 SHAPES = [(1, 2), (5, 31), (33, 384), (67, 65), (3, 768), (2, 769), (1, 4096)]
@@ -53,7 +55,7 @@ def judged(operator, **options):
 
 
 def check(leaves, **options):
-    """No worse than twice PyTorch's own error, and one rounding of the largest value, which fp32 inside does not make."""
+    """No worse than twice PyTorch's own error and one rounding of the largest value, which fp32 inside spares."""
     truth = results(judged(ops_layernorm_reference, **options), fp64(leaves))
     mine, theirs = (results(judged(op, **options), leaves) for op in (ops_layernorm, eager))
     rounding = torch.finfo(leaves["x_ND"].dtype).eps
@@ -71,7 +73,7 @@ ops_layernorm_reference = dropout_add_layernorm_reference
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype, options):
     check(make_leaves(shape, dtype), **options)
@@ -89,7 +91,7 @@ def test_any_shape(shape, dtype, options, seed):
     check(make_leaves(shape, dtype, seed), **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 def test_without_a_residual(dtype):
     leaves = make_leaves((7, 100), dtype)
     del leaves["residual_ND"]
@@ -210,6 +212,7 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(got[name], value, msg=name)
 
 
+@of_the_definition
 def test_reference_has_the_derivative_it_claims():
     leaves = fp64(make_leaves((3, 6)))
     tensors = [leaves[k] for k in ("x_ND", "residual_ND", "weight_D", "bias_D")]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastdistil.kernels.linear import linear, runs_on_onednn
-from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch
+from tests.support.precision import DEVICE, assert_no_worse_than_pytorch, compiled, each_dtype
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 48, 128), (130, 384, 33)]
 
@@ -30,7 +30,7 @@ def judged(operator):
     return loss
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
     assert_no_worse_than_pytorch(judged(linear), judged(F.linear), make_leaves(shape, dtype))
@@ -53,7 +53,7 @@ def test_operator_is_well_formed():
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((9, 16, 24), torch.float32)
-    got = torch.compile(judged(linear), fullgraph=True)(**leaves)
+    got = compiled(judged(linear))(**leaves)
     want = judged(linear)(**leaves)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)

@@ -1,4 +1,7 @@
-"""linear_distill_loss against two linears and the plain loss. CPU: TRITON_INTERPRET=1 or unset (csrc/, else PyTorch)."""
+"""linear_distill_loss against two linears and the plain loss.
+
+CPU: TRITON_INTERPRET=1 (Triton) or unset (csrc/, else PyTorch).
+"""
 
 import functools
 from typing import Any
@@ -8,8 +11,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastdistil.kernels.linear_distill import default_chunk_tokens, linear_distill_loss, linear_distill_loss_reference
-from tests.support.precision import DEVICE, DTYPES, assert_no_worse_than_pytorch, results
+from tests.support.precision import DEVICE, assert_no_worse_than_pytorch, compiled, each_dtype, results
 from tests.support.properties import for_any
+
+pytestmark = [pytest.mark.triton, pytest.mark.cpp]
 
 V, VOCAB = 320, 301  # padded and real vocabulary
 OPTIONS: dict[str, Any] = {"temperature": 2.0, "kd_scale": 0.7, "mlm_scale": 0.3, "vocab_size": VOCAB}
@@ -49,7 +54,7 @@ def assert_same(got, expected, **tolerance):
         torch.testing.assert_close(got[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 13, 64], ids=lambda c: f"chunk {c}")
 def test_no_worse_than_twice_pytorch(chunk_tokens, dtype):
     """One token a chunk; chunks that do not divide the tokens; exactly one; more than there are."""
@@ -78,7 +83,7 @@ def test_any_shape(num_tokens, widths, num_columns, chunk_tokens, data):
     leaves = make_leaves(num_tokens, widths=widths, num_columns=num_columns)
     vocab_size = data.draw(st.integers(1, num_columns))
     leaves["labels_N"].clamp_(max=vocab_size - 1)
-    # A logit's gradient is a difference of probabilities, times these; a loss is a sum of logarithms of sums of about 1.
+    # A logit's gradient is a difference of probabilities, times these; a loss a sum of logarithms of sums of about 1.
     slope = OPTIONS["kd_scale"] * OPTIONS["temperature"] + OPTIONS["mlm_scale"]
     largest = {name: leaves[name].detach().abs().max().item() for name in ("student_ND", "student_weight_VD")}
     sizes = {
@@ -200,8 +205,8 @@ def test_registration():
 def test_compiles_without_graph_breaks():
     leaves = make_leaves()
     num_rows = torch.tensor(9, device=DEVICE)
-    compiled = torch.compile(lambda **leaves: tuple(ours(num_rows=num_rows)(**leaves)), fullgraph=True)
-    assert_same(results(compiled, leaves), results(ours(num_rows=num_rows), leaves))
+    got = results(compiled(lambda **leaves: tuple(ours(num_rows=num_rows)(**leaves))), leaves)
+    assert_same(got, results(ours(num_rows=num_rows), leaves))
 
 
 def test_default_chunk_depends_on_shapes_and_device_only():

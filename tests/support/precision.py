@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,6 +15,25 @@ SLACK = 4 if INTERPRETED else 2  # Triton's interpreter truncates fp32 -> bf16 i
 FLOOR = 8 * 2.0**-24
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    # A kernel treats fp16 as it does bf16; in the interpreter, which is slow, that is for make soak.
+    [*DTYPES[:2], pytest.param(torch.float16, marks=[pytest.mark.soak] * INTERPRETED)],
+    ids=str,
+)
+
+USUAL = not INTERPRETED and "ATEN_CPU_CAPABILITY" not in os.environ
+of_the_definition = pytest.mark.skipif(
+    not USUAL, reason="of the definition, which is the same whatever serves the operator"
+)
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile without a graph break: by Inductor where the usual kernels serve, elsewhere traced alone.
+
+    Inductor's cache does not know ATEN_CPU_CAPABILITY: it would take loops that it kept for AVX-512 for those of AVX2.
+    """
+    return torch.compile(function, fullgraph=True, backend="inductor" if USUAL else "aot_eager")
 
 
 def results(loss: Callable[..., Tensor | Sequence[Tensor]], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -44,9 +64,9 @@ def assert_no_worse_than_pytorch(
 ) -> None:
     """Every value and gradient of `ours` errs at most SLACK times as much as `reference` does in the same dtype.
 
-    Besides, each may err by FLOOR of its size: that of its largest number or, if it is more, what `sizes` holds under its
-    name. That is for results whose own numbers are small because what they are made of cancels: PyTorch then errs by next
-    to nothing in one case and by several roundings of those larger numbers in the next.
+    Besides, each may err by FLOOR of its size: that of its largest number or, if it is more, what `sizes` holds under
+    its name. That is for results whose own numbers are small because what they are made of cancels: PyTorch then errs
+    by next to nothing in one case and by several roundings of those larger numbers in the next.
     """
     least = 0.0
     if INTERPRETED:  # a truncation of its own, which PyTorch may happen to be spared: one unit of the largest value
