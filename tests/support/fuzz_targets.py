@@ -28,14 +28,15 @@ from fastdistil.run.config import Config, from_json, resume_differences, to_json
 from tests.support import toy
 from tests.support.checkpoints import save
 
+# In this order, which Hypothesis draws from: others are refused more or less often.
 AWKWARD: list[Any] = [
-    *(None, True, False, {}, {"a": {"b": None}}, [], [[]], [0] * 50),
-    *(0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.5, 1e308, float("inf"), float("nan")),
-    *("", "x", "1", "\x00", "../x", "é" * 50, "\ud800"),
+    *(None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308),
+    *("", "x", "\x00", "../x", "é" * 50, [], [[]], {}, [0] * 50),
+    *({"a": {"b": None}}, "1", 10**400, float("inf"), float("nan"), "\ud800"),
 ]
 PIECES = [
-    *(b'"', b"{", b"}", b"[", b",", b"1e999", b"-1", b"null", b"NaN", b"[" * 3000, b"9" * 5000),
-    *(b"\x00", b"\xff\xfe", b"\\ud800", b"\xef\xbb\xbf", b"\r\n"),
+    *(b'"', b"{", b"}", b"[", b",", b"\x00", b"\xff\xfe", b"1e999", b"-1", b"null", b"NaN", b"[" * 3000),
+    *(b"\\ud800", b"9" * 5000, b"\xef\xbb\xbf", b"\r\n"),
 ]
 MOST_MEMORY = 256 * 2**20
 LONGEST_S = 2.0
