@@ -7,6 +7,7 @@ own.
 """
 
 import platform
+from glob import glob
 
 from setuptools import setup
 
@@ -25,8 +26,8 @@ else:
         ext_modules=[
             CppExtension(
                 f"fastdistil._C_{name}",
-                ["csrc/bindings.cpp", "csrc/distill.cpp", "csrc/cosine.cpp", "csrc/dropout.cpp"],
-                depends=["csrc/lanes.h"],
+                sorted(glob("csrc/*.cpp")),
+                depends=glob("csrc/*.h"),
                 # The capability macros choose at::vec's lanes and the namespace they live in.
                 extra_compile_args=[
                     "-O3",

@@ -100,7 +100,10 @@ def compile_variant(variant: Variant, arch: int) -> Report:
 
 
 def compile_all(pairs: Iterable[tuple[Variant, int]]) -> Iterator[tuple[Variant, Report]]:
-    """Variants and their reports, in order; as many at a time as there are cores: half is done by ptxas and nvdisasm."""
+    """Variants and their reports, in order.
+
+    As many at a time as there are cores: half is done by ptxas and nvdisasm.
+    """
     pairs = list(pairs)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = pool.map(lambda pair: compile_variant(*pair), pairs)

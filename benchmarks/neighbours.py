@@ -4,9 +4,9 @@
 
 A masked LM of 4 layers, 128 wide, that starts from random weights long predicts words without their neighbours: on
 Wikipedia it was at 6.0 nats after 6.6 million tokens, the longest that was tried. From these weights it was at 5.3
-after 1.5 million, and docs/study.md needs a teacher within minutes of two CPU cores. Positions are sines and cosines of 32
-frequencies; one head turns its queries by one position back, the other by one forward, so that q . k is largest at the
-neighbour. Everything else is random.
+after 1.5 million, and docs/study.md needs a teacher within minutes of two CPU cores. Positions are sines and cosines of
+32 frequencies; one head turns its queries by one position back, the other by one forward, so that q . k is largest at
+the neighbour. Everything else is random.
 """
 
 import argparse

@@ -57,7 +57,7 @@ class Ranks:
     def together(self, *, with_teachers: bool = False) -> Iterator[None]:
         """A stage that all ranks pass or none: what one refuses inside (ValueError, OSError) is raised on all of them.
 
-        The lowest rank that refused is heard: rank 0 raises its own exception, all others a ValueError with those words.
+        The lowest rank that refused is heard: rank 0 raises its own exception, all others a ValueError of its words.
         Every rank that trains must come here; `with_teachers` those that are set aside for teachers, too. A refusal is
         the end: teachers that are already serving are told, and the process group is left.
         """

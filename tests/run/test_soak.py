@@ -59,7 +59,7 @@ def grown(before: list[Sample], after: list[Sample], num_late_threads: int) -> l
 
 
 def growth(samples: Samples, *, num_late_threads: int) -> list[str]:
-    """Which processes grew: from the second to the last quarter of a long life, and from one life of a role to the next.
+    """Which processes grew: from the second to the last quarter of a long life, and from a life of a role to its next.
 
     Where lives are short the saver's thread, which begins with the first save, may be missing from the earlier part of
     one.
