@@ -66,7 +66,8 @@ class Ranks:
             yield
         except (ValueError, OSError) as caught:
             error = caught
-        said = self._gather_text(str(error) if error else "", with_teachers=with_teachers)
+        words = "" if error is None else str(error) or repr(error)
+        said = self._gather_text(words, with_teachers=with_teachers)
         first = next((rank for rank, text in enumerate(said) if text), None)
         if first is None:
             return
