@@ -1,8 +1,8 @@
 """Who serves an operator: Triton on CUDA, one of three on the CPU. And the checks that all operators share.
 
 CPU tensors run in Triton's interpreter if TRITON_INTERPRET=1, else in the C++ kernels of csrc/ where a build for this
-processor exists, else in plain PyTorch. Each operator file registers its own PyTorch kernel, and only if the C++ one is
-not there where csrc/ has one: the dispatcher is the only switch.
+processor exists, else in plain PyTorch. Each operator file registers its PyTorch kernel itself, unless csrc/ serves
+that operator: the dispatcher is the only switch.
 """
 
 import importlib.util

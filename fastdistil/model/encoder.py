@@ -147,16 +147,16 @@ class Encoder(nn.Module):
         dropout_seed: Tensor | None = None,
         kept_outputs: KeptOutputs | None = None,
     ) -> Any:
-        """Last hidden states (N, D), in the dtype of the weights; with `kept_outputs` a pair of them and a tuple of
-        those.
+        """Last hidden states (N, D), in the dtype of the weights; with `kept_outputs` a pair of them and a tuple.
 
         Args:
-            input_ids_N: int32 or int64. position_ids_N: likewise; they start at 0 in each sequence and stay below
-            max_positions. layout: of the N tokens. dropout_seed: 0-dim int64 on the same device, of this micro-batch;
-            it decides what all layers drop. In training
-                mode None draws one from torch's default generator of the device; in evaluation nothing is dropped.
-                Attention backends other than fused draw from that generator themselves.
-            kept_outputs: what else to hand out: first the layers, in the order asked for, then the values.
+            input_ids_N: int32 or int64.
+            position_ids_N: likewise. They start at 0 in each sequence and stay below max_positions.
+            layout: of the N tokens.
+            dropout_seed: 0-dim int64 on the same device, of this micro-batch: it decides what all layers drop. In
+                training mode None draws one from torch's default generator of the device; in evaluation nothing is
+                dropped. Attention backends other than fused draw from that generator themselves.
+            kept_outputs: what else is handed out: the outputs of layers, in the order asked for, then the values.
 
         With activation checkpointing a layer keeps only its input and is computed again in the backward, with the same
         dropout.
