@@ -32,10 +32,13 @@ test: setup
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q -m "cpp and not soak" tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "triton and not soak" tests/kernels
 
-# Faults for some three hours: killed ranks, half an hour of everything, fuzzing, 50 times the tests of interruptions.
+# Faults for some three hours: killed ranks, half an hour of everything, fuzzing, 50 times the tests of interruptions. And what
+# `make test` tries with the same cases each time, with random ones.
 soak: setup
 	@$(BIN)/pip install --quiet "atheris>=3" || echo "no atheris for this Python: fuzzing is not led by coverage"
 	$(BIN)/python -m pytest -q -s -m soak --timeout 7200
+	$(BIN)/python -m pytest -q -m "hypothesis and not soak" --hypothesis-profile=soak --timeout 7200
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "triton and soak" --timeout 7200 tests/kernels
 	$(BIN)/python -m tests.support.repeat 50 tests/run/test_interruptions.py
 
 lint: setup
