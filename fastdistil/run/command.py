@@ -9,10 +9,14 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 log = logging.getLogger("fastdistil")
+
+SPEAKS_FIRST_S = 1.0
+"""For so long the ranks that say nothing of a refusal wait for the one that says it."""
 
 Main = Callable[..., int]  # main(args: list[str] | None = None); None: the words of the command line
 
@@ -34,7 +38,9 @@ def command(main: Main) -> Main:
             return main(args)
         except (Failed, ValueError, OSError) as error:
             if launched().local_rank == 0:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:  # torchrun ends all ranks once one has failed, also the one that has not spoken yet
+                time.sleep(SPEAKS_FIRST_S)
             return 1 if isinstance(error, Failed) else 2
 
     return wrapped

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastdistil.run.command import Failed, Launched, StopRequest, command, launched, visible_gpus
+from fastdistil.run.command import SPEAKS_FIRST_S, Failed, Launched, StopRequest, command, launched, visible_gpus
 from tests.support import launch
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -143,3 +143,14 @@ def test_a_rank_leaves_with_its_status_and_output_but_tears_nothing_down(environ
     assert done.returncode == 3, done.stderr
     assert "the last line, atexit\n" in done.stdout
     assert ("torn down" in done.stdout) == torn_down
+
+
+def test_who_says_nothing_waits_for_who_does(monkeypatch, capsys):
+    """torchrun ends all ranks once one has failed: the first rank's line got lost where another one was faster."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for local_rank, said in (("1", ""), ("0", "error: no\n")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert raising(ValueError("no"))(["words"]) == 2
+        assert capsys.readouterr().err == said
+    assert waited == [SPEAKS_FIRST_S]
