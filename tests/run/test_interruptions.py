@@ -152,7 +152,9 @@ def test_a_rank_that_is_lost_ends_the_run(root, tmp_path, kind, stage):
 
 
 def test_a_straggler_is_named(root, tmp_path):
-    options = long_arguments(root, tmp_path / "run", **PLAIN, optim__duration=2, log__every=2)
+    options = long_arguments(
+        root, tmp_path / "run", **PLAIN, optim__duration=2, log__every=2, data__validation_sequences=4
+    )
     done = forked.run(FAULTY, "slow", 1, 0, *options, ranks=2)
     assert "rank 1 is slow" in done.stdout
     assert "rank 0 is slow" not in done.stdout
@@ -176,16 +178,16 @@ def killed_at_random(words: list[str], run: Path, *, kills: int, seed: int) -> s
     environment = launch.ENVIRONMENT | launch.RESTARTING
     with log.open("w") as file:
         process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    left, seen = kills, 0
+    left = kills
     while process.poll() is None:
         time.sleep(0.02)
-        written = log.read_text().count("wrote ")
-        if left and written > seen:  # it has begun to train, and got further than the last time
+        *lives, now = log.read_text().split("resuming after update")
+        if left and len(lives) == kills - left and "wrote " in now:  # it has got further than the last time
             time.sleep(rng.uniform(0, 0.5))
             workers = workers_of(run)
             if len(workers) == 2:
                 os.kill(workers[rng.randrange(2)], signal.SIGKILL)
-                left, seen = left - 1, log.read_text().count("wrote ")
+                left -= 1
     text = log.read_text()
     assert process.returncode == 0, text[-3000:]
     assert not left, f"{left} kills were not made"
