@@ -16,6 +16,7 @@ from typing import Any
 
 import tyro
 
+from fastdistil.run import options
 from fastdistil.run.command import command
 from fastdistil.run.files import write_json
 
@@ -58,7 +59,7 @@ class EfficiencyConfig:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: measured. 2: a wrong command line or model."""
-    config = tyro.cli(EfficiencyConfig, args=args, prog="python -m fastdistil.efficiency")
+    config = options.parse(EfficiencyConfig, args, "efficiency")
     found = measure(config)
     print(table(found))
     print(PUBLISHED)

@@ -21,6 +21,7 @@ import fastdistil
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.model import families
+from fastdistil.run import options
 from fastdistil.run.command import command
 from fastdistil.run.files import read_json, write_json
 
@@ -76,7 +77,7 @@ def main(args: list[str] | None = None) -> int:
     """Exit status 0: all scored. 1: a fine-tuning failed. 2: a wrong command line, model or data."""
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    config = tyro.cli(EvaluateConfig, args=args, prog="python -m fastdistil.evaluate")
+    config = options.parse(EvaluateConfig, args, "evaluate")
     asked = chosen_tasks(config)
     results = Results(result_file(config), config)
     from fastdistil.evaluation import finetune  # torch and transformers: some seconds

@@ -16,7 +16,7 @@ import tyro
 
 from fastdistil import __version__
 from fastdistil.model.architecture import Architecture, from_record
-from fastdistil.run import files, folder
+from fastdistil.run import files, folder, options
 from fastdistil.run.command import command
 from fastdistil.run.config import LOSS_TERMS, flatten
 
@@ -41,7 +41,7 @@ class ExportConfig:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the folder is there. 2: a wrong command line or run; nothing was written."""
-    print(export(tyro.cli(ExportConfig, args=args, prog="python -m fastdistil.export")))
+    print(export(options.parse(ExportConfig, args, "export")))
     return 0
 
 

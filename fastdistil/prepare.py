@@ -28,7 +28,7 @@ import tyro
 from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
-from fastdistil.run import files
+from fastdistil.run import files, options
 from fastdistil.run.command import command
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def _finish(
 def main(args: list[str] | None = None) -> int:
     """The command; `args` in place of those of the command line. Its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    config = tyro.cli(PrepareConfig, prog="python -m fastdistil.prepare", args=args)
+    config = options.parse(PrepareConfig, args, "prepare")
     try:
         prepare(config)
     except OSError as error:

@@ -8,10 +8,8 @@ a second.
 import logging
 import sys
 
-from fastdistil.run import folder
+from fastdistil.run import folder, recipes
 from fastdistil.run.command import Failed, StopRequest, command, launched, leave
-from fastdistil.run.config import Config
-from fastdistil.run.recipes import RECIPES
 from fastdistil.training.preflight import resolve
 
 
@@ -25,7 +23,7 @@ def main(args: list[str] | None = None) -> int:
     here = launched()
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("fastdistil").setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
-    config = parse(args, quiet=here.rank != 0)
+    config = recipes.parse(args, quiet=here.rank != 0)
     resolved = resolve(config, world_size=here.world_size, by_torchrun=here.by_torchrun)
     if config.dry_run:
         from fastdistil.training import forecast
@@ -91,16 +89,6 @@ def main(args: list[str] | None = None) -> int:
     if failure:
         raise Failed(failure)
     return 0
-
-
-def parse(args: list[str] | None, *, quiet: bool) -> Config:
-    """The configuration of a command line; exits with status 2 on a mistake, naming the nearest option."""
-    import tyro
-
-    recipes = {name: ((make.__doc__ or "").strip(), make()) for name, make in RECIPES.items()}
-    return tyro.extras.overridable_config_cli(
-        recipes, args=args, prog="python -m fastdistil.pretrain", console_outputs=not quiet
-    )
 
 
 if __name__ == "__main__":

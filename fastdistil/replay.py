@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from fastdistil.data.tokenizer import read_vocabulary
-from fastdistil.run import folder
+from fastdistil.run import folder, options
 from fastdistil.run.command import command
 from fastdistil.run.config import Config, from_json
 from fastdistil.training.preflight import Resolved, resolve
@@ -47,7 +47,7 @@ class ReplayConfig:
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: everything was finite. 1: something was not. 2: a wrong command line or run."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    asked = tyro.cli(ReplayConfig, args=args, prog="python -m fastdistil.replay")
+    asked = options.parse(ReplayConfig, args, "replay")
     return 1 if replay(asked, configuration(asked)) else 0
 
 

@@ -18,6 +18,7 @@ import tyro
 from fastdistil import __version__
 from fastdistil.model.architecture import from_record
 from fastdistil.run import folder as run_folder
+from fastdistil.run import options
 from fastdistil.run.command import command
 from fastdistil.run.config import LOSS_TERMS, flatten
 from fastdistil.run.files import read_json, read_json_lines, write_text
@@ -66,7 +67,7 @@ class Run:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the page is there. 2: a wrong command line or run; an older page is left as it was."""
-    config = tyro.cli(ReportConfig, args=args, prog="python -m fastdistil.report")
+    config = options.parse(ReportConfig, args, "report")
     write_text(config.out, page([read(*pair) for pair in zip(names(config.runs), config.runs, strict=True)]))
     print(f"{config.out}: {len(config.runs)} run(s)")
     return 0

@@ -22,12 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
+from fastdistil.run import options, recipes
 from fastdistil.run.command import Failed, command, visible_gpus
-from fastdistil.run.config import Config
 from fastdistil.run.files import read_json, read_json_lines, write_json
-from fastdistil.run.recipes import RECIPES
 from fastdistil.training.preflight import Resolved, resolve
 
 log = logging.getLogger("fastdistil.study")
@@ -100,7 +97,7 @@ def main(args: list[str] | None = None) -> int:
     """Exit status 0: all measured, tables written. 1: not all, or no tables. 2: a wrong command line."""
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    study = Study(tyro.cli(StudyConfig, args=args, prog="python -m fastdistil.study"))
+    study = Study(options.parse(StudyConfig, args, "study"))
     study.check()
     try:
         study.run()
@@ -239,7 +236,7 @@ class Study:
 
     def _resolve(self, words: list[object]) -> Resolved:
         """The run that these words ask for, in a folder of its own. Raises ValueError or OSError."""
-        config = _parse([*map(str, words), "--out", str(self.out / "runs" / "checked")])
+        config = recipes.parse([*map(str, words), "--out", str(self.out / "runs" / "checked")])
         return resolve(config, world_size=1, by_torchrun=bool(self.config.launcher))
 
     def _resolve_students(self) -> None:
@@ -321,12 +318,6 @@ def _curves(run: Path) -> dict[str, Any]:
     if not validations:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no validation: delete the log of that pre-training")
     return {"tokens": tokens, "updates": update, "validations": validations}
-
-
-def _parse(arguments: list[str]) -> Config:
-    """The configuration that fastdistil.pretrain would make of these words; a mistake ends this program, too."""
-    recipe, *options = arguments
-    return tyro.cli(Config, args=options, default=RECIPES[recipe](), prog="--options of fastdistil.pretrain")
 
 
 def _cores(jobs: int) -> int:

@@ -30,7 +30,7 @@ USES = {
 }
 WITHOUT_TORCH = (
     *sorted(COMMANDS),
-    *(f"run.{name}" for name in ("config", "recipes", "command", "folder", "files")),
+    *(f"run.{name}" for name in ("config", "recipes", "options", "command", "folder", "files")),
     *(f"data.{name}" for name in ("sources", "tokenizer", "sequences", "shards")),
     *("model.architecture", "model.families", "training.preflight"),
 )

@@ -200,11 +200,7 @@ def test_a_study_that_trains_its_own_teacher_goes_on(folders, tmp_path):
     ],
 )
 def test_mistakes_are_refused_at_once(folders, tmp_path, capsys, changes, message):
-    try:
-        status = study.main(command(folders, tmp_path / "study", **changes))
-    except SystemExit as ended:  # by tyro, before the program began
-        status = ended.code
-    assert status == 2
+    assert study.main(command(folders, tmp_path / "study", **changes)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "study").exists()
 

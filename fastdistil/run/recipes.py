@@ -1,9 +1,13 @@
 """Whole configurations with a name. Each is a function, so that a new one starts from another by `replace`."""
 
-from collections.abc import Callable
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fastdistil.run import options
 from fastdistil.run.config import BatchConfig, Config, LogConfig, LossConfig, OptimConfig, StudentConfig
 
 
@@ -72,3 +76,51 @@ def multilingual() -> Config:
 RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f for f in (distilbert, mlm, quickstart, distilroberta, multilingual, hidden_cosine, minilm)
 }
+
+
+def parse(args: Sequence[str] | None, *, quiet: bool = False) -> Config:
+    """The configuration that RECIPE [OPTIONS] asks for, of the command line unless `args` are given.
+
+    Raises ValueError, which says what to write; SystemExit(0) after --help, which is printed unless `quiet`.
+    """
+    # The deepspeed launcher writes --local_rank before our words; the environment says it, too.
+    given = [w for w in (sys.argv[1:] if args is None else args) if not re.fullmatch("--local[-_]rank=[0-9]+", w)]
+    if given[:1] in (["-h"], ["--help"]):
+        if not quiet:
+            print(HELP.format(recipes="\n".join(f"  {n:<16}{_about(make)}" for n, make in RECIPES.items())))
+        raise SystemExit(0)
+    recipe = given[0].replace("-", "_").lower() if given else ""
+    if recipe in RECIPES:
+        return options.parse(Config, given[1:], f"pretrain {recipe}", default=RECIPES[recipe](), quiet=quiet)
+    if not given:
+        raise ValueError(f"pretrain wants a recipe first: {' '.join(RECIPES)}; `{PROG} --help` says what they are")
+    named = next((word for word in given if word.removeprefix("--recipe=") in RECIPES), None)
+    if given[0].startswith("-"):
+        rest = [word for word in given if word not in (named, "--recipe")]
+        first = (named or "RECIPE").removeprefix("--recipe=")
+        raise ValueError(f"the recipe comes first: {PROG} {first} {shlex.join(rest)}".rstrip())
+    meant = " or ".join(options.nearest(recipe, list(RECIPES)))
+    fix = f"did you mean {meant}?" if meant else f"there are {' '.join(RECIPES)}"
+    raise ValueError(f"there is no recipe {given[0]}: {fix}")
+
+
+def _about(make: Callable[[], Config]) -> str:
+    return (make.__doc__ or "").strip().splitlines()[0]
+
+
+PROG = "python -m fastdistil.pretrain"
+HELP = f"""usage: {PROG} RECIPE [OPTIONS]     on several devices: torchrun --nproc-per-node N -m ...
+
+recipes, each with values for all options:
+{{recipes}}
+
+options that most runs have:
+  --data.shards FOLDER      the text, as `python -m fastdistil.prepare` wrote it
+  --teacher.path FOLDER     the Hugging Face folder of the teacher
+  --out FOLDER              the folder of the run
+  --resume auto             go on from its newest checkpoint, if there is one
+  --optim.duration N        how long, in --optim.unit epochs or updates
+  --batch.token-budget N    tokens of a micro-batch: what fits the device
+  --dry-run                 say what the run will be (memory, updates, FLOPs), and stop
+
+`{PROG} RECIPE --help` shows all options, with what the recipe sets."""

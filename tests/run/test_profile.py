@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastdistil.model.architecture import flops_per_token
-from fastdistil.pretrain import parse
 from fastdistil.run import profile
 from fastdistil.run.config import Config
+from fastdistil.run.recipes import parse
 from fastdistil.training import forecast
 from fastdistil.training.preflight import resolve
 from tests.support import forked, launch, runs
