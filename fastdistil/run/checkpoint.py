@@ -175,6 +175,10 @@ class Saver:
         self._finish()
         self.open = self.thread.submit(self._save, tensors, state)
 
+    def is_writing(self) -> bool:
+        """Whether another `save` would have to wait."""
+        return self.open is not None and not self.open.done()
+
     def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         log.info("wrote %s", save(self.run, tensors, state, keep=self.keep))
 

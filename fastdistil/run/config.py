@@ -26,6 +26,23 @@ AT_LEAST_1 = Range("1 or more", lambda x: 1 <= x < math.inf)
 ABOVE_0 = Range("above 0", lambda x: 0 < x < math.inf)
 BELOW_1 = Range("in [0, 1)", lambda x: 0 <= x < 1)
 BOTH_BELOW_1 = Range("two numbers in [0, 1)", lambda x: all(0 <= b < 1 for b in x))
+Interval = int | str
+"""How often: updates, or a time."""
+_TIME = re.compile("(?=.*[1-9])([0-9]{1,6}(?:[.][0-9]{1,3})?)(s|min|h)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+AN_INTERVAL = Range(
+    "a time (30s, 15min, 1.5h) or a number of updates (1 or more)",
+    lambda x: x >= 1 if isinstance(x, int) else _TIME.fullmatch(x) is not None,
+)
+
+
+def updates_and_seconds(interval: Interval) -> tuple[float, float]:
+    """What an interval within AN_INTERVAL says; infinite is the one that it does not speak of."""
+    if isinstance(interval, int):
+        return interval, math.inf
+    time = _TIME.fullmatch(interval)
+    assert time is not None
+    return math.inf, float(time[1]) * _SECONDS[time[2]]
 
 
 @functools.cache
@@ -306,12 +323,14 @@ class EngineConfig(_Section):
 class LogConfig(_Section):
     """What is reported and kept. Nothing here changes results."""
 
-    every: Annotated[int, AT_LEAST_1] = 10
-    """Updates between two lines of metrics."""
-    validate_every: Annotated[int, AT_LEAST_1] = 500
-    """Updates between two validations; there is always one at the end."""
-    checkpoint_every: Annotated[int, AT_LEAST_1] = 500
-    """Updates between two checkpoints; there is always one at the end."""
+    every: Annotated[Interval, AN_INTERVAL] = "30s"
+    """Between two lines of the log, a time (30s, 15min, 1.5h) or a number of updates (10). The first update has a line
+    of its own, and an update that takes longer says how far it is."""
+    validate_every: Annotated[Interval, AN_INTERVAL] = "30min"
+    """Between two validations, a time or a number of updates; there is always one at the end. Give a number where the
+    curves of several runs are to be compared."""
+    checkpoint_every: Annotated[Interval, AN_INTERVAL] = "15min"
+    """Between two checkpoints, a time or a number of updates; there is always one at the end."""
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
     """How many of the latest checkpoints stay on disk."""
     failed_save: Literal["end", "go-on"] = "end"

@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _drop_after(path: Path, update: int) -> None:
 
 
 class Journal:
-    """The record of a run. Loss sums are gathered on the device; `flush` is the one host sync, every log.every updates.
+    """The record of a run. Loss sums are gathered on the device; `flush`, once every --log.every, is the one host sync.
 
     Every rank must call `flush` equally often; rank 0 writes.
 
@@ -141,6 +141,7 @@ class Journal:
         self.open: list[tuple[dict[str, Any], Tensor, Tensor]] = []  # record, sums, gradient norm
         self.num_skipped = num_skipped  # updates whose gradient was not finite: they changed nothing
         self.skipped_in_a_row = 0  # as of the last flush
+        self.longest_skip = (0, 0)  # so many in a row at most, and the last of them
         self.recent: deque[float] = deque(maxlen=100)  # gradient norms
         self.begin = time.perf_counter()
 
@@ -189,6 +190,7 @@ class Journal:
         if not math.isfinite(norm):
             self.num_skipped += 1
             self.skipped_in_a_row += 1
+            self.longest_skip = max(self.longest_skip, (self.skipped_in_a_row, update))
             log.warning("update %d skipped: its gradient is not finite (%d so far)", update, self.num_skipped)
             return
         self.skipped_in_a_row = 0
@@ -220,7 +222,24 @@ def progress_line(record: dict[str, Any], *, num_updates: int, seconds_left: flo
     names = ("loss", *(term.name for term in LOSS_TERMS), "agreement", "accuracy")
     losses = "  ".join(f"{n} {record[n]:.4g}" for n in names if n in record)
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-    left = int(seconds_left)
-    eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     speed = f"{record['tokens_per_s']:,.0f} tokens/s{mfu}"
-    return f"update {record['update']}/{num_updates}  {losses}  {speed}  ETA {eta}"
+    return f"update {record['update']}/{num_updates}  {losses}  {speed}  ETA {_clock(seconds_left)}"
+
+
+def _clock(seconds: float) -> str:
+    """3725.2 -> 1:02:05"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def counted(num_rounds: int, what: str, *, every_s: float) -> Iterator[int]:
+    """Counts the micro-batches of an update or a validation, and says every `every_s` seconds how far it is.
+
+    By the host's clock: on CUDA the device is some micro-batches behind.
+    """
+    began = said = time.perf_counter()
+    for done in range(num_rounds):
+        now = time.perf_counter()
+        if now - said >= every_s:
+            said, left = now, (now - began) / done * (num_rounds - done)
+            log.info(f"{what}: micro-batch {done} of {num_rounds}, {_clock(left)} left")
+        yield done

@@ -92,13 +92,13 @@ class Ranks:
             torch_dist.all_reduce(x)
         return x
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says yes. Goes over the host group: no GPU sync, about 0.1 ms."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag whether any rank says yes. Goes over the host group: no GPU sync, about 0.1 ms."""
         if self.host_group is None:
-            return flag
-        vote = torch.tensor([int(flag)])
-        torch_dist.all_reduce(vote, op=torch_dist.ReduceOp.MAX, group=self.host_group)
-        return bool(vote[0])  # a CPU tensor
+            return flags
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.MAX, group=self.host_group)
+        return tuple(map(bool, votes.tolist()))  # a CPU tensor
 
     def gather(self, number: float) -> list[float]:
         """What every rank says, in the order of ranks. Over the host group."""

@@ -1,14 +1,16 @@
 """The training loop, read from top to bottom: `setup` makes what it works with, `train` is the loop.
 
 An update: its plan -> for every micro-batch of this rank, with the teacher's output for it: forward and backward -> one
-step. Once in a while, on every rank alike: a line of the log (the only host sync), a validation, a checkpoint.
+step. Once in a while, on every rank alike: a line of the log (the only host sync), a validation, a checkpoint. Rank 0's
+clock decides when that is.
 """
 
 import logging
+import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,9 +24,9 @@ from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
 from fastdistil.run.command import Failed, StopRequest
-from fastdistil.run.config import Config, to_json
+from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
-from fastdistil.run.metrics import Journal, MetricsWriter, peak_flops
+from fastdistil.run.metrics import Journal, MetricsWriter, counted, peak_flops
 from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks, tell_launcher
 from fastdistil.training import forecast
@@ -38,6 +40,35 @@ log = logging.getLogger("fastdistil")
 
 SLOW = 1.5
 """Times the median of the other ranks: a rank that takes longer is named."""
+LIFE_S = 30.0
+"""An update or a validation that takes longer says how far it is; where --log.every is a time, it is that one."""
+MOST_OPEN = 1000
+"""Updates between two lines at most, where their interval is a time: each keeps its sums on the device until then."""
+
+
+class Due:
+    """When something is to be done again.
+
+    Args:
+        most: the most updates between two times, where the interval is a time.
+        is_busy: whether what was done the last time still goes on; a time then waits for its end.
+    """
+
+    def __init__(
+        self, interval: Interval, *, most: float = math.inf, is_busy: Callable[[], bool] = lambda: False
+    ) -> None:
+        updates, self.seconds = updates_and_seconds(interval)
+        self.updates = updates if updates < math.inf else most
+        self.is_busy, self.since = is_busy, time.perf_counter()
+
+    def now(self, update: int) -> bool:
+        """Whether it is due after `update`: a multiple of so many updates, or so many seconds after `done`."""
+        late = time.perf_counter() - self.since >= self.seconds
+        return update % self.updates == 0 or (late and not self.is_busy())
+
+    def done(self) -> None:
+        """It has been done: its time begins anew."""
+        self.since = time.perf_counter()
 
 
 @dataclass(slots=True)
@@ -70,6 +101,12 @@ class Job:
     def config(self) -> Config:
         """Of the run."""
         return self.resolved.config
+
+    @property
+    def life_s(self) -> float:
+        """After so many seconds inside an update or a validation a word is due."""
+        _, seconds = updates_and_seconds(self.config.log.every)
+        return seconds if seconds < math.inf else LIFE_S
 
     def status(self, state: str, **about: Any) -> None:
         """Replace status.json, on rank 0."""
@@ -146,7 +183,7 @@ def train(job: Job) -> str | None:
     """The run, from its first update or a checkpoint to its last update or a signal. Why it failed, or None."""
     config, corpus, ranks = job.config, job.corpus, job.ranks
     engine, journal, prefetcher = job.engine, job.journal, job.prefetcher
-    every, num_rounds, failure = config.log, job.resolved.micro_batches_per_rank, None
+    num_rounds, failure = job.resolved.micro_batches_per_rank, None
     # Micro-batches are made in worker processes, and the teacher's output one of them ahead where that gains.
     first = job.update * num_rounds
     batches = corpus.micro_batches(Split.TRAIN, ranks, rank=ranks.rank, first=first)
@@ -155,14 +192,19 @@ def train(job: Job) -> str | None:
     job.status("running")
     began = time.perf_counter()
     journal.restart_clock()
-    stopping = ranks.any(job.stop.asked)
+    lines = Due(config.log.every, most=MOST_OPEN)
+    validations = Due(config.log.validate_every)
+    checkpoints = Due(config.log.checkpoint_every, is_busy=lambda: job.saver is not None and job.saver.is_writing())
+    first_line = job.update + 1  # a sign of life
+    (stopping,) = ranks.any(job.stop.asked)
     while job.update < corpus.num_updates and not stopping:
         # Which sequences the update holds, and both denominators of its loss, are known before anything is computed.
         plan = job.plan = corpus.plan.update(job.update)
         lr = learning_rate(config, job.update, corpus.num_updates)
         with job.profile.update(job.update), prefetcher.update():
             # This rank's micro-batches, one after the other; their gradients add up.
-            for _ in range(num_rounds):
+            what = f"update {job.update + 1}/{corpus.num_updates}"
+            for _ in counted(num_rounds, what, every_s=job.life_s):
                 job.watchdog.restart()
                 begin = time.perf_counter()
                 batch, teacher_output = next(with_teacher)
@@ -175,15 +217,23 @@ def train(job: Job) -> str | None:
         journal.close_update(about | {"tokens": plan.num_tokens, "masked": plan.num_masked}, gradient_norm)
         job.update, job.num_tokens = job.update + 1, job.num_tokens + plan.num_tokens
 
-        # Once in a while, on every rank alike. A signal on any rank ends all of them here, with a checkpoint.
-        stopping, last = ranks.any(job.stop.asked), job.update == corpus.num_updates
-        if job.update % every.every == 0 or last or stopping:
+        # Once in a while, on every rank alike: rank 0 says what is due, and a signal on any rank ends all of them here,
+        # with a checkpoint. One exchange an update.
+        due = (ranks.is_main and x.now(job.update) for x in (lines, validations, checkpoints))
+        stopping, line_due, validation_due, checkpoint_due = ranks.any(job.stop.asked, *due)
+        last = job.update == corpus.num_updates
+        if job.update == first_line:
+            job.busy_s = 0.0  # workers and kernels started: no rank is slow for that
+        if line_due or job.update == first_line or last or stopping:
             failure = report(job)
             stopping = stopping or failure is not None
-        if job.update % every.validate_every == 0 or last:
+            lines.done()
+        if validation_due or last:
             validate(job)
-        if job.update % every.checkpoint_every == 0 or last or stopping:
+            validations.done()
+        if checkpoint_due or last or stopping:
             save(job)
+            checkpoints.done()
     finish(job, failure, time.perf_counter() - began)
     return failure
 
@@ -193,13 +243,14 @@ def report(job: Job) -> str | None:
     job.journal.flush()
     say_straggler(job.ranks.gather(job.busy_s))
     job.busy_s = 0.0
-    in_a_row = job.journal.skipped_in_a_row  # the same on every rank
+    in_a_row, skipped = job.journal.longest_skip  # the same on every rank
     if in_a_row < job.config.engine.max_skipped:
         return None
+    weights = "the weights that they met" if skipped == job.update else "what later updates made of these weights"
     return (
-        f"the gradients of updates {job.update - in_a_row + 1} to {job.update} were not finite; they changed nothing, "
-        f"and the checkpoint of update {job.update} has the weights that they met. See which micro-batch it was: "
-        f"python -m fastdistil.replay {job.config.out} --update {job.update}"
+        f"the gradients of updates {skipped - in_a_row + 1} to {skipped} were not finite; they changed nothing, "
+        f"and the checkpoint of update {job.update} has {weights}. See which micro-batch it was: "
+        f"python -m fastdistil.replay {job.config.out} --update {skipped}"
     )
 
 
@@ -224,11 +275,14 @@ def validate(job: Job) -> None:
     job.journal.flush()
     sums = torch.zeros(len(SUMS), device=job.ranks.device, dtype=torch.float64)  # as Journal's
     batches = job.corpus.micro_batches(Split.VALIDATION, job.ranks, rank=job.ranks.rank)
-    for batch, teacher_output in job.prefetcher.ahead(batches, Split.VALIDATION):
+    with_teacher = job.prefetcher.ahead(batches, Split.VALIDATION)
+    plan = job.corpus.validation
+    num_rounds = math.ceil(len(plan.micro_batches) / job.ranks.world_size)
+    for _ in counted(num_rounds, f"validation after update {job.update}", every_s=job.life_s):
+        batch, teacher_output = next(with_teacher)
         job.watchdog.restart()
         sums += job.engine.evaluate(batch, teacher_output)
     totals = job.ranks.sum(sums).tolist()  # a sync, once a validation
-    plan = job.corpus.validation
     losses = job.journal.to_means(totals, plan.num_tokens, plan.num_masked)
     job.journal.validation({"split": "validation", "update": job.update, **losses})
     job.journal.restart_clock()

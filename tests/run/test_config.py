@@ -1,6 +1,8 @@
 """The command line: recipes, overrides, typos, mistakes, and all of it before torch is imported."""
 
 import argparse
+import json
+import math
 import re
 import resource
 import subprocess
@@ -45,7 +47,11 @@ def test_every_recipe_says_its_name_and_parses(name):
         (["--masking.keep", "0.6", "--masking.random", "0.6"], "at most 1 together"),
         (["--optim.duration", "1.5", "--optim.unit", "updates"], "whole number"),
         (["--student.dropout", "1"], "must be in [0, 1)"),
-        (["--log.every", "0"], "must be 1 or more"),
+        (["--log.every", "0"], "must be a time (30s, 15min, 1.5h) or a number of updates (1 or more), got 0"),
+        (["--log.every", "0.0s"], "or a number of updates (1 or more), got '0.0s'"),
+        (["--log.validate-every", "15m"], "--log.validate-every must be a time (30s, 15min, 1.5h)"),
+        (["--log.checkpoint-every", "-5min"], "got '-5min'"),
+        (["--log.checkpoint-every", "2.5"], "got '2.5'"),
         (["--seed", "-3"], "must be in [0, 2^32)"),
         (["--engine.zero-stage", "4"], "4"),
         (["--student.num-layers", "3", "--student.layers", "0", "1"], "must be 3 numbers"),
@@ -54,6 +60,32 @@ def test_every_recipe_says_its_name_and_parses(name):
 def test_bad_values_say_what_was_wanted(args, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(["distilbert", *args])
+
+
+@pytest.mark.parametrize(
+    ("word", "updates", "seconds"),
+    [("10", 10, math.inf), ("30s", math.inf, 30), ("15min", math.inf, 900), ("1.5h", math.inf, 5400)],
+)
+def test_an_interval_is_updates_or_a_time(word, updates, seconds):
+    c = parse(["distilbert", "--log.every", word])
+    assert config.updates_and_seconds(c.log.every) == (updates, seconds)
+    again = config.from_json(json.loads(json.dumps(config.to_json(c))))
+    assert again == c
+
+
+def test_defaults_are_times_and_the_intervals_of_older_runs_are_read():
+    defaults = config.to_json(recipes.distilbert())
+    assert [defaults["log"][name] for name in ("every", "checkpoint_every", "validate_every")] == [
+        "30s",
+        "15min",
+        "30min",
+    ]
+    saved = defaults | {"log": defaults["log"] | {"every": 10, "validate_every": 500, "checkpoint_every": 500}}
+    assert config.from_json(saved).log.every == 10
+    assert config.resume_differences(saved, defaults) == []
+    for wrong in (["30s"], 2.5, {"s": 30}):
+        with pytest.raises(ValueError, match="this is no configuration of a run"):
+            config.from_json(defaults | {"log": defaults["log"] | {"every": wrong}})
 
 
 def test_no_option_of_ours_is_taken_by_torchrun():

@@ -61,6 +61,7 @@ def test_what_is_not_finite_is_counted_and_is_no_measure_of_what_is_usual(caplog
     update(record, 32, 1.0)
     record.flush()
     assert (record.num_skipped, record.skipped_in_a_row) == (5, 0)
+    assert record.longest_skip == (2, 31)  # whether a run ends for it does not depend on when one looked
     assert all(map(math.isfinite, record.recent))
 
 

@@ -1,7 +1,8 @@
 """`fastdistil.pretrain` with a fault in one rank's update, under torchrun: faulty_worker KIND RANK UPDATE ARGUMENTS...
 
 hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  kill: SIGKILL, once.
-slow: 0.3 s more before every forward.  save: the checkpoint of UPDATE stays half written until there is a file RUN/go.
+slow: 0.3 s more before every forward.  clock: its clock runs a million times as fast.
+save: the checkpoint of UPDATE stays half written until there is a file RUN/go.
 "planted" is printed when it happens.
 """
 
@@ -15,7 +16,7 @@ from fastdistil import pretrain
 from fastdistil.data import batches
 from fastdistil.run import checkpoint
 from fastdistil.run.command import launched, leave
-from fastdistil.training import engine
+from fastdistil.training import engine, loop
 
 KIND, RANK, UPDATE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
@@ -54,6 +55,16 @@ def slow_down() -> None:
     batches.Collator.__call__ = slow  # type: ignore[method-assign]
 
 
+class FastClock:
+    """Python's `time`, but for what the loop decides by."""
+
+    def perf_counter(self) -> float:
+        return 1e6 * time.perf_counter()
+
+    def __getattr__(self, name: str):
+        return getattr(time, name)
+
+
 def hold_save() -> None:
     save_file = checkpoint.save_file
 
@@ -70,6 +81,8 @@ def hold_save() -> None:
 if launched().rank == RANK:
     if KIND == "slow":
         slow_down()
+    elif KIND == "clock":
+        loop.time = FastClock()
     elif KIND == "save":
         hold_save()
     else:
