@@ -25,7 +25,7 @@ from fastdistil import report
 from fastdistil.data import shards, sources, tokenizer
 from fastdistil.evaluation import finetune, squad, tasks
 from fastdistil.evaluation.tasks import TASKS, Examples, Settings, TaskData
-from fastdistil.model import architecture, weights
+from fastdistil.model import architecture, headers, weights
 from fastdistil.run import checkpoint, folder
 from fastdistil.run.config import Config, to_json
 from tests.support import launch, toy
@@ -213,6 +213,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
     "forged checkpoint": ("run", load_forged_checkpoint, ()),
     "run": ("run", load_run, ("profile/table.json",)),
     "teacher": ("teacher", load_teacher, OF_A_MODEL),
+    "headers": ("teacher", headers.read_headers, OF_A_MODEL[:2]),
     "evaluation": ("teacher", load_for_evaluation, OF_A_MODEL),
     "shards": ("shards", load_shards, ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")),
     "forged shards": ("shards", load_forged_shards, ()),

@@ -32,7 +32,7 @@ WITHOUT_TORCH = (
     *sorted(COMMANDS),
     *(f"run.{name}" for name in ("config", "recipes", "options", "command", "folder", "files")),
     *(f"data.{name}" for name in ("sources", "tokenizer", "sequences", "shards")),
-    *("model.architecture", "model.families", "training.preflight"),
+    *("model.architecture", "model.families", "model.headers", "training.preflight"),
 )
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts)
 KERNELS = sorted(ROOT.glob("kernels/*.py"))
@@ -193,6 +193,10 @@ def test_no_folder_is_crowded():
 def test_no_pickle_and_no_unsafe_load(path):
     """Traps of the file formats: nothing the program reads may run code."""
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, node.bases):
+            # It finds names of tensors and calls nothing: find_class knows no function but its own.
+            assert name_of(path) == "model/headers"
+            assert {"find_class", "persistent_load"} == {d.name for d in node.body if isinstance(d, ast.FunctionDef)}
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}

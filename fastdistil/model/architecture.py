@@ -80,6 +80,22 @@ class Architecture:
         """Rows before the first position in Hugging Face's table; we do not keep them."""
         return families.unused_positions(self.model_type, self.pad_id)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of a tensor of our state dict as files hold it: q, k and v each, all positions, no vocabulary padding."""
+        width, ffn = self.hidden_size, self.ffn_size
+        weights = {
+            "word_embeddings": (self.vocab_size, width),
+            "position_embeddings": (self.unused_positions + self.max_positions, width),
+            "token_type_embeddings": (self.token_types, width),
+            **dict.fromkeys(("qkv", "attention_out", "dense"), (width, width)),
+            "ffn_in": (ffn, width),
+            "ffn_out": (width, ffn),
+            "head": (self.vocab_size, width),
+        }
+        module, kind = key.split(".")[-2:]
+        weight = weights.get(module, (width,))  # a LayerNorm's
+        return weight if kind == "weight" else weight[:1]
+
     @property
     def num_parameters(self) -> int:
         """Parameters of encoder and MLM head; the tied decoder once, vocabulary padding not at all."""
@@ -114,9 +130,12 @@ def read_architecture(folder: str | Path) -> Architecture:
     asks for something this encoder does not compute: another activation, other positions, a decoder.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"not a Hugging Face folder: wanted config.json in {folder}")
+    if not path.is_file() or (path.parent / "adapter_config.json").is_file():
+        raise ValueError(f"not a Hugging Face folder: wanted config.json in {folder}{_what_it_is(path.parent)}")
     config = files.read_json(path)
+    if {"config", "student"} <= config.keys():
+        raise ValueError(f"{folder} is a run: give its export, `python -m fastdistil.export {folder} --out DIR`")
+    family = None
     try:
         model_type = config.get("model_type")
         family = families.find(model_type)
@@ -127,24 +146,47 @@ def read_architecture(folder: str | Path) -> Architecture:
             if sizes[field] is None:
                 raise ValueError(f"it has no {name!r}: a {model_type} config.json must give it")
         whole = Architecture(model_type=model_type, **sizes)
+        if whole.max_positions <= whole.unused_positions:
+            raise ValueError(
+                f"max_positions must be above the {whole.unused_positions} rows that are never used, "
+                f"got {whole.max_positions}"
+            )
         return replace(whole, max_positions=whole.max_positions - whole.unused_positions)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        # Where it begins with a field of Architecture, the file has another name for that.
+        first, blank, rest = str(error).partition(" ")
+        name = family.fields.get(first, first) if family else first
+        raise ValueError(f"{path}: {name}{blank}{rest}") from None
+
+
+def _what_it_is(folder: Path) -> str:
+    """What a folder without a model is instead, and what to give in its place; the end of a message."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            " and no adapter_config.json, got a PEFT adapter: merge it into its model (merge_and_unload, then "
+            "save_pretrained) and give that"
+        )
+    if not folder.exists():
+        return ", which does not exist: a model on the hub is fetched by `hf download NAME --local-dir DIR`"
+    if folder.is_file():
+        return f", which is a file: give the folder {folder.parent}"
+    # As the hub's cache, the Trainer and old versions of sentence-transformers lay models out.
+    inside = sorted((*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
+    models = [str(path.parent) for path in inside if "model_type" in files.read_json(path)]
+    return f": give {' or '.join(models)}" if models else ""
 
 
 def _refuse_what_is_not_computed(config: dict[str, Any], activation: str) -> None:
-    if config.get(activation, "gelu") != "gelu":
+    if config.get(activation, "gelu") not in ("gelu", "gelu_python"):  # two names of one function
         raise ValueError(
             f"{activation} must be 'gelu' (exact erf), got {config[activation]!r}: "
             "such a model cannot be computed exactly here, use another checkpoint"
         )
-    if config.get("position_embedding_type", "absolute") != "absolute":
+    if config.get("position_embedding_type") not in (None, "absolute"):
         raise ValueError(f"position_embedding_type must be 'absolute', got {config['position_embedding_type']!r}")
     for flag in ("is_decoder", "add_cross_attention"):
         if config.get(flag):
             raise ValueError(f"{flag} must be false, got {config[flag]!r}: only bidirectional encoders")
-    if config.get("tie_word_embeddings", True) is False:
-        raise ValueError("tie_word_embeddings is false: the MLM decoder must be the word embeddings")
 
 
 class FlopsPerToken(NamedTuple):

@@ -5,7 +5,7 @@ the tensors in the weights file, of the class in transformers. One entry of FAMI
 about a family, so another family of the same computation is one more entry and nothing else.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 _EMBEDDINGS = {
@@ -16,6 +16,11 @@ _EMBEDDINGS = {
 }
 """Our module -> theirs below Family.prefix, the same in every family."""
 
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+"""Below Family.prefix, in files of old releases: 0, 1, 2, ... and zeros."""
+_WRAPPERS = ("module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What DistributedDataParallel, Lightning, torch.compile and FSDP write before a name or into it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
@@ -25,8 +30,8 @@ class Family:
     """What people call it, for messages."""
     masked_lm: str
     """The class of transformers that computes encoder and MLM head."""
-    students: dict[int, str]
-    """A student's family by the rows of its token-type table; empty where students are of their teacher's family."""
+    students: dict[bool, str]
+    """A student's family by whether it has token types; empty where students are of their teacher's family."""
 
     fields: dict[str, str]
     """Field of Architecture -> its name in config.json."""
@@ -51,8 +56,6 @@ class Family:
     """Our module of the MLM head -> theirs. `head` itself holds the bias; its weight is the word embeddings."""
     decoder: str
     """Where old files hold the decoder, a second copy of the word embeddings and perhaps of the bias."""
-    ignored: tuple[str, ...]
-    """Beginnings of the tensors that neither the MLM objective nor the encoder's output uses."""
 
     def tensor_names(self, num_layers: int) -> dict[str, tuple[str, ...]]:
         """Key of our state dict -> the keys in the weights file that it is stacked from, for the whole model."""
@@ -74,11 +77,17 @@ class Family:
         return names
 
     def canonical_name(self, key: str) -> str | None:
-        """What today's ...ForMaskedLM calls the tensor that a file calls `key`; None for a part that is ignored."""
-        name = key.replace(".gamma", ".weight").replace(".beta", ".bias")  # TensorFlow's, in the first releases
+        """What today's ...ForMaskedLM calls the tensor that a file calls `key`; None for a buffer of constants."""
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        name = name.replace(".gamma", ".weight").replace(".beta", ".bias")  # TensorFlow's, in the first releases
         if name.startswith(("embeddings.", "pooler.", f"{self.layers.partition('.')[0]}.")):
             name = self.prefix + name  # saved from the bare encoder
-        return None if name.startswith(self.ignored) else name
+        return None if name.removeprefix(self.prefix) in _BUFFERS else name
+
+    def is_part(self, name: str) -> bool:
+        """Whether a tensor with this canonical name is of the encoder or the MLM head, and of no other head."""
+        head = tuple(f"{module}." for module in (*self.head.values(), self.decoder))
+        return name.startswith((self.prefix, *head)) and not name.startswith(f"{self.prefix}pooler.")
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -90,7 +99,7 @@ class Family:
 _BERT = Family(
     title="BERT",
     masked_lm="BertForMaskedLM",
-    students={0: "distilbert", 2: "bert"},
+    students={False: "distilbert", True: "bert"},
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -121,7 +130,6 @@ _BERT = Family(
         "head": "cls.predictions",
     },
     decoder="cls.predictions.decoder",
-    ignored=("bert.pooler.", "bert.embeddings.position_ids", "bert.embeddings.token_type_ids", "cls.seq_relationship."),
 )
 _DISTILBERT = Family(
     title="DistilBERT",
@@ -154,7 +162,6 @@ _DISTILBERT = Family(
     },
     head={"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm", "head": "vocab_projector"},
     decoder="vocab_projector",
-    ignored=("distilbert.embeddings.position_ids",),
 )
 _ROBERTA = Family(
     title="RoBERTa",
@@ -168,18 +175,22 @@ _ROBERTA = Family(
     layer=_BERT.layer,
     head={"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head": "lm_head"},
     decoder="lm_head.decoder",
-    ignored=("roberta.pooler.", "roberta.embeddings.position_ids", "roberta.embeddings.token_type_ids"),
 )
-FAMILIES = {"bert": _BERT, "distilbert": _DISTILBERT, "roberta": _ROBERTA}
+FAMILIES = {
+    "bert": _BERT,
+    "distilbert": _DISTILBERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": replace(_ROBERTA, title="XLM-RoBERTa", masked_lm="XLMRobertaForMaskedLM"),
+    "camembert": replace(_ROBERTA, title="CamemBERT", masked_lm="CamembertForMaskedLM"),
+}
 """By the model_type of config.json."""
 
 
 def find(model_type: Any) -> Family:
     """The family of a model_type. Raises ValueError where we do not know it."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}: only these encoders are supported"
-        )
+        fix = "only these encoders are supported" if model_type is not None else "add what the model is"
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}: {fix}")
     return FAMILIES[model_type]
 
 

@@ -8,6 +8,7 @@ Shapes: D hidden width, V vocabulary (padded to a multiple of 64 in our state di
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdistil.model import headers
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture, read_architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.families import Family
 from fastdistil.run import files
 
 TOKENIZER_FILES = (
@@ -35,123 +36,50 @@ _VOCAB_ROWS = ("encoder.word_embeddings.weight", "head.bias")
 """Tensors of our state dict whose rows are padded."""
 _POSITIONS = "encoder.position_embeddings.weight"
 """The tensor whose table has unused rows in some families."""
+_TOKEN_TYPES = "encoder.token_type_embeddings.weight"
+"""The tensor of which only row 0 is used here."""
 
 
 @torch.no_grad()
-def load_masked_lm(folder: str | Path, *, need_head: bool, generator: torch.Generator | None = None) -> MaskedLM:
+def load_masked_lm(
+    folder: str | Path, *, need_head: bool, vocab_size: int | None = None, generator: torch.Generator | None = None
+) -> MaskedLM:
     """The model of a Hugging Face folder, in fp32 on the CPU, in training mode.
 
-    Reads the ...Model, ...ForMaskedLM and ...ForPreTraining of the families in families.py; poolers, next-sentence
-    heads and position buffers are left out.
+    Reads every class of transformers that is an encoder of the families in families.py with heads on it; poolers, heads
+    of other tasks and position buffers are left out, preflight says which.
 
     Args:
-        folder: with config.json and model.safetensors (or its shards), else pytorch_model.bin.
+        folder: with config.json and model.safetensors, else pytorch_model.bin, whole or in shards with an index.
         need_head: refuse a folder without MLM head. Otherwise such a folder gets a fresh head.
+        vocab_size: leave out the rows of the vocabulary from this one on, which no token has.
         generator: draws that fresh head; seed 0 if none is given.
 
     Raises ValueError where the folder is not exactly such a model.
     """
     folder = Path(folder)
-    architecture = read_architecture(folder)
-    found = _canonical(_read_tensors(folder), architecture.family)
-    _refuse_wild_sizes(folder, architecture, found)
-    model = MaskedLM(architecture, generator=generator)
+    whole = read_architecture(folder)
+    tensors: dict[str, Tensor] = {}
+    for path in headers.weight_files(folder):
+        headers.refuse_pointer(path)
+        tensors |= _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    found = {key: headers.TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in tensors.items()}
+    contents = headers.match(folder, whole, found, need_head=need_head)
+    for copy, first in contents.copies.items():
+        if not torch.equal(tensors[copy], tensors[first]):
+            raise ValueError(headers.differs(copy, first))
 
-    # A folder without a single tensor of the head is a bare encoder. One with a part of the head is incomplete.
-    names = architecture.family.tensor_names(architecture.num_layers)
-    head = {ours for ours in names if ours.startswith("head.")}
-    if not any(name in found for ours in head for name in names[ours]):
-        if need_head:
-            raise ValueError(_no_head_message(folder))
-        names = {ours: theirs for ours, theirs in names.items() if ours not in head}
-
-    wanted = {name for theirs in names.values() for name in theirs}
-    _refuse_other_keys(f"{folder} does not hold this model", wanted, found)
-
+    # A padding id only says which row gets no gradient. One that is cut off is not the one that is used.
+    rows = vocab_size or whole.vocab_size
+    used = replace(whole, vocab_size=rows, pad_id=whole.pad_id if whole.pad_id < rows else 0)
+    model = MaskedLM(used, generator=generator)
     # What is copied into the state dict is in the model: they share their memory. Padding and unused rows are left out.
     own = model.state_dict()
-    for ours, theirs in names.items():
-        target = own[ours][: architecture.vocab_size] if ours in _VOCAB_ROWS else own[ours]
-        unused = architecture.unused_positions if ours == _POSITIONS else 0
-        shape = (unused + len(target) // len(theirs), *target.shape[1:])
-        for name in theirs:
-            if found[name].shape != shape or not found[name].is_floating_point():
-                raise ValueError(
-                    f"{folder}: {name} must be floats of shape {shape} according to config.json, "
-                    f"got {found[name].dtype} of shape {tuple(found[name].shape)}"
-                )
-        target.copy_(torch.cat([found[name][unused:] for name in theirs]))
+    for ours, keys in contents.sources.items():
+        target = own[ours][:rows] if ours in _VOCAB_ROWS else own[ours]
+        unused = whole.unused_positions if ours == _POSITIONS else 0
+        target.copy_(torch.cat([tensors[key][unused:] for key in keys])[: len(target)])
     return model
-
-
-def _refuse_wild_sizes(folder: Path, architecture: Architecture, found: Mapping[str, Tensor]) -> None:
-    """Before such a model is made: its memory is bounded by that of the file. Smaller differences are named later."""
-    width, vocab_size = architecture.hidden_size, architecture.vocab_size
-    held = sum(tensor.numel() for tensor in found.values())
-    fresh_head = width * (width + 3) + vocab_size
-    if architecture.num_parameters > 2 * (held + fresh_head):
-        raise ValueError(
-            f"{folder / 'config.json'} describes {architecture.num_parameters:,} parameters, the weights beside it are "
-            f"{held:,} numbers: they do not belong together"
-        )
-
-
-def _no_head_message(folder: Path) -> str:
-    classes = files.read_json(folder / "config.json").get("architectures")
-    return (
-        f"wanted a model with a masked-LM head in {folder}, got {classes or 'an encoder'} without one: train a head "
-        f"with the mlm recipe (python -m fastdistil.pretrain mlm --student.init {folder} ...) and use its export"
-    )
-
-
-def _canonical(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
-    """The tensors by the names that today's ...ForMaskedLM gives them, without aliases and without what is ignored."""
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = family.canonical_name(key)
-        if name is None:
-            continue
-        if name in found:
-            raise ValueError(f"the folder holds {name} twice, once as {key!r}: keep one of them")
-        found[name] = tensor
-    for alias, name in family.aliases.items():
-        if alias not in found:
-            continue
-        tensor = found.pop(alias)
-        if name in found and not torch.equal(tensor, found[name]):
-            raise ValueError(
-                f"{alias} differs from {name}: only an MLM head whose decoder is tied to the word embeddings is "
-                "supported"
-            )
-        found.setdefault(name, tensor)
-    return found
-
-
-def _refuse_other_keys(what: str, wanted: set[str], found: Mapping[str, Any]) -> None:
-    missing, unexpected = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
-    if missing or unexpected:
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
-        raise ValueError(f"{what}: {' and '.join(parts)}")
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's weight file or files, on the CPU."""
-    single, index, pickled = (
-        folder / name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    )
-    if single.is_file():
-        return _read_safetensors(single)
-    if index.is_file():
-        return _read_shards(index)
-    if pickled.is_file():
-        return _read_pickle(pickled)
-    raise ValueError(
-        f"no weights in {folder}: wanted model.safetensors, model.safetensors.index.json or pytorch_model.bin"
-    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -161,30 +89,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    other = "this is not an index of safetensors files, save the model again"
-    weight_map = files.read_json(index, fix=other).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} must hold a weight_map of names to files: {other}")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} must name files beside itself, got {name!r}")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        tensors |= _read_safetensors(index.parent / name)
-    return tensors
-
-
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the damage leads to
-        raise ValueError(
-            f"{path} was refused, because it holds more than tensors or is damaged; it is never loaded in a "
-            f"less safe way: save the model as safetensors where you trust it ({repr(error).splitlines()[0]:.200})"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise ValueError(f"{path} must hold a state dict, names to tensors, got {type(state).__name__}")
+        raise ValueError(headers.refusal_of_pickle(path, error)) from None
+    headers.check_state_dict(path, state, Tensor)
     return state
 
 
@@ -200,8 +110,9 @@ def student_from_teacher(
     """A student that starts as copies of the teacher's weights, as the authors' did.
 
     Copied: word and position embeddings, the embedding LayerNorm, the teacher's layers named in `layers`, the decoder
-    bias, and a token-type table if the student has one. Without one, the teacher's token-type row 0 is not folded into
-    the positions: the authors' script leaves it out too.
+    bias, and the first rows of the token-type table if the student has one; rows that the teacher has not start as its
+    row 0, the type of every token. Without a table, the teacher's row 0 is not folded into the positions: the authors'
+    script leaves it out too.
 
     Args:
         teacher: source of the weights; it is not changed and shares no memory with the student.
@@ -221,8 +132,9 @@ def student_from_teacher(
     sizes = ("vocab_size", "hidden_size", "num_heads", "ffn_size", "max_positions")
     same = all(getattr(architecture, name) == getattr(source, name) for name in sizes)
     # The student is what its teacher is, or the same without token types where the family has such students.
-    kinds = [(source.model_type, source.token_types), (source.family.students.get(0), 0)]
-    if not same or (architecture.model_type, architecture.token_types) not in kinds:
+    has_types = architecture.token_types > 0
+    kind = source.family.students.get(has_types, source.model_type)
+    if not same or architecture.model_type != kind or (has_types and not source.token_types):
         raise ValueError(
             "a student that starts from teacher layers must have the teacher's widths, heads, vocabulary and "
             f"positions, got {architecture} for {source}: change them back, or start from random weights"
@@ -233,6 +145,10 @@ def student_from_teacher(
         if name.startswith("encoder.layers."):
             index, _, rest = name.removeprefix("encoder.layers.").partition(".")
             target.copy_(teacher_state[f"encoder.layers.{layers[int(index)]}.{rest}"])
+        elif name == _TOKEN_TYPES:
+            table = teacher_state[name][: len(target)]
+            target.copy_(table[:1].expand_as(target))
+            target[: len(table)].copy_(table)
         elif copy_transform or not name.startswith(("head.dense.", "head.norm.")):
             target.copy_(teacher_state[name])
     return student
@@ -262,7 +178,7 @@ def hugging_face_state(state: Mapping[str, Tensor], architecture: Architecture) 
     aliases, and transformers ties the decoder again when it loads. Raises ValueError where `state` has other keys.
     """
     names = architecture.family.tensor_names(architecture.num_layers)
-    _refuse_other_keys("these are not the weights of this architecture", set(names), state)
+    headers.refuse_other_keys("these are not the weights of this architecture", set(names), state)
     result = {}
     for ours, theirs in names.items():
         tensor = state[ours][: architecture.vocab_size] if ours in _VOCAB_ROWS else state[ours]

@@ -146,8 +146,9 @@ class StudentConfig(_Section):
     """Width of the feed-forward layer. None: as the source, or 4 x hidden-size."""
     max_positions: Annotated[int | None, AT_LEAST_1] = None
     """Longest sequence it can read. None: as the source, or the longest sequence of the shards."""
-    token_types: Literal[0, 2] | None = None
-    """Rows of the token-type table: 2 exports a BERT, 0 a DistilBERT. None: 0."""
+    token_types: Annotated[int | None, AT_LEAST_0] = None
+    """Rows of the token-type table: with some it exports a BERT, with 0 a DistilBERT. None: 0, or as the folder that
+    goes on training without a teacher."""
     dropout: Annotated[float, BELOW_1] = 0.1
     """Dropout after embeddings, attention and feed-forward."""
     attention_dropout: Annotated[float, BELOW_1] = 0.1

@@ -13,6 +13,10 @@ import socket
 from pathlib import Path
 from typing import Any, Self
 
+LFS_POINTER = b"version https://git-lfs."
+"""How the file begins that Git LFS leaves in the place of a large one."""
+LFS_FIX = "fetch what it stands for by `git lfs pull`"
+
 
 def read_json(path: Path, *, kind: type = dict, fix: str = "") -> Any:
     """The JSON value in a file, which must be a `kind` (dict or list); `fix` says in the error what the user can do.
@@ -21,7 +25,10 @@ def read_json(path: Path, *, kind: type = dict, fix: str = "") -> Any:
     """
     ending = f": {fix}" if fix else ""
     try:
-        record = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise ValueError(f"it is a Git LFS pointer: {LFS_FIX}")
+        record = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path} does not exist{ending}") from None
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: arrays nested thousands deep

@@ -1,8 +1,8 @@
 """What a run will be, before any of it: the answer to --dry-run, the first lines of a log, and the floors of a profile.
 
-`python -m fastdistil.pretrain ... --dry-run --world-size 128` needs no GPU, no torchrun and no weights, and writes
-nothing: the teacher's config.json and the lengths of the prepared sequences are enough. A number that was not measured
-says so.
+`python -m fastdistil.pretrain ... --dry-run --world-size 128` needs no GPU and no torchrun, loads no weights, and
+writes nothing: the teacher's config.json, the header of its weights and the lengths of the prepared sequences are
+enough. A number that was not measured says so.
 """
 
 import logging
@@ -64,6 +64,7 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     dtype, world_size = resolved.dtype(device), resolved.world_size + config.teacher.ranks
     yield "ranks", f"{world_size} x {device_name}, {_name(dtype)}"
     yield from _models(resolved)
+    yield from (("note", note) for note in resolved.notes)
 
     # The text, without its hashes and the orders of all epochs: each takes longer than the rest together.
     quick = replace(
@@ -127,6 +128,8 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
     log.info("attention: %s", ", ".join(_attention_backends(resolved, ranks.device)))
     for name, what in _models(resolved):
         log.info("%s: %s", name, what)
+    for note in resolved.notes:
+        log.info(note)
     held_out = meta.num_sequences - len(plan.lengths)
     log.info(f"text: {meta.num_tokens:,} tokens in {meta.num_sequences:,} sequences, {held_out:,} held out")
     first = plan.update(0)

@@ -113,7 +113,8 @@ def load_models(resolved: Resolved, ranks: Ranks) -> tuple[Teacher | RemoteTeach
     config, dtype = resolved.config, resolved.teacher_dtype(ranks.device)
     for arithmetic in (resolved.dtype(ranks.device), dtype):
         resolve_backend(config.engine.attention, ranks.device, dtype=arithmetic)
-    teacher = load_masked_lm(config.teacher.path, need_head=True) if config.teacher.path else None
+    vocab_size, path = resolved.meta.vocab_size, config.teacher.path
+    teacher = load_masked_lm(path, need_head=True, vocab_size=vocab_size) if path else None
     student = _student(resolved, teacher)
     student.encoder.activation_checkpointing = config.engine.activation_checkpointing
     for model in (student, teacher):
@@ -159,7 +160,8 @@ def _student(resolved: Resolved, teacher: MaskedLM | None) -> MaskedLM:
         return MaskedLM(resolved.student, generator=generator)
     source = teacher
     if config.student.init != "teacher":
-        source = load_masked_lm(resolved.source_path, need_head=False, generator=generator)
+        size = resolved.meta.vocab_size
+        source = load_masked_lm(resolved.source_path, need_head=False, vocab_size=size, generator=generator)
     assert source is not None  # preflight: init=teacher has a teacher
     return student_from_teacher(
         source,

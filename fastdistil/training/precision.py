@@ -156,7 +156,7 @@ def require_small_drift(
     if teacher.head.weight.dtype == torch.float32:
         return
     assert config.path is not None
-    model = load_masked_lm(config.path, need_head=True)
+    model = load_masked_lm(config.path, need_head=True, vocab_size=teacher.head.vocab_size)
     exact = Teacher(model, device=ranks.device, dtype=torch.float32)
     sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
     for number, batch in enumerate(islice(validation, MICRO_BATCHES)):

@@ -4,15 +4,14 @@
 got and what to do. Whatever follows from that alone, and later rooms need, is a property of `Resolved`.
 """
 
-import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
-from fastdistil.model import families
+from fastdistil.model import families, headers
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, read_architecture
 from fastdistil.run import folder
 from fastdistil.run.config import Config, StudentConfig
@@ -38,6 +37,8 @@ class Resolved:
     """Ranks that train."""
     micro_batches_per_update: int
     """Over all ranks, the same for any number of them."""
+    notes: tuple[str, ...]
+    """What of the models is not used as it is in their folders, for the log."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -98,7 +99,7 @@ class Resolved:
 
 
 def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Resolved:
-    """Check the configuration against the files it names. Reads only small files.
+    """Check the configuration against the files it names. Reads only small files, and of weights the headers.
 
     Args:
         world_size: ranks, those of teachers included; --world-size stands for them in a dry run.
@@ -123,10 +124,17 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     # The text, and the models that are to read it.
     meta = read_meta(config.data.shards)
     _check_own_tokenizer(config.data.shards / "tokenizer", meta)
-    teacher = _model("--teacher.path", config.teacher.path, meta) if config.teacher.path else None
-    source_path, source = _source(config, teacher, meta)
+    notes: list[str] = []
+    path = config.teacher.path
+    teacher = _model("--teacher.path", path, meta, notes, need_head=True) if path else None
+    source_path, source = _source(config, teacher, meta, notes)
     layers = _layers(config.student, teacher, source)
     student = _student(config.student, len(layers), teacher, source, meta)
+    if source is not None and 0 < source.token_types != student.token_types > 0:
+        notes.append(
+            f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
+            "copied, and others start as its row 0, the type of every token"
+        )
     _check_widths(config, teacher, student)
     _check_lengths(config, meta, teacher, student)
     resolved = Resolved(
@@ -138,6 +146,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         meta=meta,
         world_size=world_size - config.teacher.ranks,
         micro_batches_per_update=_micro_batches(config, meta, world_size - config.teacher.ranks),
+        notes=tuple(notes),
     )
     folder.check(config)
     return resolved
@@ -178,16 +187,21 @@ def _check_losses(config: Config) -> None:
         )
     if distils and teacher.path is None:
         raise ValueError(
-            f"recipe {config.recipe} imitates a teacher and --teacher.path is missing: give a Hugging Face folder with "
-            "a masked-LM head (the mlm recipe trains one), or train without a teacher by the mlm recipe"
+            f"recipe {config.recipe} imitates a teacher ({_weights(config)}) and --teacher.path is missing: give a "
+            "Hugging Face folder with a masked-LM head (the mlm recipe trains one), or train without a teacher by the "
+            "mlm recipe"
         )
     if teacher.path is None and teacher.precision != "auto":
         raise ValueError(f"--teacher.precision {teacher.precision} has no effect without --teacher.path: leave it out")
     if teacher.path is not None and not distils:
         raise ValueError(
-            "--teacher.path has no effect with --loss.kd 0 and --loss.cosine 0 (and no --loss.hidden or "
-            "--loss.values): leave it out, or give one of them a weight"
+            f"--teacher.path has no effect in recipe {config.recipe} with {_weights(config)} alone: leave it out, or "
+            "give --loss.kd, --loss.cosine, --loss.hidden or --loss.values a weight (recipe distilbert does)"
         )
+
+
+def _weights(config: Config) -> str:
+    return ", ".join(f"--loss.{term.name} {config.loss.weight(term):g}" for term in config.loss.terms)
 
 
 def _check_widths(config: Config, teacher: Architecture | None, student: Architecture) -> None:
@@ -208,30 +222,31 @@ def _check_widths(config: Config, teacher: Architecture | None, student: Archite
 
 
 def _check_lengths(config: Config, meta: Meta, teacher: Architecture | None, student: Architecture) -> None:
-    for name, model in (("teacher", teacher), ("student", student)):
-        if model is not None and meta.max_length > model.max_positions:
-            raise ValueError(
-                f"the shards hold sequences of up to {meta.max_length} tokens, the {name} reads {model.max_positions}: "
-                f"prepare with --max-length {model.max_positions}"
-            )
-    if config.batch.token_budget < meta.max_length:
-        raise ValueError(
-            f"--batch.token-budget {config.batch.token_budget} cannot hold a sequence of {meta.max_length} tokens: "
-            f"use at least {-(-meta.max_length // 64) * 64}, or prepare shorter sequences"
-        )
-    if config.data.validation is None:
-        return
-    other = read_meta(config.data.validation)
+    assert config.data.shards is not None  # resolve
+    texts = [("--data.shards", config.data.shards, meta)]
+    if config.data.validation is not None:
+        texts.append(("--data.validation", config.data.validation, read_meta(config.data.validation)))
+    other = texts[-1][2]
     if (meta.tokenizer_sha256, meta.special_ids) != (other.tokenizer_sha256, other.special_ids):
         raise ValueError(
             f"--data.validation {config.data.validation} was made with tokenizer {other.tokenizer_sha256[:12]}, "
             f"--data.shards {config.data.shards} with {meta.tokenizer_sha256[:12]}: prepare both with one tokenizer"
         )
-    if other.max_length > student.max_positions:
-        raise ValueError(
-            f"--data.validation holds sequences of up to {other.max_length} tokens, the student reads "
-            f"{student.max_positions}"
-        )
+    longer = f", or give a longer --student.max-positions than {student.max_positions}"
+    for option, path, text in texts:
+        for name, model in (("teacher", teacher), ("student", student)):
+            if model is not None and text.max_length > model.max_positions:
+                asked = name == "student" and config.student.max_positions
+                raise ValueError(
+                    f"{option} {path} holds sequences of up to {text.max_length} tokens, the {name} reads "
+                    f"{model.max_positions}: prepare with --max-length {model.max_positions}{longer if asked else ''}"
+                )
+        least = -(-text.max_length // 64) * 64
+        if config.batch.token_budget < text.max_length:
+            raise ValueError(
+                f"--batch.token-budget {config.batch.token_budget} cannot hold a sequence of {text.max_length} tokens, "
+                f"as {option} {path} has: use at least {least}, or prepare shorter sequences"
+            )
 
 
 def _check_own_tokenizer(path: Path, meta: Meta) -> None:
@@ -244,29 +259,62 @@ def _check_own_tokenizer(path: Path, meta: Meta) -> None:
         )
 
 
-def _model(option: str, path: Path, meta: Meta) -> Architecture:
-    """A model that reads the shards, which it does only if both mean the same by every id."""
-    model = read_architecture(path)
-    # A row a comparison: how it reads, what the model has, what the shards have.
-    rows: list[tuple[str, Any, Any]] = [
-        ("has a vocabulary of {}, the shards have {}", model.vocab_size, meta.vocab_size),
-        ("pads with id {}, the shards with {}", model.pad_id, meta.special_ids["pad"]),
-    ]
-    # Weights without a tokenizer: the sizes are all there is to compare, and export says whose tokenizer it was.
-    with contextlib.suppress(FileNotFoundError):
-        hashes = tokenizer.vocabulary_sha256(path)[:12], meta.tokenizer_sha256[:12]
-        rows.append(("has the special ids {}, the shards {}", tokenizer.special_ids(path), meta.special_ids))
-        rows.append(("has a tokenizer with hash {}, the shards were made with {}", *hashes))
-    for text, has, wanted in rows:
-        if has != wanted:
-            raise ValueError(
-                f"{option} {path} {text.format(has, wanted)}: prepare the shards with its tokenizer: "
-                f"`python -m fastdistil.prepare ... --tokenizer {path}`"
-            )
-    return model
+def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: bool) -> Architecture:
+    """A model that reads the shards, with their vocabulary. It does only if both mean the same by every id."""
+    model, what = read_architecture(path), f"{option} {path}"
+    has_tokenizer = _same_tokenizer(what, path, meta)
+    has, wanted, pad = model.vocab_size, meta.vocab_size, meta.special_ids["pad"]
+    if has != wanted and not has_tokenizer:
+        raise ValueError(
+            f"{what} has a vocabulary of {has}, the shards have {wanted}, and it has no tokenizer that would say what "
+            "its ids mean: copy that of the model into its folder"
+        )
+    if has < wanted:
+        raise ValueError(
+            f"{what} has a vocabulary of {has} in config.json, its tokenizer has {wanted} tokens: the ids from {has} "
+            f"on have no weights, so train it with resize_token_embeddings({wanted}), or give the tokenizer it was "
+            "trained with"
+        )
+    if has > wanted:
+        notes.append(
+            f"{what} has {has:,} rows for the {wanted:,} tokens of its tokenizer: the rows after them are left out, "
+            f"and the student has {wanted:,}"
+        )
+    if model.pad_id != pad and model.family.positions_after_pad:
+        raise ValueError(
+            f"{what} has the pad_token_id {model.pad_id} in config.json, the shards pad with {pad}: a "
+            f"{model.family.title} counts its positions from it, so correct the one that is wrong"
+        )
+    if model.pad_id != pad:
+        notes.append(f"{what} has the pad_token_id {model.pad_id} in config.json: {pad} is used, as in the shards")
+    contents = headers.match(path, model, headers.read_headers(path), need_head=need_head)
+    if not contents.has_head:
+        notes.append(f"{what} has no masked-LM head: it gets a fresh one")
+    if contents.left_out:
+        notes.append(f"{what}: left out {', '.join(contents.left_out)}")
+    return replace(model, vocab_size=wanted, pad_id=pad)
 
 
-def _source(config: Config, teacher: Architecture | None, meta: Meta) -> tuple[Path | None, Architecture | None]:
+def _same_tokenizer(what: str, path: Path, meta: Meta) -> bool:
+    """Whether the model's folder has a tokenizer. Raises ValueError where it is another than that of the shards."""
+    try:
+        sha256, special_ids = tokenizer.vocabulary_sha256(path), tokenizer.special_ids(path)
+    except FileNotFoundError:
+        return False
+    fix = f"prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer {path}`"
+    if sha256 != meta.tokenizer_sha256:
+        raise ValueError(
+            f"{what} has a tokenizer with hash {sha256[:12]} ({len(tokenizer.read_vocabulary(path)):,} tokens), the "
+            f"shards were made with {meta.tokenizer_sha256[:12]} ({meta.vocab_size:,} tokens): {fix}"
+        )
+    if special_ids != meta.special_ids:
+        raise ValueError(f"{what} has the special ids {special_ids}, the shards {meta.special_ids}: {fix}")
+    return True
+
+
+def _source(
+    config: Config, teacher: Architecture | None, meta: Meta, notes: list[str]
+) -> tuple[Path | None, Architecture | None]:
     """The model whose weights the student starts from."""
     init = config.student.init
     if init == "random":
@@ -277,7 +325,7 @@ def _source(config: Config, teacher: Architecture | None, meta: Meta) -> tuple[P
                 "--student.init teacher wants a --teacher.path: without a teacher use `random` or a Hugging Face folder"
             )
         return config.teacher.path, teacher
-    return Path(init), _model("--student.init", Path(init), meta)
+    return Path(init), _model("--student.init", Path(init), meta, notes, need_head=False)
 
 
 def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
@@ -304,13 +352,19 @@ def _layers(asked: StudentConfig, teacher: Architecture | None, source: Architec
         num_layers = max(1, model.num_layers // 2) if teacher else model.num_layers
     if source is None:
         return tuple(range(num_layers))
-    layers = asked.layers if asked.layers is not None else spread(num_layers, source.num_layers)
-    if not layers or min(layers) < 0 or max(layers) >= source.num_layers or len(layers) > source.num_layers:
+    of = f"the model it starts from has {source.num_layers}"
+    if asked.layers is None:
+        if num_layers > source.num_layers:
+            raise ValueError(
+                f"--student.num-layers {num_layers} is too many, {of}: use {source.num_layers} or less, or "
+                "--student.init random"
+            )
+        return spread(num_layers, source.num_layers)
+    if not asked.layers or min(asked.layers) < 0 or max(asked.layers) >= source.num_layers:
         raise ValueError(
-            f"--student.layers {' '.join(map(str, layers))} wants layers that the source with "
-            f"0..{source.num_layers - 1} does not have"
+            f"--student.layers {' '.join(map(str, asked.layers))} must be some of 0 to {source.num_layers - 1}, {of}"
         )
-    return layers
+    return asked.layers
 
 
 def _size(model: Architecture | None, name: str) -> int:
@@ -335,9 +389,16 @@ def _student(
             f"--student.hidden-size {hidden_size} differs from the teacher's {model.hidden_size}: give "
             "--student.num-heads too"
         )
+    num_heads = asked.num_heads or _size(same_width, "num_heads")
+    if hidden_size % num_heads:
+        divisors = [str(n) for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
+        raise ValueError(
+            f"--student.num-heads {num_heads} must divide the student's width {hidden_size}: use one of "
+            f"{', '.join(divisors)}, or another --student.hidden-size"
+        )
     # A row a size: what was asked for, what the model that it starts from or imitates has, what stands otherwise.
     sizes = {
-        "num_heads": (asked.num_heads, _size(same_width, "num_heads"), 0),
+        "num_heads": (num_heads,),
         "ffn_size": (asked.ffn_size, _size(same_width, "ffn_size"), 4 * hidden_size),
         "max_positions": (asked.max_positions, _size(model, "max_positions"), meta.max_length),
     }
@@ -369,14 +430,14 @@ def _family(asked: StudentConfig, teacher: Architecture | None, source: Architec
         return model.model_type, model.token_types, model.layer_norm_eps
     token_types = asked.token_types
     if token_types is None:  # a teacher in the making stays what it was; a student is a DistilBERT
-        token_types = 2 if source is not None and teacher is None and source.token_types else 0
+        token_types = source.token_types if source is not None and teacher is None else 0
     if token_types and source is not None and not source.token_types:
         raise ValueError(
-            "--student.token-types 2 wants a source with a token-type table, and it has none: leave it out, or use "
-            "--student.init random"
+            f"--student.token-types {token_types} wants a model with a token-type table to start from, and it has "
+            "none: leave it out, or use --student.init random"
         )
     layer_norm_eps = source.layer_norm_eps if source is not None and token_types else 1e-12
-    return families.find("bert").students[token_types], token_types, layer_norm_eps
+    return families.find("bert").students[token_types > 0], token_types, layer_norm_eps
 
 
 def _micro_batches(config: Config, meta: Meta, world_size: int) -> int:
@@ -387,10 +448,12 @@ def _micro_batches(config: Config, meta: Meta, world_size: int) -> int:
     budget = config.batch.token_budget
     count = max(1, round(tokens / budget))
     if count < world_size:
+        least = -(-meta.max_length // 64) * 64  # a sequence must fit
+        smaller = max(least, int(tokens / world_size) // 64 * 64)
+        fits = round(tokens / smaller) >= world_size
+        fix = f"--batch.token-budget {smaller} or less, a larger --batch.size" if fits else "a larger --batch.size"
         raise ValueError(
-            f"an update of {round(tokens):,} tokens is {count} micro-batch(es) of {budget:,}, which {world_size} ranks "
-            "cannot "
-            f"divide: use --batch.token-budget {max(64, int(tokens / world_size) // 64 * 64)} or less, a larger batch, "
-            "or fewer ranks"
+            f"--batch.size {config.batch.size} {config.batch.unit} is an update of {round(tokens):,} tokens, {count} "
+            f"micro-batch(es) of {budget:,}, which {world_size} ranks cannot divide: use {fix}, or fewer ranks"
         )
     return count

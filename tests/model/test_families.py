@@ -173,7 +173,7 @@ def test_a_config_without_room_for_a_position_is_refused(tmp_path):
     model = random_model("RobertaForMaskedLM", max_position_embeddings=16)
     record = model.config.to_dict() | {"max_position_embeddings": 2}
     (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="max_positions must be an integer of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="max_position_embeddings must be above the 2 rows that are never used, got 2"):
         read_architecture(tmp_path)
 
 

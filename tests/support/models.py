@@ -43,7 +43,7 @@ ROBERTA: dict[str, Any] = BERT | {
 def random_model(class_name: str, seed: int = 0, **sizes: Any) -> Any:
     """A transformers model of odd sizes, every parameter random: fresh biases and LayerNorms would hide mistakes."""
     kind = getattr(transformers, class_name)
-    usual = {"distilbert": DISTILBERT, "roberta": ROBERTA}.get(kind.config_class.model_type, BERT)
+    usual = {"distilbert": DISTILBERT, "bert": BERT}.get(kind.config_class.model_type, ROBERTA)
     model = kind(kind.config_class(**(usual | sizes))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """What --dry-run says is what the run then does; nothing is written, and mistakes are refused as in a run."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,9 +19,13 @@ from tests.support.launch import options
 
 @pytest.fixture(scope="module")
 def bare(root, tmp_path_factory):
-    """The toy corpus and a teacher without its weights: none are read."""
-    weights = shutil.ignore_patterns("*.safetensors")
-    return shutil.copytree(root, tmp_path_factory.mktemp("bare"), dirs_exist_ok=True, ignore=weights)
+    """The toy corpus and a teacher whose weights are a hole behind their header: none are read."""
+    copy = shutil.copytree(root, tmp_path_factory.mktemp("bare"), dirs_exist_ok=True)
+    path = copy / "teacher/model.safetensors"
+    size, length = path.stat().st_size, int.from_bytes(path.read_bytes()[:8], "little")
+    os.truncate(path, 8 + length)
+    os.truncate(path, size)
+    return copy
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from fastdistil.model.architecture import read_architecture
 from fastdistil.run import config as c
@@ -78,15 +80,25 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ({"data": {"shards": None}}, r"--data.shards is missing: give a folder written by"),
         ({"data": {"shards": Path("nowhere")}}, r"nowhere.meta.json does not exist"),
         ({"data": {"shards": Path(__file__)}}, r"meta.json does not exist"),
-        ({"teacher": {"path": None}}, r"imitates a teacher and --teacher.path is missing.*mlm recipe"),
+        ({"teacher": {"path": None}}, r"imitates a teacher .*--loss.kd 5, .*and --teacher.path is missing"),
         ({"teacher": {"path": Path("nowhere")}}, r"not a Hugging Face folder: wanted config.json in nowhere"),
-        ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect"),
+        ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect in recipe .* with --loss.mlm 2 alone"),
         (
             {"teacher": {"path": None, "precision": "bf16"}, "loss": {"kd": 0.0, "cosine": 0.0}},
             r"--teacher.precision bf16 has no effect",
         ),
-        ({"student": {"layers": (0, 4)}}, r"--student.layers 0 4 wants layers that the source with 0..3 does not have"),
-        ({"student": {"num_layers": 5}}, r"wants layers that the source with 0..3 does not have"),
+        (
+            {"student": {"layers": (0, 4)}},
+            r"--student.layers 0 4 must be some of 0 to 3, the model it starts from has 4",
+        ),
+        (
+            {"student": {"num_layers": 99}},
+            r"^--student.num-layers 99 is too many, the model it starts from has 4: use 4 or less, or --student.init",
+        ),
+        (
+            {"student": {"init": "random", "num_heads": 5}},
+            r"--student.num-heads 5 must divide the student's width 32: use one of 1, 2, 4, 8, 16, 32, or another",
+        ),
         ({"student": {"hidden_size": 16}}, r"--student.hidden-size 16 differs from the 32 of the model it starts from"),
         ({"student": {"init": "random", "hidden_size": 16}}, r"give --student.num-heads too"),
         (
@@ -105,7 +117,11 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ),
         (
             {"batch": {"size": 3}},
-            r"is 1 micro-batch\(es\) of 256, which 2 ranks cannot divide: use --batch.token-budget 64 or less",
+            r"--batch.size 3 sequences is .* 1 micro-batch\(es\) of 256, which 2 ranks .*: use a larger --batch",
+        ),
+        (
+            {"batch": {"size": 6}},
+            r"--batch.size 6 sequences is .*2 ranks cannot divide: use --batch.token-budget 64 or less, a larger",
         ),
     ],
 )
@@ -116,11 +132,12 @@ def test_what_is_refused(root, parts, message):
 
 def test_a_token_budget_below_one_sequence(root):
     edit(root / "shards/meta.json", max_length=65)
-    edit(root / "teacher/config.json", max_position_embeddings=128)
+    alone = config(root, teacher={"path": None}, loss={"kd": 0.0, "cosine": 0.0}, batch={"token_budget": 64})
+    sizes = c.StudentConfig(init="random", num_layers=1, hidden_size=8, num_heads=1)
     with pytest.raises(
-        ValueError, match=r"--batch.token-budget 64 cannot hold a sequence of 65 tokens: use at least 128"
+        ValueError, match=r"--batch.token-budget 64 cannot hold a sequence of 65 tokens, as .*: use at least 128"
     ):
-        resolve(config(root, batch={"token_budget": 64}), world_size=1)
+        resolve(replace(alone, student=sizes), world_size=1)
 
 
 def test_mlm_from_nothing_needs_sizes(root):
@@ -154,32 +171,69 @@ class TestVocabularies:
     """Trap 16: refuse, with both values in the message."""
 
     def test_another_size(self, root):
+        """Of another model, of which nothing but the size is known; of its own tokenizer; of its own weights."""
+        words = root / "teacher/vocab.txt"
+        text = words.read_text()
+        words.unlink()
         edit(root / "teacher/config.json", vocab_size=120)
+        with pytest.raises(ValueError, match=r"vocabulary of 120, the shards have 101, and it has no tokenizer"):
+            resolve(config(root), world_size=1)
+        words.write_text(text)
+        with pytest.raises(ValueError, match=r"must be floats of shape \(120, 32\) according to config.json"):
+            resolve(config(root), world_size=1)
+        edit(root / "teacher/config.json", vocab_size=100)
         with pytest.raises(
-            ValueError, match=r"vocabulary of 120, the shards have 101: prepare the shards with its tokenizer"
+            ValueError,
+            match=r"a vocabulary of 100 in config.json, its tokenizer has 101 tokens: the ids from 100 on have no",
         ):
             resolve(config(root), world_size=1)
+        words.write_text(text + "one\ntwo\n")
+        with pytest.raises(
+            ValueError, match=r"\(103 tokens\), the shards were made with .* \(101 tokens\): prepare the"
+        ):
+            resolve(config(root), world_size=1)
+
+    def test_padded_in_the_model(self, root):
+        """The rows after the tokenizer's last token are left out, and it is said."""
+        path = root / "teacher/model.safetensors"
+        tensors = load_file(path)
+        for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+            tensors[name] = F.pad(tensors[name], (0,) * (2 * tensors[name].ndim - 1) + (11,), value=9.0)
+        save_file(tensors, path)
+        edit(root / "teacher/config.json", vocab_size=112, pad_token_id=111)
+        r = resolve(config(root), world_size=1)
+        assert r.teacher is not None
+        assert (r.teacher.vocab_size, r.teacher.pad_id, r.student.vocab_size, r.student.pad_id) == (101, 0, 101, 0)
+        rows, pad = r.notes
+        assert "has 112 rows for the 101 tokens of its tokenizer: the rows after them are left out" in rows
+        assert "has the pad_token_id 111 in config.json: 0 is used, as in the shards" in pad
 
     def test_another_word(self, root):
         words = (root / "teacher/vocab.txt").read_text().replace("w17\n", "v17\n")
         (root / "teacher/vocab.txt").write_text(words)
         with pytest.raises(
-            ValueError, match=r"has a tokenizer with hash [0-9a-f]{12}, the shards were made with [0-9a-f]{12}"
+            ValueError,
+            match=r"has a tokenizer with hash [0-9a-f]{12} \(101 tokens\), the shards were made with [0-9a-f]{12}",
         ):
             resolve(config(root), world_size=1)
 
     def test_other_special_ids(self, root):
-        words = (root / "teacher/vocab.txt").read_text().split("\n")
-        words[3], words[4] = words[4], words[3]
-        (root / "teacher/vocab.txt").write_text("\n".join(words))
+        names = {"sep_token": "[MASK]", "mask_token": "[SEP]"}
+        (root / "teacher/tokenizer_config.json").write_text(json.dumps(names))
         with pytest.raises(
             ValueError, match=r"special ids \{.*'sep': 4, 'mask': 3\}, the shards \{.*'sep': 3, 'mask': 4\}"
         ):
             resolve(config(root), world_size=1)
 
     def test_another_padding_id(self, root):
+        """A BERT only gives that row no gradient. A RoBERTa begins its positions there."""
         edit(root / "teacher/config.json", pad_token_id=7)
-        with pytest.raises(ValueError, match=r"pads with id 7, the shards with 0"):
+        (note,) = resolve(config(root), world_size=1).notes
+        assert "pad_token_id 7 in config.json: 0 is used" in note
+        edit(root / "teacher/config.json", model_type="roberta")
+        with pytest.raises(
+            ValueError, match=r"pad_token_id 7 in config.json, the shards pad with 0: a RoBERTa counts its"
+        ):
             resolve(config(root), world_size=1)
 
     def test_of_the_validation_text(self, root):
