@@ -9,15 +9,15 @@ import logging
 import sys
 
 from fastdistil.run import folder, recipes
-from fastdistil.run.command import Failed, StopRequest, command, launched, leave
-from fastdistil.training.preflight import resolve
+from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, command, launched, leave
+from fastdistil.training.preflight import Resolved, resolve
 
 
 @command
 def main(args: list[str] | None = None) -> int:
-    """The exit status, 0 for a run that finished, or was stopped by a signal and has a checkpoint.
+    """The exit status, 0 for a run that finished.
 
-    1: the run failed, and RUN/status.json says why. 2: bad input.
+    1: the run failed, and RUN/status.json says why. 2: bad input. 75: a signal stopped it, with a checkpoint.
     """
     # What is asked: the recipe with its overrides, checked against the files that it names.
     here = launched()
@@ -31,7 +31,19 @@ def main(args: list[str] | None = None) -> int:
         print(forecast.report(resolved))
         return 0
 
-    # Where it runs: from here on with torch, on a device of its own, in a process group.
+    # A rank that was asked to stop has not failed, as torchrun takes it: its restarts end here, too.
+    if here.num_restarts and folder.was_stopped(config.out):
+        return STOPPED
+
+    # From here on a signal asks the run to stop when it can.
+    with StopRequest() as stop:
+        return run(resolved, here, stop)
+
+
+def run(resolved: Resolved, here: Launched, stop: StopRequest) -> int:
+    """The exit status of a run whose command line was found right."""
+    config = resolved.config
+    # Where it runs: with torch, on a device of its own, in a process group.
     from fastdistil.run import checkpoint
     from fastdistil.run.ranks import init_ranks
     from fastdistil.training import loop, memory
@@ -39,7 +51,6 @@ def main(args: list[str] | None = None) -> int:
     from fastdistil.training.precision import require_small_drift
     from fastdistil.training.teacher import Split, Teacher, serve
 
-    stop = StopRequest()
     ranks = init_ranks(
         config.engine.device,
         timeout_s=config.engine.timeout_s,
@@ -88,7 +99,7 @@ def main(args: list[str] | None = None) -> int:
         lock.release()
     if failure:
         raise Failed(failure)
-    return 0
+    return 0 if job.update == corpus.num_updates else STOPPED
 
 
 if __name__ == "__main__":

@@ -1,8 +1,16 @@
 """Planned micro-batches -> masked, packed tensors, made ahead in worker processes (plan.py says what they hold)."""
 
+import atexit
+import ctypes
 import math
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -15,6 +23,7 @@ from torch.utils.data import DataLoader
 from fastdistil.data.plan import MicroBatchPlan, UpdatePlan, num_masked, random_words
 from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import TILE_ROWS, SequenceLayout, sequence_layout
+from fastdistil.run.command import STOP_SIGNALS
 from fastdistil.run.config import MaskingConfig
 
 NO_LABEL = -100  # PyTorch's ignore_index
@@ -198,7 +207,11 @@ class _Collated:
 def micro_batches(
     updates: Iterator[UpdatePlan], collator: Collator, *, rank: int, world_size: int, num_workers: int, pin_memory: bool
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of the given updates, in order, made ahead in `num_workers` processes."""
+    """This rank's micro-batches of the given updates, in order, made ahead in `num_workers` processes.
+
+    These are deaf to the signals that ask a run to stop, which wants its micro-batches until it has stopped, and end
+    with this process, however that ends.
+    """
     loader = DataLoader(
         _Collated(collator),  # type: ignore[arg-type]  # a dataset by its __getitem__
         sampler=_Plans(updates, rank, world_size),  # type: ignore[arg-type]
@@ -206,12 +219,32 @@ def micro_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_start_worker if num_workers else None,
+        worker_init_fn=partial(_start_worker, os.getpid()) if num_workers else None,
     )
-    return iter(loader)
+    # A scheduler signals every process of a job, torchrun and terminals every one of a group. Workers inherit the mask.
+    others = multiprocessing.active_children()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    if workers:  # at its exit Python asks them to end by SIGTERM, and then waits for them
+        atexit.register(_end, workers)
+    return batches
 
 
-def _start_worker(_worker: int) -> None:
+def _end(workers: list[BaseProcess]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would call their end an error
+    for worker in workers:
+        worker.kill()
+
+
+def _start_worker(parent: int, _worker: int) -> None:
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: a parent that is killed ends nobody by itself
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
     torch.set_num_threads(1)
     # Tensors go through the pipe instead of shared memory, where each would take a handshake with the worker that made
     # it. The training process spends a quarter of the time on that, and no /dev/shm is too small.

@@ -9,14 +9,22 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 log = logging.getLogger("fastdistil")
 
 SPEAKS_FIRST_S = 1.0
 """For so long the ranks that say nothing of a refusal wait for the one that says it."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What asks a run to stop with a checkpoint: schedulers, people, warnings of preemption, a terminal that is closed."""
+REPEATS_S = 5.0
+"""Signals that follow the first within so many seconds are the same request."""
+STOPPED = 75
+"""Exit status of a run that a signal stopped, with a checkpoint: sysexits.h's EX_TEMPFAIL, "try again later"."""
 
 Main = Callable[..., int]  # main(args: list[str] | None = None); None: the words of the command line
 
@@ -34,6 +42,9 @@ def command(main: Main) -> Main:
 
     @functools.wraps(main)
     def wrapped(args: list[str] | None = None) -> int:
+        # OpenMP reads it when torch is imported. Threads that spin while they wait for one another take the cores from
+        # whatever else runs here, data workers or another run: 4 to 30 times slower, and nothing gained where none does.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             return main(args)
         except (Failed, ValueError, OSError) as error:
@@ -54,10 +65,12 @@ class Launched(NamedTuple):
     world_size: int
     local_rank: int
     local_world_size: int
+    num_restarts: int
+    """How often torchrun has started the job anew (--max-restarts)."""
 
 
 def launched() -> Launched:
-    """What RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE say."""
+    """What RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and TORCHELASTIC_RESTART_COUNT say."""
 
     def number(name: str, default: int) -> int:
         return int(os.environ.get(name, default))
@@ -68,6 +81,7 @@ def launched() -> Launched:
         world_size=number("WORLD_SIZE", 1),
         local_rank=number("LOCAL_RANK", 0),
         local_world_size=number("LOCAL_WORLD_SIZE", 1),
+        num_restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 
@@ -87,22 +101,35 @@ def leave(status: int) -> NoReturn:
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or SIGUSR1; whoever works looks at `asked` when it can stop.
+    """Set by the first of STOP_SIGNALS; whoever works looks at `asked` when it can stop. Puts the handlers back.
 
-    A second one ends the process.
+    What comes within REPEATS_S is the same request: a scheduler signals every process of a job, and torchrun passes its
+    own signal on. A later one ends the process. Outside the main thread, where Python lets nobody handle signals, it is
+    never set. A hang-up that is ignored (nohup) stays ignored.
     """
 
     def __init__(self) -> None:
-        self.asked, self.reason = False, ""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        self.asked, self.reason, self.asked_at = False, "", 0.0
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self.reason, self.asked_at = True, signal.Signals(number).name, time.monotonic()
+            log.info("%s: stopping after this update; send it again after %g s to stop at once", self.reason, REPEATS_S)
+        elif time.monotonic() - self.asked_at > REPEATS_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked, self.reason = True, signal.Signals(number).name
-        log.info("%s: stopping after this update; send it again to stop at once", self.reason)
 
 
 def visible_gpus(count: int) -> list[str]:

@@ -85,8 +85,9 @@ class DataConfig(_Section):
     validation_sequences: Annotated[int, AT_LEAST_1] = 1024
     """Sequences used for validation, from the end of the folder; never trained on. At most a tenth of the training
     shards."""
-    num_workers: Annotated[int, AT_LEAST_0] = 2
-    """Processes that mask and pack ahead of the device; 0 does it in the training process. Never changes results."""
+    num_workers: Annotated[int | None, AT_LEAST_0] = None
+    """Processes that mask and pack ahead of the device; 0 does it in the training process. None: 2 beside a GPU, 0 on
+    a CPU, whose cores they would take. Never changes results."""
     verify: bool = True
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
 
@@ -335,10 +336,15 @@ class LogConfig(_Section):
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
     """How many of the latest checkpoints stay on disk."""
     failed_save: Literal["end", "go-on"] = "end"
-    """Where a checkpoint cannot be written: end the run, or say so and try again at the next one. The last one must
-    succeed."""
+    """Where a checkpoint, metrics or status cannot be written: end the run, or say so and try again at the next one.
+    The last checkpoint must succeed."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+
+    @property
+    def go_on(self) -> bool:
+        """Whether a run outlives what cannot be written."""
+        return self.failed_save == "go-on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

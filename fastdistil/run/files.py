@@ -61,12 +61,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Replace `path` by `data`; with `durable` it is on the disk, and not only with the system, when this returns."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

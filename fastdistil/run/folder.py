@@ -9,6 +9,8 @@ stacks/       rank-00003.txt: where a rank stood that hung or failed
 
 import contextlib
 import faulthandler
+import json
+import os
 import shutil
 import time
 import traceback
@@ -19,6 +21,7 @@ from fastdistil.run.config import Config, resume_differences, to_json
 from fastdistil.run.files import Lock, read_json, write_json
 
 LOCK = ".lock"
+STATUS = "status.json"
 STACKS = "stacks"
 
 
@@ -32,7 +35,23 @@ def write_status(run: Path, state: str, **about: Any) -> None:
 
     A job that was killed leaves "running".
     """
-    write_json(run / "status.json", {"state": state, **about, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    path, now = run / STATUS, time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record = {"state": state, **about, "launcher": os.getppid(), "time": now}
+    try:
+        write_json(path, record)
+    except OSError:  # a full disk has no room for a new file, but for this one in the place of the old
+        path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def was_stopped(run: Path) -> bool:
+    """Whether the last job in this folder was stopped by a signal, and started by the launcher that started this one.
+
+    torchrun takes its exit status for a failure, and with --max-restarts would go on with what was asked to stop.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        status = read_json(run / STATUS)
+        return (status.get("state"), status.get("launcher")) == ("stopped", os.getppid())
+    return False
 
 
 def check(config: Config) -> None:
@@ -101,6 +120,7 @@ class Watchdog:
         self.seconds, self.alone = timeout_s + GRACE, alone
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a", encoding="utf-8")  # open now: faulthandler opens nothing
+        self.update = 0  # the one that is being made, counted from 1
         faulthandler.enable()  # a crash in native code says where, on stderr
         self.restart()
 
@@ -119,7 +139,7 @@ class Watchdog:
         """Stop watching; a file in which nothing stands is removed."""
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
-            with contextlib.suppress(OSError):  # others' stand there
+        with contextlib.suppress(OSError):  # others' stand there, or somebody removed the folder
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
                 self.path.parent.rmdir()

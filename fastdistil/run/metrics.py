@@ -4,10 +4,10 @@ MFU = real tokens/s x FLOPs a token (teacher forward, student forward and backwa
 FLOP/s of all devices. Padding does not count as work.
 """
 
+import contextlib
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.run.config import LOSS_TERMS
-from fastdistil.run.files import read_json_lines, write_text
+from fastdistil.run.files import read_json_lines, sync, write_text
 from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
@@ -64,12 +64,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
 
 
 class MetricsWriter:
-    """Appends records to RUN/metrics.jsonl and TensorBoard. Rank 0 only."""
+    """Appends records to RUN/metrics.jsonl and TensorBoard. Rank 0 only.
 
-    def __init__(self, run: Path, *, resumed_at: int, tensorboard: bool) -> None:
-        self.path = run / "metrics.jsonl"
+    Args:
+        go_on: where they cannot be written, say so, keep them and try again at the next flush; otherwise OSError.
+    """
+
+    def __init__(self, run: Path, *, resumed_at: int, tensorboard: bool, go_on: bool) -> None:
+        self.path, self.go_on = run / "metrics.jsonl", go_on
         _drop_after(self.path, resumed_at)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.records: list[dict[str, Any]] = []  # for TensorBoard at the next flush
+        self.lines = b""  # for the file
         self.board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second; only where it is wanted
@@ -79,23 +84,36 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """One line; numbers go to TensorBoard under split/name at step `update`."""
         line = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}  # fmt: skip
-        self.file.write(json.dumps(line) + "\n")  # JSON knows no NaN
-        if self.board is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self.board.add_scalar(f"{record['split']}/{name}", value, record["update"])
+        self.lines += json.dumps(line).encode() + b"\n"  # JSON knows no NaN
+        self.records.append(record)
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        self.file.flush()
-        if self.board is not None:
-            self.board.flush()
+        try:
+            with self.path.open("ab", buffering=0) as file:  # opened anew: the folder may have been removed
+                while self.lines:
+                    self.lines = self.lines[file.write(self.lines) :]  # less than all just before a disk is full
+            self._to_board()
+        except OSError as error:
+            if not self.go_on:
+                raise
+            log.error("going on without writing metrics: %s", error)
+
+    def _to_board(self) -> None:
+        records, self.records = self.records, []
+        if self.board is None:
+            return
+        for record in records:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{record['split']}/{name}", value, record["update"])
+        self.board.flush()
 
     def close(self) -> None:
-        """Flush, sync and close."""
+        """Flush and sync."""
         self.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with contextlib.suppress(OSError):  # said by flush
+            sync(self.path)
         if self.board is not None:
             self.board.close()
 

@@ -4,9 +4,11 @@ Everything here also works in one process without a launcher: then there is no p
 their input.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from fastdistil.run.command import Launched, launched
 from fastdistil.run.link import TeacherLink
+
+ANSWERS_S = 3.0
+"""For so long a rank that fails waits for torch.distributed's store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class Ranks:
     """Where the teacher lives, if not with the student."""
     link: TeacherLink | None = None
     """Where ranks are set aside for teachers."""
+    store: Any = None
+    """torch.distributed's store of these ranks; None in a single process."""
 
     @property
     def is_main(self) -> bool:
@@ -108,6 +115,23 @@ class Ranks:
         torch_dist.all_gather(everyone, torch.tensor([number], dtype=torch.float64), group=self.host_group)
         return torch.cat(everyone).tolist()  # CPU tensors
 
+    def first_cause(self, cause: str) -> str:
+        """What ended the run: `cause`, unless another rank has said its own before.
+
+        Whoever loses a rank hears no more than a closed connection, so each says in the store why it ends before it
+        does. Waits ANSWERS_S at most: the store may have gone, too.
+        """
+        said = [cause]
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                said.append(self.store.compare_set("cause", "", cause).decode())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWERS_S)
+        return said[-1]
+
     def leave(self) -> None:
         """Tell the teacher ranks that this student has no more questions, and leave the process group."""
         if self.link is not None:
@@ -175,7 +199,7 @@ def init_ranks(
         )
         on_host = backend == "gloo"
         host_group = torch_dist.group.WORLD if on_host else torch_dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(here.rank, num_students, home, host_group, second, link)
+    return Ranks(here.rank, num_students, home, host_group, second, link, store)
 
 
 def _gpus(here: Launched, *, second_device: bool) -> tuple[torch.device, torch.device | None]:

@@ -34,21 +34,24 @@ class Corpus:
     num_updates: int
     mean_attended_length: float
     """Tokens a token attends to, on average: sum(L^2) / sum(L)."""
-    num_workers: int
-    """Processes that make micro-batches for training."""
+    num_workers: int | None
+    """Processes that make micro-batches for training; None: as the device wants."""
 
     def micro_batches(self, split: Split, ranks: Ranks, *, rank: int, first: int = 0) -> Iterator[MicroBatch]:
         """Those of a rank from number `first` on, which begins an update: of all the training, or of a validation."""
         if split == Split.VALIDATION:
             return map(self.validation_collator, self.validation.of_rank(rank, ranks.world_size)[first:])
         per_rank = -(-self.plan.micro_batches_per_update // ranks.world_size)
+        on_cuda = ranks.device.type == "cuda"
+        # On a CPU they are 2 % of the work, and the training's threads, which wait for one another, wait for theirs.
+        num_workers = self.num_workers if self.num_workers is not None else 2 if on_cuda else 0
         return micro_batches(
             (self.plan.update(u) for u in range(first // per_rank, self.num_updates)),
             self.collator,
             rank=rank,
             world_size=ranks.world_size,
-            num_workers=self.num_workers,
-            pin_memory=ranks.device.type == "cuda",
+            num_workers=num_workers,
+            pin_memory=on_cuda,
         )
 
 

@@ -110,8 +110,14 @@ class Job:
 
     def status(self, state: str, **about: Any) -> None:
         """Replace status.json, on rank 0."""
-        if self.ranks.is_main:
+        if not self.ranks.is_main:
+            return
+        try:
             folder.write_status(self.config.out, state, update=self.update, updates=self.corpus.num_updates, **about)
+        except OSError as error:
+            if not self.config.log.go_on:
+                raise
+            log.error("going on without this status: %s", error)
 
 
 def setup(
@@ -140,8 +146,11 @@ def setup(
     if ranks.is_main:
         folder.start(config.out, describe(resolved), resolved.tokenizer_path)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
-        writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard)
-        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=config.log.failed_save == "go-on")
+        log_config = config.log
+        writer = MetricsWriter(
+            config.out, resumed_at=update, tensorboard=log_config.tensorboard, go_on=log_config.go_on
+        )
+        saver = Saver(config.out, keep=log_config.keep_checkpoints, go_on=log_config.go_on)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -200,6 +209,7 @@ def train(job: Job) -> str | None:
     while job.update < corpus.num_updates and not stopping:
         # Which sequences the update holds, and both denominators of its loss, are known before anything is computed.
         plan = job.plan = corpus.plan.update(job.update)
+        job.watchdog.update = job.update + 1
         lr = learning_rate(config, job.update, corpus.num_updates)
         with job.profile.update(job.update), prefetcher.update():
             # This rank's micro-batches, one after the other; their gradients add up.
@@ -240,6 +250,7 @@ def train(job: Job) -> str | None:
 
 def report(job: Job) -> str | None:
     """Lines of the log and of metrics.jsonl, the only host sync of an update. Why the run must end, or None."""
+    restore_folder(job)
     job.journal.flush()
     say_straggler(job.ranks.gather(job.busy_s))
     job.busy_s = 0.0
@@ -252,6 +263,19 @@ def report(job: Job) -> str | None:
         f"and the checkpoint of update {job.update} has {weights}. See which micro-batch it was: "
         f"python -m fastdistil.replay {job.config.out} --update {skipped}"
     )
+
+
+def restore_folder(job: Job) -> None:
+    """Make the run folder anew where somebody removed or moved it: what was learnt is in memory, and can be saved."""
+    if not job.ranks.is_main or (job.config.out / "config.json").is_file():
+        return
+    log.error("%s was removed or moved while the run worked: it is made anew, without what was in it", job.config.out)
+    try:
+        folder.start(job.config.out, describe(job.resolved), job.resolved.tokenizer_path)
+    except OSError as error:
+        if not job.config.log.go_on:
+            raise
+        log.error("going on without it: %s", error)
 
 
 def say_straggler(busy_s: list[float]) -> None:
@@ -290,6 +314,7 @@ def validate(job: Job) -> None:
 
 def save(job: Job) -> None:
     """Begin a checkpoint, which rank 0 writes in the background; every rank takes part in gathering it."""
+    restore_folder(job)
     job.journal.flush()
     job.watchdog.restart()
     begin = time.perf_counter()
@@ -322,22 +347,59 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
     job.journal.close()
 
 
+MEANINGS = {
+    "killed by signal: Killed": "a data worker was killed, most likely for want of memory: use fewer "
+    "--data.num-workers, fewer ranks on this machine, or shorter micro-batches",
+    "killed by signal: Bus error": "a data worker could not read a file that it had mapped: it was changed or cut, or "
+    "its disk failed",
+    "exited unexpectedly": "a data worker ended unexpectedly, perhaps killed for want of memory",
+    "Connection closed by peer": "another rank has ended, and did not say why: it was killed (perhaps for want of "
+    "memory) or its host is gone; the launcher names the one that ended first",
+    "Connection reset by peer": "the connection to another rank was cut: it was killed, or its host is gone",
+    "Timed out waiting": "another rank did not answer for --engine.timeout-s: it hangs, or its host is gone; see "
+    "RUN/stacks",
+    "CUDA out of memory": "the GPU's memory is full: lower --batch.token-budget, or use --engine.activation-"
+    "checkpointing",
+    "can't allocate memory": "this machine's memory is full: lower --batch.token-budget",
+}
+"""What PyTorch says -> what it means to the user of a run."""
+
+
+def cause_of(error: Exception) -> tuple[str, bool]:
+    """(one line about what went wrong, whether it is known to be no defect of this program)."""
+    text = str(error).strip() or repr(error)
+    for sign, meaning in MEANINGS.items():
+        if sign in text:
+            return meaning, True
+    # The last line: a data worker's exception carries its traceback in its words.
+    return text.splitlines()[-1], isinstance(error, OSError | ValueError | Failed)
+
+
 @contextmanager
 def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
     """Around a run: a rank that hangs leaves its stacks.
 
-    One that fails its traceback, torchrun the cause, and a status.
+    One that fails leaves its traceback, tells torchrun and the other ranks the cause, and writes a status. Raises
+    Failed, with the cause of the rank that failed first, where it is no defect of this program.
     """
     watchdog = Watchdog(config.out, ranks.rank, config.engine.timeout_s, alone=ranks.world_size == 1)
     try:
         yield watchdog
     except Exception as error:  # torchrun ends the other ranks
-        watchdog.failed(error)
-        tell_launcher(error)
+        about, is_known = cause_of(error)
+        own = f"rank {ranks.rank}, update {watchdog.update}: {about}"
+        cause = ranks.first_cause(own)
+        # A full disk, or a folder that is gone, must not keep any of these from being tried.
+        told: list[Callable[[], None]] = [partial(watchdog.failed, error), partial(tell_launcher, error)]
         if ranks.is_main:
-            folder.write_status(config.out, "failed", reason=f"{error!r}")
-        if isinstance(error, ValueError | OSError) and not isinstance(error, Failed):
-            raise RuntimeError(f"the run failed: {error!r}") from error  # a refusal would have come before the run
+            told.append(partial(folder.write_status, config.out, "failed", update=max(0, watchdog.update - 1), reason=cause))
+        for tell in told:
+            try:
+                tell()
+            except OSError as broken:
+                log.error("%s", broken)
+        if is_known or cause != own:
+            raise Failed(f"the run failed: {cause}") from error
         raise
     watchdog.close()
 

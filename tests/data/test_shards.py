@@ -2,6 +2,7 @@
 
 import json
 import os
+import os
 import pickle
 import shutil
 
@@ -89,11 +90,22 @@ def test_an_index_out_of_range(folder):
             read.sequence(index)
 
 
-def test_maps_stay_out_of_a_pickle(folder):
+def test_a_file_that_is_cut_while_it_is_read(folder):
+    """A map of it would end the process by SIGBUS."""
+    read = Shards(folder)
+    read.sequence(3)
+    path = folder / "shard-00002.tokens"
+    os.truncate(path, path.stat().st_size - 1)
+    read.sequence(3)
+    with pytest.raises(ValueError, match=r"shard-00002.tokens was cut since it was opened: run .* again"):
+        read.sequence(5)
+
+
+def test_open_files_stay_out_of_a_pickle(folder):
     read = Shards(folder)
     read.sequence(3)
     again = pickle.loads(pickle.dumps(read))
-    assert again._maps == {}
+    assert again._files == {}
     assert again.sequence(4).tolist() == SEQUENCES[2][1]
     with pytest.raises(ValueError, match="read-only"):
         again.sequence(4)[0] = 1
