@@ -5,13 +5,14 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastdistil.model.weights import load_masked_lm
+from fastdistil.run.command import STOPPED
 from tests.support import forked, launch, runs, toy
 from tests.support.launch import options
 from tests.support.runs import arguments, exact_metrics, metrics_of, same, tensors_of
@@ -51,7 +52,7 @@ def stopped_and_resumed(root, run, straight, *, ranks, **changes):
     process = launch.start_until("update 7/12", launch.command(*words, ranks=ranks))
     process.send_signal(signal.SIGTERM)
     rest = launch.rest_of(process)
-    assert process.returncode == (0 if ranks is None else 1)  # torchrun has its own
+    assert process.returncode == (STOPPED if ranks is None else 1)  # torchrun has its own
     assert "--resume auto goes on" in rest
     stopped = metrics_of(run)[-1]["update"]
     assert 7 <= stopped < 12
@@ -214,15 +215,20 @@ class TestMistakes:
         assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_a_second_signal_ends_at_once(root, tmp_path):
-    command = launch.command(*arguments(root, tmp_path / "run", log__every=1, optim__duration=5000))
-    process = launch.start_until("update 2/5000", command)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
-    begin = time.monotonic()
-    launch.rest_of(process)
-    assert process.returncode in (0, -signal.SIGTERM)  # 0 where the update ended between the two
-    assert time.monotonic() - begin < 30
+IN_A_NOTEBOOK = """
+import signal, sys
+from fastdistil import pretrain
+from fastdistil.run.command import STOP_SIGNALS
+before = [signal.getsignal(number) for number in STOP_SIGNALS]
+assert pretrain.main(sys.argv[1:]) == 0
+assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+"""
+
+
+def test_in_a_notebook_signal_handlers_are_put_back(root, tmp_path):
+    _, *words = arguments(root, tmp_path / "run", optim__duration=2)
+    done = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK, *words, "--log.no-tensorboard"], env=launch.ENVIRONMENT)
+    assert done.returncode == 0
 
 
 def syncs(root, out, updates):

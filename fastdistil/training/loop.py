@@ -115,7 +115,7 @@ class Job:
         try:
             folder.write_status(self.config.out, state, update=self.update, updates=self.corpus.num_updates, **about)
         except OSError as error:
-            if not self.config.log.go_on:
+            if not self.config.log.go_on and not isinstance(error, FileNotFoundError):  # `restore_folder` comes next
                 raise
             log.error("going on without this status: %s", error)
 
@@ -392,7 +392,9 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
         # A full disk, or a folder that is gone, must not keep any of these from being tried.
         told: list[Callable[[], None]] = [partial(watchdog.failed, error), partial(tell_launcher, error)]
         if ranks.is_main:
-            told.append(partial(folder.write_status, config.out, "failed", update=max(0, watchdog.update - 1), reason=cause))
+            told.append(
+                partial(folder.write_status, config.out, "failed", update=max(0, watchdog.update - 1), reason=cause)
+            )
         for tell in told:
             try:
                 tell()

@@ -5,25 +5,39 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastdistil.run.command import SPEAKS_FIRST_S, Failed, Launched, StopRequest, command, launched, visible_gpus
+from fastdistil.run.command import (
+    SPEAKS_FIRST_S,
+    STOP_SIGNALS,
+    Failed,
+    Launched,
+    StopRequest,
+    command,
+    launched,
+    visible_gpus,
+)
 from tests.support import launch
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-    assert launched() == Launched(by_torchrun=False, rank=0, world_size=1, local_rank=0, local_world_size=1)
+    assert launched() == Launched(
+        by_torchrun=False, rank=0, world_size=1, local_rank=0, local_world_size=1, num_restarts=0
+    )
 
 
 def test_what_torchrun_says(monkeypatch):
-    for name, value in zip(NAMES, ("5", "8", "1", "4"), strict=True):
+    for name, value in zip(NAMES, ("5", "8", "1", "4", "2"), strict=True):
         monkeypatch.setenv(name, value)
-    assert launched() == Launched(by_torchrun=True, rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert launched() == Launched(
+        by_torchrun=True, rank=5, world_size=8, local_rank=1, local_world_size=4, num_restarts=2
+    )
 
 
 def raising(error):
@@ -82,35 +96,48 @@ def test_a_command_keeps_its_name_and_help():
     assert (main.__name__, main.__doc__) == ("main", "Its help.")
 
 
-@pytest.fixture
-def handlers():
-    """The signal handlers of this process, as they were."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield numbers
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_the_first_signal_asks(handlers, caplog, number):
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_signal_asks_and_what_follows_at_once_is_the_same_request(caplog, number):
     caplog.set_level(logging.INFO, "fastdistil")
-    stop = StopRequest()
-    assert (stop.asked, stop.reason) == (False, "")
-    signal.raise_signal(number)
-    assert (stop.asked, stop.reason) == (True, number.name)
-    assert f"{number.name}: stopping after this update; send it again to stop at once" in caplog.text
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
+    with StopRequest() as stop:
+        assert (stop.asked, stop.reason) == (False, "")
+        signal.raise_signal(number)
+        for again in (number, signal.SIGTERM):  # a scheduler's, and what torchrun makes of it
+            signal.raise_signal(again)
+        assert (stop.asked, stop.reason) == (True, number.name)
+    assert caplog.text.count("stopping after this update; send it again after 5 s to stop at once") == 1
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_the_second_signal_ends_the_process(second):
+@pytest.mark.parametrize("second", STOP_SIGNALS)
+def test_a_later_signal_ends_the_process(monkeypatch, second):
+    monkeypatch.setattr("fastdistil.run.command.REPEATS_S", 0.0)
     child = os.fork()
     if child == 0:
-        StopRequest()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(second)
+        with StopRequest():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(second)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    """By nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_the_main_thread_nobody_asks():
+    """Where a notebook or a server runs it: Python lets only the main thread handle signals."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: StopRequest().__enter__().asked).result() is False
 
 
 def test_names_of_gpus(monkeypatch):

@@ -3,9 +3,11 @@
 Real processes, by torchrun.
 """
 
+import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from fastdistil.run import checkpoint
+from fastdistil.run.command import REPEATS_S, STOP_SIGNALS, STOPPED
 from tests.support import forked, launch, runs
-from tests.support.processes import processes_of, workers_of
+from tests.support.processes import parent_of, processes_of, workers_of
 from tests.support.runs import long_arguments, status
 
 FAULTY = "tests.workers.faulty_worker"
@@ -29,8 +32,8 @@ def test_stopped_before_its_first_update_then_in_use_then_killed_then_taken_up(r
     early = launch.start_until("memory:", words)  # models and text are not loaded yet
     early.send_signal(signal.SIGTERM)
     launch.rest_of(early)
-    assert early.returncode == 0
-    wanted = {"state": "stopped", "update": 0, "updates": 400, "reason": "SIGTERM", "time": ""}
+    assert early.returncode == STOPPED
+    wanted = {"state": "stopped", "update": 0, "updates": 400, "reason": "SIGTERM", "launcher": os.getpid(), "time": ""}
     assert status(run) | {"time": ""} == wanted
     assert checkpoint.newest(run) is None
 
@@ -48,25 +51,155 @@ def test_stopped_before_its_first_update_then_in_use_then_killed_then_taken_up(r
     third = launch.start_until("resuming after update", words)
     third.send_signal(signal.SIGUSR1)
     launch.rest_of(third)
-    assert third.returncode == 0
+    assert third.returncode == STOPPED
     assert (status(run)["state"], status(run)["reason"]) == ("stopped", "SIGUSR1")
     assert status(run)["update"] >= 5
 
 
-def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path):
-    run = tmp_path / "run"
-    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=10_000)
-    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=2))
-    begin = time.monotonic()
-    os.kill(workers_of(run)[1], signal.SIGTERM)
-    launch.rest_of(process)
-    assert time.monotonic() - begin < 15  # torchrun kills after 30
-    assert process.returncode == 0
+def was_stopped(run: Path, *, by: str) -> None:
+    """The run has a checkpoint of where it was stopped, and nobody works in it any more."""
     found = status(run)
-    assert (found["state"], found["reason"]) == ("stopped", "another rank was asked to")
+    assert (found["state"], found["reason"]) == ("stopped", by)
     newest = checkpoint.newest(run)
     assert newest is not None
     assert newest.name == f"update-{found['update']:08d}"
+    assert not processes_of(run)
+
+
+WITH_WORKERS = {"data__num_workers": 2, "log__checkpoint_every": 10_000}
+"""Processes beside the ranks, and no checkpoint but that of the stop."""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_to_every_process_of_a_run_and_again(root, tmp_path, number):
+    """As `timeout`, systemd, Slurm and a terminal send theirs: data workers get it, too."""
+    run = tmp_path / "run"
+    words = launch.command("fastdistil.pretrain", *long_arguments(root, run, **WITH_WORKERS))
+    process = launch.start_until("update 3/", words)
+    assert len(processes_of(run)) == 3
+    for _ in range(2):
+        for pid in processes_of(run):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(0.05)
+    rest = launch.rest_of(process)
+    assert process.returncode == STOPPED
+    was_stopped(run, by=number.name)
+    assert rest.count(f"{number.name}: stopping after this update") == 1
+    assert rest.endswith("--resume auto goes on\n"), rest
+
+
+@pytest.mark.parametrize("every_process", [False, True])
+def test_a_signal_to_torchrun_with_data_workers(root, tmp_path, every_process):
+    """A scheduler's SIGTERM to every process of the job reaches the ranks again, as torchrun's own."""
+    run = tmp_path / "run"
+    options = long_arguments(root, run, **PLAIN, **WITH_WORKERS)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=2))
+    assert len(processes_of(run)) == 1 + 2 + 4
+    begin = time.monotonic()
+    for pid in processes_of(run) if every_process else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    rest = launch.rest_of(process)
+    assert time.monotonic() - begin < 15  # torchrun kills after 30
+    assert process.returncode == 1  # its own, whatever the ranks'
+    was_stopped(run, by="SIGTERM")
+    assert rest.count("SIGTERM: stopping after this update") == 1
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path):
+    """Under a launcher that starts ranks anew which failed: these have not."""
+    run = tmp_path / "run"
+    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=10_000)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=2, restarts=1))
+    begin = time.monotonic()
+    os.kill(workers_of(run)[1], signal.SIGTERM)
+    rest = launch.rest_of(process)
+    assert time.monotonic() - begin < 15  # torchrun kills after 30
+    assert process.returncode == 1
+    was_stopped(run, by="another rank was asked to")
+    assert "resuming" not in rest
+
+
+def test_data_workers_end_with_a_killed_run(root, tmp_path):
+    """They would hold its output open, and `| tee` would wait for them for good."""
+    run = tmp_path / "run"
+    words = launch.command("fastdistil.pretrain", *long_arguments(root, run, **WITH_WORKERS))
+    process = launch.start_until("update 3/", words)
+    process.kill()
+    launch.rest_of(process)  # to the end of its output
+    assert not processes_of(run)
+
+
+def test_a_killed_data_worker_is_named_on_every_rank(root, tmp_path):
+    run = tmp_path / "run"
+    options = long_arguments(root, run, **PLAIN, **WITH_WORKERS)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=2))
+    rank_1 = workers_of(run)[1]
+    os.kill(next(pid for pid in processes_of(run) if parent_of(pid) == rank_1), signal.SIGKILL)
+    rest = launch.rest_of(process)
+    assert process.returncode == 1
+    assert not processes_of(run)
+    wanted = r"rank 1, update \d+: a data worker was killed, most likely for want of memory"
+    assert re.search(f"^error: the run failed: {wanted}", rest, re.MULTILINE), rest
+    found = status(run)
+    assert found["state"] == "failed"
+    assert re.match(wanted, found["reason"])
+    assert found["update"] >= 3
+
+
+def test_a_shard_that_is_cut_while_it_is_read(root, tmp_path):
+    run, shards = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(root / "shards", shards)
+    options = long_arguments(root, run, data__num_workers=1, data__shards=shards)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options))
+    os.truncate(shards / "shard-00000.tokens", 1000)
+    rest = launch.rest_of(process)
+    assert process.returncode == 1
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1].endswith(
+        "shard-00000.tokens was cut since it was opened: run `python -m fastdistil.prepare` again with --overwrite"
+    )
+    assert "was cut since" in status(run)["reason"]
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_disk_that_takes_no_metrics_any_more(root, tmp_path, go_on):
+    run = tmp_path / "run"
+    changes = {"log__failed_save": "go-on"} if go_on else {}
+    options = long_arguments(root, run, optim__duration=60, **changes)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options))
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    if go_on:
+        launch.read_until("going on without writing metrics: [Errno 28] No space left", process)
+        (run / "metrics.jsonl").unlink()
+        (run / "metrics.jsonl").write_text(lines)
+    rest = launch.rest_of(process)
+    assert "Traceback" not in rest
+    assert process.returncode == (0 if go_on else 1)
+    assert status(run)["state"] == ("finished" if go_on else "failed")
+    if go_on:
+        assert {line["update"] for line in runs.metrics_of(run)} == set(range(1, 61))
+    else:
+        assert "No space left on device" in rest.splitlines()[-1]
+        assert "No space left on device" in status(run)["reason"]
+
+
+def test_a_run_folder_that_is_removed_is_made_anew(root, tmp_path):
+    run = tmp_path / "run"
+    process = launch.start_until(
+        "update 3/", launch.command("fastdistil.pretrain", *long_arguments(root, run, optim__duration=40))
+    )
+    run.rename(tmp_path / "elsewhere")
+    rest = launch.rest_of(process)
+    assert process.returncode == 0, rest
+    assert "was removed or moved while the run worked: it is made anew" in rest
+    assert status(run)["state"] == "finished"
+    assert (run / "tokenizer" / "vocab.txt").is_file()
+    newest = checkpoint.newest(run)
+    assert newest is not None
+    assert newest.name == "update-00000040"
 
 
 def test_a_signal_during_a_save(root, tmp_path):
@@ -96,9 +229,9 @@ def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(root, tmp_pa
     options = long_arguments(root, run, **PLAIN, optim__duration=12)
     process = launch.start_until("planted: half of", launch.command(FAULTY, "save", 0, 10, *options, ranks=2))
     rank_0 = workers_of(run)[0]
-    for _ in range(2):
-        os.kill(rank_0, signal.SIGTERM)
-        time.sleep(0.2)
+    os.kill(rank_0, signal.SIGTERM)
+    time.sleep(REPEATS_S + 0.2)
+    os.kill(rank_0, signal.SIGTERM)
     launch.rest_of(process)
     assert process.returncode != 0
     assert not processes_of(run)
@@ -162,11 +295,13 @@ def test_a_straggler_is_named(root, tmp_path):
 
 def test_a_killed_rank_is_restarted_and_leaves_no_trace(root, tmp_path):
     """Rank 0, in its eighth update: torchrun ends the other, starts both anew, and they go on from the fifth."""
-    quiet, run, changes = tmp_path / "quiet", tmp_path / "run", {**PLAIN, "optim__duration": 12}
+    quiet, run = tmp_path / "quiet", tmp_path / "run"
+    changes = {**PLAIN, "optim__duration": 12, "data__num_workers": 1}
     forked.run("fastdistil.pretrain", *long_arguments(root, quiet, **changes), ranks=2)
     done = launch.run(FAULTY, "kill", 0, 8, *long_arguments(root, run, **changes), ranks=2, restarts=1)
     assert "planted: kill" in done.stdout
     assert done.stdout.count("resuming after update 5 of 12") == 1
+    assert not processes_of(run)
     runs.same_ends(quiet, run)
     assert runs.exact_metrics(run) == runs.exact_metrics(quiet)
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fastdistil.run.command import STOPPED
 from tests.support.launch import ENVIRONMENT, ROOT
 
 PRELOADED = [
@@ -142,6 +143,7 @@ def run(
     When `stop_at` has been printed, every rank gets the SIGTERM that torchrun would pass on.
     """
     given = [str(word) for word in words]
+    wanted = STOPPED if stop_at else 0
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
         for path in outputs:
@@ -166,7 +168,7 @@ def run(
         status = next((p.exitcode for p in processes if p.exitcode), 0)
         stdout, stderr = (path.read_text() for path in outputs)
     if ok:
-        assert status == 0, f"exit {status}\n{stdout[-4000:]}\n{stderr[-6000:]}"
+        assert status == wanted, f"exit {status}\n{stdout[-4000:]}\n{stderr[-6000:]}"
     return subprocess.CompletedProcess([module, *given], status, stdout, stderr)
 
 

@@ -1,5 +1,6 @@
 """The processes of a run, found by their command lines: Linux alone."""
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -17,15 +18,18 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
+def parent_of(pid: int) -> int:
+    """The parent of a living process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 def workers_of(run: Path) -> dict[int, int]:
-    """{rank: process} of a run under torchrun."""
-    found = {}
+    """{rank: process} of a run under torchrun; a rank's data workers have its environment, too, and are left out."""
+    ranks = {}
     for pid in processes_of(run):
-        try:
+        with contextlib.suppress(OSError):  # it has just ended
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ranks = [int(word[5:]) for word in environment if word.startswith(b"RANK=")]
-        if ranks:
-            found[ranks[0]] = pid
-    return found
+            for word in environment:
+                if word.startswith(b"RANK="):
+                    ranks[pid] = int(word[5:])
+    return {rank: pid for pid, rank in ranks.items() if parent_of(pid) not in ranks}
