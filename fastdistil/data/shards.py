@@ -8,8 +8,8 @@ A prepared folder holds
     shard-00000.offsets  raw little-endian int64 (num_sequences + 1,): where each begins, from 0
     tokenizer/           a Hugging Face tokenizer folder
 
-A sequence is [CLS] text [SEP]. Shards are raw so that a piece of the file is the array and a hash of the file is a hash of
-the data. Nothing in the folder depends on the machine, the time or the number of workers.
+A sequence is [CLS] text [SEP]. Shards are raw so that a piece of the file is the array and a hash of the file is a hash
+of the data. Nothing in the folder depends on the machine, the time or the number of workers.
 """
 
 import hashlib
@@ -161,7 +161,8 @@ class Shards:
     of each sequence, [CLS] and [SEP] included.
 
     Files are opened when first used and left out of a pickle, so an instance goes cheaply into worker processes. They
-    are not mapped: a map of a file that somebody cuts ends the process by SIGBUS, where reading it says what is wrong. The sizes of all files and every offset are always checked. With `verify` hashes are, too: those of files
+    are not mapped: a map of a file that somebody cuts ends the process by SIGBUS, where reading it says what is wrong.
+    The sizes of all files and every offset are always checked. With `verify` hashes are, too: those of files
     number rank, rank + world, ... of the list, where (rank, world) is `verify_part`, so that the ranks of a job share
     the work. Raises what `read_meta` raises, and ValueError with the name of a truncated or edited file.
     """

@@ -43,7 +43,7 @@ def command(main: Main) -> Main:
     @functools.wraps(main)
     def wrapped(args: list[str] | None = None) -> int:
         # OpenMP reads it when torch is imported. Threads that spin while they wait for one another take the cores from
-        # whatever else runs here, data workers or another run: 4 to 30 times slower, and nothing gained where none does.
+        # whatever else runs here, data workers or another run: it was 4 to 30 times slower, and gains nothing alone.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             return main(args)

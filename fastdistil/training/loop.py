@@ -213,8 +213,7 @@ def train(job: Job) -> str | None:
         lr = learning_rate(config, job.update, corpus.num_updates)
         with job.profile.update(job.update), prefetcher.update():
             # This rank's micro-batches, one after the other; their gradients add up.
-            what = f"update {job.update + 1}/{corpus.num_updates}"
-            for _ in counted(num_rounds, what, every_s=job.life_s):
+            for _ in counted(num_rounds, f"update {job.update + 1}/{corpus.num_updates}", every_s=job.life_s):
                 job.watchdog.restart()
                 begin = time.perf_counter()
                 batch, teacher_output = next(with_teacher)
