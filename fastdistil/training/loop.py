@@ -23,7 +23,7 @@ from fastdistil.data.plan import UpdatePlan
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
-from fastdistil.run.command import Failed, StopRequest
+from fastdistil.run.command import SPEAKS_FIRST_S, Failed, StopRequest
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import Journal, MetricsWriter, counted, peak_flops
@@ -146,11 +146,9 @@ def setup(
     if ranks.is_main:
         folder.start(config.out, describe(resolved), resolved.tokenizer_path)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
-        log_config = config.log
-        writer = MetricsWriter(
-            config.out, resumed_at=update, tensorboard=log_config.tensorboard, go_on=log_config.go_on
-        )
-        saver = Saver(config.out, keep=log_config.keep_checkpoints, go_on=log_config.go_on)
+        go_on = config.log.go_on
+        writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
+        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -389,7 +387,11 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
         own = f"rank {ranks.rank}, update {watchdog.update}: {about}"
         cause = ranks.first_cause(own)
         # A full disk, or a folder that is gone, must not keep any of these from being tried.
-        told: list[Callable[[], None]] = [partial(watchdog.failed, error), partial(tell_launcher, error)]
+        told: list[Callable[[], None]] = [partial(watchdog.failed, error)]
+        if cause == own:
+            told.append(partial(tell_launcher, error))
+        else:  # torchrun names the first, and knows when each ended to the second
+            time.sleep(SPEAKS_FIRST_S)
         if ranks.is_main:
             told.append(
                 partial(folder.write_status, config.out, "failed", update=max(0, watchdog.update - 1), reason=cause)
