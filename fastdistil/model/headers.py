@@ -10,7 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fastdistil.model.architecture import Architecture
 from fastdistil.run import files
@@ -130,8 +130,9 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
 class _TensorNames(pickle.Unpickler):
     """Reads torch's pickles without torch. Nothing that a pickle names is called but what stands here."""
 
-    num_bytes = 0
-    """Of the storages that the pickle names."""
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.storages: dict[Any, int] = {}  # the bytes of each, which tied tensors share
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -146,8 +147,8 @@ class _TensorNames(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> str:
-        _, dtype, _key, _location, count, *_ = pid
-        self.num_bytes += count * _FLOATS.get(dtype, 1)
+        _, dtype, key, _location, count, *_ = pid
+        self.storages[key] = count * _FLOATS.get(dtype, 1)
         return dtype
 
 
@@ -159,20 +160,20 @@ def _pickle_header(path: Path) -> dict[str, TensorInfo]:
                 with zipfile.ZipFile(file) as archive:
                     (entry,) = (e for e in archive.infolist() if e.filename.split("/")[1:] == ["data.pkl"])
                     reader = _TensorNames(archive.open(entry))
-                    state = reader.load()
+                    state, begin = reader.load(), 0
             else:
                 file.seek(0)
                 for _ in range(3):  # a magic number, the version, the byte order
                     _TensorNames(file).load()
                 reader = _TensorNames(file)
-                state = reader.load()
+                state, begin = reader.load(), file.tell()
     except Exception as error:  # whatever the damage leads to
         raise ValueError(refusal_of_pickle(path, error)) from None
     check_state_dict(path, state, TensorInfo)
-    if reader.num_bytes > path.stat().st_size:
+    size, named = path.stat().st_size, sum(reader.storages.values())
+    if begin + named > size:
         raise ValueError(
-            f"{path} was cut short: it has {path.stat().st_size:,} bytes and names {reader.num_bytes:,} of tensors: "
-            "download or copy it again"
+            f"{path} was cut short: it has {size:,} bytes and names {named:,} of tensors: download or copy it again"
         )
     return dict(state)
 
