@@ -3,4 +3,21 @@
 Importing the package imports nothing heavy: `--help` and configuration errors must come before torch does.
 """
 
+import os
+import signal
+import sys
+
 __version__ = "0.1.0"
+INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command goes on from there"
+
+
+def end_at_once(number: int, _frame: object) -> None:
+    """End this process by the handler of a signal, with a line and the exit status of shells."""
+    os.write(2, f"{INTERRUPTED.format(signal.Signals(number).name)}\n".encode())
+    os._exit(128 + number)
+
+
+if sys.argv[:1] == ["-m"]:  # `python -m fastdistil.COMMAND` begins: until `main` runs nothing is to be cleaned up.
+    for _number in (signal.SIGINT, signal.SIGTERM):  # An import elsewhere changes no handler.
+        if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(_number, end_at_once)

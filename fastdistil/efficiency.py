@@ -8,7 +8,6 @@ ratios are to the first.
 """
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import tyro
 
 from fastdistil.run import options
-from fastdistil.run.command import command
+from fastdistil.run.command import command, leave
 from fastdistil.run.files import write_json
 
 PUBLISHED = (
@@ -154,4 +153,4 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

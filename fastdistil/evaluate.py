@@ -22,7 +22,7 @@ from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.model import families
 from fastdistil.run import options
-from fastdistil.run.command import command
+from fastdistil.run.command import command, leave
 from fastdistil.run.files import read_json, write_json
 
 log = logging.getLogger("fastdistil.evaluate")
@@ -236,4 +236,4 @@ def table(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

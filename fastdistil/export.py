@@ -17,7 +17,7 @@ import tyro
 from fastdistil import __version__
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.run import files, folder, options
-from fastdistil.run.command import command
+from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, flatten
 
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
@@ -225,4 +225,4 @@ def _table(header: tuple[str, ...], rows: Any) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -16,8 +16,8 @@ import hashlib
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
 from fastdistil.run import files, options
-from fastdistil.run.command import command
+from fastdistil.run.command import command, leave
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,7 +185,9 @@ def _provide_tokenizer(
     if isinstance(spec, int):
         LOG.info(f"training a WordPiece of {spec} tokens")
         names = tokenizer.SPECIAL_TOKENS
-        made = tokenizer.train(_sample(config, sources), spec, cased=config.cased)
+        # It hears of no signal for up to a minute, so it works in a thread, and a signal ends the process meanwhile.
+        sample = _sample(config, sources)
+        made = ThreadPoolExecutor(1).submit(tokenizer.train, sample, spec, cased=config.cased).result()
     else:
         path = tokenizer.fetch(spec) if isinstance(spec, str) else spec
         tokenizer.special_ids(path)  # a missing one is an error here rather than in a worker
@@ -365,11 +367,8 @@ def main(args: list[str] | None = None) -> int:
         free = shutil.disk_usage(config.out).free
         advice = f"{config.out} has {free:,} bytes free: make room, and the same command goes on"
         raise OSError(f"{error}\n{advice}") from None
-    except KeyboardInterrupt:
-        print("prepare: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,11 +9,11 @@ import logging
 import sys
 
 from fastdistil.run import folder, recipes
-from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, command, launched, leave
+from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, command_of_ranks, launched, leave
 from fastdistil.training.preflight import Resolved, resolve
 
 
-@command
+@command_of_ranks
 def main(args: list[str] | None = None) -> int:
     """The exit status, 0 for a run that finished.
 
@@ -35,12 +35,10 @@ def main(args: list[str] | None = None) -> int:
     if here.num_restarts and folder.was_stopped(config.out):
         return STOPPED
 
-    # From here on a signal asks the run to stop when it can.
-    with StopRequest() as stop:
-        return run(resolved, here, stop)
+    return run(resolved, here)
 
 
-def run(resolved: Resolved, here: Launched, stop: StopRequest) -> int:
+def run(resolved: Resolved, here: Launched) -> int:
     """The exit status of a run whose command line was found right."""
     config = resolved.config
     # Where it runs: with torch, on a device of its own, in a process group.
@@ -67,9 +65,12 @@ def run(resolved: Resolved, here: Launched, stop: StopRequest) -> int:
 
     # A rank that is set aside for a teacher answers its students until they have all stopped.
     if ranks.link and isinstance(teacher, Teacher):
-        serve(
-            teacher, ranks.link, lambda rank, split, first: corpus.micro_batches(split, ranks, rank=rank, first=first)
-        )
+        with StopRequest():  # its students hear of it, too
+            serve(
+                teacher,
+                ranks.link,
+                lambda rank, split, first: corpus.micro_batches(split, ranks, rank=rank, first=first),
+            )
         return 0
 
     # What can be known only now: the teacher's precision, and what the run folder holds while nobody else writes there.
@@ -89,17 +90,18 @@ def run(resolved: Resolved, here: Launched, stop: StopRequest) -> int:
                 "shards, or another --out"
             )
 
-    # The run itself, under a watchdog.
-    with loop.watched(config, ranks) as watchdog:
-        job = loop.setup(resolved, corpus, teacher, student, saved, ranks, stop, watchdog)
-        failure = loop.train(job)
-    memory.say_measured(needed, ranks)
-    ranks.leave()
-    if lock is not None:
-        lock.release()
-    if failure:
-        raise Failed(failure)
-    return 0 if job.update == corpus.num_updates else STOPPED
+    # The run itself, under a watchdog. From here on there is something to save: a signal asks it to stop when it can.
+    with StopRequest() as stop:
+        with loop.watched(config, ranks) as watchdog:
+            job = loop.setup(resolved, corpus, teacher, student, saved, ranks, stop, watchdog)
+            failure = loop.train(job)
+        memory.say_measured(needed, ranks)
+        ranks.leave()
+        if lock is not None:
+            lock.release()
+        if failure:
+            raise Failed(failure)
+        return 0 if job.update == corpus.num_updates else STOPPED
 
 
 if __name__ == "__main__":

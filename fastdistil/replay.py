@@ -16,7 +16,7 @@ import tyro
 
 from fastdistil.data.tokenizer import read_vocabulary
 from fastdistil.run import folder, options
-from fastdistil.run.command import command
+from fastdistil.run.command import command, leave
 from fastdistil.run.config import Config, from_json
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -165,4 +165,4 @@ def texts(resolved: Resolved, batch: "MicroBatch") -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

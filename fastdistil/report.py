@@ -8,7 +8,6 @@ differ. Runs that still go on are read, too. Plots are SVG inside the page; its 
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from fastdistil import __version__
 from fastdistil.model.architecture import from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run import options
-from fastdistil.run.command import command
+from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, flatten
 from fastdistil.run.files import read_json, read_json_lines, write_text
 
@@ -200,4 +199,4 @@ def _plots(runs: list[Run]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdistil.run import options, recipes
-from fastdistil.run.command import Failed, command, visible_gpus
+from fastdistil.run.command import Failed, command, leave, visible_gpus
 from fastdistil.run.files import read_json, read_json_lines, write_json
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -101,8 +102,8 @@ def main(args: list[str] | None = None) -> int:
     study.check()
     try:
         study.run()
-    except (Failed, ValueError, OSError, KeyboardInterrupt) as error:
-        raise Failed(f"{str(error) or 'interrupted'}; the same command goes on") from None
+    except (Failed, ValueError, OSError) as error:
+        raise Failed(f"{error}; the same command goes on") from None
     finally:
         has_tables = study.write()
     return 0 if has_tables else 1
@@ -127,6 +128,7 @@ class Study:
         self.teacher = config.teacher or self._model("teacher")
         self.devices: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         self.is_ending = False  # before all is done: then no further step begins
+        self.running: list[subprocess.Popen[bytes]] = []
 
     def check(self) -> None:
         """Refuse what would fail hours later, and what belongs to another study. Raises ValueError or OSError."""
@@ -157,17 +159,24 @@ class Study:
         """Every step that is still to be done, `jobs` at a time. Raises Failed at the first that fails."""
         for device in _devices(self.config.jobs):
             self.devices.put(device)
-        if self.config.teacher is None:
-            self._do(self._pretraining("teacher", self._teacher_words()))
-            self._resolve_students()
-        with ThreadPoolExecutor(self.config.jobs) as pool:
-            try:
-                list(pool.map(self._do, self._chains()))
-            except BaseException:  # an interruption, too
-                self.is_ending = True
-                raise
-        models = (self.teacher, self._model("distilbert-1"))
-        self._do([Step("efficiency", "efficiency", (*models, "--out", self.out / "efficiency.json"))])
+        pool = ThreadPoolExecutor(self.config.jobs)
+        try:
+            if self.config.teacher is None:
+                self._do(self._pretraining("teacher", self._teacher_words()))
+                self._resolve_students()
+            list(pool.map(self._do, self._chains()))
+            models = (self.teacher, self._model("distilbert-1"))
+            self._do([Step("efficiency", "efficiency", (*models, "--out", self.out / "efficiency.json"))])
+        except BaseException as error:
+            self.is_ending = True
+            if isinstance(error, KeyboardInterrupt):  # a run makes its checkpoint then
+                for process in self.running:
+                    process.send_signal(signal.SIGINT)
+            raise
+        finally:
+            pool.shutdown()
+            for process in self.running:
+                process.wait()
 
     def write(self) -> bool:
         """Gather what was measured in OUT/study.json and make OUT/study.md of it; says whether that was possible."""
@@ -264,15 +273,18 @@ class Study:
                 with part.open("w", encoding="utf-8") as file:
                     file.write(f"$ {shlex.join(line)}\n")
                     file.flush()
-                    ended = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, env=os.environ | device)
+                    process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, env=os.environ | device)
+                self.running.append(process)
+                process.wait()
+                self.running.remove(process)
             finally:
                 self.devices.put(device)
             text = part.read_text(encoding="utf-8", errors="replace")
             stopped = module == "pretrain" and "--resume auto goes on" in text  # by a signal: status 0
-            if ended.returncode or stopped:
+            if process.returncode or stopped:
                 self.is_ending = True
                 tail = "\n".join(text.splitlines()[-8:])
-                raise Failed(f"{name} ended with status {ended.returncode}; {part} ends in\n{tail}\n")
+                raise Failed(f"{name} ended with status {process.returncode}; {part} ends in\n{tail}\n")
             part.replace(done)
 
 
@@ -337,4 +349,4 @@ def _devices(jobs: int) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

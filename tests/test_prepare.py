@@ -248,8 +248,9 @@ def test_an_interrupt_says_how_to_go_on(corpus, tmp_path):
     _wait_for_shard(tmp_path / "out", 0, process)
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
-    assert process.returncode == 1
-    assert log.endswith("interrupted; the same command goes on where it stopped\n")
+    assert process.returncode == 130
+    assert log.endswith("interrupted by SIGINT: what was finished is kept, and the same command goes on from there\n")
+    assert not list((tmp_path / "out").glob("*.part"))
     assert "Traceback" not in log
 
 
@@ -343,9 +344,9 @@ def test_nothing_to_keep(tmp_path, text):
         ("--help", None),
         ("missing.txt --tokenizer train:500 --out OUT", "does not exist: wanted a file"),
         ("CORPUS --tokenizer no/such/folder --out OUT", "no such file or folder"),
-        ("CORPUS --tokenizer train:500", "Missing from"),
+        ("CORPUS --tokenizer train:500", "missing: --out PATH"),
         ("--tokenizer train:500 --out OUT", "no source: give files"),
-        ("CORPUS --tokenizer train:500 --out OUT --max-lenght 9", "--max-length INT"),
+        ("CORPUS --tokenizer train:500 --out OUT --max-lenght 9", "did you mean --max-length?"),
         ("CORPUS --tokenizer train:500 --out OUT --max-length 11", "wanted 12 or more"),
         ("CORPUS --tokenizer train:500 --out OUT --workers 0", "wanted 1 or more"),
         ("CORPUS --tokenizer train:500 --out CORPUS", "is a file: name a folder"),

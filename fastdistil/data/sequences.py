@@ -175,7 +175,10 @@ def encode_in_order(
     waiting: deque[tuple[DocumentBatch, Future[Sequences]]] = deque()
     try:
         for batch in batches:
+            # It may start a worker, which inherits this: until that ignores Ctrl-C, it must not hear of it.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             waiting.append((batch, pool.submit(_build, batch.documents)))
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             # Twice the workers, so that none waits while this process reads or writes.
             if len(waiting) > 2 * workers:
                 batch, future = waiting.popleft()

@@ -274,6 +274,7 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._part.unlink(missing_ok=True)  # not finished
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append sequences: `tokens` (sum of lengths,) integer ids, `lengths` (sequences,)."""

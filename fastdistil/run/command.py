@@ -1,12 +1,22 @@
 """What every command stands on: the place that a launcher gave it, how it refuses, how it ends. Standard library only.
 
-The environment that torchrun sets is read here and nowhere else.
+The environment that torchrun sets is read here and nowhere else. Exit statuses, the same for all commands:
+
+0    done
+1    failed: the work went wrong, and the last line says why
+2    refused: the command line, or a file that it names, cannot be worked with, and the last line says what would be
+75   stopped by a signal, with a checkpoint: the same command with --resume auto goes on (pretrain alone)
+130  interrupted by SIGINT (Ctrl-C), 143 by SIGTERM, 129 and 138 by SIGHUP and SIGUSR1: what was finished is kept
+141  whoever read its output has gone (`| head`)
 """
 
 import atexit
+import contextlib
 import functools
+import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,17 +24,21 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, Self
 
+from fastdistil import INTERRUPTED, end_at_once
+
 log = logging.getLogger("fastdistil")
 
 SPEAKS_FIRST_S = 1.0
 """For so long the ranks that say nothing of a refusal wait for the one that says it."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What asks a run to stop with a checkpoint: schedulers, people, warnings of preemption, a terminal that is closed."""
+"""What interrupts a command, and asks a run that trains to stop with a checkpoint: schedulers, people, warnings of preemption, a terminal that is closed."""
 REPEATS_S = 5.0
 """Signals that follow the first within so many seconds are the same request."""
 STOPPED = 75
 """Exit status of a run that a signal stopped, with a checkpoint: sysexits.h's EX_TEMPFAIL, "try again later"."""
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What makes a process one of several."""
 
 Main = Callable[..., int]  # main(args: list[str] | None = None); None: the words of the command line
 
@@ -34,27 +48,139 @@ class Failed(Exception):
 
 
 def command(main: Main) -> Main:
-    """`main` as a command: what it refuses is one line on stderr, from the first process of a machine, and a status.
+    """`main` as a command, which ends with one of the statuses above, and says why in one line on stderr.
 
-    Exit status 1 for Failed, 2 for ValueError and OSError, which say what was wanted, what was got and what to do. Any
-    other exception is a defect of the program, and keeps its traceback.
+    Status 1 for Failed, 2 for ValueError and OSError, which say what was wanted, what was got and what to do; 130 or
+    143 after a signal. Any other exception is a defect of the program, and keeps its traceback. `main` may be called
+    in any process, with `args`: it returns the status there, and leaves signals as they were handled before.
+
+    It works in one process. Of several that torchrun starts the first works, and the others are done at once.
     """
+    return _command(main, on_all_ranks=False)
 
+
+def command_of_ranks(main: Main) -> Main:
+    """Like `command`, but the ranks that torchrun starts work together; the first one of a machine speaks."""
+    return _command(main, on_all_ranks=True)
+
+
+def _command(main: Main, *, on_all_ranks: bool) -> Main:
     @functools.wraps(main)
     def wrapped(args: list[str] | None = None) -> int:
         # OpenMP reads it when torch is imported. Threads that spin while they wait for one another take the cores from
         # whatever else runs here, data workers or another run: it was 4 to 30 times slower, and gains nothing alone.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        try:
-            return main(args)
-        except (Failed, ValueError, OSError) as error:
-            if launched().local_rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:  # torchrun ends all ranks once one has failed, also the one that has not spoken yet
-                time.sleep(SPEAKS_FIRST_S)
-            return 1 if isinstance(error, Failed) else 2
+        if not on_all_ranks and launched().by_torchrun:
+            if launched().rank:
+                return 0
+            for name in LAUNCHER:
+                os.environ.pop(name, None)  # what it imports or starts would wait for the ranks that have left
+        with Interruption() as interruption:
+            try:
+                status = main(args)
+                sys.stdout.flush()
+                return status
+            except BaseException as error:
+                interruption.is_late = True
+                return _status_after(error, interruption)
 
     return wrapped
+
+
+def _status_after(error: BaseException, interruption: "Interruption") -> int:
+    """The exit status of a command that has raised `error`, which is raised again where it is a defect."""
+    if interruption.number or isinstance(error, KeyboardInterrupt):
+        # Whatever was raised: an import in C makes an ImportError of it, a pool whose workers got it, too, its own.
+        number = signal.Signals(interruption.number or signal.SIGINT)
+        _say(INTERRUPTED.format(number.name))
+        return 128 + number
+    if isinstance(error, BrokenPipeError) and any(map(_has_no_reader, (1, 2))):
+        for descriptor in (1, 2):
+            if _has_no_reader(descriptor):  # what is still in buffers goes nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return 128 + signal.SIGPIPE
+    if not isinstance(error, Failed | ValueError | OSError):
+        raise
+    if launched().local_rank == 0:
+        _say(f"error: {error}")
+        _tell_torchrun(f"error: {error}")
+    else:  # torchrun ends all ranks once one has failed, also the one that has not spoken yet
+        time.sleep(SPEAKS_FIRST_S)
+    return 1 if isinstance(error, Failed) else 2
+
+
+def _say(line: str) -> None:
+    if launched().local_rank == 0:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(line, file=sys.stderr, flush=True)
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Whether this is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _tell_torchrun(text: str) -> None:
+    """Put `text` where torchrun ends what it says of a failed job, as the cause: after its own traceback."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or os.path.exists(path):  # the traceback of a failed run stands there
+        return
+    # What torch.distributed.elastic.multiprocessing.errors writes there, without importing torch.
+    about = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": about}, file)
+
+
+class Interrupted(KeyboardInterrupt):
+    """One of STOP_SIGNALS has come; raised wherever the program stands, so that what it has opened is closed."""
+
+
+class Interruption:
+    """Inside, STOP_SIGNALS raise Interrupted; `number` is the one that came, or 0. Puts the handlers back.
+
+    What comes within REPEATS_S is the same request: a terminal and a launcher both signal. A later one ends the process
+    at once. Handlers that somebody else has set, signals that are ignored (nohup, `&` in a script), and signals outside
+    the main thread, where Python lets nobody handle them, are left as they are.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.came_at, self.before = 0, 0.0, {}
+        self.is_late = False  # the command is ending by itself
+        self.hook = sys.unraisablehook
+        self.raises_in_logging = logging.raiseExceptions
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, end_at_once):
+                    self.before[number] = signal.signal(number, self._handle)
+            sys.unraisablehook = self._raise_again
+        logging.raiseExceptions = False  # a run outlives whoever read its log, without a traceback a line
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook, logging.raiseExceptions = self.hook, self.raises_in_logging
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.number and time.monotonic() - self.came_at > REPEATS_S:
+            end_at_once(number, frame)
+        if self.number or self.is_late:
+            return
+        self.number, self.came_at = number, time.monotonic()
+        raise Interrupted
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """Python drops an exception of a destructor or a callback, and would go on: the signal comes once more."""
+        if not isinstance(unraisable.exc_value, Interrupted):
+            return self.hook(unraisable)
+        number, self.number = self.number, 0
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # after this hook, where it would be dropped, too
+        again.daemon = True
+        again.start()
 
 
 class Launched(NamedTuple):
@@ -80,23 +206,27 @@ def launched() -> Launched:
         rank=number("RANK", 0),
         world_size=number("WORLD_SIZE", 1),
         local_rank=number("LOCAL_RANK", 0),
-        local_world_size=number("LOCAL_WORLD_SIZE", 1),
+        local_world_size=number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1)),  # as the deepspeed launcher calls it
         num_restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 
 def leave(status: int) -> NoReturn:
-    """sys.exit; under torchrun without tearing down the interpreter while other threads are still alive.
+    """sys.exit; under torchrun and after a signal without tearing down the interpreter while other threads are alive.
 
     DeepSpeed keeps its process groups to the end, and with them gloo's threads. A thread that frees a tensor after the
     interpreter has begun to end waits for a lock that nobody gives back, and PyTorch aborts: a finished run with exit
     status -6, in 13 of 28 runs under strace.
     """
-    if not launched().by_torchrun:
+    at_once = launched().by_torchrun or status >= 128
+    for number in (signal.SIGINT, signal.SIGTERM) if at_once else (signal.SIGINT,):
+        signal.signal(number, signal.SIG_IGN)  # the status is known, and Python's own end would die of it
+    if not at_once:
         sys.exit(status)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 

@@ -5,17 +5,26 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from fastdistil import end_at_once
 from fastdistil.run.command import (
+    LAUNCHER,
+    REPEATS_S,
     SPEAKS_FIRST_S,
     STOP_SIGNALS,
     Failed,
+    Interrupted,
+    Interruption,
     Launched,
     StopRequest,
     command,
+    command_of_ranks,
     launched,
     visible_gpus,
 )
@@ -40,10 +49,10 @@ def test_what_torchrun_says(monkeypatch):
     )
 
 
-def raising(error):
+def raising(error, kind=command):
     """A command whose work ends with `error`, or with a status."""
 
-    @command
+    @kind
     def main(args=None):
         """Its help."""
         assert args == ["words"]
@@ -80,15 +89,192 @@ def test_a_refusal_is_one_line_and_a_status(monkeypatch, capsys, error, status, 
 def test_one_process_of_a_machine_speaks_and_all_have_the_status(monkeypatch, capsys, rank, local_rank, said):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert raising(ValueError("x"))(["words"]) == 2
+    assert raising(ValueError("x"), command_of_ranks)(["words"]) == 2
     assert capsys.readouterr().err == "error: x\n" * said
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a defect"), KeyError("a defect"), KeyboardInterrupt(), SystemExit(2)])
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), KeyError("a defect"), SystemExit(2)])
 def test_a_defect_keeps_its_traceback(error, capsys):
     with pytest.raises(type(error)):
         raising(error)(["words"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("rank", "works"), [("0", True), ("1", False)])
+def test_of_several_ranks_the_first_does_the_work_of_a_command(monkeypatch, rank, works):
+    """Alone: what it imports or starts finds no launcher's words in the environment."""
+    for name in LAUNCHER:
+        monkeypatch.setenv(name, rank if name.endswith("RANK") else "2")
+    called = []
+
+    @command
+    def main(args=None):
+        called.append(launched())
+        return 7
+
+    assert main([]) == (7 if works else 0)
+    alone = Launched(by_torchrun=False, rank=0, world_size=1, local_rank=0, local_world_size=1, num_restarts=0)
+    assert called == ([alone] if works else [])
+
+
+def test_torchrun_is_told_the_cause(monkeypatch, tmp_path, capsys):
+    """In its own form, so that it ends what it says of a failed job with it; a traceback there is not replaced."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert raising(ValueError("wanted a, got b"), command_of_ranks)(["words"]) == 2
+    assert raising(ValueError("another"), command_of_ranks)(["words"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    message: Any = failure.message
+    assert message["message"] == "error: wanted a, got b"
+
+
+@pytest.fixture
+def default_handlers():
+    """SIGINT and SIGTERM as in a fresh interpreter, whatever runs the tests."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, h) for n, h in zip(numbers, (signal.default_int_handler, signal.SIG_DFL), strict=True)]
+    yield numbers
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def signalled(number, *, then=None, during=None):
+    """A command that sends itself a signal, and what it does about the exception."""
+
+    @command
+    def main(args=None):
+        if during:
+            during(number)
+        try:
+            signal.raise_signal(number)
+            raise AssertionError("not interrupted")
+        finally:
+            if then:
+                raise then
+
+    return main
+
+
+INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command goes on from there\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("then", [None, ImportError("numpy failed to import"), ValueError("a worker was killed")])
+def test_a_signal_is_one_line_and_a_status(default_handlers, capsys, number, status, then):
+    """Whatever a library made of it. Afterwards the process has its handlers back."""
+    before = [signal.getsignal(n) for n in default_handlers]
+    assert signalled(number, then=then)([]) == status
+    assert capsys.readouterr() == ("", INTERRUPTED.format(number.name))
+    assert [signal.getsignal(n) for n in default_handlers] == before
+
+
+def test_a_signal_in_a_destructor_is_not_dropped(default_handlers, capsys):
+    went_on = []
+
+    class Dropping:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def during(_number):
+        Dropping()
+        time.sleep(60)  # the signal comes again here
+        went_on.append(True)
+
+    assert signalled(signal.SIGTERM, during=during)([]) == 143
+    assert capsys.readouterr() == ("", INTERRUPTED.format("SIGTERM"))
+    assert not went_on
+
+
+def test_handlers_of_others_stay(default_handlers):
+    heard = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert (heard, interruption.number) == ([signal.SIGTERM], 0)
+
+
+def test_outside_the_main_thread_a_command_works(default_handlers):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(raising(3)(["words"])))
+    thread.start()
+    thread.join()
+    assert results == [3]
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(0.0, False), (REPEATS_S + 1, True)])
+def test_a_repeat_is_the_same_request_and_a_late_one_ends_at_once(default_handlers, seconds, ends):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        with Interruption() as interruption:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except Interrupted:
+                interruption.came_at -= seconds
+                signal.raise_signal(signal.SIGTERM)
+                os._exit(7)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (143 if ends else 7)
+    with os.fdopen(read) as said:
+        assert said.read() == (INTERRUPTED.format("SIGTERM") if ends else "")
+
+
+def test_a_refusal_is_not_cut_short_by_the_launcher(default_handlers, monkeypatch):
+    """torchrun ends the ranks that wait for the one that speaks."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert raising(ValueError("no"), command_of_ranks)(["words"]) == 2
+
+
+def test_importing_the_package_changes_no_handler():
+    code = "import signal, fastdistil; print([signal.getsignal(n).__name__ for n in (2,)], signal.getsignal(15))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=launch.ENVIRONMENT)
+    assert done.stdout == "['default_int_handler'] 0\n", done.stderr
+
+
+def test_while_a_command_is_imported_a_signal_ends_it_with_its_line(tmp_path):
+    """`slow` is imported by a command before its `main`, where the interpreter alone would print a traceback."""
+    (tmp_path / "tyro.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = launch.ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{launch.ROOT}"}
+    words = [sys.executable, "-m", "fastdistil.report"]
+    process = subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", INTERRUPTED.format("SIGINT"))
+    assert process.returncode == 130
+    assert end_at_once.__module__ == "fastdistil"
+
+
+@pytest.mark.parametrize("error", [None, BrokenPipeError(32, "Broken pipe")])
+def test_a_reader_that_has_gone_is_no_error(error):
+    """`fastdistil.export ... | head`: at a print, or where the last of the output is flushed."""
+    code = f"""
+import sys
+from fastdistil.run.command import command, leave
+@command
+def main(args=None):
+    print("x" * {10**6 if error else 10})
+    return 0
+sys.stdin.readline()
+leave(main([]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=launch.ENVIRONMENT, stdin=-1, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
 
 
 def test_a_command_keeps_its_name_and_help():
@@ -178,6 +364,6 @@ def test_who_says_nothing_waits_for_who_does(monkeypatch, capsys):
     monkeypatch.setattr("time.sleep", waited.append)
     for local_rank, said in (("1", ""), ("0", "error: no\n")):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        assert raising(ValueError("no"))(["words"]) == 2
+        assert raising(ValueError("no"), command_of_ranks)(["words"]) == 2
         assert capsys.readouterr().err == said
     assert waited == [SPEAKS_FIRST_S]
