@@ -32,7 +32,8 @@ SPEAKS_FIRST_S = 1.0
 """For so long the ranks that say nothing of a refusal wait for the one that says it."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What interrupts a command, and asks a run that trains to stop with a checkpoint: schedulers, people, warnings of preemption, a terminal that is closed."""
+"""What interrupts a command, and asks a run that trains to stop with a checkpoint: schedulers, people, warnings of
+preemption, a terminal that is closed."""
 REPEATS_S = 5.0
 """Signals that follow the first within so many seconds are the same request."""
 STOPPED = 75
