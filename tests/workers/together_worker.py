@@ -5,6 +5,7 @@ from unittest.mock import patch
 import torch.distributed as torch_dist
 
 from fastdistil.run.ranks import Ranks
+from fastdistil.training.inputs import require_same
 
 STAGES = {"nobody": (), "rank 1": (1,), "both": (0, 1)}
 """Which ranks refuse."""
@@ -24,3 +25,12 @@ def refusals(ranks: Ranks) -> dict[str, str]:
                 found[stage] = f"{type(error).__name__}: {error}"
         found[stage] += "; left" * left.call_count
     return found
+
+
+def other_files(ranks: Ranks) -> str:
+    """What is said where ranks have read other teachers."""
+    try:
+        require_same(ranks, {"data.shards": "same", "teacher.path": str(ranks.rank) * 64, f"of {ranks.rank}": "alone"})
+    except ValueError as error:
+        return str(error)
+    return "nothing"
