@@ -6,6 +6,8 @@ their input.
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import os
 import sys
 import threading
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +24,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fastdistil.run.command import Launched, launched
+from fastdistil.run.command import Failed, Launched, launched
+from fastdistil.run.config import PER_HOST, Config, flatten, to_json
 from fastdistil.run.link import TeacherLink
 
 ANSWERS_S = 3.0
@@ -74,7 +78,7 @@ class Ranks:
         except (ValueError, OSError) as caught:
             error = caught
         words = "" if error is None else str(error) or repr(error)
-        said = self.gather_text(words, with_teachers=with_teachers)
+        said = self._gather_text(words, with_teachers=with_teachers)
         first = next((rank for rank, text in enumerate(said) if text), None)
         if first is None:
             return
@@ -84,8 +88,7 @@ class Ranks:
             raise error
         raise ValueError(f"rank {first}: {said[first]}" if first else said[first]) from error
 
-    def gather_text(self, text: str, *, with_teachers: bool) -> list[str]:
-        """What every rank says, in the order of ranks; at most 4,000 bytes of it where there are teachers."""
+    def _gather_text(self, text: str, *, with_teachers: bool) -> list[str]:
         if with_teachers and self.link is not None:
             return self.link.gather(text)
         if self.host_group is None:
@@ -93,6 +96,24 @@ class Ranks:
         said: list[Any] = [None] * self.world_size
         torch_dist.all_gather_object(said, text, group=self.host_group)
         return said
+
+    def require_one_command(self, config: Config) -> None:
+        """Raises ValueError, on every rank alike, where one has other options or other code than rank 0.
+
+        Every host is started on its own; ranks with other options would meet, and spoil the run in silence.
+        """
+        here, defaults = flatten(to_json(config)), flatten(to_json(Config()))
+        facts = {f"--{k}": v for k, v in here.items() if v != defaults[k] and k not in PER_HOST}
+        facts |= {"torch": torch.__version__, "the code of fastdistil": _code_digest()}
+        first, *others = map(json.loads, self._gather_text(json.dumps(facts), with_teachers=True))
+        for rank, other in enumerate(others, start=1):
+            for name in sorted(first.keys() | other.keys()):
+                on_0, on_rank = (said.get(name, "the default") for said in (first, other))
+                if on_0 != on_rank:
+                    raise ValueError(
+                        f"{name.replace('_', '-')} is {on_rank} on rank {rank} and {on_0} on rank 0: start the same "
+                        "command of the same version on every host"
+                    )
 
     def sum(self, x: Tensor) -> Tensor:
         """`x` summed over all ranks, in place."""
@@ -161,7 +182,8 @@ def init_ranks(
     """Choose the device, join the process group if torchrun made one, and share the cores between the processes.
 
     The last `teacher_ranks` ranks are left out of the process group, so that DeepSpeed sees students alone; a link
-    joins them. Raises ValueError where CUDA is asked for and there is none, or where ranks outnumber the GPUs.
+    joins them. Raises ValueError where CUDA is asked for and there is none, or where ranks outnumber the GPUs; Failed
+    where they do not all come.
     """
     here = launched()
     if device == "auto":
@@ -181,9 +203,21 @@ def init_ranks(
     num_students = here.world_size - teacher_ranks
     if not here.by_torchrun:
         return Ranks(here.rank, num_students, home, second_device=second)
+    try:
+        return _meet(here, num_students, home, second, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:  # a store that was waited for in vain, a connection that was refused
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        raise Failed(
+            f"the {here.world_size} ranks have not all met within --engine.timeout-s {timeout_s} ({said:.200}): a host "
+            "has refused, and says why, or it cannot be reached"
+        ) from error
 
-    timeout = timedelta(seconds=timeout_s)
-    backend = "nccl" if device == "cuda" else "gloo"
+
+def _meet(
+    here: Launched, num_students: int, home: torch.device, second: torch.device | None, *, timeout: timedelta
+) -> Ranks:
+    teacher_ranks = here.world_size - num_students
+    backend = "nccl" if home.type == "cuda" else "gloo"
     store, *_ = next(rendezvous("env://", timeout=timeout))
     link = host_group = None
     if teacher_ranks:
@@ -196,11 +230,18 @@ def init_ranks(
             rank=here.rank,
             world_size=num_students,
             timeout=timeout,
-            device_id=home if device == "cuda" else None,
+            device_id=home if home.type == "cuda" else None,
         )
         on_host = backend == "gloo"
         host_group = torch_dist.group.WORLD if on_host else torch_dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(here.rank, num_students, home, host_group, second, link, store)
+
+
+def _code_digest() -> str:
+    """Some of the SHA-256 of the package's Python files."""
+    package = Path(__file__).parents[1]
+    files = sorted(package.glob("**/*.py")) + sorted(package.glob("kernels/*.py"))  # a link, which ** does not follow
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def _gpus(here: Launched, *, second_device: bool) -> tuple[torch.device, torch.device | None]:

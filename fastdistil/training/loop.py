@@ -31,7 +31,7 @@ from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks, tell_launcher
 from fastdistil.training import forecast
 from fastdistil.training.engine import Engine, learning_rate, make_engine
-from fastdistil.training.inputs import Corpus, updates_of
+from fastdistil.training.inputs import Corpus
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher
@@ -144,7 +144,7 @@ def setup(
     # The run folder: what the run is, then its metrics and checkpoints.
     writer = saver = None
     if ranks.is_main:
-        say_prolonged(config, corpus, folder.start(config.out, describe(resolved), resolved.tokenizer_path), update)
+        folder.start(config.out, describe(resolved), resolved.tokenizer_path)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         go_on = config.log.go_on
         writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
@@ -353,6 +353,7 @@ MEANINGS = {
     "Connection closed by peer": "another rank has ended, and did not say why: it was killed (perhaps for want of "
     "memory) or its host is gone; the launcher names the one that ended first",
     "Connection reset by peer": "the connection to another rank was cut: it was killed, or its host is gone",
+    "Application timeout": "another rank did not answer for --engine.timeout-s: it hangs, or its host is gone",
     "Timed out waiting": "another rank did not answer for --engine.timeout-s: it hangs, or its host is gone; see "
     "RUN/stacks",
     "CUDA out of memory": "the GPU's memory is full: lower --batch.token-budget, or use --engine.activation-"
@@ -379,10 +380,12 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
     One that fails leaves its traceback, tells torchrun and the other ranks the cause, and writes a status. Raises
     Failed, with the cause of the rank that failed first, where it is no defect of this program.
     """
-    watchdog = Watchdog(config.out, ranks.rank, config.engine.timeout_s, alone=ranks.world_size == 1)
+    with ranks.together():
+        watchdog = Watchdog(config.out, ranks.rank, config.engine.timeout_s, alone=ranks.world_size == 1)
     try:
         yield watchdog
     except Exception as error:  # torchrun ends the other ranks
+        watchdog.restart()  # else it would end this one before it has asked for the cause, where the store is gone
         about, is_known = cause_of(error)
         own = f"rank {ranks.rank}, update {watchdog.update}: {about}"
         cause = ranks.first_cause(own)
@@ -407,18 +410,6 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
     watchdog.close()
 
 
-def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) -> None:
-    """Log what a longer duration than before makes of the learning rate."""
-    if duration == config.optim.duration:
-        return
-    before, now = updates_of(duration, config, corpus.plan), corpus.num_updates
-    old, new = (learning_rate(config, min(update, total), total) for total in (before, now))
-    log.info(
-        f"prolonged from {before} to {now} updates: from update {update + 1} on the learning rate follows the schedule "
-        f"of {now} updates, {new:.3g} in place of {old:.3g} now"
-    )
-
-
 def describe(resolved: Resolved) -> dict[str, Any]:
     """What RUN/config.json holds: enough to export the run and to refuse another one in its folder."""
     meta = resolved.meta
@@ -433,6 +424,5 @@ def describe(resolved: Resolved) -> dict[str, Any]:
             "tokenizer_sha256": meta.tokenizer_sha256,
             "sources": meta.preparation.get("sources"),
         },
-        "inputs": resolved.inputs,
         "versions": {"fastdistil": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }

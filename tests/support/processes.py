@@ -8,10 +8,11 @@ from pathlib import Path
 def processes_of(run: Path) -> list[int]:
     """Living processes whose command line names the run folder."""
     found = subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split() if not _is_zombie(int(pid))]
+    return [int(pid) for pid in found.stdout.split() if not is_zombie(int(pid))]
 
 
-def _is_zombie(pid: int) -> bool:
+def is_zombie(pid: int) -> bool:
+    """Whether it has ended and nobody has asked for its status yet, or is gone altogether."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:  # it has just ended
