@@ -17,6 +17,7 @@ an update: of the GPU's memory what is allocated, on a CPU what is resident, its
 """
 
 import argparse
+import atexit
 import importlib.util
 import itertools
 import multiprocessing
@@ -25,10 +26,11 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import DEVICE, OURS, device_name, keep, time_call
-from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch
+from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch, micro_batches
 from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import sequence_layout
@@ -103,15 +105,34 @@ def synthetic_batch(num_tokens: int, length: int, seed: int) -> MicroBatch:
 
 def packed_batches(folder: Path, num_tokens: int, count: int) -> list[MicroBatch]:
     """The first micro-batches that a run on these shards would see."""
+    plan, collator = packed(folder, num_tokens, count)
+    return [collator(micro_batch) for micro_batch in plan.update(0).micro_batches]
+
+
+def packed(folder: Path, num_tokens: int, count: int) -> tuple[Plan, Collator]:
+    """Plan and collator of a run on these shards whose updates have `count` micro-batches."""
     shards, masking = Shards(folder), recipes.distilbert().masking
     plan = Plan(shards.lengths, seed=56, token_budget=num_tokens, micro_batches_per_update=count, mask_fraction=0.15)
-    collator = Collator(shards, shards.counts, token_budget=num_tokens, masking=masking)
-    return [collator(micro_batch) for micro_batch in plan.update(0).micro_batches]
+    return plan, Collator(shards, shards.counts, token_budget=num_tokens, masking=masking)
+
+
+def made_again(args: argparse.Namespace, num_workers: int) -> Iterator[MicroBatch]:
+    """The micro-batches of `make_batches` over and over, made by the trainer's loader."""
+    update: Any
+    collator: Any
+    if args.shards:
+        plan, collator = packed(args.shards, args.tokens, args.batches)
+        update = plan.update(0)
+    else:
+        update = SimpleNamespace(of_rank=lambda rank, world_size: range(args.batches))
+        collator = partial(synthetic_batch, args.tokens, args.length)
+    updates = itertools.repeat(update)
+    return micro_batches(updates, collator, rank=0, world_size=1, num_workers=num_workers, pin_memory=DEVICE == "cuda")
 
 
 class Ours:
     """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `overlap` --teacher.overlap,
-    `fp8_teacher` --teacher.precision fp8."""
+    `fp8_teacher` --teacher.precision fp8. With `num_workers` that many processes make the micro-batches meanwhile."""
 
     def __init__(
         self,
@@ -120,6 +141,7 @@ class Ours:
         compile_mode: str | None = None,
         overlap: bool = True,
         fp8_teacher: bool = False,
+        num_workers: int = 0,
     ) -> None:
         config, dtype = recipes.distilbert(), DTYPES[args.precision]
         # before the first tensor, or no memory comes in large pages
@@ -139,7 +161,8 @@ class Ours:
         self.padding = 1 - self.num_tokens / sum(len(b.input_ids) for b in batches)
         self.batches = [b.to(ranks.device) for b in batches]
         prefetcher = TeacherPrefetcher(self.teacher, ranks.device, overlap=overlap)
-        self.pairs = prefetcher.ahead(itertools.cycle(self.batches))
+        again = made_again(args, num_workers) if num_workers else itertools.cycle(self.batches)
+        self.pairs = prefetcher.ahead(again)
 
     def evaluate(self) -> float:
         sums = sum(self.engine.evaluate(b, self.teacher(b)) for b in self.batches)
@@ -274,6 +297,7 @@ def _hugging_face(model: MaskedLM) -> Any:
 FP8 = f"{OURS}, FP8 teacher"
 PROVIDERS: dict[str, Callable[..., Any]] = {
     OURS: Ours,
+    f"{OURS}, 2 data workers": partial(Ours, num_workers=2),
     f"{OURS}, compiled": partial(Ours, compile_mode="default"),
     f"{OURS}, CUDA graphs": partial(Ours, compile_mode="reduce-overhead", overlap=False),
     f"{OURS}, teacher first": partial(Ours, overlap=False),
@@ -390,7 +414,12 @@ def start(args: argparse.Namespace) -> tuple[dict[str, Started], dict[str, dict[
         if name in elsewhere or (args.only and args.only not in name):
             continue
         here, there = context.Pipe()
-        context.Process(target=serve, args=(there, name, args), daemon=True).start()
+        atexit.register(here.close)  # ends it; a daemon, which would end by itself, has no data workers
+        process = context.Process(target=serve, args=(there, name, args))
+        if name.startswith(OURS):  # as for every command of ours; peers wait as OpenMP does by itself
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+        process.start()
+        os.environ.pop("OMP_WAIT_POLICY", None)
         there.close()
         ready = here.recv()
         if isinstance(ready, str):  # a peer that fails is reported and left out; ours must not fail
