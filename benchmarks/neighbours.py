@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from fastdistil.data.tokenizer import read_vocabulary
+from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import write_hugging_face_folder
 
 NUM_LAYERS, NUM_HEADS, WIDTH, POSITIONS = 4, 2, 128, 128
 LOOKING_LAYERS = 2

@@ -6,19 +6,23 @@ name only when it is whole. torch is imported after the command line and the run
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from fastdistil import __version__
+from fastdistil.data import tokenizer
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.run import files, folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, flatten
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
 """What of a run's configuration its model card shows: what shaped the weights, no paths."""
@@ -58,13 +62,12 @@ def export(config: ExportConfig) -> str:
     _check_out(config.out, overwrite=config.overwrite)
 
     # Two seconds of torch, so only when nothing above was wrong.
-    from fastdistil.model import weights
     from fastdistil.run import checkpoint
 
     state, progress = checkpoint.load_weights(config.run, config.checkpoint)
     metrics = _last_metrics(config.run / "metrics.jsonl", progress["update"])
     with _replacing(config.out) as part:
-        weights.write_hugging_face_folder(state, student, config.run / "tokenizer", part)
+        write_hugging_face_folder(state, student, config.run / "tokenizer", part)
         try:
             card = model_card(config.out.name, record, student, teacher, progress, metrics)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -74,6 +77,22 @@ def export(config: ExportConfig) -> str:
         f"{config.out}: {student.family.masked_lm}, {student.num_parameters:,} parameters, after update "
         f"{progress['update']:,}; load it with AutoModelForMaskedLM.from_pretrained({str(config.out)!r})"
     )
+
+
+def write_hugging_face_folder(
+    state: "Mapping[str, Tensor]", architecture: Architecture, words: Path, out: Path
+) -> None:
+    """Writes model and tokenizer into the existing folder `out`.
+
+    `state` holds our names; its dtype is kept. transformers, 4 and 5, loads the model with no missing and no unexpected
+    key, and the tokenizer, that of the folder `words`, to the same ids, with the inputs that the model takes. Raises
+    ValueError or OSError where `state` or `words` is not whole, and OSError where the disk is full.
+    """
+    from fastdistil.model.weights import write_model
+
+    tables = {"max_positions": architecture.max_positions, "token_types": architecture.token_types}
+    tokenizer.export(words, out, **tables)
+    write_model(state, architecture, out)
 
 
 def _architecture(run: Path, record: dict[str, Any], role: str) -> Architecture:

@@ -184,17 +184,17 @@ def _provide_tokenizer(
         return
     if isinstance(spec, int):
         LOG.info(f"training a WordPiece of {spec} tokens")
-        names = tokenizer.SPECIAL_TOKENS
+        names, said = tokenizer.SPECIAL_TOKENS, {}
         # It hears of no signal for up to a minute, so it works in a thread, and a signal ends the process meanwhile.
         sample = _sample(config, sources)
         made = ThreadPoolExecutor(1).submit(tokenizer.train, sample, spec, cased=config.cased).result()
     else:
         path = tokenizer.fetch(spec) if isinstance(spec, str) else spec
         tokenizer.special_ids(path)  # a missing one is an error here rather than in a worker
-        names = tokenizer.special_tokens(path)
+        names, said = tokenizer.special_tokens(path), tokenizer.settings(path)
         made = tokenizer.load(path, cased=config.cased)
     shutil.rmtree(folder, ignore_errors=True)  # that of a preparation which is being replaced
-    tokenizer.save(made, folder, names=names, max_length=config.max_length)
+    tokenizer.save(made, folder, names=names, max_length=config.max_length, source=said)
     progress["tokenizer_sha256"] = files.sha256(folder / "tokenizer.json")
     files.write_json(config.out / PROGRESS_FILE, progress, durable=True)
 

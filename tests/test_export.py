@@ -194,7 +194,7 @@ def test_nothing_is_left_of_a_failed_export(run, tmp_path, monkeypatch):
     def full_disk(*_args, **_options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", full_disk)
+    monkeypatch.setattr("fastdistil.run.files.write_text", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export(ExportConfig(run=run, out=tmp_path / "student"))
     assert [p.name for p in tmp_path.iterdir()] == ["run"]

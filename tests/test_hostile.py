@@ -25,6 +25,7 @@ from fastdistil import report
 from fastdistil.data import shards, sources, tokenizer
 from fastdistil.evaluation import finetune, squad, tasks
 from fastdistil.evaluation.tasks import TASKS, Examples, Settings, TaskData
+from fastdistil.export import write_hugging_face_folder
 from fastdistil.model import architecture, headers, weights
 from fastdistil.run import checkpoint, folder
 from fastdistil.run.config import Config, to_json
@@ -301,10 +302,11 @@ def test_an_export_names_no_code(good, tmp_path):
     folder = hostile_model(good, tmp_path / "model", tmp_path / "executed")
     model = weights.load_masked_lm(folder, need_head=True)
     (tmp_path / "out").mkdir()
-    weights.write_hugging_face_folder(model.state_dict(), model.architecture, folder, tmp_path / "out")
+    write_hugging_face_folder(model.state_dict(), model.architecture, folder, tmp_path / "out")
     written = all_files(tmp_path / "out")
-    assert written == ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
-    for name in ("config.json", "tokenizer_config.json"):
+    words = ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    assert written == ["config.json", "model.safetensors", *words]
+    for name in written[:1] + words:
         assert "auto_map" not in (tmp_path / "out" / name).read_text()
 
 

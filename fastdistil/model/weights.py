@@ -6,7 +6,6 @@ as safetensors, else as a pickle with `weights_only=True`, and never in any less
 Shapes: D hidden width, V vocabulary (padded to a multiple of 64 in our state dict, not in a folder).
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +21,6 @@ from fastdistil.model import headers
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture, read_architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import files
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-)
-"""What of a tokenizer folder belongs to an export."""
 
 _VOCAB_ROWS = ("encoder.word_embeddings.weight", "head.bias")
 """Tensors of our state dict whose rows are padded."""
@@ -189,29 +179,15 @@ def hugging_face_state(state: Mapping[str, Tensor], architecture: Architecture) 
     return result
 
 
-def write_hugging_face_folder(
-    state: Mapping[str, Tensor], architecture: Architecture, tokenizer: str | Path, out: str | Path
-) -> None:
-    """Writes config.json, model.safetensors and tokenizer files into the existing folder `out`.
+def write_model(state: Mapping[str, Tensor], architecture: Architecture, out: str | Path) -> None:
+    """Writes config.json and model.safetensors into the existing folder `out`.
 
     `state` holds our names; its dtype is kept. transformers' AutoModelForMaskedLM loads the result with no missing and
-    no unexpected key. Raises ValueError where `state` or the tokenizer's folder is not whole, OSError where the disk is
-    full.
+    no unexpected key. Raises ValueError where `state` is not whole, OSError where the disk is full.
     """
-    tokenizer, out = Path(tokenizer), Path(out)
-    copied = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()]
-    if not copied:
-        raise ValueError(f"no tokenizer in {tokenizer}: wanted at least one of {', '.join(TOKENIZER_FILES)}")
-    files.write_json(out / "config.json", hugging_face_config(architecture))
-    tensors, path = hugging_face_state(state, architecture), out / "model.safetensors"
+    files.write_json(Path(out) / "config.json", hugging_face_config(architecture))
+    tensors, path = hugging_face_state(state, architecture), Path(out) / "model.safetensors"
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
     except SafetensorError as error:  # its own type on a full disk
         raise OSError(f"cannot write {path}: {error}") from None
-    for file in copied:
-        shutil.copyfile(file, out / file.name)
-    # auto_map would name code for transformers to run.
-    if (out / "tokenizer_config.json").is_file():
-        record = files.read_json(out / "tokenizer_config.json")
-        if record.pop("auto_map", None) is not None:
-            files.write_json(out / "tokenizer_config.json", record)

@@ -15,17 +15,13 @@ import transformers
 from safetensors.torch import load_file
 
 from fastdistil.data import tokenizer
+from fastdistil.export import write_hugging_face_folder
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.kernels.linear_distill import linear_distill_loss, linear_distill_loss_reference
 from fastdistil.model.architecture import Architecture, from_record, read_architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.families import FAMILIES, unused_positions
-from fastdistil.model.weights import (
-    hugging_face_config,
-    load_masked_lm,
-    student_from_teacher,
-    write_hugging_face_folder,
-)
+from fastdistil.model.weights import hugging_face_config, load_masked_lm, student_from_teacher, write_model
 from tests.support import forked
 from tests.support.launch import options
 from tests.support.models import one_by_one, random_model, save_random
@@ -74,11 +70,10 @@ def test_what_was_read_is_written(class_name, tmp_path):
     """Every tensor but the rows of positions that no token has, which come back as zeros; every size in config.json."""
     source, out = tmp_path / "source", tmp_path / "out"
     save_random(class_name, source)
-    (source / "vocab.txt").write_text("\n".join(f"w{i}" for i in range(101)) + "\n")
     ours = load_masked_lm(source, need_head=True)
     family, unused = ours.architecture.family, ours.architecture.unused_positions
     out.mkdir()
-    write_hugging_face_folder(ours.state_dict(), ours.architecture, source, out)
+    write_model(ours.state_dict(), ours.architecture, out)
     before, after = (load_file(f / "model.safetensors") for f in (source, out))
     assert before.keys() - after.keys() <= family.aliases.keys()
     for name, value in after.items():
@@ -111,8 +106,7 @@ def test_a_student_of_its_layers_loads_whole(class_name, tmp_path):
     ).eval()
     out = tmp_path / "student"
     out.mkdir()
-    (tmp_path / "vocab.txt").write_text("a\n")
-    write_hugging_face_folder(student.state_dict(), student.architecture, tmp_path, out)
+    write_model(student.state_dict(), student.architecture, out)
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     theirs, loading = load(out, output_loading_info=True)
     assert type(theirs).__name__ == class_name

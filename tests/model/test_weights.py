@@ -10,14 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import (
-    hugging_face_config,
-    hugging_face_state,
-    load_masked_lm,
-    student_from_teacher,
-    write_hugging_face_folder,
-)
+from fastdistil.model.weights import hugging_face_config, hugging_face_state, load_masked_lm, student_from_teacher
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 from tests.support.toy import student_of
 
@@ -330,7 +325,7 @@ def test_export_refusals(teacher, tmp_path):
     incomplete = {k: v for k, v in teacher.state_dict().items() if k != "head.bias"}
     with pytest.raises(ValueError, match=r"not the weights of this architecture: 1 missing \(head\.bias\)"):
         hugging_face_state(incomplete, architecture)
-    with pytest.raises(ValueError, match="no tokenizer in"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer in"):
         write_hugging_face_folder(teacher.state_dict(), architecture, tmp_path, tmp_path)
 
 

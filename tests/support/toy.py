@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from fastdistil.data import shards, tokenizer
 from fastdistil.data.batches import Collator
 from fastdistil.data.plan import Plan
+from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import write_hugging_face_folder
 from fastdistil.run import files
 from fastdistil.run.config import MaskingConfig
 

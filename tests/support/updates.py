@@ -9,9 +9,10 @@ import torch
 from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.data.shards import Shards
+from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher, write_hugging_face_folder
+from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher
 from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
 from fastdistil.training.preflight import spread
