@@ -7,10 +7,14 @@ a second.
 
 import logging
 import sys
+from dataclasses import replace
+from functools import partial
 
 from fastdistil.run import folder, recipes
 from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, command_of_ranks, launched, leave
 from fastdistil.training.preflight import Resolved, resolve
+
+log = logging.getLogger("fastdistil")
 
 
 @command_of_ranks
@@ -24,6 +28,9 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("fastdistil").setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
     config = recipes.parse(args, quiet=here.rank != 0)
+    if not config.dry_run and here.world_size == here.local_world_size and (said := folder.finished(config)):
+        log.info(said)
+        return 0
     resolved = resolve(config, world_size=here.world_size, by_torchrun=here.by_torchrun)
     if config.dry_run:
         from fastdistil.training import forecast
@@ -45,9 +52,9 @@ def run(resolved: Resolved, here: Launched) -> int:
     from fastdistil.run import checkpoint
     from fastdistil.run.ranks import init_ranks
     from fastdistil.training import loop, memory
-    from fastdistil.training.inputs import load_corpus, load_models
+    from fastdistil.training.inputs import load_corpus, load_models, require_same
     from fastdistil.training.precision import require_small_drift
-    from fastdistil.training.teacher import Split, Teacher, serve
+    from fastdistil.training.teacher import Split, Teacher, require_knowledge, serve
 
     ranks = init_ranks(
         config.engine.device,
@@ -62,7 +69,10 @@ def run(resolved: Resolved, here: Launched) -> int:
     with ranks.together(with_teachers=True):
         needed = memory.check(resolved, ranks, local_world_size=here.local_world_size)
         corpus = load_corpus(resolved, rank=here.rank, world_size=here.world_size)
-        teacher, student = load_models(resolved, ranks)
+        models = load_models(resolved, ranks)
+        teacher, inputs = models.teacher, resolved.inputs | models.digests
+    require_same(ranks, inputs)
+    resolved = replace(resolved, inputs=inputs)
 
     # A rank that is set aside for a teacher answers its students until they have all stopped.
     if ranks.link and isinstance(teacher, Teacher):
@@ -77,12 +87,13 @@ def run(resolved: Resolved, here: Launched) -> int:
     # What can be known only now: the teacher's precision, and what the run folder holds while nobody else writes there.
     with ranks.together():
         if teacher is not None:
-            held_out = corpus.micro_batches(Split.VALIDATION, ranks, rank=ranks.rank)
-            require_small_drift(teacher, config.teacher, held_out, ranks)
+            held_out = partial(corpus.micro_batches, Split.VALIDATION, ranks, rank=ranks.rank)
+            require_knowledge(teacher, config, held_out(), ranks)
+            require_small_drift(teacher, config.teacher, held_out(), ranks)
     with ranks.together():
         lock = folder.lock(config.out) if ranks.is_main else None
         if ranks.is_main:
-            folder.check(config)
+            folder.check(config, inputs)
     saved = checkpoint.load(config.out, ranks) if config.resume == "auto" else None
     with ranks.together():
         if saved and saved.state["text"] != resolved.meta.counts_sha256:
@@ -94,7 +105,7 @@ def run(resolved: Resolved, here: Launched) -> int:
     # The run itself, under a watchdog. From here on there is something to save: a signal asks it to stop when it can.
     with StopRequest() as stop:
         with loop.watched(config, ranks) as watchdog:
-            job = loop.setup(resolved, corpus, teacher, student, saved, ranks, stop, watchdog)
+            job = loop.setup(resolved, corpus, teacher, models.student, saved, ranks, stop, watchdog)
             failure = loop.train(job)
         memory.say_measured(needed, ranks)
         ranks.leave()

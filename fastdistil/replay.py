@@ -82,7 +82,9 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     corpus = load_corpus(resolved, rank=0, world_size=1)
     if not 1 <= asked.update <= corpus.num_updates:
         raise ValueError(f"--update must be in [1, {corpus.num_updates}], got {asked.update}")
-    teacher, student = load_models(resolved, ranks)
+    models = load_models(resolved, ranks)
+    folder.check(config, models.digests)
+    teacher, student = models.teacher, models.student
     assert not isinstance(teacher, RemoteTeacher)  # no ranks are set aside
     weights, state = checkpoint.load_weights(asked.run, asked.checkpoint)
     student.load_state_dict(weights)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastdistil.model.weights import load_masked_lm
+from fastdistil.run import checkpoint
 from fastdistil.run.command import STOPPED
 from tests.support import forked, launch, runs, toy
 from tests.support.launch import options
@@ -65,7 +66,8 @@ def stopped_and_resumed(root, run, straight, *, ranks, **changes):
 
 def resumed_when_finished(root, run, straight, *, ranks, **changes):
     again = forked.run(*arguments(root, run, **changes, resume="auto"), ranks=ranks)
-    assert "resuming after update 12 of 12" in again.stdout
+    assert f"the run in {run} is finished, after update 12: `python -m fastdistil.export {run} --out" in again.stdout
+    assert "memory:" not in again.stdout  # nothing was loaded
     assert exact_metrics(run) == exact_metrics(straight)
 
 
@@ -179,11 +181,12 @@ class TestMistakes:
         assert "shard-00001.tokens has" in self.refused(*arguments(root, tmp_path / "run", data__shards=shards))
 
     def test_other_text_at_a_resume(self, root, quiet, tmp_path):
-        """Its folder may be given anew; config.json is edited here as if the old one had been replaced."""
+        """Of a run of an older version, which kept no digests: the checkpoint knows how often it met each word."""
         run = shutil.copytree(quiet.run, tmp_path / "run")
+        shutil.rmtree(checkpoint.folder_of(run, 12))
         shards = toy.make_shards(tmp_path / "again", seed=9)
         record = json.loads((run / "config.json").read_text())
-        record["config"]["data"]["shards"] = str(shards)
+        del record["inputs"]
         (run / "config.json").write_text(json.dumps(record))
         message = self.refused(*arguments(root, run, data__shards=shards, resume="auto"))
         assert "is not the text that the run" in message

@@ -14,6 +14,7 @@ of the data. Nothing in the folder depends on the machine, the time or the numbe
 
 import hashlib
 import io
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,13 @@ class Meta:
     preparation: dict[str, Any]
     """The arguments that decide the bytes, with the names and sizes of the source files."""
     shards: tuple[Shard, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a run reads of the folder: sequences, counts, what ids mean; not where it all came from."""
+        read = [self.vocab_size, self.special_ids, self.tokenizer_sha256, self.counts_sha256]
+        files_of = [shard.hashes for shard in self.shards]
+        return hashlib.sha256(json.dumps([read, files_of], sort_keys=True).encode()).hexdigest()
 
 
 def checked(record: Any, kind: type, where: str) -> dict[str, Any]:

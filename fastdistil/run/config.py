@@ -115,6 +115,9 @@ class TeacherConfig(_Section):
     max_drift: Annotated[float, ABOVE_0] = 0.05
     """Largest mean KL, in nats a token of validation text, of the teacher's distribution in --teacher.precision from
     its own in fp32; beyond it the run is refused."""
+    check: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a teacher that knows nothing: one whose own masked-LM loss on validation text is near
+    ln(vocabulary) or not a number, for want of trained weights or for another tokenizer."""
     overlap: bool = True
     """On CUDA, infer the next micro-batch on a side stream while the student trains on this one. Never changes
     results."""
@@ -285,7 +288,8 @@ class OptimConfig(_Section):
     warmup: Annotated[float, BELOW_1] = 0.05
     """Share of the updates over which the rate rises."""
     duration: Annotated[float, ABOVE_0] = 3.0
-    """How long the run is, in --optim.unit."""
+    """How long the run is, in --optim.unit. A resumed run may be made longer: from the update where it is, its rate
+    then follows the schedule of the longer run, warm-up included."""
     unit: Literal["epochs", "updates"] = "epochs"
     """What --optim.duration counts: passes over the shards, or updates."""
 
@@ -400,6 +404,7 @@ FREE_AT_RESUME = (
     "data.num_workers",
     "data.verify",
     "teacher.max_drift",
+    "teacher.check",
     "teacher.overlap",
     "teacher.device",
     "teacher.ranks",
@@ -407,6 +412,11 @@ FREE_AT_RESUME = (
     "log",
 )
 BOUND_AT_RESUME = ("engine.precision", "engine.attention", "engine.compile")  # but these do
+
+PATHS = ("data.shards", "data.validation", "teacher.path", "student.init")
+"""What these name is known by its contents ("inputs" of RUN/config.json): it may lie elsewhere at a resume."""
+NO_PATHS = ("teacher", "random")
+"""Words of --student.init that are no folders."""
 
 
 PER_HOST = (
@@ -478,10 +488,17 @@ def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = flatten(to_json(Config())) | flatten(saved), flatten(now)
 
     def free(name: str) -> bool:
+        was, now = old.get(name), new.get(name)
+        if name in PATHS:  # another text or model, or none, is found by its contents
+            words = NO_PATHS if name == "student.init" else ()
+            return all(isinstance(path, str) and path not in words for path in (was, now))
+        if name == "optim.duration":
+            return isinstance(was, int | float) and isinstance(now, int | float) and now > was
         return name not in BOUND_AT_RESUME and any(name == f or name.startswith(f + ".") for f in FREE_AT_RESUME)
 
+    why = {"optim.duration": " (a run can be made longer, not shorter)"}
     return [
-        f"--{name.replace('_', '-')}: was {old.get(name)!r}, now {new.get(name)!r}"
+        f"--{name.replace('_', '-')}: was {old.get(name)!r}, now {new.get(name)!r}{why.get(name, '')}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not free(name)
     ]

@@ -8,17 +8,22 @@ stacks/       rank-00003.txt: where a rank stood that hung or failed
 """
 
 import contextlib
+import copy
 import faulthandler
 import json
+import logging
 import os
 import shutil
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastdistil.run.config import Config, resume_differences, to_json
+from fastdistil.run.config import PATHS, Config, flatten, resume_differences, to_json
 from fastdistil.run.files import Lock, read_json, write_json
+
+log = logging.getLogger("fastdistil")
 
 LOCK = ".lock"
 STATUS = "status.json"
@@ -54,8 +59,11 @@ def was_stopped(run: Path) -> bool:
     return False
 
 
-def check(config: Config) -> None:
-    """Refuse an --out that holds something else, another run, or this run with another configuration (ValueError)."""
+def check(config: Config, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse an --out that holds something else, another run, or this run with another configuration (ValueError).
+
+    `inputs`: digests of the contents of what these options name, each of which must be the run's own.
+    """
     run = config.out
     if run.exists() and not run.is_dir():
         raise ValueError(f"--out {run} is a file: give a folder")
@@ -65,21 +73,88 @@ def check(config: Config) -> None:
         return
     if config.resume == "never":
         raise ValueError(f"--out {run} already holds a run: use --resume auto to go on with it, or another --out")
-    differences = resume_differences(read(run)["config"], to_json(config))
+    record, now = read(run), to_json(config)
+    differences = resume_differences(record["config"], now)
     if differences:
         raise ValueError(
             f"--out {run} was started with another configuration; {'; '.join(differences)}: "
             "use the old values, or another --out"
         )
+    known = _inputs(record)
+    for option, digest in (inputs or {}).items():
+        if known.get(option, digest) != digest:
+            kind = "text" if option.startswith("data.") else "model"
+            short = [str(x)[:12] if x else "none" for x in (digest, known[option])]
+            raise ValueError(
+                f"--{option} {flatten(now)[option]} is not the {kind} that the run in {run} was started with (SHA-256 "
+                f"{short[0]}, wanted {short[1]}): give the old one, which may lie anywhere, or another --out"
+            )
 
 
-def start(run: Path, record: dict[str, Any], tokenizer: Path) -> None:
-    """Make the folder with `record` as config.json and a copy of the tokenizer; a started one is left as it is."""
-    if (run / "config.json").is_file():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
-    write_json(run / "config.json", record)
+def _inputs(record: dict[str, Any]) -> dict[str, Any]:
+    """The digests of what a run reads; none in a run of an older version."""
+    inputs = record.get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def resumed(config: Config) -> dict[str, Any] | None:
+    """The contents of config.json of the run that goes on; None for one that begins."""
+    there = config.resume == "auto" and (config.out / "config.json").is_file()
+    return read(config.out) if there else None
+
+
+def has_checkpoint(run: Path, update: int | None = None) -> bool:
+    """Whether there is one, or that of `update`; not whether it is whole."""
+    name = "update-*[0-9]" if update is None else f"update-{update:08d}"
+    return any((run / "checkpoints").glob(f"{name}/manifest.json"))
+
+
+def finished(config: Config) -> str | None:
+    """Where a run has nothing left to do: how to export it, and how to prolong it. Raises ValueError as `check`."""
+    record, run = resumed(config), config.out
+    try:
+        status = read_json(run / "status.json")
+        update = int(status["update"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if record is None or status.get("state") != "finished" or not has_checkpoint(run, update):
+        return None
+    check(config)
+    if flatten(record["config"]).get("optim.duration") != config.optim.duration:
+        return None
+    unit = config.optim.unit
+    return (
+        f"the run in {run} is finished, after update {update}: `python -m fastdistil.export {run} --out FOLDER` makes "
+        f"a model of it; a larger --optim.duration than its {config.optim.duration:g} {unit} makes it go on"
+    )
+
+
+def start(run: Path, record: dict[str, Any], tokenizer: Path) -> float:
+    """Make the folder with `record` as config.json and a copy of the tokenizer; its duration before this.
+
+    In a started one config.json stays, but for where its text and models lie now, and a longer duration.
+    """
+    duration = record["config"]["optim"]["duration"]
+    if not (run / "config.json").is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+        write_json(run / "config.json", record)
+        return duration
+    saved = read(run)
+    if not _inputs(saved):
+        log.warning(
+            "%s was started by an older version, which kept no digests of text and models: those given now are taken "
+            "for the ones that it was started with, and their digests are kept from now on",
+            run,
+        )
+    before = flatten(saved["config"]).get("optim.duration", duration)
+    changed = {**saved, "config": copy.deepcopy(saved["config"]), "inputs": record["inputs"] | _inputs(saved)}
+    for name in (*PATHS, "optim.duration"):
+        section, _, field = name.partition(".")
+        changed["config"].setdefault(section, {})[field] = record["config"][section][field]
+    if changed != saved:
+        write_json(run / "config.json", changed)
+    return before
 
 
 def read(run: Path) -> dict[str, Any]:

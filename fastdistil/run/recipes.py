@@ -1,14 +1,18 @@
 """Whole configurations with a name. Each is a function, so that a new one starts from another by `replace`."""
 
+import logging
 import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-from fastdistil.run import options
-from fastdistil.run.config import BatchConfig, Config, LogConfig, LossConfig, OptimConfig, StudentConfig
+from fastdistil.run import folder, options
+from fastdistil.run.config import BatchConfig, Config, LogConfig, LossConfig, OptimConfig, StudentConfig, from_json
+
+log = logging.getLogger("fastdistil")
 
 
 def distilbert() -> Config:
@@ -90,6 +94,11 @@ def parse(args: Sequence[str] | None, *, quiet: bool = False) -> Config:
             print(HELP.format(recipes="\n".join(f"  {n:<16}{_about(make)}" for n, make in RECIPES.items())))
         raise SystemExit(0)
     recipe = given[0].replace("-", "_").lower() if given else ""
+    own = _going_on(given, recipe)
+    if own is not None and (recipe in RECIPES or given[0].startswith("-")):
+        if recipe in RECIPES and recipe != own.recipe:
+            log.warning("going on with the run in %s, whose recipe is %s, not %s", own.out, own.recipe, recipe)
+        return options.parse(Config, given[recipe in RECIPES :], f"pretrain {own.recipe}", default=own, quiet=quiet)
     if recipe in RECIPES:
         return options.parse(Config, given[1:], f"pretrain {recipe}", default=RECIPES[recipe](), quiet=quiet)
     if not given:
@@ -102,6 +111,19 @@ def parse(args: Sequence[str] | None, *, quiet: bool = False) -> Config:
     meant = " or ".join(options.nearest(recipe, list(RECIPES)))
     fix = f"did you mean {meant}?" if meant else f"there are {' '.join(RECIPES)}"
     raise ValueError(f"there is no recipe {given[0]}: {fix}")
+
+
+def _going_on(given: Sequence[str], recipe: str) -> Config | None:
+    """The run's own configuration, for what is not given, where --resume auto goes on with a run that is there."""
+    last: dict[str, str] = {}
+    for word, following in pairwise((*given, "")):
+        name, equals, value = word.partition("=")
+        last[name] = value if equals else following
+    out = last.get("--out") or (str(RECIPES[recipe]().out) if recipe in RECIPES else "")
+    run = Path(out).expanduser()
+    if last.get("--resume") != "auto" or not out or not (run / "config.json").is_file():
+        return None
+    return replace(from_json(folder.read(run)["config"]), out=run, profile=None)
 
 
 def _about(make: Callable[[], Config]) -> str:
@@ -118,7 +140,7 @@ options that most runs have:
   --data.shards FOLDER      the text, as `python -m fastdistil.prepare` wrote it
   --teacher.path FOLDER     the Hugging Face folder of the teacher
   --out FOLDER              the folder of the run
-  --resume auto             go on from its newest checkpoint, if there is one
+  --resume auto             go on from its newest checkpoint, if there is one; what is not given is as the run has it
   --optim.duration N        how long, in --optim.unit epochs or updates
   --batch.token-budget N    tokens of a micro-batch: what fits the device
   --dry-run                 say what the run will be (memory, updates, FLOPs), and stop

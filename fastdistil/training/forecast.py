@@ -47,10 +47,11 @@ def report(resolved: Resolved) -> str:
 
 def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
     """Teacher and student: their sizes, and what they are made from."""
-    layers = f"layers {' '.join(map(str, resolved.layers))} of {resolved.source_path}"
+    layers = f"layers {' '.join(map(str, resolved.layers))} of {resolved.source_path}" if resolved.layers else ""
+    start = "random weights" if resolved.config.student.init == "random" else "its checkpoint"
     origins = {
         "teacher": (resolved.teacher, resolved.config.teacher.path),
-        "student": (resolved.student, layers if resolved.layers else "random weights"),
+        "student": (resolved.student, layers or start),
     }
     for name, (model, origin) in origins.items():
         if model is not None:

@@ -31,7 +31,7 @@ from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks, tell_launcher
 from fastdistil.training import forecast
 from fastdistil.training.engine import Engine, learning_rate, make_engine
-from fastdistil.training.inputs import Corpus
+from fastdistil.training.inputs import Corpus, updates_of
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher
@@ -144,7 +144,7 @@ def setup(
     # The run folder: what the run is, then its metrics and checkpoints.
     writer = saver = None
     if ranks.is_main:
-        folder.start(config.out, describe(resolved), resolved.tokenizer_path)
+        say_prolonged(config, corpus, folder.start(config.out, describe(resolved), resolved.tokenizer_path), update)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         go_on = config.log.go_on
         writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
@@ -410,6 +410,18 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
     watchdog.close()
 
 
+def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) -> None:
+    """Log what a longer duration than before makes of the learning rate."""
+    if duration == config.optim.duration:
+        return
+    before, now = updates_of(duration, config, corpus.plan), corpus.num_updates
+    old, new = (learning_rate(config, min(update, total), total) for total in (before, now))
+    log.info(
+        f"prolonged from {before} to {now} updates: from update {update + 1} on the learning rate follows the schedule "
+        f"of {now} updates, {new:.3g} in place of {old:.3g} now"
+    )
+
+
 def describe(resolved: Resolved) -> dict[str, Any]:
     """What RUN/config.json holds: enough to export the run and to refuse another one in its folder."""
     meta = resolved.meta
@@ -424,5 +436,6 @@ def describe(resolved: Resolved) -> dict[str, Any]:
             "tokenizer_sha256": meta.tokenizer_sha256,
             "sources": meta.preparation.get("sources"),
         },
+        "inputs": resolved.inputs,
         "versions": {"fastdistil": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }

@@ -29,7 +29,6 @@ the feed-forward layer 1.0e-2): there is no one of them that bf16 would have to 
 
 import logging
 from collections.abc import Iterable
-from itertools import islice
 from typing import cast
 
 import torch
@@ -43,11 +42,9 @@ from fastdistil.model.weights import load_masked_lm
 from fastdistil.run.config import TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.objective import TeacherOutput
-from fastdistil.training.teacher import RemoteTeacher, Split, Teacher
+from fastdistil.training.teacher import RemoteTeacher, Teacher, outputs
 
 log = logging.getLogger("fastdistil")
-
-MICRO_BATCHES = 2  # of validation text, on each rank
 
 
 class Fp8Linear(nn.Module):
@@ -159,14 +156,9 @@ def require_small_drift(
     model = load_masked_lm(config.path, need_head=True, vocab_size=teacher.head.vocab_size)
     exact = Teacher(model, device=ranks.device, dtype=torch.float32)
     sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
-    for number, batch in enumerate(islice(validation, MICRO_BATCHES)):
-        here = batch.to(ranks.device)
-        if isinstance(teacher, Teacher):
-            low = teacher(here)
-        else:
-            low = teacher.ask(Split.VALIDATION, number, len(here.input_ids))()
-        sums[0] += kl_sum(exact(here), low, here, vocab_size=model.head.vocab_size)
-        sums[1] += here.num_tokens
+    for batch, low in outputs(teacher, validation, ranks.device):
+        sums[0] += kl_sum(exact(batch), low, batch, vocab_size=model.head.vocab_size)
+        sums[1] += batch.num_tokens
     nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a run
     drift, bound = nats / num_tokens, config.max_drift
     precision = "fp8" if config.precision == "fp8" else "bf16"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
 from fastdistil.model import families, headers
-from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, read_architecture
+from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record, read_architecture
 from fastdistil.run import folder
-from fastdistil.run.config import Config, StudentConfig
+from fastdistil.run.config import NO_PATHS, Config, StudentConfig
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,8 @@ class Resolved:
     """Over all ranks, the same for any number of them."""
     notes: tuple[str, ...]
     """What of the models is not used as it is in their folders, for the log."""
+    inputs: dict[str, str | None]
+    """Digests of the contents of the text, by the options that name it; of the models once they are loaded."""
 
     @property
     def tokenizer_path(self) -> Path:
@@ -122,14 +124,20 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_losses(config)
 
     # The text, and the models that are to read it.
+    _check_inputs_are_here(config)
     meta = read_meta(config.data.shards)
     _check_own_tokenizer(config.data.shards / "tokenizer", meta)
     notes: list[str] = []
     path = config.teacher.path
     teacher = _model("--teacher.path", path, meta, notes, need_head=True) if path else None
-    source_path, source = _source(config, teacher, meta, notes)
-    layers = _layers(config.student, teacher, source)
-    student = _student(config.student, len(layers), teacher, source, meta)
+    record = folder.resumed(config)
+    if record and folder.has_checkpoint(config.out) and config.student.init not in NO_PATHS:
+        # The checkpoint has its weights, whatever became of those that it started from.
+        source_path, source, layers, student = None, None, (), from_record(record["student"])
+    else:
+        source_path, source = _source(config, teacher, meta, notes)
+        layers = _layers(config.student, teacher, source)
+        student = _student(config.student, len(layers), teacher, source, meta)
     if source is not None and 0 < source.token_types != student.token_types > 0:
         notes.append(
             f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
@@ -147,9 +155,24 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         world_size=world_size - config.teacher.ranks,
         micro_batches_per_update=_micro_batches(config, meta, world_size - config.teacher.ranks),
         notes=tuple(notes),
+        inputs={
+            "data.shards": meta.digest,
+            "data.validation": read_meta(config.data.validation).digest if config.data.validation else None,
+        },
     )
-    folder.check(config)
+    folder.check(config, resolved.inputs)
     return resolved
+
+
+def _check_inputs_are_here(config: Config) -> None:
+    """Of a run that goes on: its configuration may come from another machine."""
+    named = {"data.shards": config.data.shards, "data.validation": config.data.validation}
+    for option, path in (named | {"teacher.path": config.teacher.path}).items():
+        if path is not None and not path.exists() and folder.resumed(config):
+            raise ValueError(
+                f"--{option} {path} is not here, and the run in {config.out} wants it to go on: give --{option} where "
+                "it lies now; it is known by its contents"
+            )
 
 
 def _check_engine(config: Config, world_size: int, *, by_torchrun: bool) -> None:

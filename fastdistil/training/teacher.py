@@ -10,19 +10,24 @@ same, bit for bit.
 
 import copy
 import logging
+import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import IntEnum
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastdistil.data.batches import MicroBatch
 from fastdistil.model.encoder import KeptOutputs, MaskedLM, VocabHead
+from fastdistil.run.config import Config
 from fastdistil.run.link import TeacherLink
 from fastdistil.run.profile import span, spanned
+from fastdistil.run.ranks import Ranks
 from fastdistil.training.objective import EncoderOutputs, TeacherOutput
 
 log = logging.getLogger("fastdistil")
@@ -128,6 +133,69 @@ def serve(teacher: Teacher, link: TeacherLink, batches_from: Callable[[int, Spli
                 batches = batches_from(student, Split(split), number)
             link.reply(student, teacher.hidden(next(batches)))
             following[student, split] = number + 1, batches
+
+
+LOOKED_AT = 2
+"""Micro-batches of validation text, on each rank, that tell what a teacher is."""
+KNOWS_NOTHING = 0.95
+"""A masked-LM loss of more than this share of ln(vocabulary) is that of a teacher without knowledge.
+
+Measured: random weights 1.009 (6 x 384) and 1.015 (768 wide), a fresh head on a trained encoder 1.05 (MiniLM) and
+0.984, a permuted vocabulary 0.972; trained for 240 and 640 updates of 2,048 tokens 0.943 and 0.889, and for 30 updates
+of 8,192 (MiniLM with a new head) 0.810.
+"""
+TOY_VOCABULARY = 1000
+"""With fewer words a high loss is only warned of: such teachers are made for tests, mostly of random weights."""
+
+
+def outputs(
+    teacher: Teacher | RemoteTeacher, validation: Iterable[MicroBatch], device: torch.device
+) -> Iterator[tuple[MicroBatch, TeacherOutput]]:
+    """The first micro-batches of a rank's part of the validation text, on the device, with the teacher's output."""
+    for number, batch in enumerate(islice(validation, LOOKED_AT)):
+        here = batch.to(device)
+        if isinstance(teacher, Teacher):
+            yield here, teacher(here)
+        else:
+            yield here, teacher.ask(Split.VALIDATION, number, len(here.input_ids))()
+
+
+@torch.no_grad()
+def require_knowledge(
+    teacher: Teacher | RemoteTeacher, config: Config, validation: Iterable[MicroBatch], ranks: Ranks
+) -> None:
+    """Log the teacher's own masked-LM loss and accuracy on validation text: of `outputs`, from all student ranks.
+
+    Raises ValueError where it knows nothing and the student is to learn its distribution, unless --teacher.check is
+    warn.
+    """
+    sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # nats, right ones, masked tokens
+    for batch, output in outputs(teacher, validation, ranks.device):
+        for rows in batch.masked_rows.split(256):  # 31 MB of logits for 30,522 words
+            labels = batch.labels.index_select(0, rows)
+            logits = functional.linear(output.transformed_NE.index_select(0, rows), output.weight_VE, output.bias_V)
+            logits = logits[:, : teacher.head.vocab_size].float()
+            sums[0] += functional.cross_entropy(logits, labels, reduction="sum")  # a row without a label counts 0
+            sums[1] += (logits.argmax(-1) == labels).sum()
+            sums[2] += (labels >= 0).sum()
+    nats, num_right, num_masked = ranks.sum(sums).tolist()  # a sync, once a run
+    loss, nothing = nats / num_masked, math.log(teacher.head.vocab_size)
+    log.info(
+        f"teacher: masked LM loss {loss:.4g}, accuracy {num_right / num_masked:.1%} on {num_masked:,.0f} masked tokens "
+        f"of the validation text; to know nothing is ln({teacher.head.vocab_size:,}) = {nothing:.4g}"
+    )
+    if loss <= KNOWS_NOTHING * nothing:
+        return
+    is_toy = teacher.head.vocab_size < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-3  # not weights of zeros
+    problem = (
+        f"--teacher.path {config.teacher.path} knows nothing of this text: its own masked-LM loss is {loss:.4g}, "
+        f"wanted below {KNOWS_NOTHING * nothing:.4g}. Its weights or its head are untrained, zero or damaged, or the "
+        "shards were made with another tokenizer or case"
+    )
+    refused = math.isnan(loss) or (config.loss.kd and not is_toy)
+    if refused and config.teacher.check == "refuse":
+        raise ValueError(f"{problem}: give a trained teacher, or --teacher.check warn")
+    log.warning("%s", problem)
 
 
 Pair = tuple[MicroBatch, TeacherOutput | None]

@@ -149,3 +149,70 @@ def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
         "--optim.lr: was 0.0005, now 0.0001",
         "--seed: was 56, now 7",
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"data__shards": "a", "teacher__path": "teacher"}, {"data__shards": "/b", "teacher__path": "teachers/1"}, []),
+        ({"data__validation": "a"}, {"data__validation": "b"}, []),
+        ({}, {"data__validation": "b"}, ["--data.validation: was None, now 'b'"]),
+        ({"student__init": "models/a"}, {"student__init": "models/b"}, []),
+        ({"student__init": "models/a"}, {}, ["--student.init: was 'models/a', now 'teacher'"]),
+        ({"optim__duration": 3}, {"optim__duration": 3.5}, []),
+        (
+            {"optim__duration": 3},
+            {"optim__duration": 2},
+            ["--optim.duration: was 3.0, now 2.0 (a run can be made longer, not shorter)"],
+        ),
+        (
+            {"optim__duration": 3},
+            {"optim__duration": 9, "optim__unit": "updates"},
+            ["--optim.unit: was 'epochs', now 'updates'"],
+        ),
+    ],
+)
+def test_paths_are_free_at_a_resume_and_a_duration_may_grow(before, after, said):
+    one, other = (config.to_json(parse(["distilbert", *launch.options(**x)])) for x in (before, after))
+    assert config.resume_differences(one, other) == said
+
+
+class TestGoingOnWithARun:
+    """--resume auto and an --out that holds a run: what is not given is as the run has it."""
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        given = {"optim__lr": 1e-4, "data__shards": "wiki", "log__every": 7, "profile": "2:3"}
+        made = parse(["quickstart", *launch.options(**given)])
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.json").write_text(json.dumps({"config": config.to_json(made), "student": {}}))
+        return tmp_path / "run"
+
+    @pytest.mark.parametrize("recipe", [["quickstart"], ["distilbert"], []])
+    def test_its_own_recipe_counts(self, run, recipe, caplog):
+        caplog.set_level("WARNING", "fastdistil")
+        c = parse([*recipe, "--resume", "auto", f"--out={run}", "--log.every", "3"])
+        assert (c.recipe, c.optim.lr, c.batch.size, str(c.data.shards)) == ("quickstart", 1e-4, 8192, "wiki")
+        assert (c.out, c.resume, c.log.every, c.profile) == (run, "auto", 3, None)
+        assert caplog.messages == [f"going on with the run in {run}, whose recipe is quickstart, not distilbert"] * (
+            recipe == ["distilbert"]
+        )
+
+    def test_in_the_folder_that_the_recipe_names(self, run, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        run.rename(tmp_path / "runs/quickstart")
+        assert parse(["quickstart", "--resume=auto"]).optim.lr == 1e-4
+
+    def test_not_without_resume_and_not_where_there_is_none(self, run, tmp_path):
+        assert parse(["distilbert", "--out", str(run)]).optim.lr == 5e-4
+        assert parse(["distilbert", "--out", str(tmp_path / "new"), "--resume", "auto"]).optim.lr == 5e-4
+        with pytest.raises(ValueError, match="the recipe comes first"):
+            parse(["--out", str(tmp_path / "new"), "--resume", "auto"])
+
+    def test_a_mistake_is_a_mistake_there_too(self, run):
+        with pytest.raises(ValueError, match=r"there is no --optim\.lrr"):
+            parse(["--resume", "auto", "--out", str(run), "--optim.lrr", "1"])
+        (run / "config.json").write_text("{")
+        with pytest.raises(ValueError, match="is not a run's configuration"):
+            parse(["--resume", "auto", "--out", str(run)])

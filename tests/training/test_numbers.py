@@ -34,7 +34,9 @@ def test_three_in_a_row_end_the_run_and_a_command_shows_why(root, tmp_path):
     """A teacher whose weights overflow in the first layer, in a file that is finite."""
     broken, run = shutil.copytree(root / "teacher", tmp_path / "broken"), tmp_path / "run"
     enlarge(broken)
-    words = arguments(root, run, teacher__path=broken, log__every=1, engine__max_skipped=2, engine__threads=1)
+    words = arguments(
+        root, run, teacher__path=broken, teacher__check="warn", log__every=1, engine__max_skipped=2, engine__threads=1
+    )
     done = forked.run(*words, ok=False)
     assert done.returncode == 1
     assert "update 1 skipped: its gradient is not finite (1 so far)" in done.stdout

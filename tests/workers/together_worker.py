@@ -9,6 +9,7 @@ import torch.distributed as torch_dist
 from fastdistil.run import ranks as of_ranks
 from fastdistil.run.config import Config, EngineConfig, OptimConfig
 from fastdistil.run.ranks import Ranks
+from fastdistil.training.inputs import require_same
 
 STAGES = {"nobody": (), "rank 1": (1,), "both": (0, 1)}
 """Which ranks refuse."""
@@ -49,3 +50,12 @@ def other_commands(ranks: Ranks) -> dict[str, str]:
             except ValueError as error:
                 found[what] = str(error)
     return found
+
+
+def other_files(ranks: Ranks) -> str:
+    """What is said where ranks have read other teachers."""
+    try:
+        require_same(ranks, {"data.shards": "same", "teacher.path": str(ranks.rank) * 64, f"of {ranks.rank}": "alone"})
+    except ValueError as error:
+        return str(error)
+    return "nothing"
