@@ -117,7 +117,7 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
                 dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
                 found[name] = TensorInfo(_SAFETENSORS.get(dtype) or str(dtype), shape)
                 end = max(end, int(entry["data_offsets"][1]))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if size != 8 + length + end:
         raise ValueError(

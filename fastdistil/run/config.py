@@ -109,7 +109,8 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT or DistilBERT with a masked-LM head. None trains without a teacher (recipe mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT or RoBERTa with a masked-LM head. None trains without a teacher (recipe
+    mlm)."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """Arithmetic of the teacher. auto: as --engine.precision; fp8: on GPUs of compute capability 8.9 and newer."""
     max_drift: Annotated[float, ABOVE_0] = 0.05

@@ -284,7 +284,11 @@ def _check_own_tokenizer(path: Path, meta: Meta) -> None:
 
 def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: bool) -> Architecture:
     """A model that reads the shards, with their vocabulary. It does only if both mean the same by every id."""
-    model, what = read_architecture(path), f"{option} {path}"
+    what = f"{option} {path}"
+    try:
+        model = read_architecture(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
     has_tokenizer = _same_tokenizer(what, path, meta)
     has, wanted, pad = model.vocab_size, meta.vocab_size, meta.special_ids["pad"]
     if has != wanted and not has_tokenizer:
@@ -310,7 +314,10 @@ def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: 
         )
     if model.pad_id != pad:
         notes.append(f"{what} has the pad_token_id {model.pad_id} in config.json: {pad} is used, as in the shards")
-    contents = headers.match(path, model, headers.read_headers(path), need_head=need_head)
+    try:
+        contents = headers.match(path, model, headers.read_headers(path), need_head=need_head)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
     if not contents.has_head:
         notes.append(f"{what} has no masked-LM head: it gets a fresh one")
     if contents.left_out:
@@ -348,6 +355,11 @@ def _source(
                 "--student.init teacher wants a --teacher.path: without a teacher use `random` or a Hugging Face folder"
             )
         return config.teacher.path, teacher
+    if not Path(init).exists():
+        raise ValueError(
+            f"--student.init must be `teacher`, `random` or a Hugging Face folder, and there is no folder {init}: a "
+            "model on the hub is fetched by `hf download NAME --local-dir DIR`"
+        )
     return Path(init), _model("--student.init", Path(init), meta, notes, need_head=False)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
 from fastdistil.model.weights import load_masked_lm
+from tests.support import forked, runs
 from tests.support.models import one_by_one, packed, random_model
 
 State = dict[str, torch.Tensor]
@@ -355,6 +356,43 @@ def test_other_encoders_are_refused_by_name(kind, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"bert, .*camembert, got '{config.model_type}': only these encoders"):
         read_architecture(tmp_path)
+
+
+def test_from_such_a_folder_to_an_export(root, tmp_path):
+    """All at once: padded rows, one token type, shards of pickles from DistributedDataParallel, another head; in bf16,
+    whose drift is measured from the same weights.
+    """
+    sizes = SMALL | {"max_position_embeddings": 64, "vocab_size": 128, "type_vocab_size": 1, "pad_token_id": 120}
+    theirs, teacher = random_model("BertForMaskedLM", **sizes), tmp_path / "teacher"
+    with torch.no_grad():  # whoever reads a padded row sees it
+        theirs.get_input_embeddings().weight[101:] = 1e4
+        theirs.cls.predictions.bias[101:] = 1e4
+    theirs.save_pretrained(teacher)
+    shutil.copy(root / "shards" / "tokenizer" / "vocab.txt", teacher)
+    renamed("module.{}".format)(teacher)
+    rewrite(teacher, state_of(teacher) | {"module.classifier.weight": torch.ones(2, 60)})
+    as_bin_shards(teacher)
+    changes = {"teacher__path": teacher, "student__token_types": 2, "engine__precision": "bf16", "optim__duration": 2}
+    words = runs.arguments(root, tmp_path / "run", **changes)
+    dry = forked.run(*words, "--dry-run").stdout
+    printed = forked.run(*words).stdout
+    notes = (
+        "has 128 rows for the 101 tokens of its tokenizer: the rows after them are left out",
+        "has the pad_token_id 120 in config.json: 0 is used",
+        f"{teacher}: left out classifier",
+        "--student.token-types 2, of a model with 1",
+    )
+    assert [printed.count(note) for note in notes] == [1] * 4
+    assert [dry.count(note) for note in notes] == [1] * 4
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses
+    assert all(0 < loss < 100 for loss in losses)
+    forked.run("fastdistil.export", tmp_path / "run", "--out", tmp_path / "out")
+    student, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in info), info
+    config = student.config
+    assert (config.vocab_size, config.type_vocab_size, config.pad_token_id) == (101, 2, 0)
+    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / "out")) == 101
 
 
 @pytest.mark.parametrize("path", ["model.safetensors", "config.json"])

@@ -253,6 +253,28 @@ def test_student_that_stays_a_bert_keeps_token_types(teacher):
     assert torch.equal(_hidden(student, *batch), _hidden(teacher, *batch))
 
 
+@pytest.mark.parametrize(("has", "wants"), [(1, 1), (1, 3), (16, 16), (16, 2)])
+def test_a_table_of_token_types_of_any_size(has, wants, tmp_path):
+    """Rows that the teacher has not are its row 0, so that a text whose second half is of type 1 reads as before."""
+    save_random("BertForMaskedLM", tmp_path / "teacher", type_vocab_size=has, num_hidden_layers=2)
+    teacher = load_masked_lm(tmp_path / "teacher", need_head=True)
+    student = student_from_teacher(
+        teacher, range(2), replace(teacher.architecture, token_types=wants), copy_transform=True
+    )
+    table = teacher.state_dict()["encoder.token_type_embeddings.weight"]
+    got = student.state_dict()["encoder.token_type_embeddings.weight"]
+    assert len(got) == wants
+    for row in range(wants):
+        assert torch.equal(got[row], table[row if row < has else 0])
+    batch = packed([4, 7], 101)
+    assert torch.equal(_hidden(student, *batch), _hidden(teacher, *batch))
+    (tmp_path / "out").mkdir()
+    write_hugging_face_folder(student.state_dict(), student.architecture, MINILM, tmp_path / "out")
+    theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert (type(theirs).__name__, theirs.config.type_vocab_size) == ("BertForMaskedLM", wants)
+    assert not any(info[key] for key in info), info
+
+
 @pytest.mark.parametrize("layers", [[0, 1, 5], [0, 1], [0, 1, 2, 3], [-1, 0, 1]], ids=str)
 def test_layer_map_must_fit(teacher, layers):
     architecture = student_of(teacher.architecture, num_layers=3)

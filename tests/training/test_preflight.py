@@ -81,7 +81,10 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ({"data": {"shards": Path("nowhere")}}, r"nowhere.meta.json does not exist"),
         ({"data": {"shards": Path(__file__)}}, r"meta.json does not exist"),
         ({"teacher": {"path": None}}, r"imitates a teacher .*--loss.kd 5, .*and --teacher.path is missing"),
-        ({"teacher": {"path": Path("nowhere")}}, r"not a Hugging Face folder: wanted config.json in nowhere"),
+        (
+            {"teacher": {"path": Path("nowhere")}},
+            r"^--teacher.path: not a Hugging Face folder: wanted config.json in nowhere, which does not exist: a model",
+        ),
         ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect in recipe .* with --loss.mlm 2 alone"),
         (
             {"teacher": {"path": None, "precision": "bf16"}, "loss": {"kd": 0.0, "cosine": 0.0}},
@@ -110,7 +113,12 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
             {"student": {"init": "random", "max_positions": 20}},
             r"up to 48 tokens, the student reads 20: prepare with --max-length 20",
         ),
-        ({"student": {"init": "nowhere"}}, r"not a Hugging Face folder"),
+        (
+            {"student": {"init": "techer"}},
+            r"--student.init must be `teacher`, `random` or .* no folder techer: a model",
+        ),
+        ({"student": {"init": "."}}, r"^--student.init: not a Hugging Face folder: wanted config.json in \.$"),
+        ({"student": {"token_types": 0, "max_positions": 32}}, r"--student.max-positions 32 differs from the 64 of"),
         (
             {"engine": {"compile": True, "zero_stage": 3}},
             r"--engine.compile does not go with --engine.zero-stage 3.*use stage 2 or lower",
