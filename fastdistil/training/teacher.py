@@ -186,7 +186,7 @@ def require_knowledge(
     )
     if loss <= KNOWS_NOTHING * nothing:
         return
-    is_toy = teacher.head.vocab_size < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-3  # not weights of zeros
+    is_toy = teacher.head.vocab_size < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-5  # not zeros
     problem = (
         f"--teacher.path {config.teacher.path} knows nothing of this text: its own masked-LM loss is {loss:.4g}, "
         f"wanted below {KNOWS_NOTHING * nothing:.4g}. Its weights or its head are untrained, zero or damaged, or the "

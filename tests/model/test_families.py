@@ -247,6 +247,7 @@ def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_si
     given = options(
         data__shards=shards,
         teacher__path=teacher,
+        teacher__check="warn",  # of random weights
         out=run,
         batch__size=256,
         batch__unit="tokens",
