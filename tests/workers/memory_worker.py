@@ -53,6 +53,8 @@ class Case:
             meta=cast(Any, SimpleNamespace(max_length=self.length)),
             world_size=self.ranks,
             micro_batches_per_update=self.rounds * self.ranks,
+            notes=(),
+            inputs={},
         )
 
     def micro_batch(self, device: torch.device) -> MicroBatch:
