@@ -289,12 +289,12 @@ def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: 
         model = read_architecture(path)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
-    has_tokenizer = _same_tokenizer(what, path, meta)
+    unknown = _refuse_other_tokenizer(what, path, meta)
     has, wanted, pad = model.vocab_size, meta.vocab_size, meta.special_ids["pad"]
-    if has != wanted and not has_tokenizer:
+    if has != wanted and unknown:
         raise ValueError(
-            f"{what} has a vocabulary of {has}, the shards have {wanted}, and it has no tokenizer that would say what "
-            "its ids mean: copy that of the model into its folder"
+            f"{what} has a vocabulary of {has}, the shards have {wanted}, and nothing says what its ids mean "
+            f"({unknown}): put the model's tokenizer into its folder"
         )
     if has < wanted:
         raise ValueError(
@@ -325,12 +325,12 @@ def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: 
     return replace(model, vocab_size=wanted, pad_id=pad)
 
 
-def _same_tokenizer(what: str, path: Path, meta: Meta) -> bool:
-    """Whether the model's folder has a tokenizer. Raises ValueError where it is another than that of the shards."""
+def _refuse_other_tokenizer(what: str, path: Path, meta: Meta) -> str:
+    """Raises ValueError where the model's tokenizer is not that of the shards. Returns why there is none, or ""."""
     try:
         sha256, special_ids = tokenizer.vocabulary_sha256(path), tokenizer.special_ids(path)
-    except FileNotFoundError:
-        return False
+    except FileNotFoundError as error:
+        return str(error)
     fix = f"prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer {path}`"
     if sha256 != meta.tokenizer_sha256:
         raise ValueError(
@@ -339,7 +339,7 @@ def _same_tokenizer(what: str, path: Path, meta: Meta) -> bool:
         )
     if special_ids != meta.special_ids:
         raise ValueError(f"{what} has the special ids {special_ids}, the shards {meta.special_ids}: {fix}")
-    return True
+    return ""
 
 
 def _source(
