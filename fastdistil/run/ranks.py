@@ -106,7 +106,7 @@ class Ranks:
         here, defaults = flatten(to_json(config)), flatten(to_json(Config()))
         facts = {f"--{k}": v for k, v in here.items() if v != defaults[k] and k not in PER_HOST}
         facts |= {"torch": torch.__version__, "the code of fastdistil": _code_digest()}
-        first, *others = map(json.loads, self._gather_text(json.dumps(facts), with_teachers=True))
+        first, *others = map(json.loads, self.gather_text(json.dumps(facts), with_teachers=True))
         for rank, other in enumerate(others, start=1):
             for name in sorted(first.keys() | other.keys()):
                 on_0, on_rank = (said.get(name, "the default") for said in (first, other))
