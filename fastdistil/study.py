@@ -280,8 +280,7 @@ class Study:
             finally:
                 self.devices.put(device)
             text = part.read_text(encoding="utf-8", errors="replace")
-            stopped = module == "pretrain" and "--resume auto goes on" in text  # by a signal: status 0
-            if process.returncode or stopped:
+            if process.returncode:
                 self.is_ending = True
                 tail = "\n".join(text.splitlines()[-8:])
                 raise Failed(f"{name} ended with status {process.returncode}; {part} ends in\n{tail}\n")
