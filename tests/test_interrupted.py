@@ -111,7 +111,7 @@ def test_interrupted_and_gone_on(made, root, quiet, tmp_path, name):
         words = command(name, made, root, quiet.run, out)
         was = interrupted(words, out, moment, number)
         assert was or moment > 1, moment
-    if name in ("prepare", "pretrain", "export"):  # which others keep results in folders
+    if was and name in ("prepare", "pretrain", "export"):  # whose results are folders
         launch.run(*command(name, made, root, quiet.run, tmp_path / "2.0"))
 
 
