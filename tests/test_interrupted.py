@@ -106,6 +106,7 @@ NAMES = ("prepare", "pretrain", "export", "evaluate", "efficiency", "report", "r
 
 @pytest.mark.parametrize("name", NAMES)
 def test_interrupted_and_gone_on(made, root, quiet, tmp_path, name):
+    was = False
     for moment, number in MOMENTS.items():
         out = tmp_path / str(moment)
         words = command(name, made, root, quiet.run, out)
