@@ -126,9 +126,12 @@ class Ranks:
         """For each flag whether any rank says yes. Goes over the host group: no GPU sync, about 0.1 ms."""
         if self.host_group is None:
             return flags
-        votes = torch.tensor(flags, dtype=torch.uint8)
-        torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.MAX, group=self.host_group)
-        return tuple(map(bool, votes.tolist()))  # a CPU tensor
+        votes = torch.tensor(
+            [sum(flag << i for i, flag in enumerate(flags))]
+        )  # one number is one message, four are two
+        torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.BOR, group=self.host_group)
+        together = int(votes[0])  # a CPU tensor
+        return tuple(bool(together >> i & 1) for i in range(len(flags)))
 
     def gather(self, number: float) -> list[float]:
         """What every rank says, in the order of ranks. Over the host group."""
