@@ -1,0 +1,73 @@
+"""What people do with an export, in whichever release of transformers is on the path: no file of the package is used.
+
+`python -m tests.support.clients FOLDER...` prints what `ask` says of each folder as JSON, for the release that
+`make setup` keeps in a folder of its own.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.support.vocabularies import PAIRS, TEXTS
+
+
+def ask(folder: Path) -> dict[str, Any]:
+    """Ids, the answers of the model card's pipeline, and logits of the model on what the tokenizer makes."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    fill = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
+    with torch.no_grad():
+        logits = model(**tokenizer(["Anna", "the old river"], return_tensors="pt", padding=True)).logits
+    answers: Any = fill(f"the old {tokenizer.mask_token} quiet")
+    first, second = zip(*PAIRS, strict=True)
+    return {
+        "release": transformers.__version__,
+        "class": type(tokenizer).__name__,
+        "ids": [tokenizer(text)["input_ids"] for text in TEXTS],
+        "pairs": tokenizer(list(first), list(second))["input_ids"],
+        "inputs": list(tokenizer("Anna", "the river")),
+        "max_length": tokenizer.model_max_length,
+        "truncated": len(tokenizer("the river " * 200, truncation=True)["input_ids"]),
+        "size": len(tokenizer),
+        "special": tokenizer.special_tokens_map,
+        "answer": answers[0]["token"],
+        "finite": bool(logits.isfinite().all()),
+    }
+
+
+def embed(folder: Path) -> list[list[float]]:
+    """Embeddings by sentence-transformers: the mean of the encoder's last hidden states."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu").encode(TEXTS[:3]).tolist()
+
+
+def onnx_error(folder: Path, out: Path) -> float:
+    """The largest difference between the logits of optimum's ONNX export and the model's own."""
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+    from optimum.exporters.onnx import main_export  # pyright: ignore[reportMissingImports]
+
+    main_export(str(folder), str(out), task="fill-mask", device="cpu", do_validation=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer(["Anna crosses the river", "quiet"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        wanted = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()(**inputs).logits.numpy()
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    (got,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return float(abs(got - wanted).max())
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    folders = [Path(name) for name in sys.argv[2:]]
+    exported = {folder.name: onnx_error(folder, Path(sys.argv[1], folder.name)) for folder in folders[:2]}
+    embedded = {folder.name: embed(folder) for folder in folders[:2]}
+    told = {folder.name: ask(folder) for folder in folders}
+    record = {"told": told, "onnx": exported, "embedded": embedded}
+    Path(sys.argv[1], "told.json").write_text(json.dumps(record))

@@ -1,0 +1,134 @@
+"""An export as its users load it: transformers 5 and 4.57, sentence-transformers, ONNX. The tokenizer is the shards'."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from fastdistil.data import tokenizer
+from fastdistil.export import write_hugging_face_folder
+from fastdistil.model.architecture import Architecture
+from fastdistil.model.encoder import MaskedLM
+from tests.support import clients
+from tests.support.launch import ROOT
+from tests.support.vocabularies import KINDS, PAIRS, TEXTS
+
+OLD = Path(sys.prefix) / "transformers-4.57"
+FAMILIES = {"distilbert": 0, "bert": 2, "bert-one-type": 1}
+"""Students -> rows of their token-type table; the kinds of WordPiece take turns."""
+
+
+def student(kind: str, words: Path) -> Architecture:
+    ids = tokenizer.special_ids(words)
+    name = list(FAMILIES)[list(KINDS).index(kind) % len(FAMILIES)]
+    roberta = ids["cls"] == 0
+    return Architecture(
+        model_type="roberta" if roberta else name.partition("-")[0],
+        vocab_size=len(tokenizer.read_vocabulary(words)),
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        ffn_size=32,
+        max_positions=96,
+        token_types=1 if roberta else FAMILIES[name],
+        pad_id=ids["pad"],
+    )
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> Path:
+    """KIND/shards, as prepare writes it from such a folder, and KIND, the export of a student on it."""
+    root = tmp_path_factory.mktemp("clients")
+    for kind, write in KINDS.items():
+        source, words, out = write(root / "sources" / kind), root / "shards" / kind, root / "exports" / kind
+        made, names = tokenizer.load(source), tokenizer.special_tokens(source)
+        tokenizer.save(made, words, names=names, max_length=32, source=tokenizer.settings(source))
+        out.mkdir(parents=True)
+        architecture = student(kind, words)
+        model = MaskedLM(architecture, generator=torch.Generator().manual_seed(5))
+        for parameter in model.parameters():
+            parameter.data.mul_(5.0)  # so that one word answers best
+        write_hugging_face_folder(model.state_dict(), architecture, words, out)
+    return root
+
+
+@pytest.fixture(scope="module")
+def old(exports) -> dict:
+    """What transformers 4.57 and its clients say of all exports: one process, for importing them takes seconds."""
+    if not (OLD / "transformers").is_dir():
+        pytest.fail(
+            f"no transformers 4.57 in {OLD}: run `make setup`, which installs it from tests/transformers-4.57.txt"
+        )
+    out = exports / "old"
+    out.mkdir()
+    command = [sys.executable, "-m", "tests.support.clients", str(out)]
+    path = {"PYTHONPATH": f"{OLD}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    folders = [str(exports / "exports" / kind) for kind in ["bert", "roberta", *(set(KINDS) - {"bert", "roberta"})]]
+    done = subprocess.run([*command, *folders], env=os.environ | path, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((out / "told.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("release", ["5", "4.57"])
+def test_what_transformers_makes_of_an_export(exports, kind, release, request):
+    folder, words = exports / "exports" / kind, exports / "shards" / kind
+    told = clients.ask(folder) if release == "5" else request.getfixturevalue("old")["told"][kind]
+    assert told["release"].startswith(f"{release}.")
+    shards, ids = Tokenizer.from_file(str(words / "tokenizer.json")), tokenizer.special_ids(words)
+    for text, found in zip(TEXTS, told["ids"], strict=True):
+        assert found == shards.encode(text).ids, text
+    assert told["pairs"] == [shards.encode(*pair).ids for pair in PAIRS]
+
+    architecture = student(kind, words)
+    types = ["token_type_ids"] if architecture.token_types > 1 else []
+    assert told["inputs"] == ["input_ids", *types, "attention_mask"]
+    assert told["max_length"] == told["truncated"] == architecture.max_positions
+    assert told["size"] == architecture.vocab_size
+    assert told["finite"]
+    mask = tokenizer.special_tokens(words)["mask"]
+    encoded = shards.encode(f"the old {mask} quiet").ids
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([encoded])).logits[0, encoded.index(ids["mask"])]
+    assert told["answer"] == int(logits.argmax())
+
+
+def test_names_and_classes(exports, old):
+    def told(kind: str) -> dict:
+        return old["told"][kind]
+
+    classes = {kind: told(kind)["class"] for kind in KINDS}
+    own = ["bert", "bert-cased", "bert-accents", "bert-no-chinese"]
+    assert [kind for kind, name in classes.items() if name != "PreTrainedTokenizerFast"] == own
+    assert (classes["bert"], classes["bert-cased"]) == ("DistilBertTokenizerFast", "BertTokenizerFast")
+    assert told("added")["special"]["additional_special_tokens"] == ["<extra>"]
+    assert "bos_token" not in told("added")["special"]  # transformers would add it, beyond the model's vocabulary
+    assert told("unigram")["special"]["bos_token"] == "<s>"
+    assert told("unigram")["special"]["eos_token"] == "</s>"
+    assert (exports / "exports" / "bert" / "vocab.txt").is_file()
+    assert not (exports / "exports" / "digits" / "vocab.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_sentence_transformers(exports, old, kind):
+    folder = exports / "exports" / kind
+    found, older = clients.embed(folder), old["embedded"][kind]
+    shards = Tokenizer.from_file(str(exports / "shards" / kind / "tokenizer.json"))
+    encoder = transformers.AutoModel.from_pretrained(folder).eval()
+    for text, embedding, before in zip(TEXTS[:3], found, older, strict=True):
+        with torch.no_grad():
+            states = encoder(torch.tensor([shards.encode(text).ids])).last_hidden_state[0]
+        torch.testing.assert_close(torch.tensor(embedding), states.mean(0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(before), states.mean(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_onnx(old, kind):
+    assert old["onnx"][kind] < 1e-4
