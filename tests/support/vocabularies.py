@@ -118,7 +118,7 @@ def byte_level(folder: Path, *, files: str = "tokenizer", lstrip: bool = True, s
     return folder
 
 
-def unigram(folder: Path) -> Path:
+def unigram(folder: Path, *, split: bool = True) -> Path:
     """XLM-RoBERTa's: sentence pieces with scores, blanks as part of words, and a mask that takes its blank along."""
     letters = sorted(set("".join(_TEXT)) - set(" \t\n\x07"))
     scored = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
@@ -126,7 +126,7 @@ def unigram(folder: Path) -> Path:
     scored += [(letter, -5.0) for letter in letters] + [("<mask>", 0.0)]
     made: Any = Tokenizer(models.Unigram(scored, unk_id=3))
     made.normalizer = norm.Sequence([norm.NFKC(), norm.Replace(" {2,}", " ")])
-    made.pre_tokenizer = pre.Sequence([pre.WhitespaceSplit(), pre.Metaspace()])
+    made.pre_tokenizer = pre.Sequence([pre.WhitespaceSplit(), pre.Metaspace()]) if split else pre.Metaspace()
     made.decoder = decoders.Metaspace()
     made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", AddedToken("<mask>", lstrip=True, special=True)])
     pair = "<s> $A </s> </s> $B </s>"
@@ -142,7 +142,7 @@ def unigram(folder: Path) -> Path:
 def added_beside(folder: Path) -> Path:
     """A vocab.txt with the added_tokens.json of old releases."""
     tokens = pieces(cased=False)
-    write_vocab(folder, tokens, {"do_lower_case": True})
+    write_vocab(folder, tokens, {"tokenizer_class": "BertTokenizer", "do_lower_case": True})
     write_json(folder, "added_tokens.json", {"[plantname]": len(tokens), "mrnavaccine": len(tokens) + 1})
     return folder
 
@@ -179,5 +179,6 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "roberta-plain-mask": lambda f: byte_level(f, lstrip=False),
     "roberta-vocab-merges": lambda f: byte_level(f, files="vocab"),
     "unigram": unigram,
+    "metaspace": lambda f: unigram(f, split=False),
 }
 """Name of a kind of tokenizer -> what writes such a folder."""
