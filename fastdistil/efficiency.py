@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from fastdistil.run import options
+from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.files import write_json
 
@@ -49,6 +49,7 @@ class EfficiencyConfig:
         if not self.models:
             raise ValueError("wanted one model folder or more")
         for model in self.models:
+            folder.require_model(model)
             if not (model / "config.json").is_file():
                 raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
             if not list(model.glob("*.safetensors")):

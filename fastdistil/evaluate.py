@@ -21,7 +21,7 @@ import fastdistil
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.model import families
-from fastdistil.run import options
+from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.files import read_json, write_json
 
@@ -68,6 +68,7 @@ class EvaluateConfig:
         is_table = "table" in self.task
         if is_table != (self.label_column is not None) or is_table != bool(self.text_columns):
             raise ValueError("--task table wants --text-columns and --label-column; other tasks have their own")
+        folder.require_model(Path(self.model))
         if not self.data.startswith("hf:") and not Path(self.data).is_dir():
             raise ValueError(f"--data {self.data} is not a folder: give the one of the tasks' files, or hf:NAME")
 

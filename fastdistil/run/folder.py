@@ -174,6 +174,15 @@ def read(run: Path) -> dict[str, Any]:
     return record
 
 
+def require_model(path: Path) -> None:
+    """Refuse a run folder where a model is wanted (ValueError)."""
+    if (path / "status.json").is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is a run, wanted a model: export it first, by `python -m fastdistil.export {path} --out FOLDER`, "
+            "and give FOLDER"
+        )
+
+
 GRACE = 2
 """Seconds after the timeout: the ranks that wait come first, with an exception."""
 

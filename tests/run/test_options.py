@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil import evaluate, export, prepare, report
+from fastdistil import efficiency, evaluate, export, prepare, report
 from fastdistil.run import options, recipes
 from fastdistil.run.options import parse
 from fastdistil.run.recipes import RECIPES
@@ -272,3 +272,13 @@ def test_help(capsys):
     with pytest.raises(SystemExit):
         recipes.parse(["mlm", "--help"], quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [evaluate.EvaluateConfig, efficiency.EfficiencyConfig])
+def test_a_run_where_a_model_is_wanted(tmp_path, kind):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("status.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    words = [str(tmp_path), *(["--task", "cola", "--data", str(tmp_path)] if kind is evaluate.EvaluateConfig else [])]
+    line, _ = answer(*words, kind=kind, command="evaluate")
+    assert f"export it first, by `python -m fastdistil.export {tmp_path} --out FOLDER`" in line
