@@ -1,4 +1,4 @@
-"""An export as its users load it: transformers 5 and 4.57, sentence-transformers, ONNX. The tokenizer is the shards'."""
+"""An export as its users load it, its tokenizer the shards': transformers 5 and 4.57, sentence-transformers, ONNX."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_names_and_classes(exports, old):
         return old["told"][kind]
 
     classes = {kind: told(kind)["class"] for kind in KINDS}
-    own = ["bert", "bert-cased", "bert-accents", "bert-no-chinese"]
+    own = ["bert", "bert-cased", "bert-accents", "bert-no-chinese", "renamed"]
     assert [kind for kind, name in classes.items() if name != "PreTrainedTokenizerFast"] == own
     assert (classes["bert"], classes["bert-cased"]) == ("DistilBertTokenizerFast", "BertTokenizerFast")
     assert told("added")["special"]["additional_special_tokens"] == ["<extra>"]

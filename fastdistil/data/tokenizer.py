@@ -258,6 +258,7 @@ def load(path: Path, *, cased: bool = False) -> "Tokenizer":
             tokenizer = _from_vocabulary(file, names, cased)
         else:
             tokenizer = Tokenizer.from_file(str(file))
+            _refuse_other_case(file, tokenizer)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
@@ -319,6 +320,17 @@ def _refuse_other_kind(file: Path, classes: tuple[str, ...]) -> None:
         )
 
 
+def _refuse_other_case(file: Path, tokenizer: "Tokenizer") -> None:
+    """ValueError where transformers, which goes by a BERT's tokenizer_config.json, would not do what the file does."""
+    record, does = settings(file), json.loads(tokenizer.to_str())["normalizer"] or {}
+    said, kind = record.get("do_lower_case"), str(record.get("tokenizer_class", "BertTokenizer"))
+    if kind.startswith(("BertT", "DistilBertT")) and isinstance(said, bool) and said != does.get("lowercase", said):
+        raise ValueError(
+            f"{file} says lowercase {does['lowercase']}, the tokenizer_config.json beside it do_lower_case {said}: "
+            "transformers goes by the second, so correct the one that is wrong"
+        )
+
+
 def _bert_normalizer(file: Path, cased: bool) -> "BertNormalizer":
     """What happens to case and accents: `cased`, else what the files beside a vocab.txt say, else what it shows itself.
 
@@ -355,8 +367,8 @@ def fetch(name: str) -> Path:
     """The local folder with the tokenizer of a model on the hub, from the cache when offline."""
     from huggingface_hub import snapshot_download
 
-    vocabulary = ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "added_tokens.json"]
-    beside = ["tokenizer_config.json", "special_tokens_map.json", "config.json"]
+    vocabulary = ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model"]
+    beside = ["added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=vocabulary + beside))
     except Exception as error:  # the hub's, the network's and the file system's own errors

@@ -188,10 +188,12 @@ def test_transformers_loads_what_was_saved_to_the_same_encoding(tmp_path, docume
 
 
 def old_save(made, folder: Path, *, names: dict[str, str], max_length: int) -> Path:
-    """What the first version of this program wrote: five names, and BERT's class for each WordPiece of its normalizer."""
+    """What the first version of this program wrote: five names, and BERT's class for a WordPiece of its normalizer."""
     folder.mkdir()
     specials = {f"{name}_token": token for name, token in names.items()}
     config = {**specials, "model_max_length": max_length, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if made.normalizer and '"BertNormalizer"' in made.to_str():
+        config |= {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None}
     (folder / "tokenizer.json").write_text(made.to_str(pretty=True))
     write_json(folder, "tokenizer_config.json", config)
     write_json(folder, "special_tokens_map.json", specials)
@@ -344,6 +346,18 @@ def test_what_is_not_read_says_what_to_do(tmp_path):
     twice = write_vocab(tmp_path / "twice", [*pieces(cased=False), "anna"])
     with pytest.raises(ValueError, match=r"'anna' has the ids \d+ and \d+, of which only the last counts"):
         tokenizer.load(twice)
+
+
+def test_two_files_that_say_different_things_of_case(tmp_path):
+    source = KINDS["bert"](tmp_path / "source")
+    said = tokenizer.settings(source)
+    write_json(source, "tokenizer_config.json", said | {"do_lower_case": False})  # of a class that does not look there
+    tokenizer.load(source)
+    write_json(source, "tokenizer_config.json", said | {"do_lower_case": True, "tokenizer_class": "BertTokenizer"})
+    tokenizer.load(source)
+    write_json(source, "tokenizer_config.json", said | {"do_lower_case": False, "tokenizer_class": "BertTokenizerFast"})
+    with pytest.raises(ValueError, match=r"says lowercase True, the tokenizer_config\.json .* do_lower_case False"):
+        tokenizer.load(source)
 
 
 def test_flags_of_special_tokens_stay(tmp_path):

@@ -27,6 +27,7 @@ TEXTS = [
 PAIRS = [("Anna crosses the river.", "the <mask> engine"), ("a [MASK] b", ""), ("中文", "Zoë 12")]
 BERTS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTAS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+RENAMED = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]
 _WORDS = [
     "anna",
     "follows",
@@ -174,6 +175,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "added": lambda f: word_piece(f, added=_FLAGS, said={"extra_special_tokens": ["<extra>"], "bos_token": "[BOS]"}),
     "mask-lstrip": lambda f: word_piece(f, added=(AddedToken("[MASK]", lstrip=True, special=True, normalized=False),)),
     "added-beside": added_beside,
+    "renamed": lambda f: write_vocab(f, [*RENAMED, *pieces(cased=False)[5:]], {"do_lower_case": True}),
     "roberta": byte_level,
     "roberta-blank-first": lambda f: byte_level(f, space=True),
     "roberta-plain-mask": lambda f: byte_level(f, lstrip=False),
