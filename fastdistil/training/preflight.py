@@ -119,7 +119,8 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
             raise ValueError(f"--world-size must be 1 or more, got {config.world_size}")
         world_size = config.world_size
     if config.data.shards is None:
-        raise ValueError("--data.shards is missing: give a folder written by `python -m fastdistil.prepare`")
+        none = f"; there is no run in {config.out} to go on with" if config.resume == "auto" else ""
+        raise ValueError(f"--data.shards is missing: give a folder written by `python -m fastdistil.prepare`{none}")
     _check_engine(config, world_size, by_torchrun=by_torchrun or config.dry_run)
     _check_losses(config)
 

@@ -91,6 +91,8 @@ class TestElsewhere:
         assert done.returncode == 2
         assert "whose recipe is distilbert, not mlm" in done.stdout
         assert "--data.shards gone/shards is not here" in done.stderr
+        done = forked.run("fastdistil.pretrain", "mlm", "--resume", "auto", "--out", tmp_path / "new", ok=False)
+        assert f"there is no run in {tmp_path / 'new'} to go on with" in done.stderr
 
     def test_on_ranks(self, root, six, tmp_path):
         run = copy(six, tmp_path, back_to=5)
@@ -183,7 +185,7 @@ def test_the_model_that_a_student_started_from_is_not_needed_any_more(root, tmp_
     # Before there is a checkpoint it is needed, and the same as ever.
     shutil.rmtree(copied / "checkpoints")
     done = forked.run("fastdistil.pretrain", "--resume", "auto", "--out", copied, ok=False)
-    assert "wanted config.json in" in done.stderr
+    assert f"there is no folder {source}" in done.stderr
     toy.make_teacher(source, root / "shards", seed=3)
     done = forked.run("fastdistil.pretrain", "--resume", "auto", "--out", copied, ok=False)
     assert f"--student.init {source} is not the model that the run" in done.stderr
