@@ -50,6 +50,7 @@ def run(resolved: Resolved, here: Launched) -> int:
     config = resolved.config
     # Where it runs: with torch, on a device of its own, in a process group.
     from fastdistil.run import checkpoint
+    from fastdistil.run.failure import watched
     from fastdistil.run.ranks import init_ranks
     from fastdistil.training import loop, memory
     from fastdistil.training.inputs import load_corpus, load_models, require_same
@@ -104,7 +105,7 @@ def run(resolved: Resolved, here: Launched) -> int:
 
     # The run itself, under a watchdog. From here on there is something to save: a signal asks it to stop when it can.
     with StopRequest() as stop:
-        with loop.watched(config, ranks) as watchdog:
+        with watched(config, ranks) as watchdog:
             job = loop.setup(resolved, corpus, teacher, models.student, saved, ranks, stop, watchdog)
             failure = loop.train(job)
         memory.say_measured(needed, ranks)
