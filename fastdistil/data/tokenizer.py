@@ -179,7 +179,7 @@ def _vocabulary_file(source: Path) -> Path:
 
 _CONVERT = (
     "write the tokenizer.json that transformers makes of it: `AutoTokenizer.from_pretrained(FOLDER)"
-    ".save_pretrained(FOLDER)` in Python"
+    ".save_pretrained(FOLDER)` in Python, which it can where there is a fast tokenizer of that kind"
 )
 
 
