@@ -127,6 +127,7 @@ def _facts(run: Run) -> dict[str, str]:
         "student": _size(run.record["student"]),
         "teacher": _size(teacher) if teacher else "none",
         "updates": _cell("{:,}", tokens.index.max()),
+        "updates skipped, not finite": str(sum(x.get("skipped") is True for x in run.train)),
         "tokens": _cell("{:,.0f}", tokens.sum(min_count=1)),
         "tokens/s, median": _cell("{:,.0f}", speed.median()),
         "MFU, median": _cell("{:.1%}", mfu.median()),
@@ -164,10 +165,12 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def measured(lines: list[dict[str, Any]], key: str) -> "pd.Series":
-    """The numbers that lines of metrics.jsonl have under `key`, by update."""
+    """The numbers that lines of metrics.jsonl have under `key`, by update; NaN where JSON, which knows none, has null."""
     import pandas as pd
 
-    return pd.Series({x["update"]: x[key] for x in lines if isinstance(x.get(key), int | float)}, dtype=float)
+    return pd.Series(
+        {x["update"]: x[key] for x in lines if isinstance(x.get(key, ""), int | float | None)}, dtype=float
+    )
 
 
 def stretches(curve: "pd.Series") -> "pd.Series":
@@ -191,7 +194,7 @@ def _plots(runs: list[Run]) -> list[tuple[str, str]]:
         for run in runs:
             curves[run.name] = stretches(measured(run.train, key))
             curves[f"{run.name}, validation"] = measured(run.validation, key)
-        curves = {name: curve for name, curve in curves.items() if len(curve)}
+        curves = {name: curve for name, curve in curves.items() if curve.notna().any()}
         if curves:
             figure = plots.curves(curves, "update", title, "")
             figures.append((title, Markup(plots.to_svg(figure, key))))

@@ -189,3 +189,31 @@ def test_mistakes(tmp_path, monkeypatch, capsys, words, message):
     assert report.main(words) == 2
     assert message.lower() in " ".join(capsys.readouterr().err.split()).lower()
     assert (tmp_path / "report.html").read_text() == "older"
+
+
+def test_a_run_that_met_nan(tmp_path):
+    """JSON has null for what was not finite: a gap in the curve, not a line across it; what was skipped is said."""
+    run = make_run(tmp_path / "run", updates=6, validated=False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[2:4]:
+        line |= {"loss": None, "gradient_norm": None, "skipped": True}
+    lines.append({"split": "validation", "update": 6, "loss": None, "mlm": 4.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    losses = report.measured(lines[:6], "loss")
+    assert losses.isna().tolist() == [False, False, True, True, False, False]
+    out = tmp_path / "report.html"
+    assert report.main([str(run), "--out", str(out)]) == 0
+    page = Page(out.read_text())
+    assert page.rows["updates skipped, not finite"] == ["2"]
+    assert page.rows["validation loss, all terms weighted"] == ["-"]
+    assert "nan" not in re.sub("<svg.*?</svg>", "", out.read_text(), flags=re.DOTALL).lower()
+
+
+@pytest.mark.parametrize("contents", [None, "", '{"split": "tr'])
+def test_a_run_that_ended_before_its_first_line(tmp_path, contents):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    if contents is not None:
+        (run / "metrics.jsonl").write_text(contents)
+    assert report.main([str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert Page((tmp_path / "report.html").read_text()).rows["updates"] == ["-"]

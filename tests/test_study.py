@@ -143,8 +143,9 @@ def test_an_interrupted_study_says_so_and_has_its_tables(folders, tmp_path, caps
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study.Study, "run", interrupt)
-    assert study.main(command(folders, tmp_path / "study")) == 1
-    assert capsys.readouterr().err == "error: interrupted; the same command goes on\n"
+    assert study.main(command(folders, tmp_path / "study")) == 130
+    interrupted = "interrupted by SIGINT: what was finished is kept, and the same command goes on from there\n"
+    assert capsys.readouterr().err == interrupted
     assert (tmp_path / "study" / "study.md").is_file()
 
 
