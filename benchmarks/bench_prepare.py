@@ -37,7 +37,7 @@ def read(spec: str | None) -> tuple[list[str], Path | None]:
     if spec is None:
         return docstrings.documents(*docstrings.PACKAGES), None
     (source,) = sources.resolve((spec,))
-    return list(source.documents(sources.Options())), Path(spec) if source.files else None
+    return list(source.documents()), Path(spec) if source.files else None
 
 
 def main() -> None:

@@ -35,12 +35,17 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastdistil.data.sequences import Sequences
-    from fastdistil.data.shards import Shard, ShardWriter
+    from fastdistil.data.shards import Meta, Shard, ShardWriter
 
 LOG = logging.getLogger("fastdistil.prepare")
 META_FILE = "meta.json"
 PROGRESS_FILE = "progress.json"
 LOCK_FILE = ".lock"
+STRICT = {"errors": "strict", "on_bad_record": "stop"}
+"""Options, and the value with which what was prepared is what any other value prepares, too."""
+MUCH_DROPPED = 0.05
+"""Part of the tokens that is left out, or unknown, above which there is a warning."""
+OTHER_TOKENIZER = "the tokenizer is perhaps one for another language, or for text with or without capitals"
 SAMPLE_BYTES = 10**8
 """Text that train:SIZE sees, evenly spaced over the sources: it is kept in memory."""
 
@@ -50,7 +55,7 @@ class PrepareConfig:
     """Turn text into token shards for `fastdistil.pretrain`."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
-    """Files or folders (text, JSONL, Parquet), or data sets: hf:NAME[:CONFIG]."""
+    """Files or folders (text, JSONL, Parquet, Arrow; also compressed), or data sets: hf:NAME[:CONFIG]."""
     tokenizer: str
     """A Hugging Face folder, a tokenizer.json, a vocab.txt, a name on the hub, or train:SIZE."""
     out: Path
@@ -58,13 +63,18 @@ class PrepareConfig:
     max_length: int = 512
     """Longest sequence in tokens, [CLS] and [SEP] included; longer documents are split."""
     text_field: str = "text"
-    """Field or column that holds the text, of JSONL, Parquet and data sets."""
+    """Field or column that holds the text, of JSONL, tables and data sets; inside others by its path: content.text."""
+    documents: Literal["auto", "line", "paragraph", "file"] = "auto"
+    """What a document is in files of text: a line, the lines between blank ones, a file; auto: lines, or paragraphs
+    where a file begins with short lines and blank ones between them."""
     split: str = "train"
-    """Split of a data set (hf:)."""
+    """Split of a data set (hf:, or a folder of save_to_disk)."""
     streaming: bool = False
     """Read a data set (hf:) from the network as it is needed, without a local copy."""
     errors: Literal["strict", "replace"] = "strict"
     """What bytes that are not UTF-8 do: stop with an error, or become U+FFFD."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What a line, object or row that cannot be read does: stop with an error, or be left out and counted."""
     cased: bool = False
     """Keep case and accents; for a vocab.txt and for train:SIZE."""
     shard_tokens: int = 2**27
@@ -84,7 +94,7 @@ class PrepareConfig:
 
     @property
     def options(self) -> Options:
-        return Options(text_field=self.text_field, split=self.split, streaming=self.streaming, errors=self.errors)
+        return Options(**{name: getattr(self, name) for name in Options.__slots__})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,12 +106,15 @@ class ShardText:
     text_bytes: int = 0
     dropped_short: int = 0
     dropped_unknown: int = 0
+    dropped_tokens: int = 0
+    bad_records: int = 0
     text_sha256: str = ""
 
     def add(self, batch: DocumentBatch, digest: Any) -> None:
         """Count the batch and feed its text to `digest`, a running SHA-256."""
         self.num_batches += 1
         self.num_documents += len(batch.documents)
+        self.bad_records += batch.num_bad
         for document in batch.documents:
             self.text_bytes += len(document)
             digest.update(document)
@@ -111,12 +124,12 @@ class ShardText:
 
 def prepare(config: PrepareConfig) -> None:
     """Do what the command line says. Raises ValueError or OSError with a message for the user."""
-    sources = resolve(config.sources)
+    sources = resolve(config.sources, config.options)
     spec = tokenizer.parse_spec(config.tokenizer, cased=config.cased)
     preparation = {
-        "sources": [source.record(config.options) for source in sources],
+        "sources": [source.record() for source in sources],
         "tokenizer": tokenizer.spec_record(spec),
-        **{name: getattr(config, name) for name in ("text_field", "errors", "cased", "max_length", "shard_tokens")},
+        **{name: getattr(config, name) for name in ("text_field", "cased", "max_length", "shard_tokens", *STRICT)},
     }
     _refuse_foreign_folder(config.out)
     with files.Lock(config.out / LOCK_FILE, f"--out {config.out}"):
@@ -126,7 +139,7 @@ def prepare(config: PrepareConfig) -> None:
             return
         _provide_tokenizer(config, sources, spec, progress)
         shards, texts, counts = _write_shards(config, sources, progress)
-        _finish(config, preparation, shards, texts, counts)
+        _finish(config, sources, preparation, shards, texts, counts)
 
 
 def _refuse_foreign_folder(out: Path) -> None:
@@ -151,12 +164,17 @@ def _open_folder(config: PrepareConfig, preparation: dict[str, Any]) -> dict[str
         there, shards = found.get("preparation"), found.get("shards")
         if not isinstance(there, dict) or not isinstance(shards, list):
             raise ValueError(f"{path} is damaged: begin anew with --overwrite")
-        differ = [key for key in preparation if there.get(key) != preparation[key]]
+        strict = {key for key in STRICT if there.get(key, STRICT[key]) == STRICT[key]}
+        differ = [key for key in preparation if there.get(key) != preparation[key] and key not in strict]
         if not differ and path.name == META_FILE:
             (out / PROGRESS_FILE).unlink(missing_ok=True)  # where a run was killed in its last moment
             return None
-        if not differ:
-            return found
+        if not differ or (differ == ["sources"] and path.name == PROGRESS_FILE and shards):
+            if differ:
+                LOG.info(
+                    "the sources are not those of before the interruption: their text up to there will be compared"
+                )
+            return {**found, "preparation": preparation}
         if shards:
             raise ValueError(
                 f"--out {out} holds a preparation with other arguments ({', '.join(differ)} differ, see {path}): "
@@ -186,7 +204,7 @@ def _provide_tokenizer(
         LOG.info(f"training a WordPiece of {spec} tokens")
         names, said = tokenizer.SPECIAL_TOKENS, {}
         # It hears of no signal for up to a minute, so it works in a thread, and a signal ends the process meanwhile.
-        sample = _sample(config, sources)
+        sample = _sample(sources)
         made = ThreadPoolExecutor(1).submit(tokenizer.train, sample, spec, cased=config.cased).result()
     else:
         path = tokenizer.fetch(spec) if isinstance(spec, str) else spec
@@ -199,13 +217,13 @@ def _provide_tokenizer(
     files.write_json(config.out / PROGRESS_FILE, progress, durable=True)
 
 
-def _sample(config: PrepareConfig, sources: list[Source]) -> Iterator[str]:
+def _sample(sources: list[Source]) -> Iterator[str]:
     """Every k-th document such that about SAMPLE_BYTES come together, and never more.
 
     Where the size of the text is unknown, it is the beginning.
     """
     every = max(1, -(-sum(source.num_text_bytes for source in sources) // SAMPLE_BYTES))
-    documents = chain.from_iterable(batch.documents for batch in read_batches(sources, config.options))
+    documents = chain.from_iterable(batch.documents for batch in read_batches(sources))
     room = SAMPLE_BYTES
     for document in islice(documents, 0, None, every):
         yield from split_document(document[:room].decode(errors="ignore"))
@@ -231,12 +249,12 @@ def _write_shards(
     dtype = shard_format.token_dtype(vocab_size)
     counts = np.zeros(vocab_size, np.int64)
     shards, texts = _finished_before(progress, out / PROGRESS_FILE)
-    batches = read_batches(sources, config.options)
+    batches = read_batches(sources)
     num_bytes = sum(source.num_bytes for source in sources)
     with tqdm(total=num_bytes or None, unit="B", unit_scale=True, disable=None) as bar:
         # What an interrupted run has finished is not encoded again: its text is read past, its tokens are counted.
         for shard, text in zip(shards, texts, strict=True):
-            _skip(text, batches, bar)
+            _skip(text, shard.name, batches, bar)
             counts += shard_format.count_tokens(out, shard, dtype, vocab_size)
             LOG.info(f"{shard.name} was finished before: {shard.num_tokens} tokens")
         # The workers encode what is left, and it is written shard by shard.
@@ -264,20 +282,25 @@ def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard]
         where = f"{path}: shards[{index}]"
         parts = entry if isinstance(entry, dict) else {}
         shards.append(Shard(**checked(parts.get("shard"), Shard, where)))
-        texts.append(ShardText(**checked(parts.get("text"), ShardText, where)))
+        text = parts.get("text")
+        text = {"dropped_tokens": 0, "bad_records": 0, **text} if isinstance(text, dict) else text  # not yet counted
+        texts.append(ShardText(**checked(text, ShardText, where)))
         if shards[-1].name != shard_name(index):
             raise ValueError(f"{where} is called {shards[-1].name!r:.80}: begin anew with --overwrite")
     return shards, texts
 
 
-def _skip(text: ShardText, batches: Iterator[DocumentBatch], bar: Any) -> None:
+def _skip(text: ShardText, shard: str, batches: Iterator[DocumentBatch], bar: Any) -> None:
     """Read past the text of a finished shard; ValueError where it is not the same any more."""
     again, digest = ShardText(), hashlib.sha256()
     for batch in islice(batches, text.num_batches):
         again.add(batch, digest)
         bar.update(batch.num_bytes_read - bar.n)
     if again.text_sha256 != text.text_sha256:
-        raise ValueError("the sources have changed since the interruption: use --overwrite")
+        raise ValueError(
+            f"the sources have changed since the interruption, in the text of {shard}, which is finished: give the text "
+            "of then (and --documents, if it was given), name another --out, or begin anew with --overwrite"
+        )
 
 
 def _fill(
@@ -300,6 +323,7 @@ def _fill(
         text.add(batch, digest)
         text.dropped_short += sequences.dropped_short
         text.dropped_unknown += sequences.dropped_unknown
+        text.dropped_tokens += sequences.dropped_tokens
         bar.update(batch.num_bytes_read - bar.n)
         if writer.num_tokens >= shard_tokens:
             break
@@ -308,6 +332,7 @@ def _fill(
 
 def _finish(
     config: PrepareConfig,
+    sources: list[Source],
     preparation: dict[str, Any],
     shards: "list[Shard]",
     texts: list[ShardText],
@@ -319,14 +344,17 @@ def _finish(
     out = config.out
     totals = {
         name: sum(getattr(text, name) for text in texts)
-        for name in ("num_documents", "text_bytes", "dropped_short", "dropped_unknown")
+        for name in ("num_documents", "text_bytes", "dropped_short", "dropped_unknown", "bad_records")
     }
     if not shards:
         raise ValueError(
             f"no sequence of {SHORTEST} or more tokens in {totals['num_documents']} documents: "
             f"{totals['dropped_short']} sequences are shorter, {totals['dropped_unknown']} are half or more unknown "
-            "to the tokenizer"
+            f"to the tokenizer, {totals['bad_records']} records were skipped; {_cause_of_loss(totals, sources)}"
         )
+    num_sequences = sum(shard.num_sequences for shard in shards)
+    num_tokens = sum(shard.num_tokens for shard in shards)
+    dropped_tokens = sum(text.dropped_tokens for text in texts)
     meta = shard_format.Meta(
         format_version=shard_format.FORMAT_VERSION,
         dtype=shard_format.token_dtype(len(counts)),
@@ -334,8 +362,9 @@ def _finish(
         special_ids=tokenizer.special_ids(out / "tokenizer"),
         tokenizer_sha256=tokenizer.vocabulary_sha256(out / "tokenizer"),
         max_length=config.max_length,
-        num_sequences=sum(shard.num_sequences for shard in shards),
-        num_tokens=sum(shard.num_tokens for shard in shards),
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        dropped_share=round(dropped_tokens / (dropped_tokens + num_tokens - 2 * num_sequences), 6),
         counts_sha256=shard_format.write_counts(out, counts),
         preparation=preparation,
         shards=tuple(shards),
@@ -352,6 +381,31 @@ def _finish(
         f"{out}: {meta.num_tokens} tokens in {meta.num_sequences} sequences of {meta.num_documents} documents; "
         f"dropped {meta.dropped_short} short and {meta.dropped_unknown} unknown sequences"
     )
+    _warn_of_loss(meta, int(counts[meta.special_ids["unk"]]), sources)
+
+
+def _warn_of_loss(meta: "Meta", num_unknown: int, sources: list[Source]) -> None:
+    """Say what of the text is missing, or unknown, in what was prepared, where it is much, and what to do."""
+    if meta.dropped_share > MUCH_DROPPED:
+        cause = _cause_of_loss(asdict(meta), sources)
+        LOG.warning(f"warning: {meta.dropped_share:.1%} of the text is in sequences that were left out: {cause}")
+    if num_unknown > MUCH_DROPPED * meta.num_tokens:
+        LOG.warning(f"warning: {num_unknown / meta.num_tokens:.1%} of the kept tokens are unknown: {OTHER_TOKENIZER}")
+    if meta.bad_records:
+        LOG.warning(
+            f"warning: {meta.bad_records} records could not be read and were skipped; the first are named above"
+        )
+
+
+def _cause_of_loss(totals: dict[str, Any], sources: list[Source]) -> str:
+    """Why most of the sequences that were left out were, and what to do."""
+    if totals["dropped_unknown"] > totals["dropped_short"]:
+        return f"most are half or more unknown: {OTHER_TOKENIZER}"
+    if any(file.documents == "line" for source in sources for file in source.files):
+        return "most are shorter: join lines to longer documents with --documents paragraph or file"
+    if totals["dropped_short"]:
+        return "most are shorter: the documents are, or what is left of longer ones at --max-length"
+    return "the documents are blank, or there is none"
 
 
 @command

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from benchmarks import docstrings
-from fastdistil.data.sources import Options, resolve
+from fastdistil.data.sources import resolve
 from tests.support import launch
 
 
@@ -21,7 +21,7 @@ def test_prepare_reads_the_documents_whole_and_in_order(tmp_path, monkeypatch):
     path = tmp_path / "demo" / "docs.jsonl"
     docstrings.write(path)
     (source,) = resolve((str(path),))
-    assert list(source.documents(Options())) == [text.rstrip("\r\n") for text in docstrings.documents("numpy")]
+    assert list(source.documents()) == [text.rstrip("\r\n") for text in docstrings.documents("numpy")]
     path.write_text("the text of a run that goes on")
     docstrings.write(path)
     assert path.read_text() == "the text of a run that goes on"

@@ -154,7 +154,7 @@ def load_task(folder: Path) -> None:
 
 def load_text(folder: Path) -> None:
     for source in sources.resolve((str(folder),)):
-        list(source.documents(sources.Options()))
+        list(source.documents())
 
 
 def sha256(path: Path) -> str:
@@ -331,8 +331,8 @@ def test_a_data_set_folder_runs_nothing(tmp_path, monkeypatch):
             archive.addfile(entry, io.BytesIO(content))
 
     def read(folder: Path) -> None:
-        (source,) = sources.resolve((f"hf:{folder}",))
-        list(source.documents(sources.Options(text_field="txt")))
+        (source,) = sources.resolve((f"hf:{folder}",), sources.Options(text_field="txt"))
+        list(source.documents())
 
     error = error_of(read, folder)
     assert error is None or isinstance(error, ValueError), repr(error)

@@ -31,7 +31,7 @@ USES = {
 WITHOUT_TORCH = (
     *sorted(COMMANDS),
     *(f"run.{name}" for name in ("config", "recipes", "options", "command", "folder", "files")),
-    *(f"data.{name}" for name in ("sources", "tokenizer", "sequences", "shards")),
+    *(f"data.{name}" for name in ("readers", "sources", "tokenizer", "sequences", "shards")),
     *("model.architecture", "model.families", "model.headers", "training.preflight"),
 )
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts)

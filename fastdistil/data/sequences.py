@@ -37,6 +37,8 @@ class Sequences(NamedTuple):
     """Tokens of each sequence, (sequences,) int32."""
     dropped_short: int
     dropped_unknown: int
+    dropped_tokens: int
+    """Tokens of the text of those."""
 
 
 def build_sequences(
@@ -78,7 +80,8 @@ def build_sequences(
         tokens[positions] = special_ids[name]
         is_text[positions] = False
     tokens[is_text] = ids[np.repeat(kept, lengths - 2)]
-    return Sequences(tokens, kept_lengths.astype(np.int32), int(short.sum()), int(unknown.sum()))
+    dropped_tokens = len(ids) - int(is_text.sum())
+    return Sequences(tokens, kept_lengths.astype(np.int32), int(short.sum()), int(unknown.sum()), dropped_tokens)
 
 
 def split_document(text: str) -> Iterator[str]:
@@ -126,7 +129,7 @@ class SequenceBuilder:
             ):
                 ids.extend(encoding.ids)
                 piece_ends.append(len(ids))
-        document_ends = np.array(piece_ends)[np.cumsum(num_pieces)]
+        document_ends = np.array(piece_ends)[np.cumsum(num_pieces, dtype=np.int64)]
         return build_sequences(
             np.array(ids, np.uint32),
             np.diff(document_ends, prepend=0),

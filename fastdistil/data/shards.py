@@ -16,7 +16,8 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,6 +79,13 @@ class Meta:
     preparation: dict[str, Any]
     """The arguments that decide the bytes, with the names and sizes of the source files."""
     shards: tuple[Shard, ...]
+    dropped_share: float = 0.0
+    """Tokens of the sequences left out, as a part of all tokens of the text."""
+    bad_records: int = 0
+    """Records that could not be read and were skipped by --on-bad-record skip.
+
+    These two are 0 in folders of before they were counted.
+    """
 
     @property
     def digest(self) -> str:
@@ -96,9 +104,9 @@ def checked(record: Any, kind: type, where: str) -> dict[str, Any]:
         if name not in record:
             raise _damaged(where, f"lacks the field {name!r}")
         value = fields[name] = record[name]
-        json_type = {int: int, str: str, tuple[Shard, ...]: list}.get(wanted, dict)
+        json_type = {int: int, float: float, str: str, tuple[Shard, ...]: list}.get(wanted, dict)
         # The type itself, since True is an instance of int.
-        if type(value) is not json_type or (wanted is int and value < 0):
+        if type(value) is not json_type or (wanted in (int, float) and value < 0):
             raise _damaged(where, f"has {name}={value!r:.80}, which is not a valid {json_type.__name__}")
     return fields
 
@@ -123,7 +131,8 @@ def read_meta(folder: str | Path) -> Meta:
     record = files.read_json(path, fix=_REPAIR)
     version = record.get("format_version", FORMAT_VERSION)
     require(version == FORMAT_VERSION, f"format_version {version!r:.80}, this fastdistil reads {FORMAT_VERSION}")
-    fields = checked(record, Meta, str(path))
+    not_yet_counted = {field.name: field.default for field in dataclass_fields(Meta) if field.default is not MISSING}
+    fields = checked({**not_yet_counted, **record}, Meta, str(path))
     fields["shards"] = tuple(
         Shard(**checked(shard, Shard, f"{path}: shards[{index}]")) for index, shard in enumerate(fields["shards"])
     )

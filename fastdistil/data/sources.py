@@ -1,116 +1,52 @@
-"""Readers of text: what `prepare` is given on its command line -> documents, in a fixed order.
+"""What `prepare` is given on its command line -> documents, in a fixed order.
 
-    FILE or FOLDER      .txt .text (one line is one document), .jsonl .ndjson .json (one object a line), .parquet;
-                        the first two kinds also with .gz; folders recursively
+    FILE or FOLDER      whatever `fastdistil.data.readers` reads; folders recursively, those of save_to_disk too
     hf:NAME[:CONFIG]    a data set through `datasets`, by hub name or local folder
 
-A new kind of file is one function here and one row in READERS, a new scheme one function and one row in SCHEMES.
+A new kind of file is a function and a row in `readers`, a new scheme one function and one row in SCHEMES.
 
-`resolve` needs the standard library only, so that a missing source is reported at once. Reading needs memory for one
-document and one Parquet row group's column, however large the source.
+`resolve` needs the standard library only (and pyarrow for .zst and .lz4), so that what is missing or cannot be read is
+reported at once.
 """
 
-import gzip
-import json
-import zlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fastdistil.data.readers import (
+    COMPRESSIONS,
+    READERS,
+    UNREADABLE,
+    File,
+    Options,
+    Record,
+    read_as,
+    record_text,
+    suffix_of,
+)
+from fastdistil.run import files
+
+LOG = logging.getLogger("fastdistil.prepare")
 BATCH_BYTES = 2**20
 """Text in a batch: large against the cost of sending it to a worker, small in memory and at the end."""
-COMPRESSED = (".gz", ".parquet")
-"""Files whose text is about three times as long as they are."""
+NAMES_LOGGED = 5
+"""Files or bad records that are named; the others are counted."""
+ABOUT_DATA = (
+    *("readme", "license", "licence", "copying", "changelog", "citation", "manifest", "checksum", "checksums"),
+    *("md5sum", "md5sums", "sha256sum", "sha256sums", "_success", "_metadata", "_common_metadata", "thumbs"),
+    *("dataset_info", "dataset_infos", "dataset_dict"),
+)
+"""Names, without what follows the first dot, of files in a folder that are about its text and are never read as text."""
+ABOUT_DATA_SUFFIXES = (".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc")
+NO_TEXT_FOLDERS = ("_delta_log", "_temporary", "__macosx", "__pycache__")
+LARGEST_METADATA = 2**20
+"""Bytes. A .json file of a folder that is one object of no more, without the text field, is about the text."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How the documents are taken out of the sources."""
-
-    text_field: str = "text"
-    split: str = "train"
-    streaming: bool = False
-    errors: Literal["strict", "replace"] = "strict"
-    """What a byte that is not UTF-8 does: stop with an error, or become U+FFFD."""
-
-
-def _text_lines(path: Path, options: Options) -> Iterator[tuple[str, float]]:
-    for line, _, fraction in _lines(path, options):
-        yield line.rstrip("\r\n"), fraction
-
-
-def _json_lines(path: Path, options: Options) -> Iterator[tuple[str, float]]:
-    for line, where, fraction in _lines(path, options):
-        text = ""
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error}); wanted one object a line") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: wanted one object a line, got {type(record).__name__}")
-            text = _field_text(record, options.text_field, where)
-        yield text.rstrip("\r\n"), fraction
-
-
-def _lines(path: Path, options: Options) -> Iterator[tuple[str, str, float]]:
-    """Each line of a text file, its place for an error message, and the fraction of the file that has been read."""
-    size = max(path.stat().st_size, 1)
-    with path.open("rb", buffering=2**20) as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
-        num_bytes = 0
-        for number, data in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            line = _decode(data, options, where, num_bytes)
-            num_bytes += len(data)
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            # The position of the raw file runs ahead of the line by the buffer, never behind.
-            yield line, where, min(raw.tell() / size, 1.0)
-
-
-def _parquet_rows(path: Path, options: Options) -> Iterator[tuple[str, float]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    is_text = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if options.text_field not in schema.names:
-                _field_text(dict.fromkeys(schema.names), options.text_field, str(path))  # says which there are
-            kind = schema.field(options.text_field).type
-            if pyarrow.types.is_dictionary(kind):
-                kind = kind.value_type
-            if not any(check(kind) for check in is_text):
-                raise ValueError(f"{path}: the column {options.text_field!r} is not text but {kind}")
-            num_rows = 0
-            total = max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=256, columns=[options.text_field]):
-                # As bytes: Parquet does not promise that its strings are UTF-8.
-                for data in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    num_rows += 1
-                    yield _decode(data or b"", options, f"{path}, row {num_rows}"), num_rows / total
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-
-
-Reader = Callable[[Path, Options], Iterator[tuple[str, float]]]
-READERS: dict[str, Reader] = {
-    **dict.fromkeys((".txt", ".text", ".txt.gz", ".text.gz"), _text_lines),
-    **dict.fromkeys((".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"), _json_lines),
-    ".parquet": _parquet_rows,
-}
-"""How a file is read, by the end of its name.
-
-A reader gives each document, blank ones too, with the fraction of the file that has been read. Where it cannot read on
-it raises ValueError with file and line (or row).
-"""
-
-
-def _hub_rows(name: str, options: Options) -> Iterator[str]:
+def _hub_rows(name: str, options: Options) -> Iterator[Record]:
     import datasets
 
     name, _, config = name.partition(":")
@@ -122,34 +58,11 @@ def _hub_rows(name: str, options: Options) -> Iterator[str]:
             "configuration (hf:NAME:CONFIG), --split and the connection"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield _field_text(dict(row), options.text_field, f"hf:{name}, row {number}")  # type: ignore[arg-type]
+        yield record_text(dict(row), options, f"hf:{name}, row {number}")  # type: ignore[arg-type]
 
 
-SCHEMES: dict[str, Callable[[str, Options], Iterator[str]]] = {"hf:": _hub_rows}
+SCHEMES: dict[str, Callable[[str, Options], Iterator[Record]]] = {"hf:": _hub_rows}
 """How a source that is no file is read, by the beginning of its name: its reader is given the rest of the name."""
-
-
-def _decode(data: bytes, options: Options, where: str, num_bytes_before: int = 0) -> str:
-    try:
-        return data.decode("utf-8", options.errors)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {num_bytes_before + error.start} (0x{data[error.start]:02x}) is not UTF-8: convert the "
-            "file (for instance with iconv), or put U+FFFD for such bytes with --errors replace"
-        ) from None
-
-
-def _field_text(record: dict[str, Any], text_field: str, where: str) -> str:
-    """The text in a field of a record, "" where it is null."""
-    if text_field not in record:
-        raise ValueError(
-            f"{where}: no field {text_field!r}; there are {', '.join(map(repr, record))[:500]}: "
-            "name the right one with --text-field"
-        )
-    text = record[text_field]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{where}: {text_field!r} is not text but {type(text).__name__}")
-    return text or ""
 
 
 @dataclass(kw_only=True)
@@ -157,90 +70,211 @@ class Source:
     """One argument of the command line; `documents` reads it."""
 
     spec: str
+    options: Options
     scheme: str = ""
     """Its row of SCHEMES, "" for files."""
-    files: tuple[tuple[str, Path], ...] = ()
-    """The name of each file below the folder that was given, and its path."""
+    files: tuple[File, ...] = ()
     num_bytes_read: int = field(default=0, init=False)
     """How far `documents` has come, in bytes on the disk."""
+    num_bad: int = field(default=0, init=False)
+    """Records that `documents` has skipped because they cannot be read."""
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes on the disk, 0 where that is not known."""
-        return sum(path.stat().st_size for _, path in self.files)
+        return sum(file.num_bytes for file in self.files)
 
     @cached_property
     def num_text_bytes(self) -> int:
         """Bytes of text, estimated; 0 where that is not known."""
-        return sum(path.stat().st_size * (3 if path.suffix.lower() in COMPRESSED else 1) for _, path in self.files)
+        return sum(file.num_text_bytes for file in self.files)
 
-    def record(self, options: Options) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What identifies the text, for meta.json: no path or other trace of the machine."""
         if not self.scheme:
-            sizes = [[name, path.stat().st_size] for name, path in self.files]
+            # Lines are not named, so that what was prepared before there was a choice is still the same.
+            sizes = [
+                [file.name, file.num_bytes, *([file.documents] if file.documents not in ("", "line") else [])]
+                for file in self.files
+            ]
             return {"name": Path(self.spec).resolve().name, "files": sizes}
         name = self.spec.removeprefix(self.scheme)
         name = Path(name).resolve().name if Path(name).exists() else name
-        return {"name": f"{self.scheme}{name}", "split": options.split}
+        return {"name": f"{self.scheme}{name}", "split": self.options.split}
 
-    def documents(self, options: Options) -> Iterator[str]:
-        """The documents that are not blank. ValueError says which file and line cannot be read."""
-        self.num_bytes_read = 0
+    def documents(self) -> Iterator[str]:
+        """The documents that are not blank.
+
+        ValueError says which file and line cannot be read; with on_bad_record="skip" that happens where there is no
+        text at all, such as a column that is missing, and records that cannot be read are counted and the first named.
+        """
+        self.num_bytes_read = self.num_bad = 0
         if self.scheme:
-            texts = SCHEMES[self.scheme](self.spec.removeprefix(self.scheme), options)
-            yield from (text for text in texts if not _is_blank(text))
-        for _, path in self.files:
+            records = SCHEMES[self.scheme](self.spec.removeprefix(self.scheme), self.options)
+            yield from (text for text in map(self._good, records) if text and not text.isspace())
+        for file in self.files:
             before = self.num_bytes_read
-            size = path.stat().st_size
-            reader = _reader(path)
-            assert reader is not None, path  # `_resolve` looked
             try:
-                for text, fraction in reader(path, options):
-                    self.num_bytes_read = before + int(fraction * size)
-                    if not _is_blank(text):
+                for record, fraction in file.reader(file.path, self.options):
+                    self.num_bytes_read = before + int(fraction * file.num_bytes)
+                    text = record if isinstance(record, str) else self._good(record)
+                    if text and not text.isspace():
                         yield text
-            except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}: cannot be read to its end ({error})") from error
-            self.num_bytes_read = before + size
+            except UNREADABLE as error:
+                self._good(ValueError(f"{file.path}: cannot be read to its end ({error})"))
+            self.num_bytes_read = before + file.num_bytes
+
+    def _good(self, record: Record) -> str:
+        """The text of a record, "" of one that is skipped."""
+        if isinstance(record, str):
+            return record
+        if self.options.on_bad_record == "stop":
+            raise ValueError(f"{record}; or leave such records out with --on-bad-record skip")
+        self.num_bad += 1
+        if self.num_bad <= NAMES_LOGGED:
+            more = "; further ones are counted" if self.num_bad == NAMES_LOGGED else ""
+            LOG.warning(f"skipped: {record}{more}")
+        return ""
 
 
-def _is_blank(text: str) -> bool:
-    return not text or text.isspace()
+def resolve(specs: tuple[str, ...], options: Options = Options()) -> list[Source]:  # noqa: B008 (frozen)
+    """The sources behind the arguments; FileNotFoundError or ValueError says what is wrong.
+
+    What is not read of a folder, and what was decided by looking into files, is logged.
+    """
+    sources = [_resolve(spec, options) for spec in specs]
+    _log_decisions([file for source in sources for file in source.files])
+    return sources
 
 
-def _reader(path: Path) -> Reader | None:
-    """What reads a file of this name, None where nothing does."""
-    name = path.name.lower()
-    return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
-
-
-def resolve(specs: tuple[str, ...]) -> list[Source]:
-    """The sources behind the arguments; FileNotFoundError or ValueError says what is wrong."""
-    return [_resolve(spec) for spec in specs]
-
-
-def _resolve(spec: str) -> Source:
+def _resolve(spec: str, options: Options) -> Source:
     for scheme in SCHEMES:
         if spec == scheme:
             raise ValueError(f"source {spec!r}: wanted {scheme}NAME or {scheme}NAME:CONFIG")
         if spec.startswith(scheme):
-            return Source(spec=spec, scheme=scheme)
+            if not any((Path(spec[len(scheme) :]) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+                return Source(spec=spec, options=options, scheme=scheme)
+            spec = spec[len(scheme) :]  # a folder of save_to_disk, which `load_dataset` does not read
     path = Path(spec)
     if path.is_file():
-        if _reader(path) is None:
-            raise ValueError(f"source {spec}: cannot read a file of this kind; wanted {' '.join(READERS)}")
-        return Source(spec=spec, files=((path.name, path),))
-    if not path.is_dir():
+        return Source(spec=spec, options=options, files=(read_as(path, path.name, options),))
+    if not path.exists():
         names = " or ".join(f"{scheme}NAME" for scheme in SCHEMES)
         raise FileNotFoundError(f"source {spec!r} does not exist: wanted a file, a folder or {names}")
-    # Sorted by the parts of the name: the order must not depend on the file system or locale.
-    found = sorted(
-        (file.relative_to(path).parts, file) for file in path.rglob("*") if _reader(file) is not None and file.is_file()
-    )
-    files = tuple(("/".join(parts), file) for parts, file in found if not any(part.startswith(".") for part in parts))
-    if not files:
-        raise ValueError(f"source {spec}: no {' '.join(READERS)} file in this folder")
-    return Source(spec=spec, files=files)
+    if not path.is_dir():
+        raise ValueError(
+            f"source {spec} is a pipe or a device, and sources are read more than once: write it to a file"
+        )
+    found, unread = [], []
+    for file in _walk(path, options.split, ()):
+        name = file.relative_to(path).as_posix()
+        seen = _look(file, name, options)
+        if isinstance(seen, File):
+            found.append(seen)
+        else:
+            unread.append((name, file.stat().st_size, seen))
+    _account_for(spec, found, unread)
+    return Source(spec=spec, options=options, files=tuple(found))
+
+
+def _walk(folder: Path, split: str, above: tuple[Path, ...]) -> Iterator[Path]:
+    """The files below a folder by name, so that the order depends on no file system or locale; hidden ones are not.
+
+    Of what `datasets` has saved with save_to_disk there are only the files that are its rows, and of a dictionary of
+    splits only `split`.
+    """
+    above = (*above, folder.resolve())
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if "dataset_dict.json" in names:
+        splits = files.read_json(folder / "dataset_dict.json").get("splits", [])
+        if split not in splits:
+            raise ValueError(f"{folder} has no split {split!r}: name one of {', '.join(splits)} with --split")
+        names = [split]
+    elif "state.json" in names:
+        state = files.read_json(folder / "state.json")
+        if state.get("_indices_data_files"):
+            raise ValueError(
+                f"{folder} is a selection of rows by an old `datasets`: load it and save it again with 2.0+"
+            )
+        if "_data_files" in state:
+            names = [record["filename"] for record in state["_data_files"]]
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            # A link to a folder is followed, but not in a circle.
+            if path.name.lower() not in NO_TEXT_FOLDERS and path.resolve() not in above:
+                yield from _walk(path, split, above)
+        elif path.is_file():
+            yield path
+
+
+def _look(path: Path, name: str, options: Options) -> File | str:
+    """How a file of a folder is read, or why it is not; "" where it is about the text."""
+    kind, _ = suffix_of(path)
+    if path.name.lower().split(".")[0] in ABOUT_DATA or path.name.lower().endswith(ABOUT_DATA_SUFFIXES):
+        return ""
+    if kind and kind not in READERS:
+        return kind
+    if kind == ".json" and path.stat().st_size <= LARGEST_METADATA and _lacks_text(path, options):
+        return f"one object without {options.text_field!r}"
+    try:
+        return read_as(path, name, options)
+    except ValueError as error:
+        if kind:
+            raise
+        return str(error).removeprefix(f"{path} is ")
+
+
+def _lacks_text(path: Path, options: Options) -> bool:
+    """Whether a file is one JSON object, and not one with text."""
+    try:
+        record = files.read_json(path)
+    except ValueError:  # also several objects, a line each
+        return False
+    try:
+        record_text(record, options, "")
+    except ValueError:
+        return True
+    return False
+
+
+def _account_for(spec: str, found: list[File], unread: list[tuple[str, int, str]]) -> None:
+    """Log the (name, bytes, reason) of the files of a folder that are not read; ValueError where they are most of it."""
+    total = sum(file.num_bytes for file in found) + sum(size for _, size, _ in unread)
+    lost = sum(size for _, size, reason in unread if reason)
+    largest = sorted(unread, key=lambda file: (not file[2], -file[1], file[0]))[:NAMES_LOGGED]
+    names = ", ".join(f"{name} ({reason})" if reason else name for name, _, reason in largest)
+    more = f" and {len(unread) - NAMES_LOGGED} more" if len(unread) > NAMES_LOGGED else ""
+    share = f"{sum(size for _, size, _ in unread) / max(total, 1):.0%} of its bytes"
+    said = f"{len(unread)} of {len(unread) + len(found)} files, {share}, are not read: {names}{more}"
+    if not found or 2 * lost > total:
+        kinds = f"{' '.join(READERS)}, text without a suffix, each also with {' '.join(COMPRESSIONS)}"
+        raise ValueError(
+            f"source {spec}: {said if unread else 'no file in this folder'}; wanted {kinds}: give by name what is text "
+            "all the same, convert the others, or give a folder without them"
+        )
+    if unread:
+        LOG.info(f"{spec}: {said}")
+
+
+def _log_decisions(read: list[File]) -> None:
+    """Say what a document is in files of text, and which files were read by what they hold and not by their name."""
+    groups: dict[str, list[File]] = {}
+    for file in read:
+        if file.why:
+            groups.setdefault(_DECISIONS[file.documents], []).append(file)
+    for decision, group in groups.items():
+        names = ", ".join(f"{file.name} ({file.why})" for file in group[:2])
+        more = f" and {len(group) - 2} more" if len(group) > 2 else ""
+        LOG.info(f"{decision}: {names}{more}")
+
+
+_DECISIONS = {
+    "": "read as what it holds",
+    "line": "a document is a line (--documents says otherwise)",
+    "paragraph": "a document is the lines between blank ones (--documents says otherwise)",
+    "file": "a document is a file",
+    "doc": "a document is what stands between <doc ...> and </doc> (--documents says otherwise)",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -249,20 +283,29 @@ class DocumentBatch:
 
     documents: list[bytes]
     num_bytes_read: int
+    num_bad: int
+    """Records that were skipped among them."""
 
 
-def read_batches(sources: list[Source], options: Options) -> Iterator[DocumentBatch]:
-    """All documents in batches of BATCH_BYTES of text, or of one document where that is longer."""
+def read_batches(sources: list[Source]) -> Iterator[DocumentBatch]:
+    """All documents in batches of BATCH_BYTES of text, or of one document where that is longer.
+
+    Where there are none after the last record that was skipped, the last batch has no documents.
+    """
     documents: list[bytes] = []
-    num_bytes = before = 0
+    num_bytes = before = num_bad = num_counted = 0
     for source in sources:
-        for text in source.documents(options):
+        for text in source.documents():
             # JSON can spell lone surrogates, which UTF-8 cannot: they become question marks.
             documents.append(text.encode(errors="replace"))
             num_bytes += len(documents[-1])
             if num_bytes >= BATCH_BYTES:
-                yield DocumentBatch(documents=documents, num_bytes_read=before + source.num_bytes_read)
-                documents, num_bytes = [], 0
+                seen = num_bad + source.num_bad
+                yield DocumentBatch(
+                    documents=documents, num_bytes_read=before + source.num_bytes_read, num_bad=seen - num_counted
+                )
+                documents, num_bytes, num_counted = [], 0, seen
         before += source.num_bytes
-    if documents:
-        yield DocumentBatch(documents=documents, num_bytes_read=before)
+        num_bad += source.num_bad
+    if documents or num_bad > num_counted:
+        yield DocumentBatch(documents=documents, num_bytes_read=before, num_bad=num_bad - num_counted)

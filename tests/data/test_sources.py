@@ -14,7 +14,7 @@ from fastdistil.data.sources import Options, resolve
 
 
 def read(*specs, **options):
-    return [document for source in resolve(tuple(map(str, specs))) for document in source.documents(Options(**options))]
+    return [document for source in resolve(tuple(map(str, specs)), Options(**options)) for document in source.documents()]
 
 
 def jsonl(*records):
@@ -72,9 +72,9 @@ def test_the_record_has_names_and_sizes_but_no_place(tmp_path):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").write_text("hello")
     (source,) = resolve((f"{tmp_path}/corpus/",))
-    assert source.record(Options()) == {"name": "corpus", "files": [["a.txt", 5]]}
+    assert source.record() == {"name": "corpus", "files": [["a.txt", 5]]}
     assert source.num_bytes == 5
-    list(source.documents(Options()))
+    list(source.documents())
     assert source.num_bytes_read == 5
 
 
