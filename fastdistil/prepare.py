@@ -298,8 +298,8 @@ def _skip(text: ShardText, shard: str, batches: Iterator[DocumentBatch], bar: An
         bar.update(batch.num_bytes_read - bar.n)
     if again.text_sha256 != text.text_sha256:
         raise ValueError(
-            f"the sources have changed since the interruption, in the text of {shard}, which is finished: give the text "
-            "of then (and --documents, if it was given), name another --out, or begin anew with --overwrite"
+            f"the sources have changed since the interruption, in the text of {shard}, which is finished: give the "
+            "text of then (and --documents, if it was given), name another --out, or begin anew with --overwrite"
         )
 
 

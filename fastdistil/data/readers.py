@@ -291,7 +291,7 @@ def _text_of(value: Any, field: str, options: Options, where: str) -> str:
     if isinstance(value, bytes):
         return _decode(value, options, where)
     if isinstance(value, list):
-        return "\n".join(_text_of(part, field, options, where) for part in value)
+        return "\n".join(filter(None, (_text_of(part, field, options, where) for part in value)))
     if isinstance(value, dict) and field:
         name, _, rest = (field, "", "") if field in value else field.partition(".")
         if name not in value:

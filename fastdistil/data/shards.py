@@ -140,6 +140,7 @@ def read_meta(folder: str | Path) -> Meta:
     require(meta.dtype in ("uint16", "uint32"), f"dtype={meta.dtype!r:.80}, wanted uint16 or uint32")
     require(0 < meta.vocab_size <= 2**31, f"vocab_size={meta.vocab_size}")
     require(meta.dtype == token_dtype(meta.vocab_size), f"dtype={meta.dtype} with that vocab_size")
+    require(meta.dropped_share <= 1, f"dropped_share={meta.dropped_share}")
     require(3 <= meta.max_length <= 2**31, f"max_length={meta.max_length}")
     for name in SPECIAL_TOKENS:
         token_id = meta.special_ids.get(name)

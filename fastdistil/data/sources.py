@@ -36,10 +36,11 @@ NAMES_LOGGED = 5
 """Files or bad records that are named; the others are counted."""
 ABOUT_DATA = (
     *("readme", "license", "licence", "copying", "changelog", "citation", "manifest", "checksum", "checksums"),
-    *("md5sum", "md5sums", "sha256sum", "sha256sums", "_success", "_metadata", "_common_metadata", "thumbs"),
+    *("md5sum", "md5sums", "sha256sum", "sha256sums", "thumbs", "_metadata", "_common_metadata"),
     *("dataset_info", "dataset_infos", "dataset_dict"),
 )
-"""Names, without what follows the first dot, of files in a folder that are about its text and are never read as text."""
+"""Names, without what follows the first dot, of files in a folder that are about its text and are not read. Nor are
+those that Hadoop and Spark put there, which begin with _ and have no suffix."""
 ABOUT_DATA_SUFFIXES = (".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc")
 NO_TEXT_FOLDERS = ("_delta_log", "_temporary", "__macosx", "__pycache__")
 LARGEST_METADATA = 2**20
@@ -197,7 +198,9 @@ def _walk(folder: Path, split: str, above: tuple[Path, ...]) -> Iterator[Path]:
                 f"{folder} is a selection of rows by an old `datasets`: load it and save it again with 2.0+"
             )
         if "_data_files" in state:
-            names = [record["filename"] for record in state["_data_files"]]
+            present, names = set(names), [record["filename"] for record in state["_data_files"]]
+            if missing := [name for name in names if name not in present]:
+                raise ValueError(f"{folder} lacks {', '.join(missing[:5])}, which its state.json names: copy it again")
     for path in (folder / name for name in names):
         if path.is_dir():
             # A link to a folder is followed, but not in a circle.
@@ -210,7 +213,8 @@ def _walk(folder: Path, split: str, above: tuple[Path, ...]) -> Iterator[Path]:
 def _look(path: Path, name: str, options: Options) -> File | str:
     """How a file of a folder is read, or why it is not; "" where it is about the text."""
     kind, _ = suffix_of(path)
-    if path.name.lower().split(".")[0] in ABOUT_DATA or path.name.lower().endswith(ABOUT_DATA_SUFFIXES):
+    stem = path.name.lower().split(".")[0]
+    if stem in ABOUT_DATA or path.name.lower().endswith(ABOUT_DATA_SUFFIXES) or (stem[0] == "_" and not kind):
         return ""
     if kind and kind not in READERS:
         return kind
@@ -221,7 +225,7 @@ def _look(path: Path, name: str, options: Options) -> File | str:
     except ValueError as error:
         if kind:
             raise
-        return str(error).removeprefix(f"{path} is ")
+        return str(error).removeprefix(f"{path} is ").partition(": ")[0]
 
 
 def _lacks_text(path: Path, options: Options) -> bool:
@@ -238,15 +242,16 @@ def _lacks_text(path: Path, options: Options) -> bool:
 
 
 def _account_for(spec: str, found: list[File], unread: list[tuple[str, int, str]]) -> None:
-    """Log the (name, bytes, reason) of the files of a folder that are not read; ValueError where they are most of it."""
-    total = sum(file.num_bytes for file in found) + sum(size for _, size, _ in unread)
-    lost = sum(size for _, size, reason in unread if reason)
+    """Log the (name, bytes, reason) of a folder's files that are not read; ValueError where they are most of it."""
+    num_read = sum(file.num_bytes for file in found)
+    num_unread = sum(size for _, size, _ in unread)
+    num_lost = sum(size for _, size, reason in unread if reason)
     largest = sorted(unread, key=lambda file: (not file[2], -file[1], file[0]))[:NAMES_LOGGED]
     names = ", ".join(f"{name} ({reason})" if reason else name for name, _, reason in largest)
     more = f" and {len(unread) - NAMES_LOGGED} more" if len(unread) > NAMES_LOGGED else ""
-    share = f"{sum(size for _, size, _ in unread) / max(total, 1):.0%} of its bytes"
+    share = f"{num_unread / max(num_read + num_unread, 1):.0%} of its bytes"
     said = f"{len(unread)} of {len(unread) + len(found)} files, {share}, are not read: {names}{more}"
-    if not found or 2 * lost > total:
+    if not found or num_lost > num_read:
         kinds = f"{' '.join(READERS)}, text without a suffix, each also with {' '.join(COMPRESSIONS)}"
         raise ValueError(
             f"source {spec}: {said if unread else 'no file in this folder'}; wanted {kinds}: give by name what is text "

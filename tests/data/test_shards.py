@@ -171,7 +171,8 @@ def _broken_metas():
         return lambda record: {**record, **changes}
 
     for name in Meta.__annotations__:
-        yield name, lambda record, name=name: {k: v for k, v in record.items() if k != name}
+        if name not in _LATER:
+            yield name, lambda record, name=name: {k: v for k, v in record.items() if k != name}
         for value in (None, -1, True, 1.5, "x", [], {}, [1], 10**30):
             if not (name == "preparation" and value == {}) and not (
                 (value == 10**30 and name in _UNBOUNDED) or (value == "x" and "sha256" in name)
@@ -198,7 +199,8 @@ def _broken_metas():
         yield field, change
 
 
-_UNBOUNDED = {"num_documents", "dropped_short", "dropped_unknown", "text_bytes"}
+_LATER = {"dropped_share", "bad_records"}  # folders of before have none
+_UNBOUNDED = {"num_documents", "dropped_short", "dropped_unknown", "text_bytes", "bad_records"}
 
 
 @pytest.mark.parametrize(("message", "damage"), list(_broken_metas()))
@@ -229,3 +231,11 @@ def test_a_crash_leaves_the_old_file_or_the_new_one(folder, monkeypatch):
 def test_a_folder_can_be_moved(folder, tmp_path):
     shutil.move(folder, tmp_path / "elsewhere")
     assert len(Shards(tmp_path / "elsewhere")) == 6
+
+
+def test_a_folder_of_before_losses_were_counted(folder):
+    path = folder / "meta.json"
+    record = json.loads(path.read_bytes())
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in _LATER}))
+    meta = Shards(folder).meta
+    assert (meta.dropped_share, meta.bad_records) == (0.0, 0)
