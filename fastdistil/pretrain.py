@@ -41,7 +41,6 @@ def main(args: list[str] | None = None) -> int:
     # A rank that was asked to stop has not failed, as torchrun takes it: its restarts end here, too.
     if here.num_restarts and folder.was_stopped(config.out):
         return STOPPED
-
     return run(resolved, here)
 
 
