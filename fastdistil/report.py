@@ -165,7 +165,7 @@ def differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def measured(lines: list[dict[str, Any]], key: str) -> "pd.Series":
-    """The numbers that lines of metrics.jsonl have under `key`, by update; NaN for null, which JSON has in its place."""
+    """The numbers that lines of metrics.jsonl have under `key`, by update; NaN for null, which stands for it."""
     import pandas as pd
 
     return pd.Series(
