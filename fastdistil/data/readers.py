@@ -456,10 +456,12 @@ def read_as(path: Path, name: str, options: Options) -> File:
     reader, named, why = READERS.get(kind), kind in READERS, ""
     if table is not None:
         problem = "compressed as a whole, which no table is read from: decompress it" if compressed else None
-    elif reader in _TABLES.values() and num_bytes and not problem:
+    elif reader in _TABLES.values() and num_bytes and problem is None:
         problem = f"not what its name says: it begins with {head[:40]!r}"
+    elif problem:
+        pass
     elif not named and _MARKUP.match(head):
-        problem = problem or _NOT_TEXT[".html"]
+        problem = _NOT_TEXT[".html"]
     elif packed and not compressed and b"\0" in head:
         problem = f"neither {packed} nor text"
     elif not named and b"\0" in head and head[:2] not in _UTF16:

@@ -41,7 +41,7 @@ ABOUT_DATA = (
 )
 """Names, without what follows the first dot, of files in a folder that are about its text and are not read. Nor are
 those that Hadoop and Spark put there, which begin with _ and have no suffix."""
-ABOUT_DATA_SUFFIXES = (".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc")
+ABOUT_DATA_SUFFIXES = ("state.json", ".md5", ".sha1", ".sha256", ".sha512", ".crc", ".sig", ".asc")
 NO_TEXT_FOLDERS = ("_delta_log", "_temporary", "__macosx", "__pycache__")
 LARGEST_METADATA = 2**20
 """Bytes. A .json file of a folder that is one object of no more, without the text field, is about the text."""
@@ -144,7 +144,10 @@ def resolve(specs: tuple[str, ...], options: Options = Options()) -> list[Source
     What is not read of a folder, and what was decided by looking into files, is logged.
     """
     sources = [_resolve(spec, options) for spec in specs]
-    _log_decisions([file for source in sources for file in source.files])
+    read = [file for source in sources for file in source.files]
+    _log_decisions(read)
+    if options.documents != "auto" and not any(file.documents for file in read):
+        LOG.info(f"--documents {options.documents} has no effect: there is no file of text, and a record is a document")
     return sources
 
 
@@ -187,20 +190,12 @@ def _walk(folder: Path, split: str, above: tuple[Path, ...]) -> Iterator[Path]:
     above = (*above, folder.resolve())
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if "dataset_dict.json" in names:
-        splits = files.read_json(folder / "dataset_dict.json").get("splits", [])
-        if split not in splits:
-            raise ValueError(f"{folder} has no split {split!r}: name one of {', '.join(splits)} with --split")
+        if split not in names or not (folder / split).is_dir():
+            there = ", ".join(name for name in names if (folder / name).is_dir())
+            raise ValueError(f"{folder} has no split {split!r}: name one of {there} with --split")
         names = [split]
-    elif "state.json" in names:
-        state = files.read_json(folder / "state.json")
-        if state.get("_indices_data_files"):
-            raise ValueError(
-                f"{folder} is a selection of rows by an old `datasets`: load it and save it again with 2.0+"
-            )
-        if "_data_files" in state:
-            present, names = set(names), [record["filename"] for record in state["_data_files"]]
-            if missing := [name for name in names if name not in present]:
-                raise ValueError(f"{folder} lacks {', '.join(missing[:5])}, which its state.json names: copy it again")
+    elif "state.json" in names and any(name.endswith(".arrow") for name in names):
+        names = _rows_of_saved(folder, names)
     for path in (folder / name for name in names):
         if path.is_dir():
             # A link to a folder is followed, but not in a circle.
@@ -208,6 +203,20 @@ def _walk(folder: Path, split: str, above: tuple[Path, ...]) -> Iterator[Path]:
                 yield from _walk(path, split, above)
         elif path.is_file():
             yield path
+
+
+def _rows_of_saved(folder: Path, names: list[str]) -> list[str]:
+    """Of the `names` in a folder those that hold the rows that `datasets` has saved there, in their order."""
+    state = files.read_json(folder / "state.json")
+    rows = state.get("_data_files")
+    if state.get("_indices_data_files"):
+        raise ValueError(f"{folder} is a selection of rows by an old `datasets`: load it and save it again with 2.0+")
+    if not isinstance(rows, list):  # another program's
+        return names
+    rows = [str(row.get("filename") if isinstance(row, dict) else row) for row in rows]
+    if missing := [row for row in rows if row not in names]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)[:500]}, which its state.json names: copy it again")
+    return rows
 
 
 def _look(path: Path, name: str, options: Options) -> File | str:
@@ -219,7 +228,7 @@ def _look(path: Path, name: str, options: Options) -> File | str:
     if kind and kind not in READERS:
         return kind
     if kind == ".json" and path.stat().st_size <= LARGEST_METADATA and _lacks_text(path, options):
-        return f"one object without {options.text_field!r}"
+        return f"one object without {options.text_field!r}, the --text-field"
     try:
         return read_as(path, name, options)
     except ValueError as error:

@@ -6,6 +6,7 @@ import json
 import logging
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,9 @@ def test_a_data_set_that_is_not_there(tmp_path):
         ("a.parquet", b"", r"a\.parquet: not a readable Parquet file"),
         ("a.arrow", b"\xff\xff\xff\xff\0\0\1\0", r"a\.arrow: not a readable Arrow file"),
         ("a.txt", b"PK\x03\x04rest", r"a\.txt is an archive: unpack it"),
+        ("a.zip", b"PK\x03\x04\0\0", r"a\.zip is an archive: unpack it"),
+        ("a.tgz", gzip.compress(b"a/b.txt".ljust(257, b"\0") + b"ustar\0"), r"a\.tgz is a tar archive: unpack it"),
+        ("a.tar.bz2", bz2.compress(b"a/b.txt".ljust(257, b"\0") + b"ustar "), r"a\.tar\.bz2 is a tar archive"),
         ("a.bin", b"\x7fELF\0\0", r"a\.bin is not text .*wanted \.txt .*\.parquet"),
         ("a.csv", b"id,text\n1,a\n", r"a\.csv is a table of a kind that is not read: .*to_parquet"),
         ("dump.xml.bz2", bz2.compress(b"<mediawiki>"), r"dump\.xml\.bz2 is markup: extract its text"),
@@ -323,11 +327,20 @@ def test_what_datasets_has_saved_to_disk(tmp_path):
     assert read(two, split="test") == read(f"hf:{two}", split="test") == test
     assert read(tmp_path, split="test") == [*train, *test]
     assert read(one / "data-00001-of-00003.arrow") == train[10:20]
-    with pytest.raises(ValueError, match=r"two has no split 'valid': name one of train, test with --split"):
+    with pytest.raises(ValueError, match=r"two has no split 'valid': name one of test, train with --split"):
         read(two, split="valid")
     (one / "data-00002-of-00003.arrow").unlink()
     with pytest.raises(ValueError, match=r"one lacks data-00002-of-00003\.arrow"):
         read(one)
+
+
+@pytest.mark.parametrize("state", [{"_data_files": [{"filename": "../a.arrow"}]}, {"_data_files": ["../a.arrow"]}, [1]])
+def test_a_state_that_names_files_elsewhere_or_is_none(tmp_path, state):
+    saved(tmp_path / "one", "train")
+    shutil.move(tmp_path / "one" / "data-00000-of-00003.arrow", tmp_path / "a.arrow")
+    (tmp_path / "one" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"one lacks \.\./a\.arrow|state\.json must hold a JSON object"):
+        read(tmp_path / "one")
 
 
 def test_what_is_not_read_of_a_folder_is_named(tmp_path, caplog):
@@ -348,7 +361,7 @@ def test_what_is_not_read_of_a_folder_is_named(tmp_path, caplog):
     assert read(tmp_path) == ["text " * 200]
     said = next(message for message in caplog.messages if "are not read" in message)
     assert "8 of 9 files, 91% of its bytes, are not read: a.html (.html), b.csv (.csv), c (not text" in said
-    assert "meta.json (one object without 'text')" in said
+    assert "meta.json (one object without 'text', the --text-field)" in said
     assert said.endswith("and 3 more")
     (tmp_path / "a.txt").write_text("text " * 20)
     with pytest.raises(ValueError, match=r"8 of 9 files, .*a\.html.*; wanted .*: give by name what is text"):
@@ -435,6 +448,13 @@ def test_the_choice_is_in_the_record_where_it_is_not_lines(tmp_path):
     (source,) = resolve((str(tmp_path),))
     sizes = [(tmp_path / name).stat().st_size for name in ("a.txt", "b.txt")]
     assert source.record()["files"] == [["a.txt", sizes[0], "paragraph"], ["b.txt", sizes[1]]]
+
+
+def test_a_choice_without_effect_is_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (tmp_path / "a.jsonl").write_text(jsonl({"text": "one\n\ntwo"}))
+    assert read(tmp_path, documents="paragraph") == ["one\n\ntwo"]
+    assert "--documents paragraph has no effect" in caplog.text
 
 
 def test_joined_lines_are_a_document_once_they_are_many(tmp_path):
