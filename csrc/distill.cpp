@@ -17,6 +17,8 @@ namespace fastdistil {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // columns: the block's maximum is taken from memory, its exponentials from L1
+// Where a search for the largest logit begins. Finite, so that the difference of a logit of -inf and it is not NaN.
+constexpr float kNoLogit = -1e30f;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -41,7 +43,7 @@ struct Scratch {
 template <bool whole, typename T>
 inline Pair load_columns(const T* row, int64_t column, int64_t num_columns) {
   if constexpr (whole) return load_pair(row + column);
-  return load_pair(row + column, num_columns - column, kNoColumn);
+  return load_pair(row + column, num_columns - column, -kInfinity);
 }
 
 // step(v, whole) for v = begin, begin + kStep, ...; `whole` is false_type for a last step that is cut short.
@@ -54,14 +56,14 @@ inline void for_each_step(int64_t begin, int64_t end, const Step& step) {
 
 // An online softmax: max_v z and sum_v 2^((z - max) * c) of the columns seen so far.
 struct Normaliser {
-  float max = -std::numeric_limits<float>::infinity();
+  float max = -kInfinity;
   double total = 0.0;  // over hundreds of blocks; within one, lanes of fp32 are as good
 
   // Takes in the block row[begin:end] and leaves its exponentials, relative to the maximum so far, in powers[begin:end]
   // (rounded up to whole steps). Returns that maximum.
   template <typename T>
   float include(const T* row, int64_t begin, int64_t end, float c, float* powers) {
-    Pair best{Lanes(kNoColumn), Lanes(kNoColumn)};
+    Pair best{Lanes(kNoLogit), Lanes(kNoLogit)};
     for_each_step(begin, end, [&](int64_t v, auto whole) {
       const Pair z = load_columns<whole.value>(row, v, end);
       best = {lanes_max(best.lo, z.lo), lanes_max(best.hi, z.hi)};
@@ -101,19 +103,22 @@ RowLoss row_loss(
   const float label_logit = labelled ? static_cast<float>(student[label]) : 0.0f;
   const Lanes log_shift(static_cast<float>((s_log2 - t_log2) * kLn2)), q1_shift(static_cast<float>(-s1_log2));
 
-  double kd = 0.0;
-  Lanes nearest(-std::numeric_limits<float>::infinity());
+  // NaN, which the maximum below drops, where a row holds one, or nothing but -inf.
+  double kd = 0.0 * (s_log2 - t_log2);
+  Lanes nearest(-kInfinity);
   for (int64_t begin = 0, block = 0; begin < num_columns; begin += kBlock, ++block) {
     const int64_t end = std::min(begin + kBlock, num_columns);
     const Lanes to_q(static_cast<float>(std::exp2((scratch.s_max[block] - s.max) * c) / s.total));
     const Lanes to_p(static_cast<float>(std::exp2((scratch.t_max[block] - t.max) * c) / t.total));
     Lanes block_kd(0.0f);
     const auto column = [&](Lanes z_s, Lanes z_t, Lanes q, Lanes p) {
-      const Lanes below_s = z_s - Lanes(s.max), below_t = z_t - Lanes(t.max);
+      // A teacher's -inf is any number: p is 0. A student's -inf stays, and log_ratio is inf: right unless p is 0, and
+      // then the product is NaN, of which the maximum makes 0.
+      const Lanes below_s = z_s - Lanes(s.max), below_t = lanes_max(Lanes(kNoLogit), z_t - Lanes(t.max));
       nearest = lanes_max(nearest, below_s + below_t);  // 0 where one column is the maximum of both
       const Lanes log_ratio = at::vec::fmadd(below_t - below_s, Lanes(c * kLn2), log_shift);
       const Lanes difference = q - p;
-      block_kd = block_kd + lanes_max(Lanes(0.0f), at::vec::fmadd(p, log_ratio, difference));
+      block_kd = block_kd + lanes_max(at::vec::fmadd(p, log_ratio, difference), Lanes(0.0f));
       if constexpr (!labelled) return difference * Lanes(kd_slope);
       const Lanes q1 = exp2(at::vec::fmadd(below_s, Lanes(kLog2e), q1_shift));
       return at::vec::fmadd(q1, Lanes(scales.mlm), difference * Lanes(kd_slope));

@@ -25,14 +25,14 @@ namespace fastdistil {
 using Lanes = at::vec::Vectorized<float>;
 // A step is two vectors: what one vector of bf16 or fp16 widens to, and enough to hide the latency of a chain of FMAs.
 constexpr int64_t kStep = 2 * Lanes::size();
-// Stands for "no column" in the lanes behind a row's end. Finite, so that differences of two of them are not NaN.
-constexpr float kNoColumn = -1e30f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Pair {
   Lanes lo, hi;
 };
 
-// at::vec::maximum costs three instructions to keep NaNs; here a NaN logit surfaces through exp2 anyway.
+// at::vec::maximum costs three instructions to keep NaNs. Here b is returned where a or b is NaN: a NaN in b stays, one in
+// a is lost, and a NaN logit surfaces through exp2 anyway.
 inline Lanes lanes_max(Lanes a, Lanes b) {
 #ifdef CPU_CAPABILITY_AVX512
   return _mm512_max_ps(a, b);
@@ -41,13 +41,15 @@ inline Lanes lanes_max(Lanes a, Lanes b) {
 #endif
 }
 
-// 2^y within 2 ulp for y <= 1; below -125 it may give 2^-125, which no sum of a softmax feels. NaN stays NaN.
+// 2^y within 2 ulp for y in [-126, 1], and 0 from -200 (AVX2: -127) down to -inf. Between these it may be anything below
+// 2^-125, which no sum of a softmax feels. NaN stays NaN.
 // y = n + f with |f| <= 1/2; the polynomial is the minimax fit of 2^f with p(0) = 1, of relative error 2e-9.
 inline Lanes exp2(Lanes y) {
 #ifdef CPU_CAPABILITY_AVX512
+  y = lanes_max(Lanes(-200.0f), y);  // -inf would be NaN below
   const Lanes n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  y = _mm256_max_ps(Lanes(-125.0f), y);  // this order of operands returns a NaN of y
+  y = lanes_max(Lanes(-127.0f), y);  // at which the addition to the exponent gives 0 exactly
   const Lanes n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   const Lanes f = y - n;

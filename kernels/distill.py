@@ -16,6 +16,9 @@ Each row is read twice, a pair of BERT rows being 122 KB in bf16: from memory fo
 from L2 for loss and gradient. The gradient is written over the student's logits if the caller gives that buffer. That
 makes 6 bytes an element in bf16. Nothing is saved for a backward but the gradient.
 
+A logit of -inf is a token that a model never says: its probability is 0, and 0 * log 0 = 0. Where the student says so of
+a token that the teacher may say, the KL is inf. A row of nothing but -inf has no distribution: loss and gradient are NaN.
+
 Agreement: a row agrees where some column is the largest of both models (in bf16 ties are common).
 
 Shapes: N = rows (tokens), V = columns, of which the first `vocab_size` are the vocabulary. The others (padding to a
@@ -38,8 +41,8 @@ NUM_WARPS = 16
 COLUMNS_PER_LOAD = {2: 8, 4: 4}
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Stands for "no column" in masked lanes. Finite, so that the difference of two of them is not NaN.
-NO_COLUMN = tl.constexpr(-1e30)
+# Where a search for the largest logit begins. Finite, so that the difference of a logit of -inf and it is not NaN.
+NO_LOGIT = tl.constexpr(-1e30)
 
 
 class DistillLoss(NamedTuple):
@@ -73,7 +76,8 @@ def distill_loss_reference(
     real = _real_rows(student, num_rows, first_row=0)
     log_q = torch.log_softmax(student / temperature, dim=-1)
     log_p = torch.log_softmax(teacher / temperature, dim=-1)
-    kd = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    p = log_p.exp()
+    kd = temperature**2 * torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     labels = torch.where(real, labels_N, -100).clamp(min=-100)
     mlm = F.cross_entropy(student, torch.where(labels < 0, -100, labels), reduction="none")
     agree = (student == student.amax(-1, True)) & (teacher == teacher.amax(-1, True))
@@ -91,7 +95,7 @@ def _real_rows(rows: Tensor, num_rows: Tensor | None, first_row: int) -> Tensor:
 def _load_logits(row_ptr, columns, width, vocab_size, eviction: tl.constexpr):
     # Masked by the padded width, which keeps loads 16 bytes wide; by the vocabulary only afterwards.
     z = tl.load(row_ptr + columns, mask=columns < width, other=0.0, eviction_policy=eviction)
-    return tl.where(columns < vocab_size, z.to(tl.float32), NO_COLUMN)
+    return tl.where(columns < vocab_size, z.to(tl.float32), float("-inf"))
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def _include(z, largest, total, c):
 @triton.jit
 def _normalisers(s_row, t_row, lanes, step: tl.constexpr, width, vocab_size, c):
     """Of student and teacher, the largest logit and log2 of the sum of 2^(c (z - largest)): the pass over memory."""
-    s_max = tl.full((lanes.shape[0],), NO_COLUMN, tl.float32)
+    s_max = tl.full((lanes.shape[0],), NO_LOGIT, tl.float32)
     t_max, s_total, t_total = s_max, tl.zeros_like(s_max), tl.zeros_like(s_max)
     for start in range(0, width, step):
         z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last")
@@ -173,7 +177,7 @@ def _distill_kernel(
 
     slope = kd_scale * temperature
     kd = tl.zeros((LANES,), tl.float32)
-    nearest = tl.full((LANES,), NO_COLUMN, tl.float32)
+    nearest = tl.full((LANES,), NO_LOGIT, tl.float32)
     for start in range(0, width, step):
         columns = start + lanes
         z = _load_logits(s_row, columns, width, vocab_size, "evict_first") - s_top
@@ -181,8 +185,9 @@ def _distill_kernel(
         nearest = tl.maximum(nearest, tl.max(z + y, axis=1))  # 0 where a column is the top of both
         log2_q, log2_p = z * c - s_log2, y * c - t_log2
         q, p = tl.exp2(log2_q), tl.exp2(log2_p)
-        # An ordinary maximum would turn the NaN of a broken logit into a loss of 0.
-        term = tl.maximum(p * ((log2_p - log2_q) * LN2) + (q - p), 0.0, tl.PropagateNan.ALL)
+        # Where p is 0, log p may be -inf, and 0 * inf is NaN. An ordinary maximum would make a loss of 0 of a NaN.
+        toward = tl.where(p == 0.0, 0.0, p * ((log2_p - log2_q) * LN2))
+        term = tl.maximum(toward + (q - p), 0.0, tl.PropagateNan.ALL)
         kd += tl.sum(term, axis=1)
         if ds_ptr is not None:
             dz = slope * (q - p)
@@ -231,7 +236,8 @@ def distill_rows_torch(
     real = _real_rows(student, num_rows, first_row)
     log_q, log_p = (torch.log_softmax(x / temperature, dim=-1) for x in (z, y))
     q, p = log_q.exp(), log_p.exp()
-    kd = temperature**2 * (p * (log_p - log_q) + (q - p)).clamp_(min=0).sum(-1)
+    toward = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)
+    kd = temperature**2 * (toward + (q - p)).clamp_(min=0).sum(-1)
     labels = torch.where(real & (labels >= 0), labels, -100)
     log_q1 = torch.log_softmax(z, dim=-1)
     mlm = F.nll_loss(log_q1, labels, reduction="none")
@@ -305,7 +311,7 @@ def distill_loss(
     """Weighted distillation loss of rows of logits; the student's gradient is made in the forward.
 
     Args:
-        student_NV: finite logits, fp32, bf16 or fp16. Gets a gradient, and is left as it is: only
+        student_NV: logits, fp32, bf16 or fp16. Gets a gradient, and is left as it is: only
             `linear_distill_loss` has gradients written over logits, which are buffers of its own.
         teacher_NV: logits of the same shape and dtype. Gets none.
         labels_N: int64, the original id of a masked token; negative where there is none. A label outside the vocabulary

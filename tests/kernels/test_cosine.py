@@ -11,6 +11,7 @@ from fastdistil.kernels.cosine import cosine_loss, cosine_loss_reference
 from tests.support.precision import (
     DEVICE,
     DTYPES,
+    INTERPRETED,
     assert_no_worse_than_pytorch,
     compiled,
     each_dtype,
@@ -68,15 +69,27 @@ def test_parallel_vectors_cost_nothing():
         assert (got["dstudent_ND"].abs() <= 1e-6 * scale).all()
 
 
-@pytest.mark.parametrize("zero", ["student_ND", "teacher_ND"])
-def test_zero_vectors_give_what_pytorch_gives(zero):
-    leaves = make_leaves((3, 40))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-6])
+@pytest.mark.parametrize("small", [("student_ND",), ("teacher_ND",), ("student_ND", "teacher_ND")], ids="+".join)
+def test_zero_and_tiny_vectors_give_what_pytorch_gives(small, scale, dtype):
+    """cosine_embedding_loss, in fp64: cosine 0, and for a student of zeros a gradient of a million times the teacher's
+    direction, which its eps of 1e-12 makes."""
+    leaves = make_leaves((3, 40), dtype)
     with torch.no_grad():
-        leaves[zero][1] = 0
+        for name in small:
+            leaves[name][1] *= scale
     check(leaves)
-    student, teacher = leaves.values()
-    expected = F.cosine_embedding_loss(student, teacher, torch.ones(3, device=DEVICE), reduction="sum")
-    torch.testing.assert_close(cosine_loss(**leaves), expected)
+    student, teacher = (x.detach().double() for x in leaves.values())
+    expected = F.cosine_embedding_loss(
+        student.requires_grad_(), teacher, torch.ones(3, device=DEVICE), reduction="none"
+    )
+    (gradient,) = torch.autograd.grad(expected.sum(), student)
+    got = results(cosine_loss, leaves)
+    torch.testing.assert_close(got["value 0"], expected.sum(), rtol=1e-6, atol=1e-6)
+    precision = 2 * torch.finfo(dtype).eps if not INTERPRETED else 4 * torch.finfo(dtype).eps  # it truncates
+    size = gradient.detach().norm(dim=1, keepdim=True)
+    assert ((got["dstudent_ND"] - gradient).abs() <= precision * size + 1e-30).all()
 
 
 def test_a_teacher_in_another_precision():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil.kernels.distill import distill_loss, distill_loss_reference
+from fastdistil.kernels.distill import distill_loss, distill_loss_reference, distill_rows_torch
 from tests.support.precision import (
     DEVICE,
     DTYPES,
@@ -20,7 +20,11 @@ from tests.support.precision import (
 )
 from tests.support.properties import for_any
 
-pytestmark = [pytest.mark.triton, pytest.mark.cpp]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.cpp,
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, of -inf in Triton's interpreter
+]
 
 # One element; below, at and across a thread's load, a lane block, the C++ block of 1,024; real vocabularies. 127 rows
 # are many for the interpreter, which runs one program after the other: 4,097 would take a minute.
@@ -144,6 +148,81 @@ def test_a_nan_logit_shows(broken):
     with torch.no_grad():
         leaves[broken][1, 600] = float("nan")
     assert distill_loss(**leaves, **OPTIONS).loss.isnan()
+
+
+def never_said(shape) -> torch.Tensor:
+    """Columns of rows: one; the first block and more; all from a block's border on; every second one."""
+    never = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
+    never[0, 7] = never[1, :1100] = never[2, 1024:] = never[3, ::2] = True
+    return never
+
+
+@each_dtype
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_logit_of_minus_infinity_is_a_probability_of_0(temperature, dtype):
+    """Of the teacher alone: the student pays nothing for that column itself, and learns to leave it."""
+    leaves = make_leaves((5, 2100), dtype, labelled=0.5)
+    leaves["teacher_NV"].masked_fill_(never_said((5, 2100)), -torch.inf)
+    check(leaves, temperature=temperature)
+    got = results(functools.partial(distill_loss, **OPTIONS), leaves)
+    assert all(x.isfinite().all() for x in got.values())
+
+
+@each_dtype
+def test_a_column_that_neither_model_says_is_as_if_it_were_not_there(dtype):
+    never = never_said((5, 2100))
+    labels = torch.tensor([8, -100, 3, 1, 2099], device=DEVICE)
+    leaves = make_leaves((5, 2100), dtype) | {"labels_N": labels}
+    with torch.no_grad():
+        for name in ("student_NV", "teacher_NV"):
+            leaves[name].masked_fill_(never, -torch.inf)
+    check(leaves)
+    got = results(functools.partial(distill_loss, **OPTIONS), leaves)
+    assert (got["dstudent_NV"][never] == 0).all()
+    for row in range(4):
+        left = ~never[row]
+        alone = {name: leaves[name].detach()[row : row + 1, left] for name in ("student_NV", "teacher_NV")}
+        label = labels[row : row + 1] - never[row, : labels[row].clamp(min=0)].sum()
+        expected = distill_loss(**alone, labels_N=label, **OPTIONS)
+        ours = distill_loss(**{name: x.detach()[row : row + 1] for name, x in leaves.items()}, **OPTIONS)
+        torch.testing.assert_close(tuple(ours), tuple(expected), rtol=2e-6, atol=2e-6)
+
+
+@of_the_definition
+def test_plain_pytorch_gives_the_same_where_the_kernels_are_not_built():
+    student, teacher, labels = (x.detach() for x in make_leaves((5, 2100), labelled=0.5).values())
+    teacher.masked_fill_(never_said((5, 2100)), -torch.inf)
+    teacher[4] = -torch.inf
+    gradients = torch.empty_like(student), torch.empty_like(student)
+    expected = kernel_rows(student, teacher, labels, dstudent=gradients[0])
+    got = distill_rows_torch(student, teacher, labels, None, gradients[1], 0, 2.0, 0.7, 0.3, 2100)
+    torch.testing.assert_close(got[:, :4], expected[:, :4])
+    assert got[0, 4].isnan()
+    assert expected[0, 4].isnan()
+    torch.testing.assert_close(*gradients, equal_nan=True)
+
+
+def test_what_the_student_never_says_and_the_teacher_may_costs_infinity():
+    leaves = make_leaves((2, 1030), labelled=0.0)
+    with torch.no_grad():
+        leaves["student_NV"][0, 5] = -torch.inf
+    got = results(functools.partial(distill_loss, **OPTIONS), leaves)
+    assert got["value 1"] == torch.inf
+    (expected,) = torch.autograd.grad(distill_loss_reference(**leaves, **OPTIONS).loss, leaves["student_NV"])
+    torch.testing.assert_close(got["dstudent_NV"].float(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("width", [16, 700, 1024], ids=str)
+@pytest.mark.parametrize("broken", ["student_NV", "teacher_NV"])
+def test_a_row_of_nothing_but_minus_infinity_shows(broken, width):
+    """It is an error of the input: NaN in its loss and in its gradient, and in no other row."""
+    leaves = make_leaves((3, width), labelled=0.0)
+    with torch.no_grad():
+        leaves[broken][1] = -torch.inf
+    got = results(functools.partial(distill_loss, **OPTIONS), leaves)
+    assert got["value 0"].isnan()
+    assert got["dstudent_NV"][1].isnan().all()
+    assert got["dstudent_NV"][[0, 2]].isfinite().all()
 
 
 def test_gradient_is_written_over_the_logits():

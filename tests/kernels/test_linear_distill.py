@@ -61,6 +61,20 @@ def test_no_worse_than_twice_pytorch(chunk_tokens, dtype):
     check(make_leaves(dtype=dtype), chunk_tokens=chunk_tokens)
 
 
+@each_dtype
+def test_a_bias_of_minus_infinity_is_a_token_that_is_never_said(dtype):
+    """Of the teacher alone, and of both models: nothing is NaN, in the loss or in any gradient."""
+    leaves = make_leaves(dtype=dtype)
+    with torch.no_grad():
+        leaves["teacher_bias_V"][3:7] = leaves["student_bias_V"][5] = -torch.inf
+    leaves["labels_N"].masked_fill_(leaves["labels_N"] == 5, -100)
+    check(leaves, chunk_tokens=5)
+    got = results(ours(chunk_tokens=5), leaves)
+    assert all(x.isfinite().all() for x in got.values())
+    assert got["dstudent_bias_V"][5] == 0
+    assert (got["dstudent_bias_V"][3:5] > 0).all()  # the student is to leave what the teacher never says
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_real_vocabulary_in_default_chunks(dtype):
     leaves = make_leaves(20, dtype, widths=(64, 32), num_columns=30528)
