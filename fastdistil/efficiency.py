@@ -24,6 +24,10 @@ PUBLISHED = (
 )
 
 
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Names of weight files; transformers takes the first kind where both are there."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EfficiencyConfig:
     """Compare parameters, size on disk, latency and throughput of encoders."""
@@ -52,8 +56,13 @@ class EfficiencyConfig:
             folder.require_model(model)
             if not (model / "config.json").is_file():
                 raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
-            if not list(model.glob("*.safetensors")):
-                raise ValueError(f"{model} has no weights: wanted *.safetensors in it")
+            if not weight_files(model):
+                raise ValueError(f"{model} has no weights that PyTorch reads: wanted {' or '.join(WEIGHTS)} in it")
+
+
+def weight_files(model: Path) -> list[Path]:
+    """The files of a model's weights; none where there are none."""
+    return next((files for files in (sorted(model.glob(name)) for name in WEIGHTS) if files), [])
 
 
 @command
@@ -86,20 +95,27 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     for path in config.models:
         finetune.configuration(path)
         model = finetune.pretrained(transformers.AutoModel, path).eval()
-        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in weight_files(path))
         models.append(model)
         records.append(
             {"path": str(path), "class": type(model).__name__, "num_parameters": model.num_parameters(), "bytes": size}
         )
 
     # All read the same random ids, from the later half of the smallest vocabulary: BERT's special tokens come before.
-    readable = min(getattr(model.config, "max_position_embeddings", 512) for model in models)
-    length = min(128, readable) if config.length is None else config.length
+    readable, path = min(
+        (finetune.longest_input(model), path) for model, path in zip(models, config.models, strict=True)
+    )
+    length = int(min(128, readable)) if config.length is None else config.length
     if length > readable:
-        raise ValueError(f"--length {length} is more than the {readable} tokens that all models read")
+        raise ValueError(
+            f"--length {length} is more than the {readable} tokens that {path} reads: give {readable} or less"
+        )
     vocab_size = min(model.config.vocab_size for model in models)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size // 2, vocab_size, (config.batch_size, length), generator=generator)
+
+    for model, path in zip(models, config.models, strict=True):
+        finetune.require_readable(model, path, {"input_ids": ids[:1]})
 
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         batch = ids.to(device)

@@ -20,7 +20,6 @@ import tyro
 import fastdistil
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
-from fastdistil.model import families
 from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.files import read_json, write_json
@@ -32,8 +31,8 @@ log = logging.getLogger("fastdistil.evaluate")
 class EvaluateConfig:
     """Fine-tune an encoder on tasks and score it."""
 
-    model: tyro.conf.Positional[str]
-    """Hugging Face folder of an encoder, e.g. an export, or its name on the hub."""
+    model: tyro.conf.Positional[str] = ""
+    """Hugging Face folder of an encoder, e.g. an export, or its name on the hub. --dry-run needs none."""
     task: tuple[str, ...]
     """cola sst2 mrpc stsb qqp mnli qnli rte wnli imdb squad squad2, `glue` for those of GLUE that --data holds,
     or `table` for any labelled texts."""
@@ -55,6 +54,8 @@ class EvaluateConfig:
     """Keep the model of the last seed in SAVE/TASK."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU."""
+    dry_run: bool = False
+    """Check packages, data, labels and how long a text the model reads; train and write nothing."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,8 @@ class EvaluateConfig:
         is_table = "table" in self.task
         if is_table != (self.label_column is not None) or is_table != bool(self.text_columns):
             raise ValueError("--task table wants --text-columns and --label-column; other tasks have their own")
+        if not self.model and not self.dry_run:
+            raise ValueError("wanted a model: give its folder, or its name on the hub")
         folder.require_model(Path(self.model))
         if not self.data.startswith("hf:") and not Path(self.data).is_dir():
             raise ValueError(f"--data {self.data} is not a folder: give the one of the tasks' files, or hf:NAME")
@@ -80,12 +83,21 @@ def main(args: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     config = options.parse(EvaluateConfig, args, "evaluate")
     asked = chosen_tasks(config)
-    results = Results(result_file(config), config)
+    tasks.require_packages(asked.values())
+    results = None if config.dry_run else Results(result_file(config), config)
     from fastdistil.evaluation import finetune  # torch and transformers: some seconds
 
+    # All that is still to be learnt is read and checked before the first task is.
     finetune.quiet()
-    for name, task in asked.items():
-        evaluate(config, name, task, results)
+    asked = {name: task for name, task in asked.items() if results is None or missing_seeds(config, name, results)}
+    lengths = {name: sequence_length(config, task) for name, task in asked.items()}
+    data = {name: tasks.load(name, task, config.data) for name, task in asked.items()}
+    if results is None:
+        for name, found in data.items():
+            print(f"{name}: {found.describe()}, {lengths[name]} tokens")
+        return 0
+    for name, found in data.items():
+        evaluate(config, name, found, lengths[name], results)
     print(table(results.record))
     print(f"\n{results.path}")
     return 0
@@ -151,12 +163,14 @@ class Results:
         write_json(self.path, self.record)
 
 
-def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Results) -> None:
-    """Learn one task with each seed that has no result yet, and keep the scores."""
+def missing_seeds(config: EvaluateConfig, name: str, results: Results) -> list[int]:
+    """The seeds of a task that have no result yet."""
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    missing = [seed for seed in seeds if str(seed) not in results.seeds(name)]
-    if not missing:
-        return
+    return [seed for seed in seeds if str(seed) not in results.seeds(name)]
+
+
+def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: int, results: Results) -> None:
+    """Learn one task, by texts of `length` tokens, with each seed that has no result yet, and keep the scores."""
     import torch
     import transformers
 
@@ -166,13 +180,13 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
     device = torch.device("cuda" if wants_cuda or config.device == "cuda" else "cpu")
 
     # The examples become token ids once for all seeds.
-    settings, length = config.settings, sequence_length(config, task)
-    load, encode = (squad.load, squad.Windows) if task.spans else (tasks.load, finetune.Encoded.texts)
+    settings, task = config.settings, data.task
+    encode = squad.Windows if task.spans else finetune.Encoded.texts
     tokenizer = finetune.pretrained(transformers.AutoTokenizer, config.model)
-    data = load(name, task, config.data)
     train = encode(tokenizer, data.train[: settings.max_train_examples], length)
     validation = encode(tokenizer, data.validation, length)
     about = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}
+    missing = missing_seeds(config, name, results)
     for seed in missing:
         # The encoder is fine-tuned anew with each seed, after its teacher where there is one.
         begin = time.perf_counter()
@@ -181,6 +195,11 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
         if config.teacher is not None:
             teacher = finetune.task_teacher(config.teacher, tokenizer, data, train, settings, seed, device)
         model = finetune.load_model(config.model, data, settings, seed=seed)
+        if seed == missing[0]:
+            for examples in (train, validation):
+                finetune.require_readable(model, config.model, examples.longest())
+                if teacher is not None:
+                    finetune.require_readable(teacher, f"--teacher {config.teacher}", examples.longest())
         finetune.fine_tune(model, train, settings, seed=seed, device=device, teacher=teacher, title=title)
 
         # It is scored on the validation split, in batches of four times as many examples, since it needs no gradients.
@@ -197,20 +216,25 @@ def evaluate(config: EvaluateConfig, name: str, task: tasks.Task, results: Resul
         results.record |= {"class": type(model).__name__, "num_parameters": model.num_parameters()}
         results.record |= {"device": str(device), "versions": versions}
         results.add(name, seed, found | {"seconds": time.perf_counter() - begin}, about)
-        if config.save is not None and seed == seeds[-1]:
+        if config.save is not None and seed == config.first_seed + config.seeds - 1:
             model.save_pretrained(config.save / name)
             tokenizer.save_pretrained(config.save / name)
 
 
 def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
-    """Tokens of an example. Raises ValueError where the model does not read so many."""
+    """Tokens of an example. Raises ValueError where the model, or its teacher, does not read so many."""
     from fastdistil.evaluation import finetune
 
-    model, wanted = finetune.configuration(config.model), config.settings.max_length
-    longest = model.max_position_embeddings - families.unused_positions(model.model_type, model.pad_token_id)
-    if wanted is not None and wanted > longest:
-        raise ValueError(f"--max-length {wanted} is more than the {longest} tokens that {config.model} reads")
-    return wanted or min(longest, 384 if task.spans else 128)
+    given = config.settings.max_length
+    length = given or (384 if task.spans else 128)
+    for path in filter(None, (config.model, config.teacher)):
+        longest = finetune.longest_input(finetune.skeleton(path))
+        if given is not None and given > longest:
+            raise ValueError(
+                f"--max-length {given} is more than the {longest} tokens that {path} reads: give {longest} or less"
+            )
+        length = int(min(length, longest))
+    return length
 
 
 def table(record: dict[str, Any]) -> str:

@@ -152,8 +152,20 @@ class Study:
                     )
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ValueError(f"--out {self.out} is not empty and holds no study: give a new folder")
+        if not any((self.out / "logs").glob("evaluate-*.log")):
+            self._check_tasks()
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
+
+    def _check_tasks(self) -> None:
+        """Let evaluate read tasks, options and packages by its own code, and the teacher if there is one (ValueError)."""
+        words = self._evaluation("check", 1, self.config.teacher or "").words
+        line = [sys.executable, "-m", "fastdistil.evaluate", *(str(word) for word in words if word), "--dry-run"]
+        ended = subprocess.run(line, capture_output=True, text=True, errors="replace")
+        if ended.returncode:
+            reason = ended.stderr.rpartition("error: ")[2].strip()
+            raise ValueError(f"the tasks cannot be evaluated: {reason} (asked by `{shlex.join(line[1:])}`)")
+        log.info("tasks: %s", "; ".join(ended.stdout.splitlines()))
 
     def run(self) -> None:
         """Every step that is still to be done, `jobs` at a time. Raises Failed at the first that fails."""
@@ -223,9 +235,9 @@ class Study:
             Step(f"export-{name}", "export", (run, "--out", self._model(name), "--overwrite")),
         ]
 
-    def _evaluation(self, name: str, seed: int, model: Path | None = None) -> Step:
+    def _evaluation(self, name: str, seed: int, model: Path | str | None = None) -> Step:
         config, result = self.config, self.out / "scores" / f"{name}.json"
-        given = (model or self._model(name), "--task", *config.tasks, "--data", config.data)
+        given = (self._model(name) if model is None else model, "--task", *config.tasks, "--data", config.data)
         words = (*given, "--first-seed", seed, "--seeds", 1, "--out", result, *shlex.split(config.evaluate_options))
         return Step(f"evaluate-{name}", "evaluate", words)
 

@@ -128,13 +128,12 @@ def test_other_settings_are_refused(finished, capsys):
 
 def test_a_failing_step_is_named_with_its_last_words(folders, tmp_path, capsys):
     out = tmp_path / "study"
-    words = command(folders, out, tasks="rte")  # not in the data
-    assert study.main([*words, "--variants", "distilbert"]) == 1
+    assert study.main([*command(folders, out, launcher="ls /no-such"), "--variants", "distilbert"]) == 1
     error = capsys.readouterr().err
-    assert "evaluate-teacher-1 ended with status 2" in error
-    assert "does not hold rte" in error
+    assert "pretrain-distilbert-1 ended with status 2" in error
+    assert "/no-such" in error
     assert "the same command goes on" in error
-    assert not list((out / "logs").glob("pretrain-*"))  # nothing else was begun
+    assert not list((out / "logs").glob("export-*"))  # nothing else was begun
     assert "0 of 1 pre-trainings" in (out / "study.md").read_text()
 
 
@@ -143,6 +142,7 @@ def test_an_interrupted_study_says_so_and_has_its_tables(folders, tmp_path, caps
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study.Study, "run", interrupt)
+    monkeypatch.setattr(study.Study, "_check_tasks", lambda _: None)
     assert study.main(command(folders, tmp_path / "study")) == 130
     interrupted = "interrupted by SIGINT: what was finished is kept, and the same command goes on from there\n"
     assert capsys.readouterr().err == interrupted
@@ -176,8 +176,9 @@ def test_an_earlier_checkpoint_waits_for_its_run(folders, tmp_path):
     assert sum(map(len, lists)) == 2 + 6 * (2 * 3 + 2)
 
 
-def test_a_study_that_trains_its_own_teacher_goes_on(folders, tmp_path):
+def test_a_study_that_trains_its_own_teacher_goes_on(folders, tmp_path, monkeypatch):
     """At its second start the teacher's run folder is there."""
+    monkeypatch.setattr(study.Study, "_check_tasks", lambda _: None)  # tried above
     size = "--student.num-layers 2 --student.hidden-size 32 --student.num-heads 2"
     begun = parsed(command(folders, tmp_path / "study", teacher=None, **{"teacher-options": size}))
     begun.check()
@@ -185,6 +186,30 @@ def test_a_study_that_trains_its_own_teacher_goes_on(folders, tmp_path):
     run.mkdir(parents=True)
     (run / "config.json").write_text("{}")
     begun.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": "rte"}, "does not hold rte"),
+        ({"tasks": "cola", "teacher": None, "data": "DATA"}, "labels in validation that train has not: 2"),
+        ({"evaluate-options": "--max-length 99999"}, "--max-length 99999 is more than the"),
+        ({"evaluate-options": "--epoch 3"}, "--epoch"),
+    ],
+)
+def test_what_evaluate_would_refuse_is_refused_before_anything_is_trained(folders, tmp_path, capsys, changes, message):
+    if changes.get("data"):
+        (tmp_path / "cola").mkdir()
+        for split, label in (("train", 1), ("dev", 2)):
+            (tmp_path / "cola" / f"{split}.tsv").write_text(f"sentence\tlabel\na\t0\nb\t{label}\n")
+        changes = changes | {"data": tmp_path}
+    size = {"teacher-options": "--student.num-layers 2 --student.hidden-size 32 --student.num-heads 2"}
+    changes = changes | (size if "teacher" in changes else {})
+    assert study.main(command(folders, tmp_path / "study", **changes)) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "error: the tasks cannot be evaluated: " in error
+    assert message in error
+    assert not (tmp_path / "study").exists()
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def longest(self) -> dict[str, Tensor]:
+        """The inputs of the longest example, and of the one with the highest id."""
+        highest = np.argmax([max(ids, default=0) for ids in self.columns["input_ids"]])
+        return self.batch(np.array([self.lengths.argmax(), highest]), torch.device("cpu"))[0]
+
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """((B, L) inputs of a model, (B,) labels or (2B,) ends of spans, starts first) on the device."""
         parts = {name: [column[i] for i in rows] for name, column in self.columns.items()}
@@ -108,6 +113,49 @@ def configuration(path: str | Path) -> Any:
             "hub: remove attn_implementation from it"
         )
     return config
+
+
+def longest_input(model: Any) -> float:
+    """Tokens that a model of transformers reads at most; infinity where nothing limits it (XLNet, T5, DeBERTa's buckets).
+
+    config.json may count the rows of the position table: RoBERTa-like models, whose table has a row for padding, use
+    only those behind it, 512 of 514. A model without a table or rotary positions knows distances alone.
+    """
+    figure = getattr(model.config, "max_position_embeddings", None)
+    limits = []
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if "position" in name or "rotary" in name:
+            limits.append(figure)
+            if getattr(module, "padding_idx", None) is not None:
+                limits.append(len(module.weight) - module.padding_idx - 1)
+    return min((limit for limit in limits if limit is not None and limit > 0), default=math.inf)
+
+
+def skeleton(path: str | Path) -> Any:
+    """The encoder in a folder or of a hub name without its weights. Raises ValueError as `configuration` does."""
+    import transformers
+
+    config = configuration(path)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModel.from_config(config)
+    except Exception as error:  # whatever a class of transformers makes of a wrong configuration
+        raise ValueError(f"{path} cannot be loaded by transformers ({type(error).__name__}: {error})") from error
+
+
+def require_readable(model: Any, path: str | Path, inputs: dict[str, Tensor]) -> None:
+    """Raises ValueError where a model cannot compute these inputs, which on a GPU would take the device down."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            output_of(model, {name: x.to(model.device) for name, x in inputs.items()})
+    except Exception as error:  # of any kind, by any model's own code
+        shape = tuple(inputs["input_ids"].shape)
+        raise ValueError(
+            f"{path} cannot read {shape[-1]} tokens of ids up to {int(inputs['input_ids'].max())} "
+            f"({type(error).__name__}: {error}): give fewer tokens, or the tokenizer of this model"
+        ) from error
 
 
 def load_model(path: str, data: tasks.TaskData, settings: Settings, *, seed: int) -> Any:
@@ -235,11 +283,18 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def output_of(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """What a model of transformers returns for those of the inputs that it takes."""
+    # A DistilBERT takes no token types and a RoBERTa knows one, whatever its tokenizer makes.
+    accepted = set(inspect.signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", 2) < 2:
+        accepted.discard("token_type_ids")
+    return model(**{k: v for k, v in inputs.items() if k in accepted})
+
+
 def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """(B, C) logits; of a question answerer (2B, L), the starts first, so that a span is learnt as two classes."""
-    # A DistilBERT takes no token types, whatever its tokenizer makes.
-    accepted = inspect.signature(model.forward).parameters
-    output = model(**{k: v for k, v in inputs.items() if k in accepted})
+    output = output_of(model, inputs)
     if "start_logits" in output:
         return torch.cat((output.start_logits, output.end_logits))
     return output.logits

@@ -7,8 +7,9 @@ fine-tuning. EM and F1 are torchmetrics', with the official normalisation.
 Shapes: W windows, L tokens of the longest of a batch, B windows of a batch.
 """
 
+import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from fastdistil.evaluation import tasks
 from fastdistil.evaluation.finetune import Encoded, outputs
 from fastdistil.run.files import read_json
 
+log = logging.getLogger("fastdistil.evaluate")
+
 LONGEST_ANSWER = 30
 """Tokens; as in BERT's and the paper's evaluation."""
+NEAR = (0, -1, 1, -2, 2)
+"""Characters from the given offset to the place where an answer is looked for: some files are one or two beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +44,10 @@ class Question:
 def load(name: str, task: tasks.Task, source: str) -> tasks.TaskData:
     """The questions of a task: from the official JSON, or Parquet and JSON lines with question, context and answers.
 
-    In a folder that holds both versions, a task takes the files with its own in their names. Raises ValueError where
-    files, columns or answers are missing or an answer is not in its passage.
+    In a folder that holds both versions, a task takes the files with its own in their names. A training answer that is
+    not where its offset says is left out, with its question if that has no other, and counted in the log; scoring takes
+    answers as they are written. Raises ValueError where files, columns or answers are missing, or most answers are not
+    where they should be.
     """
     if source.startswith("hf:"):
         tables = tasks.hub_tables(source)
@@ -52,7 +59,9 @@ def load(name: str, task: tasks.Task, source: str) -> tasks.TaskData:
     for split in ("train", held_out):
         if not any(question.answers for question in found[split]):
             raise ValueError(f"{source}: no question of {split} has an answer")
-    return tasks.TaskData(task, found["train"], found[held_out])
+    train = _placed(found["train"], f"{source}: train of {name}", then="they are skipped")
+    _placed(found[held_out], f"{source}: {held_out} of {name}", then="scoring takes their words as they are")
+    return tasks.TaskData(task, train, found[held_out])
 
 
 def _read(path: Path) -> list[Question]:
@@ -60,9 +69,7 @@ def _read(path: Path) -> list[Question]:
         return [_of_row(row, path) for row in tasks.rows_of([path])]
     try:
         return [
-            _question(
-                qa["question"], paragraph["context"], [(a["text"], a["answer_start"]) for a in qa["answers"]], path
-            )
+            _question(qa["question"], paragraph["context"], [(a["text"], a["answer_start"]) for a in qa["answers"]])
             for article in read_json(path)["data"]
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
@@ -74,21 +81,56 @@ def _read(path: Path) -> list[Question]:
 def _of_row(row: dict[str, Any], where: Path | str) -> Question:
     try:
         given = row["answers"]
-        answers = list(zip(given["text"], given["answer_start"], strict=True))
-        return _question(row["question"], row["context"], answers, where)
-    except (KeyError, TypeError) as error:
+        return _question(row["question"], row["context"], list(zip(given["text"], given["answer_start"], strict=True)))
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: wanted question, context and answers (text, answer_start), got {', '.join(row)}"
+            f"{where}: wanted question, context and answers (text, answer_start), got {', '.join(row)} ({error!r})"
         ) from error
 
 
-def _question(text: str, passage: str, answers: list[tuple[str, int]], where: Path | str) -> Question:
+def _question(text: str, passage: str, answers: list[tuple[str, int]]) -> Question:
+    """An answer without a letter is none: so some files mark what the passage does not say."""
     if not isinstance(text, str) or not isinstance(passage, str):
         raise TypeError("question and context must be text")
-    for answer, start in answers:
-        if start < 0 or passage[start : start + len(answer)] != answer:
-            raise ValueError(f"{where}: the answer {answer[:40]!r} is not at character {start} of its passage")
-    return Question(text, passage, tuple(a for a, _ in answers), tuple(s for _, s in answers))
+    given = [(answer, int(start)) for answer, start in answers if answer.strip()]
+    return Question(text, passage, tuple(a for a, _ in given), tuple(s for _, s in given))
+
+
+def _placed(questions: list[Question], where: str, then: str) -> list[Question]:
+    """The questions with the answers that are in their passages, each at its place; those without an answer as well.
+
+    The log counts the others and says what becomes of them. Raises ValueError, with the likely cause, where they are
+    most of the answers.
+    """
+    kept, wrong, num_answers, num_moved = [], [], 0, 0
+    for question in questions:
+        num_answers += len(question.answers)
+        places = []
+        for answer, start in zip(question.answers, question.starts, strict=True):
+            near = (start + by for by in NEAR if start + by >= 0 and question.passage.startswith(answer, start + by))
+            if (place := next(near, None)) is None:
+                wrong.append((answer, start, question.passage))
+            else:
+                places.append((answer, place))
+                num_moved += place != start
+        if places or not question.answers:
+            kept.append(replace(question, answers=tuple(a for a, _ in places), starts=tuple(s for _, s in places)))
+    if num_moved:
+        log.info("%s: %d answers are taken from one or two characters beside their offset", where, num_moved)
+    if not wrong:
+        return kept
+    answer, start, passage = wrong[0]
+    first = f"the first: {answer[:40]!r} is not at character {start} of its passage, {passage[:40]!r}..."
+    if 2 * len(wrong) > num_answers:
+        inside = sum(answer in passage for answer, _, passage in wrong)
+        cause = (
+            "most stand elsewhere in it: the offsets are of another version of the passages, or count bytes or words"
+            if 2 * inside > len(wrong)
+            else "most do not stand in it at all: the answers are of other passages, or in another language"
+        )
+        raise ValueError(f"{where}: {len(wrong)} of {num_answers} answers are beside their offset; {first}; {cause}")
+    log.warning("%s: %d of %d answers are beside their offset, %s; %s", where, len(wrong), num_answers, then, first)
+    return kept
 
 
 class Windows(Encoded):

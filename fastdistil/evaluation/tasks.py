@@ -5,10 +5,18 @@ their columns other names, so that a task may know several. Metrics are scikit-l
 """
 
 import csv
-from collections.abc import Sequence
+import importlib.util
+import logging
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("fastdistil.evaluate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +78,12 @@ def table(texts: tuple[str, ...], label: str) -> Task:
     return Task(columns=((*texts, label),))
 
 
+MISSING = ("", "-", "-1", "nan")
+"""What stands in place of a label, in small letters, where a file of text has none."""
+MOST_FRACTIONS = 20
+"""Classes called 0.5, 1.5, ... may be as many as this; more are the numbers of a regression."""
+PACKAGES = {"datasets": "datasets", "transformers": "transformers", "sklearn": "scikit-learn", "scipy": "scipy"}
+"""What fine-tuning and scoring import -> what pip calls it."""
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 READERS = {".parquet": "parquet", ".tsv": "csv", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLITS = {
@@ -127,6 +141,9 @@ class Examples:
     texts: tuple[Sequence[str], ...]
     labels: list[float]
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def __getitem__(self, rows: slice) -> "Examples":
         return Examples(tuple(texts[rows] for texts in self.texts), self.labels[rows])
 
@@ -141,33 +158,60 @@ class TaskData:
     label_names: tuple[str, ...] = ()
     """Of the classes, by their number; empty for a regression and for SQuAD."""
 
+    def describe(self) -> str:
+        """How many examples and classes there are, for a person."""
+        names = f", {len(self.label_names)} classes ({', '.join(self.label_names[:5])})" if self.label_names else ""
+        return f"{len(self.train):,} / {len(self.validation):,} examples{names}"
+
+
+def require_packages(tasks: Iterable[Task]) -> None:
+    """Raises ValueError where a package that fine-tunes or scores these tasks is not installed."""
+    wanted = PACKAGES | ({"torchmetrics": "torchmetrics"} if any(task.spans for task in tasks) else {})
+    missing = [pip for module, pip in wanted.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"evaluation wants packages that are not installed: pip install {' '.join(missing)}")
+
 
 def load(name: str, task: Task, source: str) -> TaskData:
     """The data of a task in a folder (D, or D/NAME) or, as hf:NAME[:CONFIG], of a dataset on the hub.
 
-    Rows without a label (-1, "-", none) are left out. The score is taken on the validation split, or on the test split
-    where there is no other. Raises ValueError where files, columns or labels are missing.
+    Rows without a label (-1, "-", NaN, none) are left out, and counted in the log. The score is taken on the validation
+    split, or on the test split where there is no other. Raises ValueError where files, columns or labels are missing.
     """
+    if task.spans:
+        from fastdistil.evaluation import squad  # and torch
+
+        return squad.load(name, task, source)
     if source.startswith("hf:"):
         tables = hub_tables(source)
     else:
         tables = {split: rows_of(paths) for split, paths in split_files(name, source).items()}
     held_out = "validation" if "validation" in tables else "test"
-    train_texts, train_labels = _labelled(tables["train"], task, source)
-    texts, labels = _labelled(tables[held_out], task, source)
-    if not train_labels or not labels:
-        raise ValueError(f"{source}: {name} has no labelled row in train or in {held_out}")
+    (train_texts, train_labels, names), (texts, labels, _) = (
+        _labelled(tables[split], task, f"{source}: {split} of {name}") for split in ("train", held_out)
+    )
     if task.regression:
-        numbers = {label: float(label) for label in (*train_labels, *labels)}
+        numbers = {label: _number(label, f"{source}: {name}") for label in (*train_labels, *labels)}
         classes = ()
     else:
-        numbers = {label: float(i) for i, label in enumerate(sorted(set(train_labels)))}
-        classes = tuple(map(str, numbers))
+        numbers = {label: float(i) for i, label in enumerate(_ordered(set(train_labels), names))}
+        classes = tuple(numbers)
         if unknown := set(labels) - numbers.keys():
-            wrong = ", ".join(map(str, sorted(unknown)[:5]))
-            raise ValueError(f"{source}: {name} has labels in {held_out} that train has not: {wrong}")
+            wrong = ", ".join(sorted(unknown)[:5])
+            raise ValueError(
+                f"{source}: {name} has labels in {held_out} that train has not: {wrong}; it has "
+                f"{', '.join(classes[:10])}: leave those rows out, or add some like them to train"
+            )
         if len(numbers) < 2:
-            raise ValueError(f"{source}: every row of {name} is labelled {train_labels[0]!r}: wanted two classes")
+            raise ValueError(f"{source}: every row of {name} is labelled {train_labels[0]}: wanted two classes")
+        fractions = [
+            label for label in classes if not math.isnan(_as_number(label)) and not label.lstrip("-").isdigit()
+        ]
+        if len(fractions) > MOST_FRACTIONS:
+            raise ValueError(
+                f"{source}: {name} has {len(classes)} labels like {', '.join(fractions[:3])}, which are numbers, not "
+                "classes: give the column of the classes (for a regression: --task stsb, columns sentence1 sentence2 score)"
+            )
     return TaskData(
         task,
         Examples(train_texts, [numbers[label] for label in train_labels]),
@@ -228,21 +272,34 @@ def rows_of(files: list[Path]) -> Any:
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # type: ignore  # it tells the hub, of local files too
     suffix, paths = files[0].suffix, [str(file) for file in files]
-    options: dict[str, Any] = {}
-    if READERS[suffix] == "csv":  # no text is a missing value, e.g. "null"
-        options |= {"keep_default_na": False}
     try:
-        if suffix == ".tsv":
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE, "column_names": _names_without_header(files[0])}
-        return datasets.load_dataset(READERS[suffix], data_files=paths, split="train", **options)
+        if READERS[suffix] == "csv":
+            return datasets.Dataset.from_pandas(_cells(files), preserve_index=False)
+        return datasets.load_dataset(READERS[suffix], data_files=paths, split="train")
     except Exception as error:  # its own, pandas' and pyarrow's
         reason = error.__cause__ or error
         raise ValueError(f"{', '.join(paths)}: not readable as {READERS[suffix]} ({reason!r})") from error
 
 
+def _cells(files: list[Path]) -> Any:
+    """The rows of CSV or TSV files as a frame of text, each cell as it stands there.
+
+    A column of numbers with one empty cell would be another kind of column than the same one without. A row of more
+    cells than the header is an error: pandas would take the first column for row names, or drop the last cell.
+    """
+    import pandas as pd
+
+    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "index_col": False}
+    if files[0].suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE, "names": _names_without_header(files[0])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        return pd.concat([pd.read_csv(file, **options) for file in files], ignore_index=True)
+
+
 def _names_without_header(path: Path) -> list[str] | None:
     """CoLA's columns where the first line is already a row of its own files; None where it names the columns."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         cells = file.readline().rstrip("\n").split("\t")
     return list(COLA_COLUMNS) if len(cells) == len(COLA_COLUMNS) and cells[1] in ("0", "1") else None
 
@@ -258,14 +315,79 @@ def hub_tables(source: str) -> dict[str, Any]:
     return {name.removesuffix("_matched"): datasets.load_dataset(path, config, split=name) for name in wanted}
 
 
-def _labelled(table: Any, task: Task, source: str) -> tuple[tuple[list[str], ...], list[Any]]:
-    """(texts, labels) of the rows that have a label."""
-    for columns in task.columns:
-        if set(columns) <= set(table.column_names):
-            *of_texts, of_label = columns
-            labels = list(table[of_label])
-            rows = [i for i, label in enumerate(labels) if label not in (None, -1, "-1", "-", "")]
-            texts = tuple([str(text) for text in table.select(rows)[name]] for name in of_texts)
-            return texts, [labels[i] for i in rows]
-    wanted = " or ".join(", ".join(columns) for columns in task.columns)
-    raise ValueError(f"{source}: wanted the columns {wanted}, got {', '.join(table.column_names)}")
+def _labelled(table: Any, task: Task, where: str) -> tuple[tuple[list[str], ...], list[str], list[str]]:
+    """(texts, labels) of the rows that have a label, and what the file calls its classes 0, 1, ... if it says so.
+
+    Raises ValueError where there are none.
+    """
+    columns = next((columns for columns in task.columns if set(columns) <= set(table.column_names)), None)
+    if columns is None:
+        wanted = " or ".join(", ".join(columns) for columns in task.columns)
+        raise ValueError(f"{where}: wanted the columns {wanted}, got {', '.join(table.column_names)}")
+    *of_texts, of_label = columns
+    names = getattr(table.features[of_label], "names", None) or []
+    labels = [_label(value, names, f"{where}: the column {of_label}") for value in table[of_label]]
+    rows = [i for i, label in enumerate(labels) if label is not None]
+    if not rows:
+        raise ValueError(
+            f"{where} has no labelled row: all {len(labels):,} are empty, -1 or - (as in GLUE's test files): "
+            "give files with labels"
+        )
+    if len(rows) < len(labels):
+        log.info("%s: %d of %d rows have no label and are left out", where, len(labels) - len(rows), len(labels))
+    kept = table.select(rows)
+    texts = tuple([_text(value, f"{where}: the column {name}") for value in kept[name]] for name in of_texts)
+    for name, column in zip(of_texts, texts, strict=True):
+        if not any(map(str.strip, column)):
+            raise ValueError(f"{where}: the column {name} has no text in any row: give the column that has")
+        if num_empty := column.count(""):
+            log.info("%s: %d of %d rows have nothing in the column %s", where, num_empty, len(column), name)
+    return texts, [label for label in labels if label is not None], names
+
+
+def _label(value: Any, names: list[str], where: str) -> str | None:
+    """A label as text, the same from whatever column (1, 1.0, "1" and " 1 " are one class); None where it is missing."""
+    cell = _text(value, where, wanted="one label a row (where rows have several: a column of 0 and 1 for each class)")
+    label = unicodedata.normalize("NFC", cell.strip())
+    if whole := re.fullmatch(r"(-?\d+)\.0*", label):
+        label = whole[1]
+    if label.lower() in MISSING:
+        return None
+    if not (names and label.isdigit()):
+        return label
+    if int(label) >= len(names):
+        raise ValueError(f"{where} has the class {label}, of {len(names)} classes that the file names")
+    return names[int(label)]
+
+
+def _text(value: Any, where: str, wanted: str = "text") -> str:
+    """A cell as text, "" where it is missing. ValueError for lists and the like."""
+    if isinstance(value, list | tuple | dict):
+        raise ValueError(f"{where} holds {str(value)[:40]}, a {type(value).__name__}: wanted {wanted}")
+    if value is None or value != value:  # NaN
+        return ""
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _ordered(found: set[str], names: list[str]) -> list[str]:
+    """The classes: in the file's own order, else by number where all are numbers, else by name."""
+    if names:
+        return [name for name in names if name in found]
+    by_name = sorted(found)
+    return by_name if any(math.isnan(_as_number(label)) for label in found) else sorted(by_name, key=float)
+
+
+def _as_number(label: str) -> float:
+    """NaN where it is none."""
+    return float(label) if re.fullmatch(r"-?\d+(\.\d+)?", label) else math.nan
+
+
+def _number(label: str, where: str) -> float:
+    """The target of a regression. ValueError where it is none, or infinite."""
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{where} is a regression, got the label {label!r}: wanted a number")
+    return number

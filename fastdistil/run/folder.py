@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdistil.run.config import PATHS, Config, flatten, resume_differences, to_json
 from fastdistil.run.files import Lock, read_json, write_json
@@ -159,7 +159,9 @@ def start(run: Path, record: dict[str, Any], tokenizer: Path) -> float:
 
 def read(run: Path) -> dict[str, Any]:
     """The contents of RUN/config.json. Raises ValueError where it is none of ours."""
-    path = run / "config.json"
+    path, found = run / "config.json", kind(run)
+    if found is not None and found.for_run:
+        raise ValueError(f"{run} is {found.title}, wanted a run: {found.for_run.format(run, run.parent)}")
     try:
         record = read_json(path)
     except FileNotFoundError:
@@ -174,13 +176,47 @@ def read(run: Path) -> dict[str, Any]:
     return record
 
 
+class Kind(NamedTuple):
+    """What a folder may be."""
+
+    title: str
+    marks: tuple[str, ...]
+    """Names, as patterns, of which such a folder holds each."""
+    for_model: str = ""
+    """What to do with it where a model is wanted, for the folder {0} in {1}; nothing if it is one."""
+    for_run: str = ""
+    """Likewise where a run is wanted."""
+
+
+EXPORT = "export it first, by `python -m fastdistil.export {0} --out FOLDER`, and give FOLDER"
+KINDS = (
+    Kind(
+        "a checkpoint of a run",
+        ("manifest.json", "weights.safetensors"),
+        "export the run, by `python -m fastdistil.export {1}/.. --out FOLDER`, and give FOLDER",
+        "give the run, {1}/..",
+    ),
+    Kind("a run", (STATUS,), EXPORT),
+    Kind("a run", ("config.json", "checkpoints"), EXPORT),
+    Kind(
+        "a folder of shards", ("meta.json", "counts.npy"), "give a model's folder", "give the folder of a run on them"
+    ),
+    Kind("a study", ("settings.json", "logs"), "give one of {0}/models", "give one of {0}/runs"),
+    Kind("a model", ("config.json", "*.safetensors"), "", "give the folder of the run that it was exported from"),
+    Kind("a model", ("config.json", "*.bin"), "", "give the folder of the run that it was exported from"),
+)
+
+
+def kind(path: Path) -> Kind | None:
+    """The first of KINDS that a folder is, by the names in it; None for any other, and where there is no folder."""
+    return next((k for k in KINDS if all(any(path.glob(mark)) for mark in k.marks)), None) if path.is_dir() else None
+
+
 def require_model(path: Path) -> None:
-    """Refuse a run folder where a model is wanted (ValueError)."""
-    if (path / "status.json").is_file() and (path / "checkpoints").is_dir():
-        raise ValueError(
-            f"{path} is a run, wanted a model: export it first, by `python -m fastdistil.export {path} --out FOLDER`, "
-            "and give FOLDER"
-        )
+    """Refuse a folder of ours that is something else where a model is wanted (ValueError)."""
+    found = kind(path)
+    if found is not None and found.for_model:
+        raise ValueError(f"{path} is {found.title}, wanted a model: {found.for_model.format(path, path.parent)}")
 
 
 GRACE = 2

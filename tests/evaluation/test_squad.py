@@ -84,6 +84,64 @@ def test_files_that_are_none(tmp_path, write, message):
         squad.load("squad", SQUAD, str(tmp_path))
 
 
+def span(text: str, start: int) -> dict:
+    return {"question": "When?", "answers": [{"text": text, "answer_start": start}]}
+
+
+def test_answers_beside_their_offsets_are_skipped_and_counted(tmp_path, caplog):
+    """One or two characters beside is where it is; scoring goes by words, and keeps what cannot be learnt."""
+    caplog.set_level("INFO", logger="fastdistil.evaluate")
+    at = PASSAGE.index("1921")
+    both = {"question": "When?", "answers": [{"text": "in 1922", "answer_start": 3}, WHEN["answers"][0]]}
+    questions = [
+        span("1921", at),
+        span("1921", at + 1),
+        span("1921", at - 2),
+        span("BERGEN", 19),
+        span("1921", 3),
+        both,
+    ]
+    for split in ("train", "dev"):
+        official(tmp_path / f"{split}.json", questions)
+    data = squad.load("squad", SQUAD, str(tmp_path))
+    assert [(q.answers, q.starts) for q in data.train] == [(("1921",), (at,))] * 4  # no question became one without
+    assert [q.answers for q in data.validation] == [
+        ("1921",), ("1921",), ("1921",), ("BERGEN",), ("1921",), ("in 1922", "1921"),
+    ]  # fmt: skip
+    assert (
+        "train of squad: 3 of 7 answers are beside their offset, they are skipped; the first: 'BERGEN'" in caplog.text
+    )
+    assert "2 answers are taken from one or two characters beside" in caplog.text
+
+
+def test_a_byte_order_mark_and_answers_of_nothing(tmp_path):
+    """Some files say of what the passage does not say that its answer is "", at -1."""
+    for split in ("train", "dev"):
+        official(tmp_path / f"{split}.json", [WHEN, span("", -1)])
+        file = tmp_path / f"{split}.json"
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    data = squad.load("squad2", tasks.TASKS["squad2"], str(tmp_path))
+    assert [q.answers for q in data.train] == [("1921", "in 1921"), ()]
+
+
+@pytest.mark.parametrize(
+    ("questions", "cause"),
+    [
+        ([span("1921", 3), span("Vega", 3), WHEN], "2 of 4 answers"),
+        ([span("1921", 3)], "offsets are of another version of the passages, or count bytes or words"),
+        ([span("MCMXXI", 29), span("Oslo", 22)], "the answers are of other passages, or in another language"),
+    ],
+)
+def test_a_file_of_wrong_offsets_is_refused_with_the_cause(tmp_path, questions, cause):
+    official(tmp_path / "dev.json", [WHEN])
+    official(tmp_path / "train.json", questions)
+    if cause.startswith("2 of 4"):
+        assert len(squad.load("squad", SQUAD, str(tmp_path)).train) == 1
+    else:
+        with pytest.raises(ValueError, match=cause):
+            squad.load("squad", SQUAD, str(tmp_path))
+
+
 def test_every_answer_stands_whole_in_a_window_and_in_no_other_place():
     """A passage of many windows; real word pieces, where offsets differ from characters (an accent, a capital)."""
     rng = random.Random(0)

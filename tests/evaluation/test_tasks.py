@@ -115,6 +115,132 @@ def test_what_is_missing_is_named(tmp_path, files, message):
         tasks.load("sst2", tasks.TASKS["sst2"], folder)
 
 
+TABLE = tasks.table(("text",), "label")
+
+
+def make_table(folder: Path, train: list, validation: list, suffix: str = "csv") -> str:
+    """Files of a table with these labels, beside texts t0, t1, ...; a CSV holds "" where a label is None."""
+    import pandas as pd
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, labels in (("train", train), ("validation", validation)):
+        frame = pd.DataFrame({"text": [f"t{i}" for i in range(len(labels))], "label": labels})
+        path = folder / f"{split}.{suffix}"
+        {"csv": frame.to_csv, "parquet": frame.to_parquet}[suffix](path, index=False)
+    return str(folder)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "names", "numbers"),
+    [
+        ([0.0, 1.0, NAN, 1.0], [1.0, NAN, 0.0], ("0", "1"), [0, 1, 1]),  # missing, not a class
+        ([0, 1, 1], [1.0, NAN, 0.0], ("0", "1"), [0, 1, 1]),  # one kind of column here, another there
+        ([True, False, True], [False, True], ("False", "True"), [1, 0, 1]),
+        (["yes", " no", None, "yes "], ["no ", "yes"], ("no", "yes"), [1, 0, 1]),
+        (["é", "ü", "ü"], ["e\u0301", "ü"], ("é", "ü"), [0, 1, 1]),  # composed here, combining there
+        (["10", "9", "-1", "9"], ["9", "10"], ("9", "10"), [1, 0, 0]),  # by number
+        (["2.5", "0.5", "0.5"], ["0.5", "2.5"], ("0.5", "2.5"), [1, 0, 0]),
+        (["none", "-", "NaN", "for"], ["for", "none"], ("for", "none"), [1, 0]),  # "none" is somebody's class
+        (["01", "1", "1.0"], ["1", "01"], ("01", "1"), [0, 1, 1]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_labels_are_the_same_from_whatever_column(tmp_path, train, validation, names, numbers, suffix):
+    data = tasks.load("table", TABLE, make_table(tmp_path, train, validation, suffix))
+    assert data.label_names == names
+    assert data.train.labels == numbers
+    kept = [i for i, label in enumerate(validation) if label == label and label is not None]
+    assert data.validation.texts == ([f"t{i}" for i in kept],)
+
+
+def test_a_missing_label_in_row_20000_is_one_row_less(tmp_path, caplog):
+    caplog.set_level("INFO", logger="fastdistil.evaluate")
+    labels = [str(i % 2) for i in range(25_000)]
+    labels[20_000] = ""
+    data = tasks.load("table", TABLE, make_table(tmp_path, labels, ["0", "1"]))
+    assert len(data.train) == 24_999
+    assert "train of table: 1 of 25000 rows have no label and are left out" in caplog.text
+
+
+def test_classes_have_the_names_and_the_order_of_the_file(tmp_path):
+    """MRPC's: not_equivalent is 0, though it comes second in the alphabet; a test split of -1."""
+    import datasets
+
+    features = datasets.Features({
+        "text": datasets.Value("string"), "label": datasets.ClassLabel(names=["not_equivalent", "equivalent", "unused"]),
+    })  # fmt: skip
+    for split, labels in (("train", [0, 1, 1, -1]), ("validation", [1, 0])):
+        table = datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features=features)
+        table.to_parquet(str(tmp_path / f"{split}.parquet"))
+    data = tasks.load("table", TABLE, str(tmp_path))
+    assert data.label_names == ("not_equivalent", "equivalent")
+    assert (data.train.labels, data.validation.labels) == ([0, 1, 1], [1, 0])
+
+
+def test_missing_texts_are_empty_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO", logger="fastdistil.evaluate")
+    for split in ("train", "validation"):
+        parquet(tmp_path / f"{split}.parquet", {"text": ["a", None, "c"], "label": [0, 1, 1]})
+    data = tasks.load("table", TABLE, str(tmp_path))
+    assert data.train.texts == (["a", "", "c"],)
+    assert "1 of 3 rows have nothing in the column text" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text(header + "1\t7\t8\ta\tb\r\n0\t7\t8\tc\td\r\n", encoding="utf-8")
+    assert tasks.load("mrpc", tasks.TASKS["mrpc"], str(tmp_path)).train.texts == (["a", "c"], ["b", "d"])
+
+
+def test_a_regression_leaves_out_what_is_missing(tmp_path):
+    for split in ("train", "validation"):
+        rows = {"sentence1": list("abc"), "sentence2": list("abc"), "label": [0.5, NAN, 5.0]}
+        parquet(tmp_path / f"{split}.parquet", rows)
+    data = tasks.load("stsb", tasks.TASKS["stsb"], str(tmp_path))
+    assert (data.train.labels, data.train.texts) == ([0.5, 5.0], (["a", "c"], ["a", "c"]))
+    for bad in ("x", "inf"):
+        header = "sentence1\tsentence2\tlabel\n"
+        folder = write(tmp_path / bad, train_tsv=f"{header}a\tb\t{bad}\n", dev_tsv=f"{header}a\tb\t1\n")
+        with pytest.raises(ValueError, match=f"is a regression, got the label '{bad}': wanted a number"):
+            tasks.load("stsb", tasks.TASKS["stsb"], folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, r"the column label holds \[0\], a list: wanted one label a row"),
+        ({"text": ["a", "b"], "label": [{"x": 1}, {"x": 2}]}, "a dict: wanted one label a row"),
+        ({"text": [["a"], ["b"]], "label": [0, 1]}, r"the column text holds \['a'\], a list: wanted text"),
+        ({"text": [None, " "], "label": [0, 1]}, "the column text has no text in any row"),
+        ({"text": ["a", "b"], "label": [None, None]}, "no labelled row: all 2 are empty, -1 or -"),
+        ({"text": ["a", "b"], "label": [NAN, -1.0]}, "no labelled row: all 2 are empty, -1 or -"),
+        ({"text": ["a"] * 30, "label": [i + 0.25 for i in range(30)]}, "30 labels like 0.25, 1.25, 2.25, which are num"),
+    ],
+)  # fmt: skip
+def test_columns_that_are_none_of_texts_and_classes(tmp_path, rows, message):
+    for split in ("train", "validation"):
+        parquet(tmp_path / f"{split}.parquet", rows)
+    with pytest.raises(ValueError, match=message):
+        tasks.load("table", TABLE, str(tmp_path))
+
+
+def test_rows_of_more_cells_than_the_header_are_refused(tmp_path):
+    """pandas would take the text for the name of the row, and a part of it for the label."""
+    folder = write(tmp_path, train_csv="text,label\nhello, world,1\nwell, well,0\n", dev_csv="text,label\na,1\n")
+    with pytest.raises(ValueError, match=r"train.csv: not readable as csv \(ParserWarning"):
+        tasks.load("table", TABLE, folder)
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch):
+    monkeypatch.setitem(tasks.PACKAGES, "no_such_module", "no-such-package")
+    with pytest.raises(ValueError, match="pip install no-such-package"):
+        tasks.require_packages([TABLE])
+
+
 def test_metrics():
     predicted, labels = np.array([1, 1, 0, 0, 1.0]), np.array([1, 0, 0, 1, 1.0])
     # TP 2, FP 1, TN 1, FN 1
