@@ -43,7 +43,7 @@ struct Scratch {
 template <bool whole, typename T>
 inline Pair load_columns(const T* row, int64_t column, int64_t num_columns) {
   if constexpr (whole) return load_pair(row + column);
-  return load_pair(row + column, num_columns - column, -kInfinity);
+  return load_pair(row + column, num_columns - column, -INFINITY);
 }
 
 // step(v, whole) for v = begin, begin + kStep, ...; `whole` is false_type for a last step that is cut short.
@@ -56,7 +56,7 @@ inline void for_each_step(int64_t begin, int64_t end, const Step& step) {
 
 // An online softmax: max_v z and sum_v 2^((z - max) * c) of the columns seen so far.
 struct Normaliser {
-  float max = -kInfinity;
+  float max = -INFINITY;
   double total = 0.0;  // over hundreds of blocks; within one, lanes of fp32 are as good
 
   // Takes in the block row[begin:end] and leaves its exponentials, relative to the maximum so far, in powers[begin:end]
@@ -105,7 +105,7 @@ RowLoss row_loss(
 
   // NaN, which the maximum below drops, where a row holds one, or nothing but -inf.
   double kd = 0.0 * (s_log2 - t_log2);
-  Lanes nearest(-kInfinity);
+  Lanes nearest(-INFINITY);
   for (int64_t begin = 0, block = 0; begin < num_columns; begin += kBlock, ++block) {
     const int64_t end = std::min(begin + kBlock, num_columns);
     const Lanes to_q(static_cast<float>(std::exp2((scratch.s_max[block] - s.max) * c) / s.total));

@@ -25,14 +25,13 @@ namespace fastdistil {
 using Lanes = at::vec::Vectorized<float>;
 // A step is two vectors: what one vector of bf16 or fp16 widens to, and enough to hide the latency of a chain of FMAs.
 constexpr int64_t kStep = 2 * Lanes::size();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Pair {
   Lanes lo, hi;
 };
 
-// at::vec::maximum costs three instructions to keep NaNs. Here b is returned where a or b is NaN: a NaN in b stays, one in
-// a is lost, and a NaN logit surfaces through exp2 anyway.
+// at::vec::maximum costs three instructions to keep NaNs. This one is b where a or b is NaN: a NaN in b stays, one in a
+// is lost; a NaN logit surfaces through exp2 anyway.
 inline Lanes lanes_max(Lanes a, Lanes b) {
 #ifdef CPU_CAPABILITY_AVX512
   return _mm512_max_ps(a, b);
@@ -41,7 +40,7 @@ inline Lanes lanes_max(Lanes a, Lanes b) {
 #endif
 }
 
-// 2^y within 2 ulp for y in [-126, 1], and 0 from -200 (AVX2: -127) down to -inf. Between these it may be anything below
+// 2^y within 2 ulp for y in [-126, 1], and 0 from -200 (AVX2: -127) down to -inf. Between these it is something below
 // 2^-125, which no sum of a softmax feels. NaN stays NaN.
 // y = n + f with |f| <= 1/2; the polynomial is the minimax fit of 2^f with p(0) = 1, of relative error 2e-9.
 inline Lanes exp2(Lanes y) {

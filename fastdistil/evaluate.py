@@ -85,13 +85,13 @@ def main(args: list[str] | None = None) -> int:
     asked = chosen_tasks(config)
     tasks.require_packages(asked.values())
     results = None if config.dry_run else Results(result_file(config), config)
-    from fastdistil.evaluation import finetune  # torch and transformers: some seconds
+    from fastdistil.evaluation import finetune, squad  # torch and transformers: some seconds
 
     # All that is still to be learnt is read and checked before the first task is.
     finetune.quiet()
     asked = {name: task for name, task in asked.items() if results is None or missing_seeds(config, name, results)}
     lengths = {name: sequence_length(config, task) for name, task in asked.items()}
-    data = {name: tasks.load(name, task, config.data) for name, task in asked.items()}
+    data = {name: (squad.load if task.spans else tasks.load)(name, task, config.data) for name, task in asked.items()}
     if results is None:
         for name, found in data.items():
             print(f"{name}: {found.describe()}, {lengths[name]} tokens")

@@ -158,7 +158,7 @@ class Study:
         write_json(path, settings)
 
     def _check_tasks(self) -> None:
-        """Let evaluate read tasks, options and packages by its own code, and the teacher if there is one (ValueError)."""
+        """Let evaluate check tasks, options and packages, and the teacher where there is one. Raises ValueError."""
         words = self._evaluation("check", 1, self.config.teacher or "").words
         line = [sys.executable, "-m", "fastdistil.evaluate", *(str(word) for word in words if word), "--dry-run"]
         ended = subprocess.run(line, capture_output=True, text=True, errors="replace")

@@ -16,8 +16,8 @@ Each row is read twice, a pair of BERT rows being 122 KB in bf16: from memory fo
 from L2 for loss and gradient. The gradient is written over the student's logits if the caller gives that buffer. That
 makes 6 bytes an element in bf16. Nothing is saved for a backward but the gradient.
 
-A logit of -inf is a token that a model never says: its probability is 0, and 0 * log 0 = 0. Where the student says so of
-a token that the teacher may say, the KL is inf. A row of nothing but -inf has no distribution: loss and gradient are NaN.
+A logit of -inf is a token that a model never says: its probability is 0, and 0 * log 0 = 0. Where the student never
+says what the teacher may say, the KL is inf. A row of nothing but -inf has no distribution: loss and gradient are NaN.
 
 Agreement: a row agrees where some column is the largest of both models (in bf16 ties are common).
 
@@ -74,8 +74,7 @@ def distill_loss_reference(
     student = student_NV[:, :vocab_size].to(dtype)
     teacher = teacher_NV[:, :vocab_size].detach().to(dtype)
     real = _real_rows(student, num_rows, first_row=0)
-    log_q = torch.log_softmax(student / temperature, dim=-1)
-    log_p = torch.log_softmax(teacher / temperature, dim=-1)
+    log_q, log_p = (torch.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
     p = log_p.exp()
     kd = temperature**2 * torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     labels = torch.where(real, labels_N, -100).clamp(min=-100)
@@ -165,8 +164,7 @@ def _distill_kernel(
     c = LOG2E / temperature
     s_top, s_log2, t_top, t_log2 = _normalisers(s_row, t_row, lanes, step, width, vocab_size, c)
 
-    mlm = 0.0
-    s1_log2 = 0.0
+    mlm, s1_log2 = 0.0, 0.0
     if labelled:  # the student's softmax at temperature 1; 15 % of the rows, read from L2
         s1_total = tl.zeros((LANES,), tl.float32)
         for start in range(0, width, step):
@@ -186,8 +184,7 @@ def _distill_kernel(
         log2_q, log2_p = z * c - s_log2, y * c - t_log2
         q, p = tl.exp2(log2_q), tl.exp2(log2_p)
         # Where p is 0, log p may be -inf, and 0 * inf is NaN. An ordinary maximum would make a loss of 0 of a NaN.
-        toward = tl.where(p == 0.0, 0.0, p * ((log2_p - log2_q) * LN2))
-        term = tl.maximum(toward + (q - p), 0.0, tl.PropagateNan.ALL)
+        term = tl.maximum(tl.where(p == 0.0, 0.0, p * ((log2_p - log2_q) * LN2)) + (q - p), 0.0, tl.PropagateNan.ALL)
         kd += tl.sum(term, axis=1)
         if ds_ptr is not None:
             dz = slope * (q - p)
@@ -236,8 +233,7 @@ def distill_rows_torch(
     real = _real_rows(student, num_rows, first_row)
     log_q, log_p = (torch.log_softmax(x / temperature, dim=-1) for x in (z, y))
     q, p = log_q.exp(), log_p.exp()
-    toward = (p * (log_p - log_q)).masked_fill_(p == 0, 0.0)
-    kd = temperature**2 * (toward + (q - p)).clamp_(min=0).sum(-1)
+    kd = temperature**2 * ((p * (log_p - log_q)).masked_fill_(p == 0, 0.0) + (q - p)).clamp_(min=0).sum(-1)
     labels = torch.where(real & (labels >= 0), labels, -100)
     log_q1 = torch.log_softmax(z, dim=-1)
     mlm = F.nll_loss(log_q1, labels, reduction="none")

@@ -1,4 +1,4 @@
-"""efficiency.py and what evaluate finds out beforehand: how long a text encoders of others read; wrong kinds of folders."""
+"""efficiency.py, and what evaluate finds out beforehand: how long a text any encoder reads; folders of other kinds."""
 
 import json
 import math

@@ -116,7 +116,7 @@ def configuration(path: str | Path) -> Any:
 
 
 def longest_input(model: Any) -> float:
-    """Tokens that a model of transformers reads at most; infinity where nothing limits it (XLNet, T5, DeBERTa's buckets).
+    """Tokens that a model of transformers reads at most; infinity where nothing limits it (XLNet, T5, some DeBERTas).
 
     config.json may count the rows of the position table: RoBERTa-like models, whose table has a row for padding, use
     only those behind it, 512 of 514. A model without a table or rotary positions knows distances alone.

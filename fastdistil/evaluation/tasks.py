@@ -178,10 +178,6 @@ def load(name: str, task: Task, source: str) -> TaskData:
     Rows without a label (-1, "-", NaN, none) are left out, and counted in the log. The score is taken on the validation
     split, or on the test split where there is no other. Raises ValueError where files, columns or labels are missing.
     """
-    if task.spans:
-        from fastdistil.evaluation import squad  # and torch
-
-        return squad.load(name, task, source)
     if source.startswith("hf:"):
         tables = hub_tables(source)
     else:
@@ -210,7 +206,7 @@ def load(name: str, task: Task, source: str) -> TaskData:
         if len(fractions) > MOST_FRACTIONS:
             raise ValueError(
                 f"{source}: {name} has {len(classes)} labels like {', '.join(fractions[:3])}, which are numbers, not "
-                "classes: give the column of the classes (for a regression: --task stsb, columns sentence1 sentence2 score)"
+                "classes: give the column of the classes (a regression is --task stsb: sentence1, sentence2, score)"
             )
     return TaskData(
         task,
@@ -346,7 +342,7 @@ def _labelled(table: Any, task: Task, where: str) -> tuple[tuple[list[str], ...]
 
 
 def _label(value: Any, names: list[str], where: str) -> str | None:
-    """A label as text, the same from whatever column (1, 1.0, "1" and " 1 " are one class); None where it is missing."""
+    """A label as text, the same from whatever column: 1, 1.0, "1" and " 1 " are one class. None where it is missing."""
     cell = _text(value, where, wanted="one label a row (where rows have several: a column of 0 and 1 for each class)")
     label = unicodedata.normalize("NFC", cell.strip())
     if whole := re.fullmatch(r"(-?\d+)\.0*", label):
