@@ -157,12 +157,13 @@ def model_card(
     each split. Raises AttributeError, KeyError, TypeError or ValueError where `record` is not what a run writes.
     """
     config, data = record["config"], record.get("data") or {}
-    teacher_path = (config.get("teacher") or {}).get("path")
+    teacher_path, skipped = (config.get("teacher") or {}).get("path"), progress.get("skipped", 0)
     facts = {
         "recipe": f"`{config.get('recipe', 'unknown')}`",
         "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
         "teacher": f"`{Path(teacher_path).name}`, {_sizes(teacher)}" if teacher and teacher_path else "none",
-        "updates": f"{progress['update']:,}",
+        "updates": f"{progress['update']:,}"
+        + (f"; {skipped:,} of them skipped, their gradients were not finite" if skipped else ""),
         "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
         "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
         f"{data.get('num_tokens', 0):,} tokens",
@@ -171,10 +172,10 @@ def model_card(
         "exported by": f"fastdistil {__version__}",
     }
     measured = [
-        (split, key, f"{value:.4g}")
+        (split, key, "not finite" if value is None else f"{value:.4g}")
         for split, values in metrics.items()
         for key, value in values.items()
-        if isinstance(value, float) and not key.endswith(("_per_s", "mfu"))
+        if isinstance(value, float | None) and not key.endswith(("_per_s", "mfu"))
     ]
     settings = flatten({key: config[key] for key in _CARD_SECTIONS if key in config})
     settings.pop("student.init", None)  # may be a path; the teacher's row says what it was

@@ -18,6 +18,7 @@ from fastdistil.data.tokenizer import read_vocabulary
 from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import Config, from_json
+from fastdistil.run.files import read_json_lines
 from fastdistil.training.preflight import Resolved, resolve
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     student.load_state_dict(weights)
     objective = Objective(student, config.loss).to(ranks.device).train()
     compute: Any = objective if resolved.dtype(ranks.device) == torch.float32 else Bf16Compute(objective)
-    if state["update"] != asked.update - 1 and not _skipped_since(state, asked):
+    if not _same_weights(asked, state["update"]):
         print(f"weights of update {state['update']}: before update {asked.update} the run's were others")
 
     # Each micro-batch alone, so that what is wrong is seen where it is.
@@ -116,9 +117,12 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     return broken
 
 
-def _skipped_since(state: dict[str, Any], asked: ReplayConfig) -> bool:
-    """Whether nothing changed from the update to the checkpoint: a run that ends for this saves what it met."""
-    return 0 <= state["update"] - asked.update < state.get("skipped", 0)
+def _same_weights(asked: ReplayConfig, update: int) -> bool:
+    """Whether the run's weights after `update` were those that the asked one met: all between them were skipped."""
+    lines = read_json_lines(asked.run / "metrics.jsonl")
+    skipped = {line.get("update") for line in lines if line.get("skipped") is True}
+    first, last = sorted((update, asked.update - 1))
+    return skipped.issuperset(range(first + 1, last + 1))
 
 
 def diagnosis(

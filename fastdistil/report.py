@@ -100,7 +100,17 @@ def page(runs: list[Run]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html").render(
+    try:
+        return _render(environment.get_template("report.html"), runs)
+    except (jinja2.UndefinedError, TypeError) as error:
+        raise ValueError(
+            f"profile/table.json or evaluation.json of one of {', '.join(run.name for run in runs)} is not what this "
+            f"version writes ({error}): move it away"
+        ) from error
+
+
+def _render(template: Any, runs: list[Run]) -> str:
+    return template.render(
         title=", ".join(run.name for run in runs),
         version=__version__,
         runs=runs,
@@ -146,7 +156,7 @@ def _size(sizes: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
+    if not math.isfinite(seconds):
         return "-"
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
@@ -168,9 +178,8 @@ def measured(lines: list[dict[str, Any]], key: str) -> "pd.Series":
     """The numbers that lines of metrics.jsonl have under `key`, by update; NaN for null, which stands for it."""
     import pandas as pd
 
-    return pd.Series(
-        {x["update"]: x[key] for x in lines if isinstance(x.get(key, ""), int | float | None)}, dtype=float
-    )
+    found = {x["update"]: x[key] for x in lines if isinstance(x.get(key, ""), int | float | None)}
+    return pd.Series(found, dtype=float).replace([math.inf, -math.inf], math.nan)
 
 
 def stretches(curve: "pd.Series") -> "pd.Series":

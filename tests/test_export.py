@@ -66,9 +66,12 @@ def _make_run(folder: Path, recipe=distilbert, teacher: Architecture | None = TE
     lines = "\n".join(json.dumps(record) for record in METRICS)
     (folder / "metrics.jsonl").write_text(lines + '\n{"split": "tra')  # killed while writing
     for update in (5, 10):
-        weights = {f"weight.{k}": v for k, v in _model(update).state_dict().items()}
-        checkpoint.save(folder, weights, {"update": update, "tokens": update * 1000}, keep=2)
+        _save(folder, _model(update), {"update": update, "tokens": update * 1000})
     return folder
+
+
+def _save(run: Path, model: MaskedLM, state: dict) -> None:
+    checkpoint.save(run, {f"weight.{k}": v for k, v in model.state_dict().items()}, state, keep=2)
 
 
 def _command(*args):
@@ -243,3 +246,16 @@ def test_errors_come_before_torch(tmp_path):
     code = "import sys, fastdistil.export; print('torch' in sys.modules)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "False"
+
+
+def test_the_card_of_a_run_that_met_nan_says_so(run, tmp_path):
+    """JSON has null for what was not finite; a row that is left out would look like a loss that nobody measured."""
+    state = {"update": 12, "tokens": 12_000, "skipped": 3}
+    _save(run, _model(12), state)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"split": "validation", "update": 12, "kd": None, "agreement": 0.5}) + "\n")
+    export(ExportConfig(run=run, out=tmp_path / "student"))
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "| updates | 12; 3 of them skipped, their gradients were not finite |" in card
+    assert "| validation | kd | not finite |" in card
+    assert "| validation | agreement | 0.5 |" in card

@@ -1,6 +1,7 @@
 """report.py: what the page says is what metrics.jsonl says; unfinished and hostile runs; no request to anywhere."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -217,3 +218,25 @@ def test_a_run_that_ended_before_its_first_line(tmp_path, contents):
         (run / "metrics.jsonl").write_text(contents)
     assert report.main([str(run), "--out", str(tmp_path / "report.html")]) == 0
     assert Page((tmp_path / "report.html").read_text()).rows["updates"] == ["-"]
+
+
+def test_a_run_whose_every_loss_was_infinite_or_nan(tmp_path):
+    """As another version may have written them, beside null: no curve of it, and the page is there."""
+    run = make_run(tmp_path / "run", updates=6)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, value in zip(lines, [math.inf, math.nan, None, -math.inf, math.inf, None], strict=True):
+        line |= {"loss": value, "gradient_norm": value}
+    lines.append({"split": "validation", "update": 6, "loss": math.nan, "mlm": math.inf})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = Page(make_page(tmp_path, run)).rows
+    assert rows["tokens"] == ["6,000"]
+    assert rows["validation loss, all terms weighted"] == ["-"]
+    assert "<h3>loss, all terms weighted</h3>" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("contents", ['{"task": {}}', '{"tasks": {"sst2": {"median": null}}}'])
+def test_results_of_something_else_are_named(tmp_path, capsys, contents):
+    run = make_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(contents)
+    assert report.main([str(run), "--out", str(tmp_path / "report.html")]) == 2
+    assert "evaluation.json of one of run is not what this version writes" in capsys.readouterr().err

@@ -115,7 +115,9 @@ def _pretraining(study: dict[str, Any]) -> Iterable[str]:
     runs = list(study["runs"].values())
     ends = pd.DataFrame([run["validations"][-1] for run in runs])
     measures = MEASURES | {t.name: t.title for t in LOSS_TERMS if t.name in ends and t.name not in MEASURES}
-    by_variant: Frame = ends.reindex(columns=list(measures)).groupby([run["variant"] for run in runs])
+    # A loss that was not finite is null in metrics.jsonl: missing here, like one that was not measured.
+    figures_of = ends.reindex(columns=list(measures)).astype(float)
+    by_variant: Frame = figures_of.groupby([run["variant"] for run in runs])
     mean, noise = by_variant.mean(), by_variant.std()
     rows = []
     for variant in (v for v in _models(study)[1:] if v in mean.index):
@@ -177,7 +179,7 @@ def _first_runs(study: dict[str, Any]) -> dict[str, Any]:
 def _loss_against_tokens(study: dict[str, Any]) -> dict[str, pd.Series]:
     """{title: masked-LM loss by million tokens} of the first runs."""
     return {
-        TITLES[run["variant"]]: pd.Series({v["tokens"] / 1e6: v["mlm"] for v in run["validations"]})
+        TITLES[run["variant"]]: pd.Series({v["tokens"] / 1e6: v.get("mlm") for v in run["validations"]}, dtype=float)
         for run in _first_runs(study).values()
     }
 

@@ -140,3 +140,15 @@ def test_a_study_at_its_beginning_has_a_page(tmp_path):
     text = (tmp_path / "study.md").read_text()
     assert cells(text, "teacher", "Scores") == ["-"] * 4
     assert cells(text, tables.TITLES["no-kd"], "Ablation")[:2] == ["-10.00", "-"]
+
+
+def test_a_run_whose_losses_were_not_finite_is_a_dash_and_a_gap(tmp_path):
+    """JSON has null for them. The mean is over the seeds that have a number."""
+    study = copy.deepcopy(STUDY)
+    for name in ("no-kd-1", "no-kd-2", "no-kd-3", "distilbert-2"):
+        study["runs"][name]["validations"][-1]["mlm"] = None
+    study["runs"]["no-kd-1"]["validations"][0]["mlm"] = None
+    tables.write(tmp_path, study)
+    text = (tmp_path / "study.md").read_text()
+    assert cells(text, tables.TITLES["no-kd"], "Pre-training")[:3] == ["3", "1,000,000", "-"]
+    assert cells(text, tables.TITLES["distilbert"], "Pre-training")[2] == "4.2000 (0.1414)"

@@ -1,5 +1,6 @@
 """Numbers that are not finite: skipped on all ranks, counted, in the end refused; and extremes that stay finite."""
 
+import json
 import math
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastdistil import replay
 from fastdistil.kernels.cosine import cosine_loss
 from fastdistil.kernels.distill import distill_loss
 from fastdistil.run.folder import STACKS
@@ -130,3 +132,15 @@ def test_no_masked_token_and_vectors_of_zeros_stay_finite():
     assert loss.isfinite()
     assert zeros.grad is not None
     assert zeros.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "update", "same"),
+    [(4, 5, True), (4, 4, True), (4, 3, True), (4, 2, False), (2, 5, True), (2, 3, True), (1, 3, False), (6, 5, False)],
+)
+def test_weights_are_the_updates_own_where_all_between_were_skipped(tmp_path, checkpoint, update, same):
+    """Updates 3 and 4 of 6 were skipped."""
+    lines = ({"split": "train", "update": u} | ({"skipped": True} if u in (3, 4) else {}) for u in range(1, 7))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = replay.ReplayConfig(run=tmp_path, update=update)
+    assert replay._same_weights(asked, checkpoint) == same
