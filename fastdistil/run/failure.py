@@ -57,7 +57,8 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
     except Exception as error:  # torchrun ends the other ranks
         watchdog.restart()  # else it would end this one before it has asked for the cause, where the store is gone
         about, is_known = cause_of(error)
-        own = f"rank {ranks.rank}, update {watchdog.update}: {about}"
+        when = f"update {watchdog.update}" if watchdog.update else "before its first update"
+        own = f"rank {ranks.rank}, {when}: {about}"
         cause = ranks.first_cause(own)
         # A full disk, or a folder that is gone, must not keep any of these from being tried.
         told: list[Callable[[], None]] = [partial(watchdog.failed, error)]

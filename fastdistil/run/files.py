@@ -4,6 +4,7 @@ Whatever is replaced is written beside its final name as NAME.part and then rena
 after a crash, sees the old contents or the new ones and never a half.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -68,8 +69,10 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk says no name
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -126,9 +129,10 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read(200).strip() or "another process"
             raise ValueError(f"{what} is in use by {holder}: wait for it, stop it, or choose another --out") from None
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
+        with contextlib.suppress(OSError):  # a full disk: it holds without a name, too
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.file.flush()
 
     def release(self) -> None:
         """Let others in; the file stays, empty."""

@@ -95,6 +95,7 @@ class MetricsWriter:
                     self.lines = self.lines[file.write(self.lines) :]  # less than all just before a disk is full
             self._to_board()
         except OSError as error:
+            error.filename = error.filename or str(self.path)  # a full disk says no name
             if not self.go_on and not isinstance(error, FileNotFoundError):  # the loop makes a removed folder anew
                 raise
             log.error("going on without writing metrics: %s", error)
