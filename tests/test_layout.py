@@ -41,8 +41,8 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (5110, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
-    "evaluation": (1400, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
+    "core": (6830, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
+    "evaluation": (1570, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (2050, ("kernels", "../csrc")),
 }
 MOST_FILES = 13  # in a folder of the product
