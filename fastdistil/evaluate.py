@@ -183,6 +183,8 @@ def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: in
     settings, task = config.settings, data.task
     encode = squad.Windows if task.spans else finetune.Encoded.texts
     tokenizer = finetune.pretrained(transformers.AutoTokenizer, config.model)
+    if task.spans or math.isfinite(finetune.longest_input(finetune.skeleton(config.model))):
+        tokenizer.padding_side = "right"  # else as the model was trained: XLNet reads its last token as the summary
     train = encode(tokenizer, data.train[: settings.max_train_examples], length)
     validation = encode(tokenizer, data.validation, length)
     about = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}

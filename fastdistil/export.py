@@ -75,7 +75,8 @@ def export(config: ExportConfig) -> str:
         files.write_text(part / "README.md", card)
     return (
         f"{config.out}: {student.family.masked_lm}, {student.num_parameters:,} parameters, after update "
-        f"{progress['update']:,}; load it with AutoModelForMaskedLM.from_pretrained({str(config.out)!r})"
+        f"{progress['update']:,}{_skipped(progress)}; load it with "
+        f"AutoModelForMaskedLM.from_pretrained({str(config.out)!r})"
     )
 
 
@@ -157,13 +158,12 @@ def model_card(
     each split. Raises AttributeError, KeyError, TypeError or ValueError where `record` is not what a run writes.
     """
     config, data = record["config"], record.get("data") or {}
-    teacher_path, skipped = (config.get("teacher") or {}).get("path"), progress.get("skipped", 0)
+    teacher_path = (config.get("teacher") or {}).get("path")
     facts = {
         "recipe": f"`{config.get('recipe', 'unknown')}`",
         "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
         "teacher": f"`{Path(teacher_path).name}`, {_sizes(teacher)}" if teacher and teacher_path else "none",
-        "updates": f"{progress['update']:,}"
-        + (f"; {skipped:,} of them skipped, their gradients were not finite" if skipped else ""),
+        "updates": f"{progress['update']:,}{_skipped(progress)}",
         "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
         "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
         f"{data.get('num_tokens', 0):,} tokens",
@@ -208,6 +208,11 @@ fill_mask = pipeline("fill-mask", model="{name}")
 ## Settings
 {_table(("setting", "value"), ((k, f"`{json.dumps(v)}`") for k, v in settings.items()))}
 """
+
+
+def _skipped(progress: dict[str, Any]) -> str:
+    skipped = progress.get("skipped", 0)
+    return f" ({skipped:,} of them skipped: their gradients were not finite)" if skipped else ""
 
 
 def _introduction(class_name: str, *, distilled: bool) -> str:

@@ -85,6 +85,27 @@ def test_an_encoder_of_distances_alone_reads_any_length(tmp_path, kind, sizes):
     assert efficiency.main([words[0], *words[3:]]) == 0  # the default: 128
 
 
+@pytest.mark.parametrize(("kind", "side"), [("xlnet", "left"), ("bert", "right")])
+def test_padding_stands_where_the_model_knows_it(tmp_path, pairs, monkeypatch, kind, side):
+    """XLNet's summary is its last token; a table of positions begins at the first."""
+    if kind == "xlnet":
+        import transformers
+
+        sizes = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64, "pad_token_id": 0, "vocab_size": len(WORDS)}
+        config = transformers.AutoConfig.for_model("xlnet", **sizes)
+        transformers.AutoModel.from_config(config).save_pretrained(tmp_path / kind)
+        shutil.copy(make_encoder(tmp_path / "words") / "vocab.txt", tmp_path / kind)
+    else:
+        make_encoder(tmp_path / kind)
+    words = {"tokenizer_class": "BertTokenizer", "padding_side": "left"}
+    (tmp_path / kind / "tokenizer_config.json").write_text(json.dumps(words))
+    sides = []
+    monkeypatch.setattr(finetune, "fine_tune", lambda _, train, *__, **___: sides.append(train.tokenizer.padding_side))
+    table = ["--task", "table", "--text-columns", "a", "b", "--label-column", "l"]
+    assert evaluate.main([str(tmp_path / kind), *table, "--data", str(pairs), "--seeds", "1"]) == 0
+    assert sides == [side]
+
+
 def test_efficiency_of_models_that_read_different_lengths(tmp_path, capsys):
     folders = [make_encoder(tmp_path / "bert"), make(tmp_path / "roberta", "roberta")]
     quick = ["--rounds", "1", "--batch-size", "2", "--out", str(tmp_path / "out.json")]

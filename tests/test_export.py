@@ -256,6 +256,6 @@ def test_the_card_of_a_run_that_met_nan_says_so(run, tmp_path):
         file.write("\n" + json.dumps({"split": "validation", "update": 12, "kd": None, "agreement": 0.5}) + "\n")
     export(ExportConfig(run=run, out=tmp_path / "student"))
     card = (tmp_path / "student" / "README.md").read_text()
-    assert "| updates | 12; 3 of them skipped, their gradients were not finite |" in card
+    assert "| updates | 12 (3 of them skipped: their gradients were not finite) |" in card
     assert "| validation | kd | not finite |" in card
     assert "| validation | agreement | 0.5 |" in card

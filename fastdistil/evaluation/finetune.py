@@ -65,7 +65,7 @@ class Encoded:
     def batch(self, rows: np.ndarray, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         """((B, L) inputs of a model, (B,) labels or (2B,) ends of spans, starts first) on the device."""
         parts = {name: [column[i] for i in rows] for name, column in self.columns.items()}
-        inputs = self.tokenizer.pad(parts, padding_side="right", return_attention_mask=True, return_tensors="pt")
+        inputs = self.tokenizer.pad(parts, return_attention_mask=True, return_tensors="pt")
         on_cuda = device.type == "cuda"
         moved = {k: (v.pin_memory() if on_cuda else v).to(device, non_blocking=True) for k, v in inputs.items()}
         return moved, self.labels[rows].movedim(0, -1).flatten().to(device)

@@ -69,7 +69,11 @@ def _read(path: Path) -> list[Question]:
         return [_of_row(row, path) for row in tasks.rows_of([path])]
     try:
         return [
-            _question(qa["question"], paragraph["context"], [(a["text"], a["answer_start"]) for a in qa["answers"]])
+            _question(
+                qa["question"],
+                paragraph["context"],
+                [] if qa.get("is_impossible") else [(a["text"], a["answer_start"]) for a in qa["answers"]],
+            )
             for article in read_json(path)["data"]
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
@@ -92,7 +96,7 @@ def _question(text: str, passage: str, answers: list[tuple[str, int]]) -> Questi
     """An answer without a letter is none: so some files mark what the passage does not say."""
     if not isinstance(text, str) or not isinstance(passage, str):
         raise TypeError("question and context must be text")
-    given = [(answer, int(start)) for answer, start in answers if answer.strip()]
+    given = [(answer, -1 if start is None else int(start)) for answer, start in answers if answer.strip()]
     return Question(text, passage, tuple(a for a, _ in given), tuple(s for _, s in given))
 
 

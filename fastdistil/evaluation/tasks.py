@@ -82,6 +82,8 @@ MISSING = ("", "-", "-1", "nan")
 """What stands in place of a label, in small letters, where a file of text has none."""
 MOST_FRACTIONS = 20
 """Classes called 0.5, 1.5, ... may be as many as this; more are the numbers of a regression."""
+MOST_MINUS = 0.1
+"""Share of the rows that may be labelled -1 beside others; more look like a class."""
 PACKAGES = {"datasets": "datasets", "transformers": "transformers", "sklearn": "scikit-learn", "scipy": "scipy"}
 """What fine-tuning and scoring import -> what pip calls it."""
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
@@ -189,6 +191,10 @@ def load(name: str, task: Task, source: str) -> TaskData:
     if task.regression:
         numbers = {label: _number(label, f"{source}: {name}") for label in (*train_labels, *labels)}
         classes = ()
+        if len({numbers[label] for label in labels}) < 2:
+            raise ValueError(
+                f"{source}: every row of {held_out} of {name} is {labels[0]}: nothing correlates with that"
+            )
     else:
         numbers = {label: float(i) for i, label in enumerate(_ordered(set(train_labels), names))}
         classes = tuple(numbers)
@@ -329,6 +335,12 @@ def _labelled(table: Any, task: Task, where: str) -> tuple[tuple[list[str], ...]
             f"{where} has no labelled row: all {len(labels):,} are empty, -1 or - (as in GLUE's test files): "
             "give files with labels"
         )
+    num_minus = sum(str(value).strip() in ("-1", "-1.0") for value in table[of_label])
+    if not names and num_minus > MOST_MINUS * len(labels):
+        raise ValueError(
+            f"{where}: {num_minus} of {len(labels)} rows are labelled -1, which stands for no label: if it is a class, "
+            "call it something else; if not, leave these rows out"
+        )
     if len(rows) < len(labels):
         log.info("%s: %d of %d rows have no label and are left out", where, len(labels) - len(rows), len(labels))
     kept = table.select(rows)
@@ -349,6 +361,8 @@ def _label(value: Any, names: list[str], where: str) -> str | None:
         label = whole[1]
     if label.lower() in MISSING:
         return None
+    if label.lower() in ("true", "false"):
+        return label.capitalize()
     if not (names and label.isdigit()):
         return label
     if int(label) >= len(names):

@@ -117,11 +117,11 @@ def test_answers_beside_their_offsets_are_skipped_and_counted(tmp_path, caplog):
 def test_a_byte_order_mark_and_answers_of_nothing(tmp_path):
     """Some files say of what the passage does not say that its answer is "", at -1."""
     for split in ("train", "dev"):
-        official(tmp_path / f"{split}.json", [WHEN, span("", -1)])
+        official(tmp_path / f"{split}.json", [WHEN, span("", -1), {"question": "Who?", "is_impossible": True}])
         file = tmp_path / f"{split}.json"
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     data = squad.load("squad2", tasks.TASKS["squad2"], str(tmp_path))
-    assert [q.answers for q in data.train] == [("1921", "in 1921"), ()]
+    assert [q.answers for q in data.train] == [("1921", "in 1921"), (), ()]
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,8 @@ NAN = float("nan")
         ([True, False, True], [False, True], ("False", "True"), [1, 0, 1]),
         (["yes", " no", None, "yes "], ["no ", "yes"], ("no", "yes"), [1, 0, 1]),
         (["é", "ü", "ü"], ["e\u0301", "ü"], ("é", "ü"), [0, 1, 1]),  # composed here, combining there
-        (["10", "9", "-1", "9"], ["9", "10"], ("9", "10"), [1, 0, 0]),  # by number
+        (["10", "9", "9"], ["9", "10"], ("9", "10"), [1, 0, 0]),  # by number
+        ([True, False, True], ["true", "FALSE"], ("False", "True"), [1, 0, 1]),
         (["2.5", "0.5", "0.5"], ["0.5", "2.5"], ("0.5", "2.5"), [1, 0, 0]),
         (["none", "-", "NaN", "for"], ["for", "none"], ("for", "none"), [1, 0]),  # "none" is somebody's class
         (["01", "1", "1.0"], ["1", "01"], ("01", "1"), [0, 1, 1]),
@@ -203,8 +204,11 @@ def test_a_regression_leaves_out_what_is_missing(tmp_path):
         parquet(tmp_path / f"{split}.parquet", rows)
     data = tasks.load("stsb", tasks.TASKS["stsb"], str(tmp_path))
     assert (data.train.labels, data.train.texts) == ([0.5, 5.0], (["a", "c"], ["a", "c"]))
+    header = "sentence1\tsentence2\tlabel\n"
+    constant = write(tmp_path / "constant", train_tsv=f"{header}a\tb\t1\nc\td\t2\n", dev_tsv=f"{header}a\tb\t1\n")
+    with pytest.raises(ValueError, match="every row of validation of stsb is 1: nothing correlates with that"):
+        tasks.load("stsb", tasks.TASKS["stsb"], constant)
     for bad in ("x", "inf"):
-        header = "sentence1\tsentence2\tlabel\n"
         folder = write(tmp_path / bad, train_tsv=f"{header}a\tb\t{bad}\n", dev_tsv=f"{header}a\tb\t1\n")
         with pytest.raises(ValueError, match=f"is a regression, got the label '{bad}': wanted a number"):
             tasks.load("stsb", tasks.TASKS["stsb"], folder)
@@ -218,6 +222,7 @@ def test_a_regression_leaves_out_what_is_missing(tmp_path):
         ({"text": [["a"], ["b"]], "label": [0, 1]}, r"the column text holds \['a'\], a list: wanted text"),
         ({"text": [None, " "], "label": [0, 1]}, "the column text has no text in any row"),
         ({"text": ["a", "b"], "label": [None, None]}, "no labelled row: all 2 are empty, -1 or -"),
+        ({"text": ["a", "b", "c"], "label": [-1, 0, 1]}, "1 of 3 rows are labelled -1, which stands for no"),
         ({"text": ["a", "b"], "label": [NAN, -1.0]}, "no labelled row: all 2 are empty, -1 or -"),
         ({"text": ["a"] * 30, "label": [i + 0.25 for i in range(30)]}, "30 labels like 0.25, 1.25, 2.25, which"),
     ],
