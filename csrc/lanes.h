@@ -40,12 +40,11 @@ inline Lanes lanes_max(Lanes a, Lanes b) {
 #endif
 }
 
-// 2^y within 2 ulp for y in [-126, 1], and 0 from -200 (AVX2: -127) down to -inf. Between these it is something below
-// 2^-125, which no sum of a softmax feels. NaN stays NaN.
+// 2^y within 2 ulp for y in [-126, 1], and 0 from -150 (AVX2: -127) down to -inf. Between these it is something below
+// 2^-125, which no sum of a softmax feels. NaN stays NaN. For -inf the polynomial is NaN; scalef by 2^-inf makes it 0.
 // y = n + f with |f| <= 1/2; the polynomial is the minimax fit of 2^f with p(0) = 1, of relative error 2e-9.
 inline Lanes exp2(Lanes y) {
 #ifdef CPU_CAPABILITY_AVX512
-  y = lanes_max(Lanes(-200.0f), y);  // -inf would be NaN below
   const Lanes n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   y = lanes_max(Lanes(-127.0f), y);  // at which the addition to the exponent gives 0 exactly
