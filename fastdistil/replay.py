@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fastdistil.data.batches import MicroBatch
     from fastdistil.training.objective import Objective, TeacherOutput
+    from fastdistil.training.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +111,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
         )
         if not (math.isfinite(norm) and math.isfinite(loss.item())):
             broken += 1
-            for line in (*diagnosis(objective, batch, output, sums), *texts(resolved, batch)):
+            for line in (*diagnosis(objective, batch, teacher, output, sums), *texts(resolved, batch)):
                 print(f"    {line}")
         student.zero_grad(set_to_none=True)
     print(f"{broken} of {len(plan.micro_batches)} micro-batches of update {asked.update} are not finite")
@@ -126,7 +127,11 @@ def _same_weights(asked: ReplayConfig, update: int) -> bool:
 
 
 def diagnosis(
-    objective: "Objective", batch: "MicroBatch", teacher: "TeacherOutput | None", sums: "Tensor"
+    objective: "Objective",
+    batch: "MicroBatch",
+    teacher: "Teacher | None",
+    output: "TeacherOutput | None",
+    sums: "Tensor",
 ) -> list[str]:
     """What of a micro-batch is not finite, from its inputs to its gradients."""
     import torch
@@ -141,13 +146,14 @@ def diagnosis(
         hidden_ND = student.eval().encoder(batch.input_ids, batch.position_ids, batch.layout)
     objective.train()
     handed = {}
-    if teacher is not None:
+    if output is not None:
         handed = {
-            "last hidden state": teacher.encoder.hidden_ND,
-            "input of its vocabulary matrix": teacher.transformed_NE,
+            "last hidden state": output.encoder.hidden_ND,
+            "input of its vocabulary matrix": output.transformed_NE,
         }
     parts = {
         "weights": bad(dict(student.named_parameters())),
+        "teacher's weights": bad({} if teacher is None else dict(teacher.model.named_parameters())),
         "teacher": bad(handed),
         "student": bad({"last hidden state, without dropout": hidden_ND}),
         "losses": bad(dict(zip(SUMS, sums, strict=True))),

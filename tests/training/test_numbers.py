@@ -32,10 +32,11 @@ def test_a_spoilt_update_changes_nothing_on_any_rank(folder, ranks, stages):
         assert any(changed), engine  # so that the comparisons above mean something
 
 
-def test_three_in_a_row_end_the_run_and_a_command_shows_why(root, tmp_path):
-    """A teacher whose weights overflow in the first layer, in a file that is finite."""
+@pytest.mark.parametrize(("layer", "value"), [("layer.", 3e38), ("layer.1.", math.nan)])
+def test_three_in_a_row_end_the_run_and_a_command_shows_why(root, tmp_path, layer, value):
+    """A teacher whose weights overflow, in a file that is finite; one with NaN in a layer that the student has not."""
     broken, run = shutil.copytree(root / "teacher", tmp_path / "broken"), tmp_path / "run"
-    enlarge(broken)
+    spoil(broken, layer, value)
     words = arguments(
         root, run, teacher__path=broken, teacher__check="warn", log__every=1, engine__max_skipped=2, engine__threads=1
     )
@@ -56,16 +57,18 @@ def test_three_in_a_row_end_the_run_and_a_command_shows_why(root, tmp_path):
     assert again.returncode == 1, again.stderr
     assert "gradient norm nan" in again.stdout
     assert "teacher not finite: last hidden state" in again.stdout
+    found = {line.strip() for line in again.stdout.splitlines() if "weights not finite" in line}
+    assert found == ({"teacher's weights not finite: encoder.layers.1.ffn_in.weight"} if math.isnan(value) else set())
     assert "[CLS] w" in again.stdout or "[MASK]" in again.stdout  # the text
     assert "weights of update" not in again.stdout  # the checkpoint holds what the update met
 
 
-def enlarge(teacher) -> None:
+def spoil(teacher, layer: str, value: float) -> None:
     file = teacher / "model.safetensors"
     tensors = load_file(file)
-    for name, value in tensors.items():
-        if "intermediate" in name:
-            value.fill_(3e38)
+    for name, tensor in tensors.items():
+        if layer in name and "intermediate.dense.weight" in name:
+            tensor.fill_(value)
     save_file(tensors, file, metadata={"format": "pt"})
 
 
