@@ -2,9 +2,14 @@
 
 import importlib.util
 import os
+import signal
 
 import pytest
 import torch
+
+# `nohup` and `&` in a script start programs with these ignored, which a command of ours leaves as it is.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if importlib.util.find_spec("hypothesis") is not None:  # the machines that are lent for their GPU have none
     from hypothesis import settings

@@ -71,7 +71,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk says no name
+        if isinstance(error, OSError) and error.errno:  # a full disk says no name
             error.filename = error.filename or str(path)
         raise
 
