@@ -56,7 +56,7 @@ def load_masked_lm(
     found = {key: headers.TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in tensors.items()}
     contents = headers.match(folder, whole, found, need_head=need_head)
     for copy, first in contents.copies.items():
-        if not torch.equal(tensors[copy], tensors[first]):
+        if not torch.equal(tensors[copy], tensors[first]):  # on the CPU, once a load
             raise ValueError(headers.differs(copy, first))
 
     # A padding id only says which row gets no gradient. One that is cut off is not the one that is used.

@@ -17,8 +17,7 @@ log = logging.getLogger("fastdistil")
 MEANINGS = {
     "killed by signal: Killed": "a data worker was killed, most likely for want of memory: use fewer "
     "--data.num-workers, fewer ranks on this machine, or shorter micro-batches",
-    "killed by signal: Bus error": "a data worker could not read a file that it had mapped: it was changed or cut, or "
-    "its disk failed",
+    "killed by signal: Bus error": "a data worker could not read a file: it was changed or cut, or its disk failed",
     "exited unexpectedly": "a data worker ended unexpectedly, perhaps killed for want of memory",
     "Connection closed by peer": "another rank has ended, and did not say why: it was killed (perhaps for want of "
     "memory) or its host is gone; the launcher names the one that ended first",

@@ -67,7 +67,8 @@ class MetricsWriter:
     """Appends records to RUN/metrics.jsonl and TensorBoard. Rank 0 only.
 
     Args:
-        go_on: where they cannot be written, say so, keep them and try again at the next flush; otherwise OSError.
+        go_on: where they cannot be written, say so, keep the lines and try again at the next flush; otherwise OSError.
+        TensorBoard's own may be lost.
     """
 
     def __init__(self, run: Path, *, resumed_at: int, tensorboard: bool, go_on: bool) -> None:

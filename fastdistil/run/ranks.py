@@ -126,9 +126,8 @@ class Ranks:
         """For each flag whether any rank says yes. Goes over the host group: no GPU sync, about 0.1 ms."""
         if self.host_group is None:
             return flags
-        votes = torch.tensor(
-            [sum(flag << i for i, flag in enumerate(flags))]
-        )  # one number is one message, four are two
+        # A bit each: one number is one message, four are two.
+        votes = torch.tensor([sum(flag << i for i, flag in enumerate(flags))])
         torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.BOR, group=self.host_group)
         together = int(votes[0])  # a CPU tensor
         return tuple(bool(together >> i & 1) for i in range(len(flags)))
@@ -147,10 +146,12 @@ class Ranks:
         Whoever loses a rank hears no more than a closed connection, so each says in the store why it ends before it
         does. Waits ANSWERS_S at most: the store may have gone, too.
         """
+        if self.store is None:
+            return cause
         said = [cause]
 
         def ask() -> None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the store has gone
                 said.append(self.store.compare_set("cause", "", cause).decode())
 
         asking = threading.Thread(target=ask, daemon=True)

@@ -143,7 +143,8 @@ def setup(
     # The run folder: what the run is, then its metrics and checkpoints.
     writer = saver = None
     if ranks.is_main:
-        say_prolonged(config, corpus, folder.start(config.out, describe(resolved), resolved.tokenizer_path), update)
+        duration_before = folder.start(config.out, describe(resolved), resolved.tokenizer_path)
+        say_prolonged(config, corpus, duration_before, update)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         go_on = config.log.go_on
         writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
