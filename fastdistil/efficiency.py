@@ -15,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from fastdistil.model.headers import weight_files
 from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.files import write_json
@@ -22,10 +23,6 @@ from fastdistil.run.files import write_json
 PUBLISHED = (
     "published: BERT-base 110 M parameters and 668 s, DistilBERT 66 M and 410 s (STS-B's dev set on a CPU at batch 1)"
 )
-
-
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-"""Names of weight files; transformers takes the first kind where both are there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +53,7 @@ class EfficiencyConfig:
             folder.require_model(model)
             if not (model / "config.json").is_file():
                 raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
-            if not weight_files(model):
-                raise ValueError(f"{model} has no weights that PyTorch reads: wanted {' or '.join(WEIGHTS)} in it")
-
-
-def weight_files(model: Path) -> list[Path]:
-    """The files of a model's weights; none where there are none."""
-    return next((files for files in (sorted(model.glob(name)) for name in WEIGHTS) if files), [])
+            weight_files(model)  # refuses what has none, or not all of them
 
 
 @command
