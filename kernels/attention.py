@@ -47,11 +47,11 @@ from torch import Tensor
 from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype
 from .attention_backends import (
     LOG2_E,
+    OTHERS,
     AttentionBackend,
+    ResolvedBackend,
     attention_backward_torch,
-    attention_flash_attn,
     attention_forward_torch,
-    attention_sdpa,
     resolve_backend,
 )
 from .attention_tiles import MAX_HEAD_DIM, NUM_STAGES, Tile, block_d, tiles_for
@@ -362,11 +362,10 @@ def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor
     )  # fmt: skip
 
 
-@torch.library.custom_op("fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES)
-def attention_forward(
+def _launch_forward(
     qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """(N, H, D) attention and (H, N) fp32 log-sum-exp of the scores, to base 2. qkv (N, 3, H, D) contiguous."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse and the keys of the mask."""
     N, _, H, D = qkv.shape
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
     keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
@@ -376,6 +375,107 @@ def attention_forward(
         _forward_kernel, tile, tile.BLOCK_M, tiles, qkv,
         keys, out, lse, N, scale2, threshold(dropout_p), keep_scale,
     )  # fmt: skip
+    return out, lse, keys
+
+
+def _launch_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor | None, tiles: Tensor, dropout_p: float
+) -> Tensor:
+    """dqkv."""
+    N, _, _, D = qkv.shape
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
+    _, _, dq, dkdv = tiles_for(qkv)
+    _launch(
+        _dq_kernel, dq, dq.BLOCK_M, tiles, qkv,
+        keys, out, dout, lse, dqkv, delta, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
+    )  # fmt: skip
+    _launch(
+        _dkdv_kernel, dkdv, dkdv.BLOCK_N, tiles, qkv,
+        keys, dout, lse, delta, dqkv, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
+    )  # fmt: skip
+    return dqkv
+
+
+def _add_column_sum(total: Tensor, x: Tensor, accumulate: bool) -> None:
+    rows = x.sum(0, dtype=torch.float32 if x.is_cuda else x.dtype)
+    total.add_(rows) if accumulate else total.copy_(rows)
+
+
+def forward(
+    qkv_N3HD: Tensor,
+    layout: SequenceLayout,
+    seed: Tensor | None,
+    stream: int,
+    dropout_p: float,
+    backend: ResolvedBackend,
+    keep: bool = True,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """`attention` without checks and without autograd: (N, H, D), and what `backward` needs.
+
+    Args:
+        qkv_N3HD: contiguous.
+        seed, dropout_p: nothing is dropped without a seed, nor at 0.
+        backend: what `resolve_backend` returns.
+        keep: whether a backward follows. Without one nothing is kept, and `saved` is no use.
+    """
+    if seed is None or dropout_p == 0:
+        seed, dropout_p = None, 0.0
+    if backend != "fused":
+        # The graph of this one call, which PyTorch or the package knows how to go back.
+        with torch.set_grad_enabled(keep):
+            leaf = qkv_N3HD.detach().requires_grad_(keep)
+            out = OTHERS[backend](leaf, layout, dropout_p)
+        return out.detach(), (leaf, out) if keep else ()
+    if qkv_N3HD.device.type not in TRITON_DEVICES:
+        out, lse = attention_forward_torch(qkv_N3HD, layout.tiles, seed, stream, dropout_p)
+        return out, (lse, None)
+    out, lse, keys = _launch_forward(qkv_N3HD, layout.tiles, seed, stream, dropout_p)
+    return out, (lse, keys)
+
+
+def backward(
+    dout_NHD: Tensor,
+    qkv_N3HD: Tensor,
+    out_NHD: Tensor,
+    saved: tuple[Any, ...],
+    layout: SequenceLayout,
+    seed: Tensor | None,
+    stream: int,
+    dropout_p: float,
+    backend: ResolvedBackend,
+    *,
+    dbias: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    """dqkv (N, 3, H, D), of what `forward` got and returned. Once for each forward.
+
+    Args:
+        dout_NHD: contiguous.
+        dbias: (3 H D,) fp32 or the dtype of qkv. Gets the column sums of dqkv, which are the gradient of the bias of
+            the linear layer that made qkv.
+        accumulate: whether they are added to what dbias holds.
+    """
+    if seed is None or dropout_p == 0:
+        seed, dropout_p = None, 0.0
+    if backend != "fused":
+        (dqkv,) = torch.autograd.grad(saved[1], saved[0], dout_NHD)
+    elif qkv_N3HD.device.type in TRITON_DEVICES:
+        lse, keys = saved
+        dqkv = _launch_backward(dout_NHD, qkv_N3HD, out_NHD, lse, keys, layout.tiles, dropout_p)
+    else:
+        dqkv = attention_backward_torch(dout_NHD, qkv_N3HD, out_NHD, saved[0], layout.tiles, seed, stream, dropout_p)
+    if dbias is not None:
+        _add_column_sum(dbias, dqkv.flatten(1), accumulate)
+    return dqkv
+
+
+@torch.library.custom_op("fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES)
+def attention_forward(
+    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """(N, H, D) attention and (H, N) fp32 log-sum-exp of the scores, to base 2. qkv (N, 3, H, D) contiguous."""
+    out, lse, _ = _launch_forward(qkv, tiles, seed, stream, dropout_p)
     return out, lse
 
 
@@ -391,20 +491,9 @@ def attention_backward(
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """dqkv (N, 3, H, D). All contiguous."""
-    N, _, H, D = qkv.shape
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    N, _, H, _ = qkv.shape
     keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
-    scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
-    _, _, dq, dkdv = tiles_for(qkv)
-    _launch(
-        _dq_kernel, dq, dq.BLOCK_M, tiles, qkv,
-        keys, out, dout, lse, dqkv, delta, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
-    )  # fmt: skip
-    _launch(
-        _dkdv_kernel, dkdv, dkdv.BLOCK_N, tiles, qkv,
-        keys, dout, lse, delta, dqkv, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
-    )  # fmt: skip
-    return dqkv
+    return _launch_backward(dout, qkv, out, lse, keys, tiles, dropout_p)
 
 
 @attention_backward.register_fake
@@ -473,10 +562,8 @@ def attention(
         seed, dropout_p = None, 0.0
     dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
     chosen = resolve_backend(backend, device, dropout_p=dropout_p, dtype=dtype)
-    if chosen == "sdpa":
-        return attention_sdpa(qkv_N3HD, layout, dropout_p)
-    if chosen == "flash-attn":
-        return attention_flash_attn(qkv_N3HD, layout, dropout_p)
+    if chosen != "fused":
+        return OTHERS[chosen](qkv_N3HD, layout, dropout_p)
     check_dtype("attention", qkv_N3HD, ": convert it, or use backend sdpa")
     if device.type in TRITON_DEVICES and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
         raise ValueError(

@@ -16,7 +16,7 @@ Shapes: N tokens of the micro-batch, H heads, D width of a head, B sequences of 
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from .layout import SequenceLayout
 
 AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
+ResolvedBackend = Literal["fused", "sdpa", "flash-attn"]
 CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2; timings of 2^16 to 2^22 differ by less than their noise
 LOG2_E = 1.4426950408889634
 
@@ -120,12 +121,21 @@ def attention_flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: fl
     """(N, H, D) by the package flash-attn."""
     from flash_attn import flash_attn_varlen_qkvpacked_func  # pyright: ignore[reportMissingImports]
 
-    return flash_attn_varlen_qkvpacked_func(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p)
+    return flash_attn_varlen_qkvpacked_func(
+        qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p, deterministic=True
+    )
+
+
+OTHERS: dict[str, Callable[[Tensor, SequenceLayout, float], Tensor]] = {
+    "sdpa": attention_sdpa,
+    "flash-attn": attention_flash_attn,
+}
+"""Backends besides fused: (qkv (N, 3, H, D), layout, dropout_p) -> (N, H, D), differentiable by PyTorch."""
 
 
 def resolve_backend(
     backend: AttentionBackend, device: torch.device | str, *, dropout_p: float = 0.0, dtype: torch.dtype | None = None
-) -> Literal["fused", "sdpa", "flash-attn"]:
+) -> ResolvedBackend:
     """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
 
     auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and

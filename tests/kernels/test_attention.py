@@ -229,6 +229,54 @@ def test_seed_and_stream_choose_the_mask():
     assert torch.equal(without, fused(qkv, layout, dropout_p=0.3))
 
 
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [33, 9, 9, 130]], ids=str)
+def test_raw_functions_are_the_operator(lengths, dtype, dropout_p, backend):
+    """Also where the layout ends in empty tiles and where the caller, an autograd function, has gradients off."""
+    layout = sequence_layout(lengths, DEVICE, sequence_step=7, tile_step=8)
+    leaves, options = make_leaves(lengths, dtype), dropout(dropout_p)
+    qkv, dout = leaves["qkv_N3HD"], leaves["weight_NHD"]
+    torch.manual_seed(3)  # for sdpa
+    expected = attention(qkv, layout, backend=backend, **options)
+    (expected_dqkv,) = torch.autograd.grad(expected, qkv, dout)
+    arguments = options["seed"], options["stream"], dropout_p, backend
+    with torch.no_grad():
+        torch.manual_seed(3)
+        out, saved = attention_module.forward(qkv, layout, *arguments)
+        dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=None, accumulate=False)
+        torch.manual_seed(3)
+        alone, _ = attention_module.forward(qkv, layout, *arguments, keep=False)
+    for got, wanted in ((out, expected), (alone, expected), (dqkv, expected_dqkv)):
+        assert not got.requires_grad
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "total_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_bias_gradient_is_the_column_sums(dtype, total_dtype, accumulate, backend):
+    lengths = [33, 9, 130]
+    layout = sequence_layout(lengths, DEVICE, tile_step=8)
+    leaves, options = make_leaves(lengths, dtype), dropout() if backend == "fused" else dropout(0.0)
+    qkv, dout = (x.detach() for x in leaves.values())
+    arguments = options["seed"], options["stream"], options["dropout_p"], backend
+    before = 3.0 if accumulate else float("nan")
+    dbias = torch.full((3 * 2 * 20,), before, device=DEVICE, dtype=total_dtype)
+    out, saved = attention_module.forward(qkv, layout, *arguments)
+    dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=accumulate)
+    rows = dqkv.double().flatten(1)
+    expected = rows.sum(0) + (before if accumulate else 0)
+    # Each addend is off by a rounding at most, to the dtype of dqkv or in the sum, and the total by its own.
+    allowed = torch.finfo(dtype).eps * rows.abs().sum(0) + 2 * torch.finfo(total_dtype).eps * expected.abs()
+    assert ((dbias.double() - expected).abs() <= allowed).all()
+
+
 def test_the_mask_follows_the_rows_not_the_packing():
     """Rows 20 to 59 are one sequence in all three, beside other neighbours and in other tiles."""
     qkv = make_leaves([80])["qkv_N3HD"].detach()
@@ -329,7 +377,8 @@ def test_flash_attn_gets_what_it_wants(monkeypatch):
     (arguments, options), (_, evaluation) = calls
     assert arguments[0] is layout.cu_seqlens
     assert arguments[1] == 5
-    assert (options, evaluation) == ({"dropout_p": 0.25}, {"dropout_p": 0.0})
+    always = {"deterministic": True}
+    assert (options, evaluation) == ({"dropout_p": 0.25} | always, {"dropout_p": 0.0} | always)
 
 
 def test_auto():
