@@ -1,7 +1,8 @@
 """Where a step's time goes: `--profile 10:13` writes RUN/profile/.
 
     trace.json    Chrome trace of rank 0 (chrome://tracing, Perfetto), with the spans below as rows
-    memory.pickle on CUDA, allocations with their stacks for pytorch.org/memory_viz; on a CPU they are in the trace
+    memory.pickle on CUDA, allocations with their stacks for pytorch.org/memory_viz, of the update before the window:
+                  to note them takes time that must not be in the table. On a CPU they are in the trace
     table.json    what is logged as a table: milliseconds an update, share, and floor of every part
 
 The parts are the spans that the code is marked with. An update is its own span: validations, checkpoints and lines of
@@ -117,11 +118,13 @@ class Profile:
         self.window, self.folder, self.device, self.floors = window, folder, device, floors
         self.on_cuda = device.type == "cuda"
         self.recorder, self.profiler = _Recorder(device), None
-        self.closed = False
+        self.has_snapshot = self.closed = False
 
     @contextmanager
     def update(self, update: int) -> Iterator[None]:
-        """Around the work of every update. The profiler itself warms up in the one before the window."""
+        """Around the work of every update. In the one before the window, which is not timed, the profiler warms up and
+        allocations are noted; where a run has none, from its first update on or resumed inside the window, they are not.
+        """
         global _recorder
         is_next = update + 1 == self.window.start
         if self.folder is None or not (is_next or update in self.window):
@@ -130,7 +133,8 @@ class Profile:
         if self.profiler is None:
             self.profiler = self._start(warm_up=is_next)
         if is_next:
-            yield
+            with self._memory_history():
+                yield
             self.profiler.step()
             return
         _recorder = self.recorder
@@ -151,15 +155,10 @@ class Profile:
             self.profiler.stop()
         n = self.recorder.num_updates
         if self.profiler is None or not n:
-            log.warning("profile: this run made none of the updates to profile, nothing is written")
+            log.warning("profile: this run made none of the updates to profile: there is no trace and no table")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        memory = "memory in the trace"
-        if self.on_cuda:
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            memory = "memory.pickle"
         seconds, other = self.recorder.seconds()
         # not by the profiler's own events(), which takes 15 times longer and minutes for a large update
         trace = read_json(self.folder / "trace.json")["traceEvents"]
@@ -179,13 +178,31 @@ class Profile:
             log.info("profile: %s", line)
         if self.on_cuda:
             log.info("profile: teacher and communication may overlap the rest, on streams of their own")
-        log.info("profile: %s/trace.json, table.json, %s", self.folder, memory)
+        memory = "memory.pickle" if self.has_snapshot else "no update before it whose memory could be noted"
+        log.info(
+            "profile: %s/trace.json, table.json, %s", self.folder, memory if self.on_cuda else "memory in the trace"
+        )
+
+    @contextmanager
+    def _memory_history(self) -> Iterator[None]:
+        """On CUDA, memory.pickle of the work inside."""
+        if not self.on_cuda:
+            yield
+            return
+        assert self.folder is not None
+        torch.cuda.memory._record_memory_history(max_entries=200_000)
+        try:
+            yield
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+            self.has_snapshot = True
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _start(self, *, warm_up: bool) -> profile:
         activities = [ProfilerActivity.CPU]
         if self.on_cuda:
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=200_000)
 
         def action(step: int) -> ProfilerAction:
             return ProfilerAction.WARMUP if step == 0 and warm_up else ProfilerAction.RECORD

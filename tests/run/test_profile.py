@@ -108,6 +108,27 @@ def test_what_is_written_where_a_run_ends_or_resumes_in_the_window(tmp_path, cap
     assert "3000.0   30.0%      500.0" in caplog.text
 
 
+@pytest.mark.parametrize(("first", "noted"), [(1, True), (0, False)])
+def test_on_cuda_allocations_are_noted_in_no_update_that_is_timed(tmp_path, caplog, monkeypatch, first, noted):
+    """A stack for every allocation costs the host as much as the work itself."""
+    caplog.set_level("INFO", logger="fastdistil")
+    calls = []
+
+    def record(enabled="all", max_entries=0):
+        calls.append("stop" if enabled is None else "begin")
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(path))
+    profiled = profile.Profile(range(first, 3), tmp_path, torch.device("cpu"), dict)
+    profiled.on_cuda = True  # spans by the clock, all else as on a GPU
+    for number in range(4):
+        with profiled.update(number):
+            calls.append(number)
+    before = ["begin", 0, str(tmp_path / "memory.pickle"), "stop"] if noted else [0]
+    assert calls == [*before, 1, 2, 3]
+    assert ("table.json, memory.pickle" if noted else "no update before it") in caplog.text
+
+
 def test_a_window_that_is_past_says_so(tmp_path, caplog, monkeypatch):
     profiled = profile.Profile(range(1, 3), tmp_path, torch.device("cpu"), dict)
     updates(profiled, Clock(monkeypatch), range(3, 5))
