@@ -40,11 +40,11 @@ class Variant:
 def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
     signature = {
         "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "label_ptr": "*i64",
-        "num_rows_ptr": "*i32" if num_rows else "constexpr",
+        "num_rows_ptr": "*i32" if num_rows else "constexpr", "scales_ptr": "*fp32",
         "ds_ptr": f"*{dtype}" if gradient else "constexpr", "out_ptr": "*fp32",
         "s_stride": "i32", "t_stride": "i32", "ds_stride": "i32" if gradient else "constexpr",
         "N": "i32", "first_row": "i32", "width": "i32", "vocab_size": "i32",
-        "temperature": "fp32", "kd_scale": "fp32", "mlm_scale": "fp32",
+        "temperature": "fp32",
         "LANES": "constexpr", "VECTOR": "constexpr",
     }  # fmt: skip
     absent = {} if num_rows else {"num_rows_ptr": None}

@@ -28,11 +28,12 @@ def test_rows(benchmark, num_rows, num_columns, dtype):
     labels = torch.randint(30522, (num_rows,), device=DEVICE)
     labels = torch.where(torch.rand(num_rows, device=DEVICE) < 0.15, labels, -100)
     gradient = torch.empty_like(teacher)
+    scales = torch.tensor([KD_SCALE, MLM_SCALE], device=DEVICE)
     weights = {"temperature": TEMPERATURE, "kd_scale": KD_SCALE, "mlm_scale": MLM_SCALE, "vocab_size": 30522}
 
     def rows(target):
         return torch.ops.fastdistil.distill_rows(
-            target.detach(), teacher, labels, None, gradient, 0, TEMPERATURE, KD_SCALE, MLM_SCALE, 30522
+            target.detach(), teacher, labels, None, gradient, 0, TEMPERATURE, scales, 30522
         )
 
     def backward(loss):

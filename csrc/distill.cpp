@@ -160,15 +160,16 @@ RowLoss row_loss(
 at::Tensor distill_rows(
     const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
     const std::optional<at::Tensor>& num_rows, const std::optional<at::Tensor>& dstudent, int64_t first_row,
-    double temperature, double kd_scale, double mlm_scale, int64_t vocab_size) {
+    double temperature, const at::Tensor& scales_tensor, int64_t vocab_size) {
   const int64_t N = student.size(0), width = student.size(1);
   TORCH_CHECK(width == 1 || (student.stride(1) == 1 && teacher.stride(1) == 1), "distill_rows wants contiguous rows");
   const int64_t last_row = num_rows.has_value() ? num_rows->item().toLong() - first_row : N;
   auto rows = at::empty({3, N}, student.options().dtype(at::kFloat));
   float* out = rows.data_ptr<float>();
   const int64_t* label = labels.data_ptr<int64_t>();
-  const Scales scales{
-      static_cast<float>(temperature), static_cast<float>(kd_scale), static_cast<float>(mlm_scale)};
+  TORCH_CHECK(scales_tensor.numel() == 2 && scales_tensor.is_contiguous(), "distill_rows wants two scales");
+  const float* scale = scales_tensor.data_ptr<float>();
+  const Scales scales{static_cast<float>(temperature), scale[0], scale[1]};
   FASTDISTIL_DISPATCH(student.scalar_type(), "distill_rows", [&] {
     const scalar_t* s = student.data_ptr<scalar_t>();
     const scalar_t* t = teacher.data_ptr<scalar_t>();

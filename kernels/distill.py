@@ -25,7 +25,7 @@ Shapes: N = rows (tokens), V = columns, of which the first `vocab_size` are the 
 multiple of 64, so that Triton loads 16 bytes a thread) count in no sum and get 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -64,8 +64,8 @@ def distill_loss_reference(
     labels_N: Tensor,
     *,
     temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
+    kd_scale: float | Tensor,
+    mlm_scale: float | Tensor,
     vocab_size: int | None = None,
     num_rows: Tensor | None = None,
 ) -> DistillLoss:
@@ -131,10 +131,11 @@ def _store_row(out_ptr, N, row, kd, mlm, agree):
 @triton.jit
 def _distill_kernel(
     s_ptr, t_ptr, label_ptr, num_rows_ptr,  # (N, V) logits, (N,) int64, 0-dim integer or None
+    scales_ptr,                             # (2,) fp32: kd_scale, mlm_scale
     ds_ptr,                                 # (N, V) gradient, may be s_ptr; or None
     out_ptr,                                # (3, N) fp32: kd, mlm, agree
     s_stride, t_stride, ds_stride,          # elements between rows
-    N, first_row, width, vocab_size, temperature, kd_scale, mlm_scale,
+    N, first_row, width, vocab_size, temperature,
     LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: N * V passes 2^31 at 70k tokens of BERT vocabulary
@@ -173,7 +174,7 @@ def _distill_kernel(
         s1_log2 = tl.log2(tl.sum(s1_total, axis=0))
         mlm = (s1_log2 - (z_label - s_top) * LOG2E) * LN2
 
-    slope = kd_scale * temperature
+    slope, mlm_scale = tl.load(scales_ptr) * temperature, tl.load(scales_ptr + 1)
     kd = tl.zeros((LANES,), tl.float32)
     nearest = tl.full((LANES,), NO_LOGIT, tl.float32)
     for start in range(0, width, step):
@@ -197,26 +198,39 @@ def _distill_kernel(
     _store_row(out_ptr, N, row, temperature * temperature * tl.sum(kd, axis=0), mlm, agree)
 
 
-@torch.library.custom_op("fastdistil::distill_rows", mutates_args=("dstudent",), device_types=TRITON_DEVICES)
-def distill_rows(
+def _launch(
     student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None, dstudent: Tensor | None,
-    first_row: int, temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int,
+    first_row: int, temperature: float, scales: Tensor, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    """(3, N) fp32: kd, mlm and agreement (0 or 1) of each row; the gradient goes to `dstudent`.
-
-    The inner operator, without autograd. `dstudent` may be `student` itself, or None for values only. Rows must be
-    contiguous. `first_row` is the index of row 0 as `num_rows` counts.
-    """
     N, width = student.shape
     rows = student.new_empty((3, N), dtype=torch.float32)
     _distill_kernel[(N,)](
-        student, teacher, labels, num_rows, dstudent, rows,
+        student, teacher, labels, num_rows, scales, dstudent, rows,
         student.stride(0), teacher.stride(0), 0 if dstudent is None else dstudent.stride(0),
-        N, first_row, width, vocab_size, temperature, kd_scale, mlm_scale,
+        N, first_row, width, vocab_size, temperature,
         LANES=32 * NUM_WARPS, VECTOR=COLUMNS_PER_LOAD[student.element_size()],
         **{"num_warps": NUM_WARPS}, **LAUNCH_OPTIONS,
     )  # fmt: skip
     return rows
+
+
+@torch.library.custom_op("fastdistil::distill_rows", mutates_args=("dstudent",), device_types=TRITON_DEVICES)
+def distill_rows(
+    student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None, dstudent: Tensor | None,
+    first_row: int, temperature: float, scales: Tensor, vocab_size: int,
+) -> Tensor:  # fmt: skip
+    """(3, N) fp32: kd, mlm and agreement (0 or 1) of each row; the gradient goes to `dstudent`.
+
+    The inner operator, without autograd. `dstudent` may be `student` itself, or None for values only. Rows must be
+    contiguous. `first_row` is the index of row 0 as `num_rows` counts. `scales`: (2,) fp32, kd_scale and mlm_scale, on
+    the device, so that what is recorded in a CUDA graph may be divided by another number of tokens each time.
+    """
+    return _launch(student, teacher, labels, num_rows, dstudent, first_row, temperature, scales, vocab_size)
+
+
+def forward(student: Tensor, *others: Any) -> Tensor:
+    """`distill_rows` without the operator around it where Triton serves the device: what the host pays is a launch."""
+    return (_launch if student.device.type in TRITON_DEVICES else distill_rows)(student, *others)
 
 
 @distill_rows.register_fake
@@ -226,7 +240,7 @@ def _(student, *_others):
 
 def distill_rows_torch(
     student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None, dstudent: Tensor | None,
-    first_row: int, temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int,
+    first_row: int, temperature: float, scales: Tensor, vocab_size: int,
 ) -> Tensor:  # fmt: skip
     """`distill_rows` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
     z, y = student[:, :vocab_size].float(), teacher[:, :vocab_size].float()
@@ -239,11 +253,11 @@ def distill_rows_torch(
     mlm = F.nll_loss(log_q1, labels, reduction="none")
     agree = ((z == z.amax(-1, True)) & (y == y.amax(-1, True))).any(-1)
     if dstudent is not None:
-        dz = torch.where(real[:, None], kd_scale * temperature * (q - p), 0.0)
+        dz = torch.where(real[:, None], scales[0] * temperature * (q - p), 0.0)
         (labelled,) = torch.nonzero(labels >= 0, as_tuple=True)
         d_mlm = log_q1[labelled].exp_()
         d_mlm[torch.arange(len(labelled)), labels[labelled]] -= 1
-        dz[labelled] += mlm_scale * d_mlm
+        dz[labelled] += scales[1] * d_mlm
         dstudent.zero_()[:, :vocab_size] = dz
     return torch.where(real, torch.stack((kd, mlm, agree.float())), 0.0)
 
@@ -255,39 +269,58 @@ if CPU_BACKEND == "torch":
 @torch.library.custom_op("fastdistil::distill", mutates_args=())
 def _distill(
     student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None,
-    temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int, needs_grad: bool,
+    temperature: float, scales: Tensor, vocab_size: int, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     rows = distill_rows(
         student, teacher, labels.contiguous(), num_rows, dstudent if needs_grad else None, 0,
-        temperature, kd_scale, mlm_scale, vocab_size,
+        temperature, scales, vocab_size,
     )  # fmt: skip
-    return *weighted_sums(rows, kd_scale, mlm_scale), dstudent
+    return *weighted_sums(rows, scales), dstudent
 
 
 @_distill.register_fake
-def _(student, teacher, labels, num_rows, temperature, kd_scale, mlm_scale, vocab_size, needs_grad):
+def _(student, teacher, labels, num_rows, temperature, scales, vocab_size, needs_grad):
     loss = student.new_empty((), dtype=torch.float32)
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     return loss, student.new_empty(3, dtype=torch.float32), dstudent
 
 
-def weighted_sums(rows_3N: Tensor, kd_scale: float, mlm_scale: float) -> tuple[Tensor, Tensor]:
+def weighted_sums(rows_3N: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, 0-dim, and (3,) the sums of kd, mlm and agreement, both fp32."""
     sums = rows_3N.sum(1)
-    return kd_scale * sums[0] + mlm_scale * sums[1], sums
+    return (scales * sums[:2]).sum(), sums
+
+
+def scale_pair(op: str, kd_scale: float | Tensor, mlm_scale: float | Tensor, student: Tensor) -> Tensor:
+    """(2,) fp32 of both scales on the device of `student`, without a host sync.
+
+    Raises ValueError naming `op` for a tensor that is not one number on that device.
+    """
+    scales = []
+    for name, scale in (("kd_scale", kd_scale), ("mlm_scale", mlm_scale)):
+        if not isinstance(scale, Tensor):
+            scale = torch.full((), scale, dtype=torch.float32, device=student.device)  # no copy to wait for
+        if scale.ndim or scale.device != student.device:
+            raise ValueError(
+                f"{op} wants {name} as a float or a 0-dim tensor on {student.device}, got one of shape "
+                f"{tuple(scale.shape)} on {scale.device}"
+            )
+        scales.append(scale.detach().float())
+    return torch.stack(scales)
 
 
 def _setup_context(ctx, inputs, output):
     _, sums, dstudent = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(sums, dstudent)
     ctx.save_for_backward(dstudent)
 
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_dstudent):
     (dstudent,) = ctx.saved_tensors
-    return (grad_loss * dstudent, *[None] * 8)
+    return (grad_loss * dstudent, *[None] * 7)
 
 
 _distill.register_autograd(_backward, setup_context=_setup_context)
@@ -299,8 +332,8 @@ def distill_loss(
     labels_N: Tensor,
     *,
     temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
+    kd_scale: float | Tensor,
+    mlm_scale: float | Tensor,
     vocab_size: int | None = None,
     num_rows: Tensor | None = None,
 ) -> DistillLoss:
@@ -313,8 +346,8 @@ def distill_loss(
         labels_N: int64, the original id of a masked token; negative where there is none. A label outside the vocabulary
             raises IndexError on the CPU and gives a loss of NaN on CUDA.
         temperature: > 0, of the KD term.
-        kd_scale, mlm_scale: weights of the two sums; 1 / (number of tokens) belongs here. Inside torch.compile they are
-            constants of the graph: another value compiles it anew.
+        kd_scale, mlm_scale: weights of the two sums; 1 / (number of tokens) belongs here. Numbers, which inside
+            torch.compile are constants of the graph, or 0-dim tensors on the same device, which may change. Get none.
         vocab_size: columns that exist, the others being padding; all of them by default.
         num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for nothing and get gradient
             0. All rows by default.
@@ -338,8 +371,8 @@ def distill_loss(
         raise ValueError(f"distill_loss: vocab_size {vocab_size} is more than the {student_NV.shape[1]} columns")
     needs_grad = torch.is_grad_enabled() and student_NV.requires_grad
     loss, sums, _ = _distill(
-        student_NV, teacher_NV.detach(), labels_N, num_rows, float(temperature), float(kd_scale),
-        float(mlm_scale), vocab_size, needs_grad,
+        student_NV, teacher_NV.detach(), labels_N, num_rows, float(temperature),
+        scale_pair("distill_loss", kd_scale, mlm_scale, student_NV), vocab_size, needs_grad,
     )  # fmt: skip
     return DistillLoss(loss, *sums.unbind())
 

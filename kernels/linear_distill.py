@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distill import DistillLoss, check_operands, distill_loss_reference, distill_rows, weighted_sums
+from . import distill
+from .distill import DistillLoss, check_operands, distill_loss_reference, scale_pair
 from .linear import linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
@@ -67,47 +68,69 @@ def default_chunk_tokens(
     return max(256, min(longest, affordable // 256 * 256))
 
 
+def forward(
+    student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
+    labels: Tensor, num_rows: Tensor | None, temperature: float, scales: Tensor, vocab_size: int, chunk_tokens: int,
+    *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The loss, (3,) the sums of kd, mlm and agreement, and the gradient of `student`: no operator, no checks.
+
+    Weights have the dtype of the hidden states they meet, `labels` is contiguous, `scales` as in `distill_rows`;
+    autocast is off. The gradients of weight and bias are written to `dweight` and `dbias`, or added to what is there
+    (`accumulate`). In fp32 they are the sum as it is, in the hidden states' dtype it is rounded once. Without the two
+    no gradient is made.
+    """
+    N, V = student.shape[0], weight.shape[0]
+    chunk = min(chunk_tokens, N)
+    z_buffer, y_buffer = _buffer(student, chunk, V), _buffer(teacher, chunk, V)
+    into = [] if dweight is None or dbias is None else [dweight, dbias]
+    dstudent = student.new_empty(student.shape) if into else None
+    # Chunks add up in fp32: in place where that is what the caller gave. One chunk needs no sum: its product is rounded
+    # to the hidden states' dtype by the GEMM.
+    in_place = all(x.dtype == torch.float32 or (chunk == N and x.dtype == student.dtype) for x in into)
+    totals = into if in_place else [torch.empty_like(x, dtype=torch.float32) for x in into]
+    rows = []
+    for start in range(0, N, chunk):
+        tokens = slice(start, min(start + chunk, N))
+        hidden = student[tokens]
+        z = _logits(hidden, weight, bias, z_buffer)
+        y = _logits(teacher[tokens], teacher_weight, teacher_bias, y_buffer)
+        chunk_rows = distill.forward(
+            z, y.to(z.dtype), labels[tokens], num_rows, z if into else None, start, temperature, scales, vocab_size
+        )
+        rows.append(chunk_rows)
+        del y
+        if dstudent is not None:  # z is dz now
+            if runs_on_onednn(z):
+                dstudent[tokens] = linear_product(z, weight.t(), None)
+            else:
+                torch.mm(z, weight, out=dstudent[tokens])
+            first = start == 0 and not (accumulate and in_place)
+            _accumulate_product(totals[0], z.t(), hidden, first=first)
+            _accumulate_rows(totals[1], z, first=first)
+        del z  # before the next chunk's are made
+    if not in_place:
+        for x, total in zip(into, totals, strict=True):
+            x.add_(total) if accumulate else x.copy_(total)
+    return *distill.weighted_sums(torch.cat(rows, dim=1), scales), dstudent
+
+
 @torch.library.custom_op("fastdistil::linear_distill", mutates_args=())
 def _linear_distill(
     student: Tensor, student_weight: Tensor, student_bias: Tensor,
     teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, labels: Tensor, num_rows: Tensor | None,
-    temperature: float, kd_scale: float, mlm_scale: float, vocab_size: int, chunk_tokens: int, needs_grad: bool,
+    temperature: float, scales: Tensor, vocab_size: int, chunk_tokens: int, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # Under autocast the body of a custom op still casts what it calls: the dtypes are settled here.
     with torch.autocast(student.device.type, enabled=False):
-        N, V = student.shape[0], student_weight.shape[0]
-        chunk = min(chunk_tokens, N)
-        labels = labels.contiguous()
-        weight, bias = student_weight.to(student.dtype), student_bias.to(student.dtype)
-        teacher_weight, teacher_bias = teacher_weight.to(teacher.dtype), teacher_bias.to(teacher.dtype)
-        z_buffer, y_buffer = _buffer(student, chunk, V), _buffer(teacher, chunk, V)
-        dstudent, dweight, dbias = _empty_gradients(student, student_weight, student_bias, needs_grad)
-        # One chunk needs no fp32 sum: its product is rounded to the weight's dtype once, by the GEMM.
-        one_rounding = chunk == N and student.dtype == student_weight.dtype
-        sum_dtype = student.dtype if one_rounding else torch.float32
-        dweight_sum, dbias_sum = (torch.empty_like(x, dtype=sum_dtype) for x in (dweight, dbias))
-        rows = []
-        for start in range(0, N, chunk):
-            tokens = slice(start, min(start + chunk, N))
-            hidden = student[tokens]
-            z = _logits(hidden, weight, bias, z_buffer)
-            y = _logits(teacher[tokens], teacher_weight, teacher_bias, y_buffer)
-            chunk_rows = distill_rows(
-                z, y.to(z.dtype), labels[tokens], num_rows, z if needs_grad else None, start,
-                temperature, kd_scale, mlm_scale, vocab_size,
-            )  # fmt: skip
-            rows.append(chunk_rows)
-            del y
-            if needs_grad:  # z is dz now
-                if runs_on_onednn(z):
-                    dstudent[tokens] = linear_product(z, weight.t(), None)
-                else:
-                    torch.mm(z, weight, out=dstudent[tokens])
-                _accumulate_product(dweight_sum, z.t(), hidden, first=start == 0)
-                _accumulate_rows(dbias_sum, z, first=start == 0)
-            del z  # before the next chunk's are made
-        loss, sums = weighted_sums(torch.cat(rows, dim=1), kd_scale, mlm_scale)
-        return loss, sums, dstudent, dweight_sum.to(dweight.dtype), dbias_sum.to(dbias.dtype)
+        dweight, dbias = _room(needs_grad, student_weight, student_bias)
+        loss, sums, dstudent = forward(
+            student, student_weight.to(student.dtype), student_bias.to(student.dtype),
+            teacher, teacher_weight.to(teacher.dtype), teacher_bias.to(teacher.dtype), labels.contiguous(), num_rows,
+            temperature, scales, vocab_size, chunk_tokens,
+            dweight=dweight if needs_grad else None, dbias=dbias if needs_grad else None, accumulate=False,
+        )  # fmt: skip
+        return loss, sums, student.new_empty(0) if dstudent is None else dstudent, dweight, dbias
 
 
 def _buffer(hidden: Tensor, chunk: int, num_columns: int) -> Tensor | None:
@@ -144,24 +167,24 @@ def _accumulate_rows(total: Tensor, x: Tensor, *, first: bool) -> None:
     total.copy_(rows) if first else total.add_(rows)
 
 
-def _empty_gradients(student: Tensor, weight: Tensor, bias: Tensor, needs_grad: bool):
-    if not needs_grad:
-        return student.new_empty(0), weight.new_empty(0), bias.new_empty(0)
-    return tuple(x.new_empty(x.shape) for x in (student, weight, bias))
+def _room(needs_grad: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Where a gradient of each goes; nothing where none is wanted."""
+    return tuple(x.new_empty(x.shape if needs_grad else 0) for x in tensors)
 
 
 @_linear_distill.register_fake
 def _(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, num_rows,
-    temperature, kd_scale, mlm_scale, vocab_size, chunk_tokens, needs_grad,
+    temperature, scales, vocab_size, chunk_tokens, needs_grad,
 ):  # fmt: skip
     loss = student.new_empty((), dtype=torch.float32)
     sums = student.new_empty(3, dtype=torch.float32)
-    return loss, sums, *_empty_gradients(student, student_weight, student_bias, needs_grad)
+    return loss, sums, *_room(needs_grad, student, student_weight, student_bias)
 
 
 def _setup_context(ctx, inputs, output):
     _, sums, *gradients = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(sums, *gradients)
     ctx.save_for_backward(*gradients)
 
@@ -172,7 +195,7 @@ def _backward(ctx, grad_loss, *_grad_others):
     # not multiplied by 1. What stands for a tensor while a graph is traced has another type.
     if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1):
         gradients = [grad_loss * x for x in gradients]
-    return (*gradients, *[None] * 11)
+    return (*gradients, *[None] * 10)
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)
@@ -188,8 +211,8 @@ def linear_distill_loss(
     labels_N: Tensor,
     *,
     temperature: float,
-    kd_scale: float,
-    mlm_scale: float,
+    kd_scale: float | Tensor,
+    mlm_scale: float | Tensor,
     vocab_size: int,
     num_rows: Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -250,7 +273,7 @@ def linear_distill_loss(
     trained = (student_ND, student_weight_VD, student_bias_V)
     loss, sums, *_ = _linear_distill(
         *trained, teacher_ND.detach(), teacher_weight_VE.detach(), teacher_bias_V.detach(),
-        labels_N, num_rows, float(temperature), float(kd_scale), float(mlm_scale), vocab_size,
+        labels_N, num_rows, float(temperature), scale_pair(op, kd_scale, mlm_scale, student_ND), vocab_size,
         chunk_tokens or default_chunk_tokens(student_weight_VD.shape[0], student_ND.dtype, device),
         torch.is_grad_enabled() and any(x.requires_grad for x in trained),
     )  # fmt: skip

@@ -96,6 +96,16 @@ def test_scales_and_labels(kd_scale, mlm_scale, labelled):
     check(make_leaves((9, 700), labelled=labelled), kd_scale=kd_scale, mlm_scale=mlm_scale)
 
 
+def test_scales_may_be_tensors():
+    """On the device, where a recorded step finds other ones each time: the same bits as of the numbers."""
+    leaves = make_leaves((9, 700))
+    expected = results(functools.partial(distill_loss, **OPTIONS), leaves)
+    kd_scale, mlm_scale = scales()
+    for changed in ({"kd_scale": kd_scale, "mlm_scale": mlm_scale}, {"kd_scale": kd_scale}):
+        got = results(functools.partial(distill_loss, **OPTIONS | changed), leaves)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 def test_is_the_objective_of_the_authors():
     """Trap 1 and 2: batchmean over rows times T^2, and cross-entropy at temperature 1."""
     leaves = make_leaves((6, 50), labelled=1.0)
@@ -129,8 +139,12 @@ def test_kl_is_never_negative():
 
 def kernel_rows(student, teacher, labels, *, num_rows=None, dstudent=None, vocab_size=None):
     return torch.ops.fastdistil.distill_rows(
-        student, teacher, labels, num_rows, dstudent, 0, 2.0, 0.7, 0.3, vocab_size or student.shape[1]
+        student, teacher, labels, num_rows, dstudent, 0, 2.0, scales(), vocab_size or student.shape[1]
     )
+
+
+def scales() -> torch.Tensor:
+    return torch.tensor([OPTIONS["kd_scale"], OPTIONS["mlm_scale"]], device=DEVICE)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -195,7 +209,7 @@ def test_plain_pytorch_gives_the_same_where_the_kernels_are_not_built():
     teacher[4] = -torch.inf
     gradients = torch.empty_like(student), torch.empty_like(student)
     expected = kernel_rows(student, teacher, labels, dstudent=gradients[0])
-    got = distill_rows_torch(student, teacher, labels, None, gradients[1], 0, 2.0, 0.7, 0.3, 2100)
+    got = distill_rows_torch(student, teacher, labels, None, gradients[1], 0, 2.0, scales(), 2100)
     torch.testing.assert_close(got[:, :4], expected[:, :4])
     assert got[0, 4].isnan()
     assert expected[0, 4].isnan()
@@ -303,12 +317,12 @@ def test_registration():
     num_rows = torch.tensor(2, device=DEVICE)
     for rows, gradient in ((None, torch.empty_like(student)), (num_rows, None)):
         torch.library.opcheck(
-            torch.ops.fastdistil.distill_rows.default, (student, teacher, labels, rows, gradient, 0, 2.0, 1.0, 1.0, 48)
+            torch.ops.fastdistil.distill_rows.default, (student, teacher, labels, rows, gradient, 0, 2.0, scales(), 48)
         )
     for needs_grad in (True, False):
         leaf = student.clone().requires_grad_(needs_grad)
         torch.library.opcheck(
-            torch.ops.fastdistil.distill.default, (leaf, teacher, labels, num_rows, 2.0, 1.0, 1.0, 48, needs_grad)
+            torch.ops.fastdistil.distill.default, (leaf, teacher, labels, num_rows, 2.0, scales(), 48, needs_grad)
         )
 
 
@@ -351,6 +365,8 @@ def test_label_outside_the_vocabulary():
         ({"vocab_size": 0}, "vocab_size must be 1 or more"),
         ({"num_rows": torch.zeros(1, dtype=torch.int32)}, "0-dim int32 or int64"),
         ({"labels_N": torch.zeros(2, dtype=torch.int64, device="meta")}, "got labels on meta"),
+        ({"kd_scale": torch.ones(1)}, r"kd_scale as a float or a 0-dim tensor on cpu, got one of shape \(1,\) on cpu"),
+        ({"mlm_scale": torch.ones((), device="meta")}, "mlm_scale .* on cpu, got one of .* on meta"),
     ],
 )
 def test_errors_name_the_offender(change, message):

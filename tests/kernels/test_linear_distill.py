@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fastdistil.kernels import linear_distill as module
 from fastdistil.kernels.linear_distill import default_chunk_tokens, linear_distill_loss, linear_distill_loss_reference
 from tests.support.precision import DEVICE, assert_no_worse_than_pytorch, compiled, each_dtype, results
 from tests.support.properties import for_any
@@ -216,8 +217,36 @@ def test_registration():
         values = [v.detach().requires_grad_(needs_grad and k in TRAINED) for k, v in leaves.items()]
         torch.library.opcheck(
             torch.ops.fastdistil.linear_distill.default,
-            (*values, torch.tensor(4, device=DEVICE), 2.0, 1.0, 1.0, VOCAB, 3, needs_grad),
+            (*values, torch.tensor(4, device=DEVICE), 2.0, torch.ones(2, device=DEVICE), VOCAB, 3, needs_grad),
         )
+
+
+def raw(leaves, *, dtype, accumulate=False, chunk_tokens=5, fill=0.0) -> dict[str, torch.Tensor]:
+    """linear_distill.forward with destinations of `dtype`, which hold `fill` before."""
+    dweight, dbias = (torch.full_like(leaves[name].detach(), fill, dtype=dtype) for name in TRAINED[1:])
+    scales = torch.tensor([OPTIONS["kd_scale"], OPTIONS["mlm_scale"]], device=DEVICE)
+    num_rows = torch.tensor(11, device=DEVICE)
+    arguments: list[Any] = [value.detach() for value in leaves.values()]
+    arguments += [num_rows, OPTIONS["temperature"], scales, VOCAB, chunk_tokens]
+    loss, _, dstudent = module.forward(*arguments, dweight=dweight, dbias=dbias, accumulate=accumulate)
+    assert dstudent is not None
+    return {"value 0": loss} | dict(zip((f"d{name}" for name in TRAINED), (dstudent, dweight, dbias), strict=True))
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 13], ids=lambda c: f"chunk {c}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_the_operator_the_gradients_go_where_they_are_wanted(dtype, chunk_tokens):
+    leaves = make_leaves(dtype=torch.bfloat16)
+    num_rows = torch.tensor(11, device=DEVICE)
+    mixed = leaves | {name: leaves[name].detach().to(dtype).requires_grad_() for name in TRAINED[1:]}
+    expected = results(ours(num_rows=num_rows, chunk_tokens=chunk_tokens), mixed)
+    # What was there is of no account.
+    got = raw(leaves, dtype=dtype, chunk_tokens=chunk_tokens, fill=float("nan"))
+    assert_same({k: v.double() for k, v in got.items()}, {k: expected[k] for k in got}, rtol=0, atol=0)
+    added = raw(leaves, dtype=dtype, chunk_tokens=chunk_tokens, accumulate=True, fill=0.5)
+    for name in ("dstudent_weight_VD", "dstudent_bias_V"):
+        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(added[name], got[name] + 0.5, rtol=tolerance, atol=tolerance)
 
 
 def test_compiles_without_graph_breaks():
