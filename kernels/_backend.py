@@ -8,8 +8,11 @@ that operator: the dispatcher is the only switch.
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter runs kernels on CPU tensors. It is how this project tests them without a GPU. It has to be chosen
@@ -23,6 +26,59 @@ TRITON_DEVICES: tuple[str, ...] = ("cuda", "cpu") if INTERPRET else ("cuda",)
 LAUNCH_OPTIONS: dict[str, bool] = {"enable_fp_fusion": True}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# 16 columns of fp32 are two sectors of memory: the 2,304 columns of a LayerNorm's three sums make 144 programs.
+SUM_TILE = {"ROWS": 128, "COLUMNS": 16, "num_warps": 4}
+
+
+@triton.jit
+def _store_sum(out_ptr, column, live, rows, ACCUMULATE: tl.constexpr):
+    if out_ptr is not None:
+        if ACCUMULATE:
+            rows += tl.load(out_ptr + column, mask=live, other=0.0).to(tl.float32)
+        tl.store(out_ptr + column, rows.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=("P",))
+def _column_sums_kernel(
+    partial_ptr, out0_ptr, out1_ptr, out2_ptr,  # (P, M, K) fp32 contiguous; (K,) or None, of any dtype each
+    P, K, M: tl.constexpr, ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < K
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(0, P, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        at = (row[:, None] * M + m) * K + column[None, :]
+        total += tl.load(partial_ptr + at, mask=(row < P)[:, None] & live[None, :], other=0.0)
+    rows = tl.sum(total, axis=0)
+    if m == 0:
+        _store_sum(out0_ptr, column, live, rows, ACCUMULATE)
+    elif m == 1:
+        _store_sum(out1_ptr, column, live, rows, ACCUMULATE)
+    else:
+        _store_sum(out2_ptr, column, live, rows, ACCUMULATE)
+
+
+def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumulate: bool) -> None:
+    """The end of every sum over rows: outs[m] (K,) = or += partial[:, m].sum(0), in one launch for up to three m.
+
+    Partial sums are fp32 and contiguous, P of them, one of each program, so that no atomics are needed and the same
+    bits come out every time. They are added in fp32 and stored in the dtype of outs[m]; None is for a sum that nobody
+    wants.
+    """
+    P, M, K = partial_PMK.shape
+    if partial_PMK.device.type in TRITON_DEVICES:
+        if any(out is not None for out in outs):
+            first, second, third = (*outs, None, None)[:3]
+            _column_sums_kernel[(triton.cdiv(K, SUM_TILE["COLUMNS"]), M)](
+                partial_PMK, first, second, third, P, K, M, accumulate, **SUM_TILE, **LAUNCH_OPTIONS
+            )
+        return
+    for out, rows in zip(outs, partial_PMK.sum(0), strict=True):
+        if out is not None:
+            out.add_(rows) if accumulate else out.copy_(rows)
 
 
 def _cpu_backend() -> str:

@@ -504,11 +504,14 @@ def _(dout, qkv, out, lse, tiles, seed, stream, dropout_p):
 def _setup_context(ctx, inputs, output):
     qkv, tiles, seed, ctx.stream, ctx.dropout_p = inputs
     out, lse = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, out, lse, tiles, seed)
 
 
 def _backward(ctx, dout, _dlse):
+    if dout is None:
+        return (None,) * 5
     qkv, out, lse, tiles, seed = ctx.saved_tensors
     dqkv = attention_backward(dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p)
     return dqkv, None, None, None, None

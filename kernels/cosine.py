@@ -104,11 +104,14 @@ if CPU_BACKEND == "torch":
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad_rows, _grad_dstudent):
+    if grad_rows is None:
+        return None, None, None
     (dstudent,) = ctx.saved_tensors
     return (grad_rows[:, None] * dstudent).to(dstudent.dtype), None, None
 

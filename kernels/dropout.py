@@ -164,10 +164,13 @@ def _(x, seed, stream, dropout_p):
 
 def _setup_context(ctx, inputs, output):
     _, seed, ctx.stream, ctx.dropout_p = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(seed)
 
 
 def _backward(ctx, grad):
+    if grad is None:
+        return None, None, None, None
     (seed,) = ctx.saved_tensors
     return _dropout(grad, seed, ctx.stream, ctx.dropout_p), None, None, None
 

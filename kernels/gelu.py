@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
-from .linear import linear
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter
+from .linear import add_column_sum, linear, linear_dx, linear_forward
 
 SQRT_HALF, INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
 # 256 columns are a warp of 16-byte loads in bf16 and divide 768, 1,536 and 3,072; 16 rows make 32 elements a thread.
@@ -33,7 +33,7 @@ def bias_gelu_reference(x_NF: Tensor, bias_F: Tensor) -> Tensor:
     return F.gelu(x_NF.to(dtype) + bias_F.to(dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def _forward_kernel(x_ptr, bias_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -45,7 +45,7 @@ def _forward_kernel(x_ptr, bias_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLUMNS:
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def _backward_kernel(
     dout_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr,  # (N, F), ..., (strips, F) fp32
     N, F, strip_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,14 +67,74 @@ def _backward_kernel(
     tl.store(partial_ptr + strip * F + column, tl.sum(dbias, axis=0), mask=column < F)
 
 
+def _launch_forward(x: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = gelu(x + bias), which may be x itself."""
+    if x.numel() > 0:
+        N, width = x.shape
+        grid = (triton.cdiv(N, TILE["ROWS"]), triton.cdiv(width, TILE["COLUMNS"]))
+        _forward_kernel[grid](x, bias, out, N, width, **TILE, **LAUNCH_OPTIONS)
+
+
+def _launch_backward(dout: Tensor, x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None, accumulate: bool) -> None:
+    """dx, which may be dout itself, and dbias."""
+    N, width = x.shape
+    strips = triton.cdiv(N, STRIP)
+    partial = x.new_empty((strips, 1, width), dtype=torch.float32)
+    if x.numel() > 0:
+        _backward_kernel[(strips, triton.cdiv(width, TILE["COLUMNS"]))](
+            dout, x, bias, dx, partial, N, width, STRIP, **TILE, **LAUNCH_OPTIONS
+        )
+    add_column_sums(partial, (dbias,), accumulate)
+
+
+def linear_gelu_forward(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """(gelu(x @ weight.T + bias) (N, F), z (N, F) for the backward if `keep`). No checks, no gradient.
+
+    z is x @ weight.T with the bias on the CPU, where a product adds it for nothing, and without it elsewhere.
+    """
+    if x_ND.device.type not in TRITON_DEVICES:
+        z = linear_forward(x_ND, weight_FD, bias_F)
+        return F.gelu(z), z if keep else None
+    z = x_ND @ weight_FD.t()
+    out = torch.empty_like(z) if keep else z
+    _launch_forward(z, bias_F, out)
+    return out, z if keep else None
+
+
+def gelu_backward_product(
+    dy_ND: Tensor, weight_DF: Tensor, z_NF: Tensor, bias_F: Tensor, *, dbias: Tensor | None, accumulate: bool
+) -> Tensor:
+    """dz (N, F) = (dy @ weight) * gelu'(z), z from `linear_gelu_forward`.
+
+    dbias is where the sum of dz over its rows goes, (F,) fp32 or in the dtype of bias; with `accumulate` it is added to
+    what stands there. None: nowhere.
+    """
+    dout = linear_dx(dy_ND, weight_DF)
+    return _backward_into(dout, dout, z_NF, bias_F, dbias, accumulate)
+
+
+def gelu_backward_rows(
+    dout_NF: Tensor, z_NF: Tensor, bias_F: Tensor, *, dbias: Tensor | None, accumulate: bool
+) -> Tensor:
+    """dz (N, F) = dout * gelu'(z); the rest as in `gelu_backward_product`."""
+    return _backward_into(torch.empty_like(dout_NF), dout_NF, z_NF, bias_F, dbias, accumulate)
+
+
+def _backward_into(dz: Tensor, dout: Tensor, z: Tensor, bias: Tensor, dbias: Tensor | None, accumulate: bool) -> Tensor:
+    if dout.device.type in TRITON_DEVICES:
+        _launch_backward(dout, z, bias, dz, dbias, accumulate)
+        return dz
+    torch.ops.aten.gelu_backward.grad_input(dout, z, grad_input=dz)
+    if dbias is not None:
+        add_column_sum(dbias, dz, accumulate)
+    return dz
+
+
 @torch.library.custom_op("fastdistil::bias_gelu", mutates_args=(), device_types=TRITON_DEVICES)
 def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     """(N, F) gelu(x + bias). Inputs contiguous."""
-    N, width = x.shape
     out = torch.empty_like(x)
-    if x.numel() > 0:
-        grid = (triton.cdiv(N, TILE["ROWS"]), triton.cdiv(width, TILE["COLUMNS"]))
-        _forward_kernel[grid](x, bias, out, N, width, **TILE, **LAUNCH_OPTIONS)
+    _launch_forward(x, bias, out)
     return out
 
 
@@ -86,14 +146,9 @@ def _(x, bias):
 @torch.library.custom_op("fastdistil::bias_gelu_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, dbias)."""
-    N, width = x.shape
-    strips = triton.cdiv(N, STRIP)
-    dx, partial = torch.empty_like(x), x.new_empty((strips, width), dtype=torch.float32)
-    if x.numel() > 0:
-        _backward_kernel[(strips, triton.cdiv(width, TILE["COLUMNS"]))](
-            dout, x, bias, dx, partial, N, width, STRIP, **TILE, **LAUNCH_OPTIONS
-        )
-    return dx, partial.sum(0).to(bias.dtype)
+    dx, dbias = torch.empty_like(x), torch.empty_like(bias)
+    _launch_backward(dout, x, bias, dx, dbias, False)
+    return dx, dbias
 
 
 @gelu_backward.register_fake
@@ -102,10 +157,13 @@ def _(dout, x, bias):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx, dout):
+    if dout is None:
+        return None, None
     return gelu_backward(dout.contiguous(), *ctx.saved_tensors)
 
 

@@ -25,11 +25,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter
 from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_reference, keys, threshold
+from .linear import add_column_sum
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
 ROWS_PER_PROGRAM = 32  # a program draws its column keys once for them; 512 programs at 16,384 rows
+EMBEDDING_STREAM = tl.constexpr(0)  # the first place of dropout in a model
 MAX_PROGRAMS = 1024  # beyond, programs take more rows: the partial sums stay below 6 MB at width 768
 
 
@@ -46,28 +48,108 @@ def dropout_add_layernorm_reference(
 ) -> Tensor:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs), in that dtype."""
     x, weight, bias = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, weight_D, bias_D))
-    if seed is not None and dropout_p > 0:
-        rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
-        kept = keep_reference(seed, stream, dropout_p, torch.zeros_like(rows[:1]), rows, columns)
-        x = torch.where(kept[0], x / (1 - dropout_p), 0.0)
+    x = _dropout_reference(x, seed, stream, dropout_p)
     y = x if residual_ND is None else x + residual_ND
     return F.layer_norm(y, y.shape[1:], weight, bias, eps)
 
 
+def embedding_reference(
+    ids_N: Tensor,
+    position_ids_N: Tensor,
+    word_VD: Tensor,
+    position_PD: Tensor,
+    type_D: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(LayerNorm(word[ids] + position[position_ids] + type)) as `dropout_add_layernorm_reference` has it."""
+    word, position = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (word_VD, position_PD))
+    embedded = word[ids_N] + position[position_ids_N]
+    embedded = embedded if type_D is None else embedded + type_D
+    out = dropout_add_layernorm_reference(embedded, None, weight_D, bias_D, eps=eps)
+    return _dropout_reference(out, seed, EMBEDDING_STREAM.value, dropout_p)
+
+
+def _dropout_reference(x: Tensor, seed: Tensor | None, stream: int, dropout_p: float) -> Tensor:
+    if seed is None or dropout_p == 0:
+        return x
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
+    kept = keep_reference(seed, stream, dropout_p, torch.zeros_like(rows[:1]), rows, columns)
+    return torch.where(kept[0], x / (1 - dropout_p), 0.0)
+
+
 @triton.jit
-def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale):
-    """(residual + dropout(x) in fp32, mask of what is kept): without column keys nothing is dropped."""
-    y = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+def _column_key(seed_ptr, stream, column):
+    """(seed, keys of these columns), or (0, None) without a seed."""
+    seed = 0
+    column_key = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
+    return seed, column_key
+
+
+@triton.jit
+def _drop(x, live, seed, stream, row, column_key, threshold, scale):
+    """(dropout(x), mask of what is kept): without column keys nothing is dropped."""
     kept = live
     if column_key is not None:
         kept = keep(keys(seed, stream, ROW_SIDE, 0, row)[:, None], column_key[None, :], threshold)
-        y = tl.where(kept, y * scale, 0.0)
+        x = tl.where(kept, x * scale, 0.0)
+    return x, kept
+
+
+@triton.jit
+def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale):
+    """(residual + dropout(x) in fp32, mask of what is kept)."""
+    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+    y, kept = _drop(x, live, seed, stream, row, column_key, threshold, scale)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
     return y, kept
 
 
 @triton.jit
+def _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D):
+    """word[ids] + position[position_ids] + type in fp32."""
+    word = tl.load(ids_ptr + row, mask=row < N, other=0).to(tl.int64)
+    position = tl.load(position_ids_ptr + row, mask=row < N, other=0).to(tl.int64)
+    y = tl.load(word_ptr + word[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
+    y += tl.load(position_ptr + position[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
+    if type_ptr is not None:
+        y += tl.load(type_ptr + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _normalise(y, weight, bias, in_row, D, eps):
+    """(out, mean, rstd) of a block of rows."""
+    mean = tl.sum(y, axis=1) / D
+    # Two passes over registers: the difference of mean square and squared mean would cancel.
+    y = tl.where(in_row[None, :], y - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) / D + eps)
+    return y * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
+
+
+@triton.jit
+def _normalise_backward(dout, y, mean, rstd, weight, live, D):
+    """(dy, xhat) of a block of rows."""
+    xhat = tl.where(live, (y - mean[:, None]) * rstd[:, None], 0.0)
+    g = dout * weight[None, :]
+    mean_g = tl.sum(g, axis=1) / D
+    mean_gx = tl.sum(g * xhat, axis=1) / D
+    return (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None], xhat
+
+
+# Arguments that say nothing of alignment make no compilation of their own; D does, for wide loads.
+_RUNTIME = ("N", "stream", "threshold", "rows_per_program")
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr,  # (N, D) contiguous, the second or None; (D,); () or None
     out_ptr, mean_ptr, rstd_ptr,                          # (N, D), (N,) fp32 twice
@@ -79,30 +161,22 @@ def _forward_kernel(
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
+    seed, column_key = _column_key(seed_ptr, stream, column)
     for begin in range(0, rows_per_program, ROWS):
         row = first + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
         y, _ = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
-        mean = tl.sum(y, axis=1) / D
-        # Two passes over registers: the difference of mean square and squared mean would cancel.
-        y = tl.where(in_row[None, :], y - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) / D + eps)
-        out = y * rstd[:, None] * weight[None, :] + bias[None, :]
+        out, mean, rstd = _normalise(y, weight, bias, in_row, D, eps)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
         tl.store(mean_ptr + row, mean, mask=row < N)
         tl.store(rstd_ptr + row, rstd, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_RUNTIME)
 def _backward_kernel(
     dout_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dy_ptr, dx_ptr, partial_ptr,  # (N, D); (N, D) or None; (programs, 2, D) fp32: dweight, dbias
+    dy_ptr, dx_ptr, partial_ptr,  # (N, D); (N, D) or None; (programs, 3, D) fp32: dweight, dbias, sum of dx
     N, D, stream, threshold, scale, rows_per_program,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -110,13 +184,10 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
+    seed, column_key = _column_key(seed_ptr, stream, column)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
+    dx_sum = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, rows_per_program, ROWS):
         row = program * rows_per_program + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
@@ -124,20 +195,76 @@ def _backward_kernel(
         y, kept = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
-        xhat = tl.where(live, (y - mean[:, None]) * rstd[:, None], 0.0)
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
+        dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
         dweight += tl.sum(dout * xhat, axis=0)
         dbias += tl.sum(dout, axis=0)
-        g = dout * weight[None, :]
-        mean_g = tl.sum(g, axis=1) / D
-        mean_gx = tl.sum(g * xhat, axis=1) / D
-        dy = (g - mean_g[:, None] - xhat * mean_gx[:, None]) * rstd[:, None]
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
         if dx_ptr is not None:
-            dx = tl.where(kept, dy * scale, 0.0)
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
-    tl.store(partial_ptr + program * 2 * D + column, dweight, mask=in_row)
-    tl.store(partial_ptr + program * 2 * D + D + column, dbias, mask=in_row)
+            dy = tl.where(kept, dy * scale, 0.0)
+            tl.store(dx_ptr + at, dy.to(dx_ptr.dtype.element_ty), mask=live)
+        dx_sum += tl.sum(dy, axis=0)
+    partial_ptr += program * 3 * D + column
+    tl.store(partial_ptr, dweight, mask=in_row)
+    tl.store(partial_ptr + D, dbias, mask=in_row)
+    tl.store(partial_ptr + 2 * D, dx_sum, mask=in_row)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _embedding_forward_kernel(
+    ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr,  # (N,) integers twice; (V, D), (P, D), (D,) or None
+    weight_ptr, bias_ptr, seed_ptr,                               # (D,) twice, () or None
+    out_ptr, mean_ptr, rstd_ptr,                                  # (N, D), (N,) fp32 twice
+    N, D, eps, threshold, scale, rows_per_program,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    column = tl.arange(0, BLOCK_D)
+    in_row = column < D
+    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    seed, column_key = _column_key(seed_ptr, EMBEDDING_STREAM, column)
+    for begin in range(0, rows_per_program, ROWS):
+        row = first + begin + tl.arange(0, ROWS)
+        live = (row < N)[:, None] & in_row[None, :]
+        y = _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D)
+        out, mean, rstd = _normalise(y, weight, bias, in_row, D, eps)
+        out, _ = _drop(out, live, seed, EMBEDDING_STREAM, row, column_key, threshold, scale)
+        tl.store(out_ptr + row[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(mean_ptr + row, mean, mask=row < N)
+        tl.store(rstd_ptr + row, rstd, mask=row < N)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _embedding_backward_kernel(
+    dout_ptr, ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dy_ptr, partial_ptr,  # (N, D); (programs, 2, D) fp32: dweight, dbias
+    N, D, threshold, scale, rows_per_program,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    in_row = column < D
+    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    seed, column_key = _column_key(seed_ptr, EMBEDDING_STREAM, column)
+    dweight = tl.zeros((BLOCK_D,), tl.float32)
+    dbias = tl.zeros((BLOCK_D,), tl.float32)
+    for begin in range(0, rows_per_program, ROWS):
+        row = program * rows_per_program + begin + tl.arange(0, ROWS)
+        live = (row < N)[:, None] & in_row[None, :]
+        at = row[:, None] * D + column[None, :]
+        y = _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D)
+        mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
+        dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
+        dout, _ = _drop(dout, live, seed, EMBEDDING_STREAM, row, column_key, threshold, scale)
+        dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
+        dweight += tl.sum(dout * xhat, axis=0)
+        dbias += tl.sum(dout, axis=0)
+        tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
+    partial_ptr += program * 2 * D + column
+    tl.store(partial_ptr, dweight, mask=in_row)
+    tl.store(partial_ptr + D, dbias, mask=in_row)
 
 
 def tile(width: int, itemsize: int) -> dict[str, int]:
@@ -164,12 +291,24 @@ def _rows_per_program(num_rows: int, rows: int) -> int:
     return triton.cdiv(wanted, rows) * rows
 
 
-@torch.library.custom_op("fastdistil::dropout_add_layernorm", mutates_args=(), device_types=TRITON_DEVICES)
-def layernorm_forward(
+def _partial_sums(x: Tensor, num_sums: int) -> Tensor:
+    """Where the programs of a backward over x leave their sums of columns: (programs, num_sums, D) fp32."""
+    rows = _rows_per_program(x.shape[0], tile(x.shape[1], x.element_size())["ROWS"])
+    return x.new_empty((triton.cdiv(x.shape[0], rows), num_sums, x.shape[1]), dtype=torch.float32)
+
+
+def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(N, D) LayerNorm, and (N,) fp32 mean and 1 / standard deviation. Inputs contiguous."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """(out, what `backward` needs), (N, D) and contiguous like the inputs. No checks, no gradient.
+
+    Arguments as in `dropout_add_layernorm`.
+    """
+    seed = seed if dropout_p > 0 else None
+    if x.device.type not in TRITON_DEVICES:
+        y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
+        return _normalise_cpu(y if residual is None else residual + y, weight, bias, eps)
     N, D = x.shape
     out, mean = torch.empty_like(x), x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -177,6 +316,118 @@ def layernorm_forward(
         _forward_kernel, x, x, residual, weight, bias, seed, out, mean, rstd,
         N, D, eps, stream, threshold(dropout_p), 1 / (1 - dropout_p),
     )  # fmt: skip
+    return out, (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
+
+
+def backward(
+    dout: Tensor, saved: tuple[Tensor, ...], weight: Tensor, seed: Tensor | None, stream: int, dropout_p: float, *,
+    dweight: Tensor | None, dbias: Tensor | None, dx_sum: Tensor | None, accumulate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dresidual, dx), one tensor without dropout. dout is contiguous.
+
+    dweight, dbias and dx_sum are where the gradients of weight and bias and the sum of dx over its rows go, each (D,)
+    fp32 or in the dtype of the weight; None: nowhere. The last is the gradient of the bias of a linear layer whose
+    output x was. With `accumulate` they are added to what stands there.
+    """
+    seed = seed if dropout_p > 0 else None
+    if dout.device.type not in TRITON_DEVICES:
+        dy = _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
+        dx = dropout(dy, seed, stream=stream, dropout_p=dropout_p)
+        if dx_sum is not None:
+            add_column_sum(dx_sum, dx, accumulate)
+        return dy, dx
+    x, mean, rstd, residual = saved if len(saved) == 4 else (*saved, None)
+    N, D = x.shape
+    dy, partial = torch.empty_like(x), _partial_sums(x, 3)
+    dx = None if seed is None else torch.empty_like(x)
+    _launch(
+        _backward_kernel, x, dout, x, residual, weight, mean, rstd, seed, dy, dx, partial,
+        N, D, stream, threshold(dropout_p), 1 / (1 - dropout_p),
+    )  # fmt: skip
+    add_column_sums(partial, (dweight, dbias, dx_sum), accumulate)
+    return dy, dy if dx is None else dx
+
+
+def embedding_forward(
+    ids: Tensor, position_ids: Tensor, word_VD: Tensor, position_PD: Tensor, type_D: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float, seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """(dropout(LayerNorm(word[ids] + position[position_ids] + type)) (N, D), what `embedding_backward` needs).
+
+    ids and position_ids are (N,) int32 or int64, all else of one dtype and contiguous. No checks, no gradient. The
+    backward looks the rows up again: that reads what reading their sum would, and spares the forward its store.
+    """
+    seed = seed if dropout_p > 0 else None
+    if word_VD.device.type not in TRITON_DEVICES:
+        embedded = F.embedding(ids, word_VD).add_(F.embedding(position_ids, position_PD))
+        if type_D is not None:
+            embedded += type_D
+        out, saved = _normalise_cpu(embedded, weight, bias, eps)
+        return dropout(out, seed, stream=EMBEDDING_STREAM.value, dropout_p=dropout_p), saved
+    N, D = ids.shape[0], word_VD.shape[1]
+    out, mean = word_VD.new_empty(N, D), word_VD.new_empty(N, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    _launch(
+        _embedding_forward_kernel, out, ids, position_ids, word_VD, position_PD, type_D, weight, bias, seed,
+        out, mean, rstd, N, D, eps, threshold(dropout_p), 1 / (1 - dropout_p),
+    )  # fmt: skip
+    saved = (ids, position_ids, word_VD, position_PD, mean, rstd)
+    return out, saved if type_D is None else (*saved, type_D)
+
+
+def embedding_backward(
+    dout: Tensor, saved: tuple[Tensor, ...], weight: Tensor, seed: Tensor | None, dropout_p: float, *,
+    dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
+) -> Tensor:  # fmt: skip
+    """Gradient (N, D) of the sum of embeddings; dweight, dbias and `accumulate` as in `backward`."""
+    seed = seed if dropout_p > 0 else None
+    if dout.device.type not in TRITON_DEVICES:
+        dout = dropout(dout, seed, stream=EMBEDDING_STREAM.value, dropout_p=dropout_p)
+        return _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
+    ids, position_ids, word, position, mean, rstd, token_type = saved if len(saved) == 7 else (*saved, None)
+    dy, partial = torch.empty_like(dout), _partial_sums(dout, 2)
+    _launch(
+        _embedding_backward_kernel, dout, dout, ids, position_ids, word, position, token_type, weight, mean, rstd, seed,
+        dy, partial, *dout.shape, threshold(dropout_p), 1 / (1 - dropout_p),
+    )  # fmt: skip
+    add_column_sums(partial, (dweight, dbias), accumulate)
+    return dy
+
+
+def _normalise_cpu(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """PyTorch's own, which keeps the sum: at 4,096 x 768 adding it up again cost more.
+
+    Parameters in fp32 make it keep mean and rstd in fp32, too, and be no slower for it.
+    """
+    out, mean, rstd = torch.native_layer_norm(y, y.shape[1:], weight.float(), bias.float(), eps)
+    return out, (y, mean, rstd)
+
+
+def _normalise_cpu_backward(
+    dout: Tensor, saved: tuple[Tensor, ...], weight: Tensor,
+    dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
+) -> Tensor:  # fmt: skip
+    y, mean, rstd = saved
+    wide = weight.float()
+    # PyTorch's sum of dbias in bf16 is 4 % off at 1,024 rows and slower than a sum of its own; in fp32 it is neither.
+    apart = y.dtype != torch.float32
+    wanted = [True, dweight is not None, dbias is not None and not apart]
+    dy, *sums = torch.ops.aten.native_layer_norm_backward(dout, y, y.shape[1:], mean, rstd, wide, wide, wanted)
+    for total, rows in zip((dweight, dbias), sums, strict=True):
+        if rows is not None:
+            total.add_(rows) if accumulate else total.copy_(rows)
+    if dbias is not None and apart:
+        add_column_sum(dbias, dout, accumulate)
+    return dy
+
+
+@torch.library.custom_op("fastdistil::dropout_add_layernorm", mutates_args=(), device_types=TRITON_DEVICES)
+def layernorm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    seed: Tensor | None, stream: int, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(N, D) LayerNorm, and (N,) fp32 mean and 1 / standard deviation. Inputs contiguous."""
+    out, (_, mean, rstd, *_) = forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
     return out, mean, rstd
 
 
@@ -192,17 +443,12 @@ def layernorm_backward(
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dresidual, dx, dweight, dbias); dx is empty without a seed, where it is dresidual."""
-    N, D = x.shape
-    dy, dx = torch.empty_like(x), torch.empty_like(x if seed is not None else x[:0])
-    rows = _rows_per_program(N, tile(D, x.element_size())["ROWS"])
-    partial = x.new_empty((triton.cdiv(N, rows), 2, D), dtype=torch.float32)
-    _launch(
-        _backward_kernel, x, dout, x, residual, weight, mean, rstd, seed,
-        dy, None if seed is None else dx, partial,
-        N, D, stream, threshold(dropout_p), 1 / (1 - dropout_p),
-    )  # fmt: skip
-    dweight, dbias = partial.sum(0).to(weight.dtype).unbind()
-    return dy, dx, dweight.clone(), dbias.clone()  # an operator may not return two views of one
+    saved = (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    dy, dx = backward(
+        dout, saved, weight, seed, stream, dropout_p, dweight=dweight, dbias=dbias, dx_sum=None, accumulate=False
+    )
+    return dy, torch.empty_like(x[:0]) if seed is None else dx, dweight, dbias
 
 
 @layernorm_backward.register_fake
@@ -214,11 +460,14 @@ def _(dout, x, residual, weight, mean, rstd, seed, stream, dropout_p):
 def _setup_context(ctx, inputs, output):
     x, residual, weight, _, _, seed, ctx.stream, ctx.dropout_p = inputs
     _, mean, rstd = output
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
 
 
 def _backward(ctx, dout, _dmean, _drstd):
+    if dout is None:
+        return (None,) * 8
     x, residual, weight, mean, rstd, seed = ctx.saved_tensors
     dy, dx, dweight, dbias = layernorm_backward(
         dout.contiguous(), x, residual, weight, mean, rstd, seed, ctx.stream, ctx.dropout_p

@@ -28,6 +28,39 @@ def linear_product(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Te
     return torch.ops.mkldnn._linear_pointwise(x_ND, weight_FD, bias_F, "none", [], "")
 
 
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` without checks and gradient."""
+    return linear_product(x, weight, bias) if runs_on_onednn(x) else F.linear(x, weight, bias)
+
+
+def linear_dx(dout: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """(N, D) dout @ weight, added to `into`, where there is one, and then in its place."""
+    if runs_on_onednn(dout):
+        product = linear_product(dout, weight.t(), None)
+        return product if into is None else into.add_(product)
+    return dout @ weight if into is None else into.addmm_(dout, weight)
+
+
+def add_product(total_FD: Tensor, a_FN: Tensor, b_ND: Tensor, accumulate: bool) -> None:
+    """total = a @ b or, to `accumulate`, total += a @ b. The total is fp32 or of the operands' dtype."""
+    if a_FN.dtype == total_FD.dtype:
+        total_FD.addmm_(a_FN, b_ND) if accumulate else torch.mm(a_FN, b_ND, out=total_FD)
+    elif a_FN.is_cuda and accumulate:
+        torch.addmm(total_FD, a_FN, b_ND, out_dtype=torch.float32, out=total_FD)
+    elif a_FN.is_cuda:
+        torch.mm(a_FN, b_ND, out_dtype=torch.float32, out=total_FD)
+    else:  # PyTorch has no bf16 x bf16 -> fp32 product on the CPU: each product is rounded once
+        product = a_FN @ b_ND
+        total_FD.add_(product) if accumulate else total_FD.copy_(product)
+
+
+def add_column_sum(total_F: Tensor, x_NF: Tensor, accumulate: bool) -> None:
+    """total = x.sum(0) or, to `accumulate`, total += x.sum(0)."""
+    # On the CPU, a sum to another dtype first converts all of x: sum within the dtype, rounded once.
+    rows = x_NF.sum(0, dtype=torch.float32 if x_NF.is_cuda else x_NF.dtype)
+    total_F.add_(rows) if accumulate else total_F.copy_(rows)
+
+
 @torch.library.custom_op("fastdistil::linear", mutates_args=(), device_types="cpu")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear_product(x, weight, bias)
@@ -50,10 +83,13 @@ def _(dout, x, weight):
 
 def _setup_context(ctx, inputs, output):
     x, weight, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx, dout):
+    if dout is None:
+        return None, None, None
     return _linear_backward(dout, *ctx.saved_tensors)
 
 

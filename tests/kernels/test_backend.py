@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from fastdistil.kernels._backend import CPU_BACKEND
-from tests.support.precision import INTERPRETED
+from fastdistil.kernels._backend import CPU_BACKEND, add_column_sums
+from tests.support.precision import DEVICE, INTERPRETED
 
 LOGGING = 'import logging; logging.basicConfig(format="%(levelname)s %(message)s")'
 PROGRAM = """
@@ -33,6 +33,23 @@ def run(**environment: str) -> tuple[str, float, str]:
     )
     backend, loss = done.stdout.split()
     return backend, float(loss), done.stderr
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("accumulate", [False, True], ids=["overwrite", "accumulate"])
+@pytest.mark.parametrize(("programs", "num_sums", "width"), [(1, 1, 1), (130, 2, 33), (128, 3, 16), (0, 3, 5)])
+def test_sums_of_programs(programs, num_sums, width, accumulate):
+    """Each into a place of its own, in its dtype; one that nobody wants, into none."""
+    gen = torch.Generator().manual_seed(0)
+    partial = torch.randint(-8, 9, (programs, num_sums, width), generator=gen).to(DEVICE, torch.float32)
+    places = [torch.full((width,), 2.0 if accumulate else torch.nan, device=DEVICE) for _ in range(num_sums)]
+    places[-1] = places[-1].bfloat16()
+    for absent in (None, 0):
+        outs = [None if m == absent else place.clone() for m, place in enumerate(places)]
+        add_column_sums(partial, outs, accumulate)
+        for out, place, wanted in zip(outs, places, partial.sum(0), strict=True):
+            if out is not None:
+                torch.testing.assert_close(out, (wanted + 2.0 * accumulate).to(place.dtype), rtol=0, atol=0)
 
 
 def test_interpreter_is_chosen_by_the_environment():

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdistil.kernels.gelu import bias_gelu, bias_gelu_reference, linear_gelu
+from fastdistil.kernels.gelu import (
+    bias_gelu,
+    bias_gelu_reference,
+    gelu_backward_product,
+    gelu_backward_rows,
+    linear_gelu,
+    linear_gelu_forward,
+)
 from tests.support.precision import DEVICE, INTERPRETED, SLACK, each_dtype, fp64, of_the_definition, results
 
 pytestmark = pytest.mark.triton
@@ -98,6 +105,56 @@ def test_linear_gelu_is_linear_then_gelu():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def two_layers(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, second_DF: Tensor) -> Tensor:
+    return F.linear(linear_gelu(x_ND, weight_FD, bias_F), second_DF)
+
+
+def two_layers_reference(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, second_DF: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x_ND, weight_FD, bias_F)), second_DF)
+
+
+@pytest.mark.parametrize(
+    ("sums", "accumulate"), [(torch.float32, True), (None, False)], ids=["added to fp32", "in the dtype"]
+)
+@each_dtype
+@pytest.mark.parametrize("shape", [(5, 24, 31), (130, 64, 48), (17, 16, 272)], ids=str)
+def test_functions_without_autograd(shape, dtype, sums, accumulate):
+    """What a layer's own backward calls, against the operators' gradients."""
+    N, D, width = shape
+    gen = torch.Generator().manual_seed(0)
+    sizes = {"x_ND": (N, D), "weight_FD": (width, D), "bias_F": (width,), "second_DF": (D, width), "dout_NF": (N, D)}
+    leaves = {name: torch.randn(size, generator=gen).to(DEVICE, dtype) for name, size in sizes.items()}
+    x, weight, bias, second, dy = leaves.values()
+    for name in ("x_ND", "weight_FD", "bias_F", "second_DF"):
+        leaves[name] = leaves[name].clone().requires_grad_()
+    truth, theirs = (
+        results(judged(operator), tensors)
+        for operator, tensors in ((two_layers_reference, fp64(leaves)), (two_layers, leaves))
+    )
+
+    out, z = linear_gelu_forward(x, weight, bias, True)
+    kept_no_z, none = linear_gelu_forward(x, weight, bias, False)
+    assert none is None
+    torch.testing.assert_close(kept_no_z, out)
+    for rows in (False, True):
+        dbias = torch.full((width,), 0.5 if accumulate else torch.nan, dtype=sums or dtype, device=DEVICE)
+        if rows:
+            dz = gelu_backward_rows(dy @ second, z, bias, dbias=dbias, accumulate=accumulate)
+        else:
+            dz = gelu_backward_product(dy, second, z, bias, dbias=dbias, accumulate=accumulate)
+        mine = {
+            "value 1": out @ second.t(),
+            "dx_ND": dz @ weight,
+            "dweight_FD": dz.t() @ x,
+            "dbias_F": dbias - 0.5 * accumulate,
+            "dsecond_DF": dy.t() @ out,
+        }
+        for name, value in mine.items():
+            my_error, their_error = ((v - truth[name]).abs().max().item() for v in (value.double(), theirs[name]))
+            allowed = SLACK * their_error + torch.finfo(dtype).eps * truth[name].abs().max().item()
+            assert my_error <= allowed, f"{name}: error {my_error:.2e}, the public operator's {their_error:.2e}"
 
 
 def test_strided_inputs():

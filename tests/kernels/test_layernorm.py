@@ -9,8 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistil.kernels import layernorm as module
-from fastdistil.kernels.dropout import keep_reference
-from fastdistil.kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference, layernorm
+from fastdistil.kernels.dropout import dropout, keep_reference
+from fastdistil.kernels.layernorm import (
+    dropout_add_layernorm,
+    dropout_add_layernorm_reference,
+    embedding_reference,
+    layernorm,
+)
 from tests.support.precision import DEVICE, DTYPES, INTERPRETED, SLACK, each_dtype, fp64, of_the_definition, results
 from tests.support.properties import for_any
 
@@ -101,6 +106,120 @@ def test_without_a_residual(dtype):
     for name, exact in truth.items():
         allowed = SLACK * (theirs[name] - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
         assert (mine[name] - exact).abs().max() <= allowed, name
+
+
+def assert_as_right(truth, mine, theirs, dtype):
+    """No worse than twice the public operators' error, and one rounding of the largest value."""
+    assert mine.keys() == truth.keys()
+    for name, exact in truth.items():
+        my_error, their_error = ((r[name].double() - exact).abs().max().item() for r in (mine, theirs))
+        allowed = SLACK * their_error + torch.finfo(dtype).eps * exact.abs().max().item()
+        assert my_error <= allowed, f"{name}: error {my_error:.2e}, the public operator's {their_error:.2e}"
+
+
+def destinations(names, width, dtype, accumulate) -> dict[str, Tensor]:
+    """Where sums go: full of NaN if they are to be overwritten, else of a number that has to stay in them."""
+    return {name: torch.full((width,), 0.5 if accumulate else torch.nan, dtype=dtype, device=DEVICE) for name in names}
+
+
+each_destination = pytest.mark.parametrize(
+    ("sums", "accumulate"), [(torch.float32, True), (None, False)], ids=["added to fp32", "in the dtype"]
+)
+
+
+def without_residual(x_ND, weight_D, bias_D, *, dropout_p=0.0, seed=None, stream=0):
+    return layernorm(dropout(x_ND, seed, stream=stream, dropout_p=dropout_p), weight_D, bias_D)
+
+
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_destination
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
+def test_functions_without_autograd(shape, dtype, sums, accumulate, options, residual):
+    """What a layer's own backward calls, against the operators' gradients; and the sum of dx over its rows."""
+    leaves = make_leaves(shape, dtype)
+    public, definition = ops_layernorm, ops_layernorm_reference
+    if not residual:
+        del leaves["residual_ND"]
+        public, definition = without_residual, functools.partial(definition, residual_ND=None)
+    given = {name: leaf.detach() for name, leaf in leaves.items()}
+    x, weight, bias, dout = (given[name] for name in ("x_ND", "weight_D", "bias_D", "dout_ND"))
+    kind = [options.get("seed"), options.get("stream", 0), options.get("dropout_p", 0.0)]
+
+    out, saved = module.forward(x, given.get("residual_ND"), weight, bias, 1e-12, *kind)
+    into = destinations(("dweight", "dbias", "dx_sum"), shape[1], sums or dtype, accumulate)
+    dresidual, dx = module.backward(dout, saved, weight, *kind, **into, accumulate=accumulate)
+    assert (dresidual is dx) == (options == {})
+    mine = {"value 1": out, "dx_ND": dx, "dresidual_ND": dresidual}
+    mine |= {f"d{name}": into[key] - 0.5 * accumulate for name, key in (("weight_D", "dweight"), ("bias_D", "dbias"))}
+    mine["sum of dx"] = into["dx_sum"] - 0.5 * accumulate
+    if not residual:
+        del mine["dresidual_ND"]
+
+    truth, theirs = (results(judged(definition, **options), fp64(leaves)), results(judged(public, **options), leaves))
+    for found in (truth, theirs):
+        del found["value 0"]
+        found["sum of dx"] = found["dx_ND"].sum(0)
+    assert_as_right(truth, mine, theirs, dtype)
+
+
+def make_embeddings(num_rows, width, dtype, token_type) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(0)
+    sizes = {"word_VD": (20, width), "position_PD": (9, width), "type_D": (width,)}
+    sizes |= {"weight_D": (width,), "bias_D": (width,)}
+    leaves: dict[str, Any] = {
+        name: torch.randn(size, generator=gen).to(DEVICE, dtype).requires_grad_() for name, size in sizes.items()
+    }
+    leaves["dout_ND"] = torch.randn((num_rows, width), generator=gen).to(DEVICE, dtype)
+    for name, high, kind in (("ids_N", 20, torch.int32), ("position_ids_N", 9, torch.int64)):
+        leaves[name] = torch.randint(high, (num_rows,), generator=gen).to(DEVICE, kind)
+    return leaves if token_type else leaves | {"type_D": None}
+
+
+def embedding(ids_N, position_ids_N, word_VD, position_PD, type_D, weight_D, bias_D, *, dropout_p=0.0, seed=None):
+    """As a model puts it together from the public operators."""
+    embedded = F.embedding(ids_N, word_VD) + F.embedding(position_ids_N, position_PD)
+    out = layernorm(embedded if type_D is None else embedded + type_D, weight_D, bias_D)
+    return dropout(out, seed, stream=0, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("token_type", [True, False], ids=["types", "no types"])
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": SEED}], ids=OPTIONS)
+@each_destination
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
+def test_embeddings(shape, dtype, sums, accumulate, options, token_type):
+    """Sums of rows of tables, against the operators' gradients, and the same elements dropped."""
+    leaves = make_embeddings(*shape, dtype, token_type)
+    given = {name: None if leaf is None else leaf.detach() for name, leaf in leaves.items()}
+    dout, weight = given.pop("dout_ND"), given["weight_D"]
+    order = ("ids_N", "position_ids_N", "word_VD", "position_PD", "type_D", "weight_D", "bias_D")
+    kind = [options.get("seed"), options.get("dropout_p", 0.0)]
+
+    out, saved = module.embedding_forward(*(given[name] for name in order), 1e-12, *kind)
+    into = destinations(("dweight", "dbias"), shape[1], sums or dtype, accumulate)
+    dembedded = module.embedding_backward(dout, saved, weight, *kind, **into, accumulate=accumulate)
+    mine = {
+        "value 1": out,
+        "dweight_D": into["dweight"] - 0.5 * accumulate,
+        "dbias_D": into["dbias"] - 0.5 * accumulate,
+    }
+    for name, ids in (("word_VD", "ids_N"), ("position_PD", "position_ids_N")):
+        total = torch.zeros(given[name].shape, dtype=torch.float64, device=DEVICE)
+        mine[f"d{name}"] = total.index_add_(0, given[ids], dembedded.double())
+    if token_type:
+        mine["dtype_D"] = dembedded.double().sum(0)
+
+    absent = {} if token_type else {"type_D": leaves.pop("type_D")}
+    truth, theirs = (
+        results(judged(functools.partial(operator, **absent, **options)), tensors)
+        for operator, tensors in ((embedding_reference, fp64(leaves)), (embedding, leaves))
+    )
+    assert torch.equal(out == 0, theirs["value 1"] == 0)
+    for found in (truth, theirs):
+        del found["value 0"]
+    assert_as_right(truth, mine, theirs, dtype)
 
 
 def test_more_rows_than_programs(monkeypatch):

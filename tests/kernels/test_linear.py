@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil.kernels.linear import linear, runs_on_onednn
-from tests.support.precision import DEVICE, assert_no_worse_than_pytorch, compiled, each_dtype
+from fastdistil.kernels.linear import add_column_sum, add_product, linear, linear_dx, linear_forward, runs_on_onednn
+from tests.support.precision import DEVICE, FLOOR, assert_no_worse_than_pytorch, compiled, each_dtype
 
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 48, 128), (130, 384, 33)]
 
@@ -34,6 +34,37 @@ def judged(operator):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
     assert_no_worse_than_pytorch(judged(linear), judged(F.linear), make_leaves(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("sums", "accumulate"), [(torch.float32, True), (None, False)], ids=["added to fp32", "in the dtype"]
+)
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_functions_without_autograd(shape, dtype, sums, accumulate):
+    """What a layer's own backward calls, against PyTorch's gradients, each added to something or in its place."""
+    leaves = make_leaves(shape, dtype)
+    x, weight, bias = (leaf.detach() for leaf in leaves.values())
+    gen = torch.Generator().manual_seed(1)
+    dout = torch.randn((shape[0], shape[2]), generator=gen).to(DEVICE, dtype)
+
+    def of(tensors):
+        out = F.linear(*tensors)
+        return [out, *torch.autograd.grad(out, tensors, dout.to(out.dtype))]
+
+    truth, theirs = of([leaf.detach().double().requires_grad_() for leaf in leaves.values()]), of([*leaves.values()])
+    start = 0.5 if accumulate else torch.nan
+    into = torch.full_like(x, start) if accumulate else None
+    dx = linear_dx(dout, weight, into)
+    assert into is None or dx is into
+    dweight, dbias = (torch.full_like(t, start, dtype=sums or dtype) for t in (weight, bias))
+    add_product(dweight, dout.t(), x, accumulate)
+    add_column_sum(dbias, dout, accumulate)
+    mine = [linear_forward(x, weight, bias), *(t - 0.5 * accumulate for t in (dx, dweight, dbias))]
+    for name, my, their, exact in zip(("out", *leaves), mine, theirs, truth, strict=True):
+        my_error, their_error = ((t.double() - exact).abs().max().item() for t in (my, their))
+        rounding = max(FLOOR, torch.finfo(dtype).eps) * (exact.abs().max().item() + 0.5)
+        assert my_error <= 2 * their_error + rounding, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
 
 
 def test_strided_rows():
