@@ -75,25 +75,30 @@ def compile_variant(variant: Variant, arch: int) -> Report:
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **LAUNCH_OPTIONS},
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _tool("cuobjdump", "-res-usage", cubin.name)
-        sass = _tool("nvdisasm", "-c", "-ndf", cubin.name)  # no analysis of where branches go: a quarter faster
+    return report(compiled.asm["cubin"], compiled.metadata)
+
+
+def report(cubin: bytes, metadata: Any) -> Report:
+    """What the machine code of a compiled kernel says; `metadata` is Triton's of it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", "-ndf", file.name)  # no analysis of where branches go: a quarter faster
     loads: dict[int, int] = {}
     for options in re.findall(r"\bLDG(?:STS)?\.E([.\w]*)", sass):
         width = re.search(r"\.[US]?(8|16|64|128|256)\b", options)
         bits = int(width[1]) if width else 32
         loads[bits] = loads.get(bits, 0) + 1
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", sass)
-    registers, metadata = _number(r"REG:(\d+)", usage), compiled.metadata
+    arch, registers = metadata.target.arch, _number(r"REG:(\d+)", usage)
     return Report(
         arch=arch,
         registers=registers,
         stack_bytes=_number(r"STACK:(\d+)", usage),
         num_spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared_bytes=metadata.shared,
-        ctas=_ctas(arch, variant.num_warps, registers, metadata),
+        ctas=_ctas(arch, metadata.num_warps, registers, metadata),
         loads=loads,
         mix={name: sum(bool(re.fullmatch(kind, opcode)) for opcode in opcodes) for name, kind in MIX.items()},
     )

@@ -79,6 +79,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"minilm": (6, 3, 384), "bert-base": (12, 6, 768)}  # teacher layers, student layers, width
 
 
+def architectures(size: str) -> tuple[Architecture, Architecture]:
+    """Of teacher and student."""
+    teacher_layers, student_layers, width = SIZES[size]
+    return architecture("bert", teacher_layers, width), architecture("distilbert", student_layers, width)
+
+
 def synthetic_batch(num_tokens: int, length: int, seed: int) -> MicroBatch:
     """Sequences of one length and random ids, 15 % of them predicted."""
     generator = torch.Generator().manual_seed(seed)
@@ -314,10 +320,8 @@ ON_GPU_ONLY = (f"{OURS}, CUDA graphs", f"{OURS}, teacher first", FP8, "HF + Lige
 
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
     """(teacher, student), the same in every process."""
-    teacher_layers, student_layers, width = SIZES[size]
-    teacher = MaskedLM(architecture("bert", teacher_layers, width))
-    small = architecture("distilbert", student_layers, width)
-    layers = spread(student_layers, teacher_layers)
+    large, small = architectures(size)
+    teacher, layers = MaskedLM(large), spread(small.num_layers, large.num_layers)
     return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
 
 

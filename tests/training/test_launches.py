@@ -1,0 +1,66 @@
+"""What a micro-batch of BERT-base launches, moves and compiles on a GPU, counted without one (benchmarks/no_gpu.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step
+from fastdistil.model.architecture import flops_per_token
+from tests.support.precision import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 16384
+AT_MOST = {
+    "bf16 micro_batch": {
+        "launches": 699,
+        "zeros": 41,
+        "casts of weights": 162,
+        "sums of weights": 85,
+        "GB outside GEMMs": 22.6,
+    },
+    "fp8 micro_batch": {"launches": 735, "GB outside GEMMs": 23.4},
+    "bf16 evaluate": {"launches": 265, "GB outside GEMMs": 12.0},
+}
+COMPILATIONS = {80: 20, 90: 22, 100: 22}
+"""Of a run that trains and validates with a teacher in bf16 or, from 8.9 on, in FP8."""
+
+
+@pytest.fixture(scope="module")
+def launched():
+    """By compute capability, what tests/workers/launches_worker.py says."""
+    words = [sys.executable, "-m", "tests.workers.launches_worker", *map(str, COMPILATIONS)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", AT_MOST)
+def test_a_micro_batch_launches_and_moves_no_more_than_this(launched, case):
+    found = launched["90"][case]
+    assert {name: found[name] for name, most in AT_MOST[case].items() if found[name] > most} == {}
+
+
+def test_all_products_are_counted(launched):
+    """The recorder's against the cost model's, which knows no padding of the vocabulary."""
+    expected = TOKENS * flops_per_token(*step.architectures("bert-base"), 0).total
+    for precision in ("bf16", "fp8"):
+        assert launched["90"][f"{precision} micro_batch"]["FLOP of products"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("arch", COMPILATIONS)
+def test_what_is_launched_compiles_without_a_spill(launched, arch):
+    kernels = launched[str(arch)]["kernels"]
+    assert [kernel for kernel in kernels if kernel["spills"]] == []
+    assert len(kernels) <= COMPILATIONS[arch], sorted(kernel["name"] for kernel in kernels)
+
+
+def test_the_check_sees_a_spill(launched):
+    """Attention in fp32 has none of the tensor cores' products: whole operands lie in registers."""
+    assert any(k["spills"] for k in launched["drift"] if k["name"] == "attention._forward_kernel")

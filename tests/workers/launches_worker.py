@@ -1,0 +1,55 @@
+"""What a BERT-base-shaped micro-batch launches on a GPU that is not here: launches_worker ARCHITECTURE...
+
+Prints, as JSON, for each compute capability the totals of a micro-batch and of a validation, with the teacher in bf16
+and in FP8, and what the machine code of every compilation says; and the machine code of "drift", for the teacher beside
+itself in fp32 on an H100.
+"""
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from benchmarks import aot, micro_batch
+from benchmarks.micro_batch import Event
+from benchmarks.no_gpu import Kernel, pretend
+
+
+def code_of(kernel: Kernel) -> dict[str, Any]:
+    """Name, signature and spills of a compilation."""
+    report = aot.report(kernel.cubin, kernel.metadata)
+    signature = [kind for kind in kernel.source.signature.values() if kind != "constexpr"]
+    return {"name": kernel.name, "signature": signature, "spills": report.num_spills + report.stack_bytes}
+
+
+def codes_of(kernels: list[Kernel]) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(code_of, kernels))
+
+
+def products(events: list[Event]) -> float:
+    return sum(e.flops for e in events if e.kind == "GEMM")
+
+
+def launched(arch: int) -> dict[str, Any]:
+    driver, found = pretend("meta", arch), {}
+    for precision in ("bf16", "fp8") if arch >= 89 else ("bf16",):
+        made = micro_batch.meta_trainer(fp8=precision == "fp8")
+        micro_batch.record(made, driver, made.micro_batch)  # the first one has no gradients to add to
+        for name in ("micro_batch", "evaluate"):
+            events = micro_batch.record(made, driver, getattr(made, name))
+            found[f"{precision} {name}"] = micro_batch.totals(events) | {"FLOP of products": products(events)}
+    return found | {"kernels": codes_of(driver.kernels)}
+
+
+def launched_in_fp32() -> list[dict[str, Any]]:
+    """What the teacher's drift compiles."""
+    driver, made = pretend("meta"), micro_batch.meta_trainer()
+    micro_batch.record(made, driver, made.drift)
+    return codes_of(driver.kernels)
+
+
+if __name__ == "__main__":
+    fp32 = launched_in_fp32()
+    print(json.dumps({arch: launched(int(arch)) for arch in sys.argv[1:]} | {"drift": fp32}))
