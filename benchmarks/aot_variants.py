@@ -63,7 +63,7 @@ def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
 def _cosine_variant(dtype: str, width: int) -> Variant:
     settings = cosine.tile(width)
     signature = {
-        "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "num_rows_ptr": "*i32",
+        "s_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "num_rows_ptr": "*i32", "scale_ptr": "*fp32",
         "out_ptr": "*fp32", "ds_ptr": f"*{dtype}", "N": "i32", "D": "i32",
         "EPS": "constexpr", "ROWS": "constexpr", "BLOCK_D": "constexpr",
     }  # fmt: skip
@@ -192,9 +192,9 @@ def _quantise_variant(dtype: str, width: int, *, gelu: bool) -> Variant:
 def _dropout_variant(dtype: str, **ones: Any) -> Variant:
     """`ones`: integers that are 1 at a launch, which Triton makes constants."""
     signature = {
-        "x_ptr": f"*{dtype}", "seed_ptr": "*i64",
+        "x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "seed_ptr": "*i64",
         "H": "i32", "R": "i32", "C": "i32", "first": "i32", "stream": "i32",
-        "threshold": "i32", "scale": "fp32", "ROWS": "constexpr", "COLUMNS": "constexpr",
+        "threshold": "u32", "scale": "fp32", "ROWS": "constexpr", "COLUMNS": "constexpr",
     }  # fmt: skip
     tile = {"ROWS": dropout.BLOCK_ROWS, "COLUMNS": dropout.BLOCK_COLUMNS}
     return Variant(
@@ -206,16 +206,13 @@ def _dropout_variant(dtype: str, **ones: Any) -> Variant:
     )
 
 
-def _keys_variant(**ones: Any) -> Variant:
+def _keys_variant() -> Variant:
     signature = {
         "seed_ptr": "*i64", "out_ptr": "*i32", "N": "i32", "stream": "i32",
         "H": "constexpr", "BLOCK": "constexpr",
     }  # fmt: skip
     return Variant(
-        name="dropout keys" + "".join(f" {name}=1" for name in ones),
-        kernel=dropout._keys_kernel,
-        signature=signature | dict.fromkeys(ones, "constexpr"),
-        constexprs={"H": 12, "BLOCK": 256} | ones,
+        name="dropout keys", kernel=dropout._keys_kernel, signature=signature, constexprs={"H": 12, "BLOCK": 256}
     )
 
 
@@ -268,10 +265,8 @@ def specialised_variants() -> Iterator[Variant]:
 
     No wide loads to ask of these.
     """
-    yield _dropout_variant("fp32", H=1, R=1, C=1, first=1, stream=1)
-    yield _dropout_variant("fp32", threshold=1)
+    yield _dropout_variant("fp32", C=1)
     yield _keys_variant()
-    yield _keys_variant(N=1, stream=1)
     for backward in (False, True):
         yield _layernorm_variant(
             "fp32", 1, backward=backward, dropout=True, residual=True, N=1, D=1, stream=1, threshold=1

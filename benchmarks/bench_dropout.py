@@ -34,7 +34,7 @@ def test_in_place(benchmark, shape, dtype):
         "dropout",
         f"in place {'x'.join(map(str, shape))} {dtype}",
         {
-            OURS: lambda: torch.ops.fastdistil.dropout_(x, seed, 1, 0, P),
+            OURS: lambda: torch.ops.fastdistil.dropout_into(x, x, seed, 1, 0, P),
             "F.dropout": lambda: F.dropout(x, P, inplace=True),
             "torch.compile": lambda: compiled(x),
         },

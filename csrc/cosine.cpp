@@ -16,9 +16,9 @@ namespace {
 
 constexpr float kEps = 1e-12f;  // of torch.nn.functional.cosine_embedding_loss: decides what zero vectors give
 
-// 1 - cos(s, t), and its gradient for s. The second pass finds both rows in L1.
+// 1 - cos(s, t), and `scale` times its gradient for s. The second pass finds both rows in L1.
 template <typename T>
-float row_cosine(const T* s, const T* t, T* ds, int64_t width) {
+float row_cosine(const T* s, const T* t, T* ds, int64_t width, float scale) {
   Pair dot{Lanes(0.0f), Lanes(0.0f)}, ss = dot, tt = dot;
   for (int64_t d = 0; d < width; d += kStep) {
     const bool whole = d + kStep <= width;
@@ -31,7 +31,7 @@ float row_cosine(const T* s, const T* t, T* ds, int64_t width) {
   const float s_norm2 = sum(ss.lo + ss.hi) + kEps, t_norm2 = sum(tt.lo + tt.hi) + kEps;
   const float inverse = 1.0f / (std::sqrt(s_norm2) * std::sqrt(t_norm2));
   const float cosine = sum(dot.lo + dot.hi) * inverse;
-  const Lanes along_s(cosine / s_norm2), along_t(-inverse);
+  const Lanes along_s(cosine / s_norm2 * scale), along_t(-inverse * scale);
   for (int64_t d = 0; d < width; d += kStep) {
     const bool whole = d + kStep <= width;
     const Pair x = whole ? load_pair(s + d) : load_pair(s + d, width - d, 0.0f);
@@ -44,10 +44,12 @@ float row_cosine(const T* s, const T* t, T* ds, int64_t width) {
 }
 
 std::tuple<at::Tensor, at::Tensor> cosine_rows(
-    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& num_rows) {
+    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& num_rows,
+    const std::optional<at::Tensor>& scale_tensor) {
   TORCH_CHECK(student.is_contiguous() && teacher.is_contiguous(), "cosine_rows wants contiguous tensors");
   const int64_t N = student.size(0), width = student.size(1);
   const int64_t last_row = num_rows.has_value() ? num_rows->item().toLong() : N;
+  const float scale = scale_tensor.has_value() ? scale_tensor->item().toFloat() : 1.0f;
   auto rows = at::empty({N}, student.options().dtype(at::kFloat));
   auto dstudent = at::empty_like(student);
   float* out = rows.data_ptr<float>();
@@ -59,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor> cosine_rows(
       for (int64_t n = begin; n < end; ++n) {
         const int64_t at = n * width;
         if (n < last_row) {
-          out[n] = row_cosine(s + at, t + at, ds + at, width);
+          out[n] = row_cosine(s + at, t + at, ds + at, width, scale);
         } else {
           out[n] = 0.0f;
           std::memset(ds + at, 0, width * sizeof(scalar_t));

@@ -1,4 +1,4 @@
-// CPU entry of fastdistil::dropout_. Schema, keys, mix and their reasons: kernels/dropout.py. Same masks, bit for bit.
+// CPU entry of fastdistil::dropout_into. Schema, keys, mix and their reasons: kernels/dropout.py. Same masks, bit for bit.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -65,26 +65,31 @@ inline Lanes drop(Lanes x, uint32_t row_key, const uint32_t* column_key, uint32_
 }
 
 template <typename T>
-void drop_row(T* x, int64_t width, uint32_t row_key, const uint32_t* column_key, uint32_t threshold, Lanes scale) {
+void drop_row(const T* x, T* out, int64_t width, uint32_t row_key, const uint32_t* column_key, uint32_t threshold, Lanes scale) {
   for (int64_t c = 0; c < width; c += kStep) {
     const bool whole = c + kStep <= width;
     Pair v = whole ? load_pair(x + c) : load_pair(x + c, width - c, 0.0f);
     v.lo = drop(v.lo, row_key, column_key + c, threshold, scale);
     v.hi = drop(v.hi, row_key, column_key + c + Lanes::size(), threshold, scale);
-    whole ? store_pair(x + c, v) : store_pair(x + c, v, width - c);
+    whole ? store_pair(out + c, v) : store_pair(out + c, v, width - c);
   }
 }
 
-void dropout_(const at::Tensor& x, const at::Tensor& seed_tensor, int64_t stream, int64_t first, double dropout_p) {
-  TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "dropout_ wants a contiguous (B, H, R, C) tensor");
+void dropout_into(
+    const at::Tensor& x, const at::Tensor& out, const at::Tensor& seed_tensor, int64_t stream, int64_t first,
+    double dropout_p) {
+  TORCH_CHECK(
+      x.dim() == 4 && x.is_contiguous() && out.is_contiguous() && out.sizes() == x.sizes(),
+      "dropout_into wants two contiguous (B, H, R, C) tensors of one shape");
   const int64_t B = x.size(0), H = x.size(1), R = x.size(2), C = x.size(3);
   if (x.numel() == 0) return;
   const int64_t seed = seed_tensor.item().toLong();
   // nearbyint ties to even, as Python's round does.
   const uint32_t threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 0x1p32 - 1));
   const Lanes scale(static_cast<float>(1 / (1 - dropout_p)));
-  FASTDISTIL_DISPATCH(x.scalar_type(), "dropout_", [&] {
-    scalar_t* data = x.data_ptr<scalar_t>();
+  FASTDISTIL_DISPATCH(x.scalar_type(), "dropout_into", [&] {
+    const scalar_t* from = x.data_ptr<scalar_t>();
+    scalar_t* to = out.data_ptr<scalar_t>();
     at::parallel_for(0, B * H * R, std::max<int64_t>(1, kGrain / C), [&](int64_t begin, int64_t end) {
       // Rounded up: the lanes behind the last column read keys, too, and do not use them.
       std::vector<uint32_t> column_keys((C + kStep - 1) / kStep * kStep);
@@ -97,7 +102,8 @@ void dropout_(const at::Tensor& x, const at::Tensor& seed_tensor, int64_t stream
           const int64_t rows = std::min(kKeys, last - n);
           draw_keys(row_keys, rows, seed, first + b * R + n % R, head, stream, kRowSide);
           for (int64_t i = 0; i < rows; ++i) {
-            drop_row(data + (n + i) * C, C, row_keys[i], column_keys.data(), threshold, scale);
+            const int64_t at = (n + i) * C;
+            drop_row(from + at, to + at, C, row_keys[i], column_keys.data(), threshold, scale);
           }
         }
         n = last;
@@ -109,4 +115,4 @@ void dropout_(const at::Tensor& x, const at::Tensor& seed_tensor, int64_t stream
 }  // namespace
 }  // namespace fastdistil
 
-TORCH_LIBRARY_IMPL(fastdistil, CPU, m) { m.impl("dropout_", &fastdistil::dropout_); }
+TORCH_LIBRARY_IMPL(fastdistil, CPU, m) { m.impl("dropout_into", &fastdistil::dropout_into); }

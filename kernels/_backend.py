@@ -129,3 +129,18 @@ def check_num_rows(operator: str, num_rows: Tensor | None, x: Tensor) -> None:
             f"{operator} wants num_rows as a 0-dim int32 or int64 tensor on {x.device}, got {num_rows.dtype} of shape "
             f"{tuple(num_rows.shape)} on {num_rows.device}"
         )
+
+
+def device_scalar(operator: str, name: str, value: float | Tensor, x: Tensor) -> Tensor:
+    """0-dim fp32 of a factor on the device of x, without gradient and without a host sync.
+
+    Raises ValueError for a tensor that is not one number on that device.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=torch.float32, device=x.device)  # torch.tensor would copy, and wait
+    if value.ndim or value.device != x.device:
+        raise ValueError(
+            f"{operator} wants {name} as a float or a 0-dim tensor on {x.device}, got one of shape "
+            f"{tuple(value.shape)} on {value.device}"
+        )
+    return value.detach().float()

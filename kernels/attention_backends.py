@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dropout import dropout_into
 from .layout import SequenceLayout
 
 AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
@@ -68,7 +69,8 @@ def attention_forward_torch(
         chunk_lse = (top + total.log()) * LOG2_E
         lse[:, rows].view(H, B, L).copy_(chunk_lse.view(B, H, L).transpose(0, 1))
         if seed is not None:
-            torch.ops.fastdistil.dropout_(weight.view(B, H, L, L), seed, stream, first, dropout_p)
+            matrices = weight.view(B, H, L, L)
+            dropout_into(matrices, matrices, seed, stream, first, dropout_p)
         chunk_out = torch.bmm(weight, v).div_(total)
         out[rows].view(B, L, H, D).copy_(chunk_out.view(B, H, L, D).transpose(1, 2))
     return out, lse
@@ -90,8 +92,8 @@ def attention_backward_torch(
         weight = torch.baddbmm(chunk_lse * (-1 / LOG2_E), q, k.mT, alpha=D**-0.5).exp_()
         kept = weight
         if seed is not None:
-            kept = weight.clone()
-            torch.ops.fastdistil.dropout_(kept.view(B, H, L, L), seed, stream, first, dropout_p)
+            kept = torch.empty_like(weight)
+            dropout_into(weight.view(B, H, L, L), kept.view(B, H, L, L), seed, stream, first, dropout_p)
         dv = torch.bmm(kept.mT, chunk_dout)
         dscore = torch.bmm(chunk_dout, v.mT).mul_(kept).addcmul_(weight, delta, value=-1)
         dq, dk = torch.bmm(dscore, k).mul_(D**-0.5), torch.bmm(dscore.mT, q).mul_(D**-0.5)

@@ -1,14 +1,19 @@
-"""Sum over rows of 1 - cos(student, teacher), value and gradient in one pass.
+"""Sum over rows of 1 - cos(student, teacher) and its scaled gradient, in one pass.
 
     cos[n] = s.t / sqrt((s.s + eps) * (t.t + eps)),  eps = 1e-12      (as cosine_embedding_loss has it)
     d (1 - cos) / d s = cos * s / (s.s + eps) - t / sqrt((s.s + eps) * (t.t + eps))
 
-so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved. Memory: two reads and one write
+    loss = scale * sum_n (1 - cos[n])
+
+so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved, scaled before it is rounded: the
+backward of a loss that is summed as it is has nothing left to do. Memory: two reads and one write
 of (N, D). Over several mapped layers the caller sums several of these. Where widths differ the caller projects the
 student first, with a linear of its own that is trained along.
 
 Shapes: N = rows (tokens), D = width.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,25 +21,38 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows, device_scalar
 
 EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
 MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps
 
 
-def cosine_loss_reference(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None) -> Tensor:
+class CosineLoss(NamedTuple):
+    """0-dim fp32 tensors on the device of the inputs."""
+
+    loss: Tensor
+    """scale * cosine_sum; the only one with a gradient."""
+    cosine_sum: Tensor
+    """Sum over real rows of 1 - cos(student, teacher)."""
+
+
+def cosine_loss_reference(
+    student_ND: Tensor, teacher_ND: Tensor, *, scale: float | Tensor = 1.0, num_rows: Tensor | None = None
+) -> CosineLoss:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs)."""
     dtype = torch.promote_types(student_ND.dtype, torch.float32)
     index = torch.arange(student_ND.shape[0], device=student_ND.device)
     loss = F.cosine_embedding_loss(
         student_ND.to(dtype), teacher_ND.detach().to(dtype), torch.ones_like(index), reduction="none"
     )
-    return loss.sum() if num_rows is None else torch.where(index < num_rows, loss, 0.0).sum()
+    total = loss.sum() if num_rows is None else torch.where(index < num_rows, loss, 0.0).sum()
+    return CosineLoss(scale * total, total.detach())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _cosine_kernel(
     s_ptr, t_ptr, num_rows_ptr,  # (N, D) contiguous, 0-dim integer or None
+    scale_ptr,                   # 0-dim fp32, of the gradient alone; or None
     out_ptr, ds_ptr,             # (N,) fp32, (N, D)
     N, D, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +70,11 @@ def _cosine_kernel(
     inverse = 1.0 / (tl.sqrt(s_norm2) * tl.sqrt(t_norm2))
     cosine = tl.sum(s * t, axis=1) * inverse
     tl.store(out_ptr + row, tl.where(real, 1.0 - cosine, 0.0), mask=row < N)
-    ds = s * (cosine / s_norm2)[:, None] - t * inverse[:, None]
+    along_s, along_t = cosine / s_norm2, inverse
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+        along_s, along_t = along_s * scale, along_t * scale
+    ds = s * along_s[:, None] - t * along_t[:, None]
     ds = tl.where(real[:, None], ds, 0.0).to(ds_ptr.dtype.element_ty)
     tl.store(ds_ptr + at, ds, mask=live)
 
@@ -66,27 +88,38 @@ def tile(width: int) -> dict[str, int]:
     return {"ROWS": max(1, 2048 // block), "BLOCK_D": block, "num_warps": max(4, block // 512)}
 
 
-@torch.library.custom_op("fastdistil::cosine_rows", mutates_args=(), device_types=TRITON_DEVICES)
-def cosine_rows(student: Tensor, teacher: Tensor, num_rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(N,) fp32 of 1 - cos, and (N, D) their gradient for the student. Inputs contiguous."""
+def _launch(student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     N, D = student.shape
     rows, dstudent = student.new_empty(N, dtype=torch.float32), torch.empty_like(student)
     settings = tile(D)
     if N > 0:
         _cosine_kernel[(triton.cdiv(N, settings["ROWS"]),)](
-            student, teacher, num_rows, rows, dstudent, N, D, EPS=EPS,
+            student, teacher, num_rows, scale, rows, dstudent, N, D, EPS=EPS,
             **settings, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return rows, dstudent
 
 
+@torch.library.custom_op("fastdistil::cosine_rows", mutates_args=(), device_types=TRITON_DEVICES)
+def cosine_rows(
+    student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N,) fp32 of 1 - cos, and (N, D) their gradient for the student times `scale`, 0-dim fp32.
+
+    The inner operator, without autograd. Inputs contiguous.
+    """
+    return _launch(student, teacher, num_rows, scale)
+
+
 @cosine_rows.register_fake
-def _(student, teacher, num_rows):
+def _(student, teacher, num_rows, scale):
     rows = student.new_empty(student.shape[0], dtype=torch.float32)
     return rows, torch.empty_like(student)
 
 
-def cosine_rows_torch(student: Tensor, teacher: Tensor, num_rows: Tensor | None):
+def cosine_rows_torch(
+    student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """`cosine_rows` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
     s, t = student.float(), teacher.float()
     s_norm2, t_norm2 = s.square().sum(1, True) + EPS, t.square().sum(1, True) + EPS
@@ -96,35 +129,60 @@ def cosine_rows_torch(student: Tensor, teacher: Tensor, num_rows: Tensor | None)
     if num_rows is not None:
         real = torch.arange(s.shape[0]) < num_rows
         rows, ds = torch.where(real, rows, 0.0), torch.where(real[:, None], ds, 0.0)
-    return rows, ds.to(student.dtype)
+    return rows, (ds if scale is None else ds * scale).to(student.dtype)
 
 
 if CPU_BACKEND == "torch":
     cosine_rows.register_kernel("cpu")(cosine_rows_torch)
 
 
+def forward(student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """0-dim fp32 sum of 1 - cos, and the gradient of `scale` times it: no operator, no checks, inputs contiguous."""
+    launch = _launch if student.device.type in TRITON_DEVICES else cosine_rows
+    rows, dstudent = launch(student, teacher, num_rows, scale)
+    return rows.sum(), dstudent
+
+
+@torch.library.custom_op("fastdistil::cosine", mutates_args=())
+def _cosine(student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, dstudent = forward(student.contiguous(), teacher.contiguous(), num_rows, scale)
+    return scale * total, total, dstudent
+
+
+@_cosine.register_fake
+def _(student, teacher, num_rows, scale):
+    loss, total = (student.new_empty((), dtype=torch.float32) for _ in range(2))
+    return loss, total, torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
 def _setup_context(ctx, inputs, output):
+    _, total, dstudent = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(total, dstudent)
+    ctx.save_for_backward(dstudent)
 
 
-def _backward(ctx, grad_rows, _grad_dstudent):
-    if grad_rows is None:
-        return None, None, None
+def _backward(ctx, grad_loss, _grad_total, _grad_dstudent):
+    if grad_loss is None:
+        return None, None, None, None
     (dstudent,) = ctx.saved_tensors
-    return (grad_rows[:, None] * dstudent).to(dstudent.dtype), None, None
+    # Of one dimension, not of none: that would be rounded to bf16 before it multiplies a bf16 gradient.
+    return (grad_loss.view(1) * dstudent).to(dstudent.dtype), None, None, None
 
 
-cosine_rows.register_autograd(_backward, setup_context=_setup_context)
+_cosine.register_autograd(_backward, setup_context=_setup_context)
 
 
-def cosine_loss(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | None = None) -> Tensor:
-    """0-dim fp32: the sum over rows of 1 - cos(student, teacher). Divide by the tokens that count.
+def cosine_loss(
+    student_ND: Tensor, teacher_ND: Tensor, *, scale: float | Tensor = 1.0, num_rows: Tensor | None = None
+) -> CosineLoss:
+    """`scale` times the sum over rows of 1 - cos(student, teacher); the gradient is made in the forward.
 
     Args:
         student_ND: hidden states, fp32, bf16 or fp16, D up to 8,192. Gets a gradient.
         teacher_ND: of the same shape; converted to the student's dtype. Gets no gradient.
+        scale: weight of the sum; 1 / (number of tokens) belongs here. A number, or a 0-dim tensor on the same device.
+            Gets no gradient.
         num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for nothing and get gradient
             0. All rows by default.
 
@@ -141,6 +199,6 @@ def cosine_loss(student_ND: Tensor, teacher_ND: Tensor, *, num_rows: Tensor | No
     if not 1 <= student_ND.shape[1] <= MAX_WIDTH:
         raise ValueError(f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[1]}")
     check_num_rows("cosine_loss", num_rows, student_ND)
-    teacher = teacher_ND.detach().to(student_ND.dtype).contiguous()
-    rows, _ = cosine_rows(student_ND.contiguous(), teacher, num_rows)
-    return rows.sum()
+    factor = device_scalar("cosine_loss", "scale", scale, student_ND)
+    loss, total, _ = _cosine(student_ND, teacher_ND.detach().to(student_ND.dtype), num_rows, factor)
+    return CosineLoss(loss, total)

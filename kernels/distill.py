@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows, device_scalar
 
 # 16 warps a row: two CTAs fill an SM, and the rows of all CTAs in flight (32 MB on an H100) stay in L2.
 NUM_WARPS = 16
@@ -294,21 +294,9 @@ def weighted_sums(rows_3N: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_pair(op: str, kd_scale: float | Tensor, mlm_scale: float | Tensor, student: Tensor) -> Tensor:
-    """(2,) fp32 of both scales on the device of `student`, without a host sync.
-
-    Raises ValueError naming `op` for a tensor that is not one number on that device.
-    """
-    scales = []
-    for name, scale in (("kd_scale", kd_scale), ("mlm_scale", mlm_scale)):
-        if not isinstance(scale, Tensor):
-            scale = torch.full((), scale, dtype=torch.float32, device=student.device)  # no copy to wait for
-        if scale.ndim or scale.device != student.device:
-            raise ValueError(
-                f"{op} wants {name} as a float or a 0-dim tensor on {student.device}, got one of shape "
-                f"{tuple(scale.shape)} on {scale.device}"
-            )
-        scales.append(scale.detach().float())
-    return torch.stack(scales)
+    """(2,) fp32 of both scales on the device of `student`. Raises ValueError naming `op` as device_scalar does."""
+    scales = (("kd_scale", kd_scale), ("mlm_scale", mlm_scale))
+    return torch.stack([device_scalar(op, name, scale, student) for name, scale in scales])
 
 
 def _setup_context(ctx, inputs, output):

@@ -83,7 +83,8 @@ def keep(row_key, column_key, threshold):
     return x >= tl.cast(threshold, tl.uint32)
 
 
-@triton.jit
+# A constant of its own code for every stream, head and place in the model would be compiled for each of them.
+@triton.jit(do_not_specialize=["N", "stream"])
 def _keys_kernel(seed_ptr, out_ptr, N, stream, H: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
@@ -103,10 +104,12 @@ def row_and_column_keys(seed: Tensor, stream: int, num_heads: int, num_tokens: i
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "R", "first", "stream", "threshold"])  # C says how wide loads can be
 def _dropout_kernel(
-    x_ptr, seed_ptr,  # (B, H, R, C) contiguous, changed in place
-    H, R, C, first, stream, threshold, scale,
+    x_ptr, out_ptr, seed_ptr,  # (B, H, R, C) contiguous; out_ptr may be x_ptr
+    H, R, C, first, stream,
+    threshold: tl.uint32,  # pyright: ignore[reportInvalidTypeForm] # Triton would type it by its size
+    scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -120,40 +123,43 @@ def _dropout_kernel(
     live = (row < R)[:, None] & (column < C)[None, :]
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
     kept = keep(row_key[:, None], column_key[None, :], threshold)
-    tl.store(x_ptr + at, tl.where(kept, x * scale, 0.0).to(x_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + at, tl.where(kept, x * scale, 0.0).to(out_ptr.dtype.element_ty), mask=live)
 
 
-@torch.library.custom_op("fastdistil::dropout_", mutates_args=("x",), device_types=TRITON_DEVICES)
-def dropout_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
-    """Drops elements of x (B, H, R, C), contiguous, in place. Its first row and its first column have index `first`."""
+@torch.library.custom_op("fastdistil::dropout_into", mutates_args=("out",), device_types=TRITON_DEVICES)
+def dropout_into(x: Tensor, out: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
+    """out = x with elements dropped: both (B, H, R, C), contiguous, and maybe the same.
+
+    Their first row and first column have index `first`.
+    """
     B, H, R, C = x.shape
     if x.numel() > 0:
         grid = (triton.cdiv(R, BLOCK_ROWS), B * H, triton.cdiv(C, BLOCK_COLUMNS))
         _dropout_kernel[grid](
-            x, seed, H, R, C, first, stream, threshold(dropout_p), 1 / (1 - dropout_p),
+            x, out, seed, H, R, C, first, stream, threshold(dropout_p), 1 / (1 - dropout_p),
             ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
-def dropout_torch_(x: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
-    """`dropout_` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
+def dropout_into_torch(x: Tensor, out: Tensor, seed: Tensor, stream: int, first: int, dropout_p: float) -> None:
+    """`dropout_into` in plain PyTorch, which serves CPU tensors where csrc/ is not built."""
     B, H, R, C = x.shape
     heads = torch.arange(H, device=x.device)
     for b in range(B):
         rows = first + b * R + torch.arange(R, device=x.device)
         columns = first + b * C + torch.arange(C, device=x.device)
         kept = keep_reference(seed, stream, dropout_p, heads, rows, columns)
-        x[b].mul_(1 / (1 - dropout_p)).masked_fill_(~kept, 0)
+        torch.mul(x[b], 1 / (1 - dropout_p), out=out[b]).masked_fill_(~kept, 0)
 
 
 if CPU_BACKEND == "torch":
-    dropout_.register_kernel("cpu")(dropout_torch_)
+    dropout_into.register_kernel("cpu")(dropout_into_torch)
 
 
 @torch.library.custom_op("fastdistil::dropout", mutates_args=())
 def _dropout(x: Tensor, seed: Tensor, stream: int, dropout_p: float) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
-    torch.ops.fastdistil.dropout_(out[None, None], seed, stream, 0, dropout_p)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dropout_into(x.contiguous()[None, None], out[None, None], seed, stream, 0, dropout_p)
     return out
 
 

@@ -96,7 +96,7 @@ def hidden_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor], num_rows
 
     (N, D) outputs of each layer and its example.
     """
-    sums = [cosine_loss(s, t, num_rows=num_rows) for s, t in zip(student, teacher, strict=True)]
+    sums = [cosine_loss(s, t, num_rows=num_rows).loss for s, t in zip(student, teacher, strict=True)]
     return torch.stack(sums).mean()
 
 
@@ -165,7 +165,7 @@ Term = Callable[[EncoderOutputs, EncoderOutputs, MicroBatch, LossConfig], Tensor
 
 # Every term beside the fused two: (student, teacher, batch, loss) -> 0-dim fp32 sum over real tokens, with a gradient.
 TERMS: dict[str, Term] = {
-    "cosine": lambda s, t, batch, loss: cosine_loss(s.hidden_ND, t.hidden_ND, num_rows=batch.num_rows),
+    "cosine": lambda s, t, batch, loss: cosine_loss(s.hidden_ND, t.hidden_ND, num_rows=batch.num_rows).loss,
     "hidden": lambda s, t, batch, loss: hidden_cosine(s.layers, t.layers, batch.num_rows),
     "values": lambda s, t, batch, loss: value_relation(
         s.values[0], t.values[0], batch.real_lengths, batch.layout.cu_seqlens, loss.relation_heads

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastdistil.kernels import cosine as module
 from fastdistil.kernels.cosine import cosine_loss, cosine_loss_reference
 from tests.support.precision import (
     DEVICE,
@@ -56,6 +57,29 @@ def test_any_shape_and_strides(shape, dtype, contiguous, seed):
     if not contiguous:
         leaves = {name: x.detach().t().requires_grad_(x.requires_grad) for name, x in leaves.items()}
     check(leaves)
+
+
+@each_dtype
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+def test_the_gradient_is_scaled_before_it_is_rounded(as_tensor, dtype):
+    scale = 1 / 3
+    check(make_leaves((5, 300), dtype), scale=torch.tensor(scale, device=DEVICE) if as_tensor else scale)
+    leaves = make_leaves((5, 300), dtype)
+    plain, scaled = (results(functools.partial(cosine_loss, scale=s), leaves) for s in (1.0, scale))
+    assert scaled["value 1"] == plain["value 1"]
+    assert abs(scaled["value 0"] - plain["value 1"] / 3) <= 2.0**-23 * plain["value 1"]
+    student, teacher = (leaf.detach() for leaf in leaves.values())
+    total, gradient = module.forward(student, teacher, None, torch.tensor(scale, device=DEVICE))
+    assert total == plain["value 1"]
+    assert torch.equal(gradient.double(), scaled["dstudent_ND"])
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3], ids=["1", "a third"])
+def test_a_gradient_from_above_is_not_rounded(upstream):
+    leaves = make_leaves((5, 300), torch.bfloat16)
+    (once,) = torch.autograd.grad(cosine_loss(**leaves).loss, leaves["student_ND"])
+    (scaled,) = torch.autograd.grad(cosine_loss(**leaves).loss * upstream, leaves["student_ND"])
+    assert torch.equal(scaled, (once.float() * upstream).bfloat16())
 
 
 def test_parallel_vectors_cost_nothing():
@@ -122,7 +146,7 @@ def test_mapped_layers_with_a_projection():
     leaves = [*students, *projection.parameters()]
 
     def gradients(loss):
-        total = torch.stack([loss(projection(s), t) for s, t in zip(students, teachers, strict=True)])
+        total = torch.stack([loss(projection(s), t).loss for s, t in zip(students, teachers, strict=True)])
         return torch.autograd.grad(total.sum(), leaves)
 
     torch.testing.assert_close(gradients(cosine_loss), gradients(cosine_loss_reference))
@@ -130,14 +154,17 @@ def test_mapped_layers_with_a_projection():
 
 def test_registration():
     leaves = make_leaves((3, 50))
-    for num_rows in (None, torch.tensor(2, device=DEVICE)):
-        torch.library.opcheck(torch.ops.fastdistil.cosine_rows.default, (*leaves.values(), num_rows))
+    values = [leaf.detach() for leaf in leaves.values()]
+    scale = torch.tensor(0.3, device=DEVICE)
+    for num_rows, factor in ((None, scale), (torch.tensor(2, device=DEVICE), None)):
+        torch.library.opcheck(torch.ops.fastdistil.cosine_rows.default, (*values, num_rows, factor))
+        torch.library.opcheck(torch.ops.fastdistil.cosine.default, (*leaves.values(), num_rows, scale))
 
 
 def test_compiles_without_graph_breaks():
     leaves = make_leaves((3, 50))
-    got = results(compiled(lambda **leaves: cosine_loss(**leaves)), leaves)
-    for name, value in results(cosine_loss, leaves).items():
+    got = results(compiled(lambda **leaves: tuple(cosine_loss(**leaves, scale=0.3))), leaves)
+    for name, value in results(functools.partial(cosine_loss, scale=0.3), leaves).items():
         torch.testing.assert_close(got[name], value)
 
 
@@ -145,18 +172,19 @@ def test_compiles_without_graph_breaks():
 def test_reference_has_the_derivative_it_claims():
     student = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(3, 6, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: cosine_loss_reference(x, teacher), student)
+    assert torch.autograd.gradcheck(lambda x: cosine_loss_reference(x, teacher).loss, student)
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "num_rows", "message"),
+    ("change", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(2, 4), None, r"\(2, 3\) and teacher \(2, 4\): where widths"),
-        (torch.zeros(2, 3).double(), torch.zeros(2, 3), None, "got torch.float64"),
-        (torch.zeros(2, 8193), torch.zeros(2, 8193), None, "a width of 1 to 8192, got 8193"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor(1.0), "got torch.float32"),
+        ({"teacher_ND": torch.zeros(2, 4)}, r"\(2, 3\) and teacher \(2, 4\): where widths"),
+        ({"student_ND": torch.zeros(2, 3).double()}, "got torch.float64"),
+        ({name: torch.zeros(2, 8193) for name in ("student_ND", "teacher_ND")}, "a width of 1 to 8192, got 8193"),
+        ({"num_rows": torch.tensor(1.0)}, "got torch.float32"),
+        ({"scale": torch.ones(2)}, r"wants scale as a float or a 0-dim tensor on cpu, got one of shape \(2,\) on cpu"),
     ],
 )
-def test_errors_name_the_offender(student, teacher, num_rows, message):
+def test_errors_name_the_offender(change, message):
     with pytest.raises(ValueError, match=message):
-        cosine_loss(student, teacher, num_rows=num_rows)
+        cosine_loss(**{"student_ND": torch.zeros(2, 3), "teacher_ND": torch.zeros(2, 3)} | change)

@@ -18,7 +18,7 @@ from tests.support.precision import DEVICE, INTERPRETED, compiled, each_dtype, o
 
 pytestmark = [pytest.mark.triton, pytest.mark.cpp]
 
-DROPOUT = torch.ops.fastdistil.dropout_
+DROPOUT = torch.ops.fastdistil.dropout_into
 SHAPES = [(1, 1, 1, 1), (1, 2, 3, 5), (2, 2, 9, 33), (2, 1, 9, 257), (3, 2, 1, 40), (1, 1, 33, 384), (1, 1, 0, 4)]
 SEED = 2**62 + 987654321  # both halves of it count
 
@@ -55,18 +55,21 @@ def test_masks_and_values_are_the_definitions(shape, dtype):
         keep = keep_of(shape, seed, stream=stream, first=first, dropout_p=dropout_p)
         scaled = (x.float() * (1 / (1 - dropout_p))).to(dtype)
         expected = torch.where(keep, scaled, torch.zeros_like(x))
-        for operator in (DROPOUT, module.dropout_torch_):
-            got = x.clone()
-            operator(got, seed, stream, first, dropout_p)
+        for operator in (DROPOUT, module.dropout_into_torch):
+            before, got, in_place = x.clone(), torch.full_like(x, float("nan")), x.clone()
+            operator(before, got, seed, stream, first, dropout_p)
+            operator(in_place, in_place, seed, stream, first, dropout_p)
             assert torch.equal(got != 0, keep)
             torch.testing.assert_close(got, expected, rtol=tolerance, atol=0)
+            assert torch.equal(got, in_place)
+            assert torch.equal(before, x)
 
 
 def test_nothing_outside_is_touched_and_dropped_infinities_are_zero():
     shape, seed = (1, 1, 3, 21), seed_of(SEED)
     buffer = torch.full((4 + 63 + 60,), float("inf"), device=DEVICE)
     x = buffer[4:67].view(shape)
-    DROPOUT(x, seed, 0, 0, 0.5)
+    DROPOUT(x, x, seed, 0, 0, 0.5)
     assert (buffer[:4] == float("inf")).all()
     assert (buffer[67:] == float("inf")).all()
     assert torch.equal(x, torch.where(keep_of(shape, seed), float("inf"), 0.0))
@@ -237,7 +240,8 @@ def test_without_seed_or_rate_it_is_the_input():
 def test_registration():
     x, seed = make_leaf(), seed_of(SEED)
     torch.library.opcheck(torch.ops.fastdistil.dropout.default, (x, seed, 2, 0.3))
-    torch.library.opcheck(DROPOUT.default, (x.detach()[None, None].clone(), seed, 2, 5, 0.3))
+    matrices = x.detach()[None, None]
+    torch.library.opcheck(DROPOUT.default, (matrices, torch.empty_like(matrices), seed, 2, 5, 0.3))
 
 
 def test_compiles_without_graph_breaks():
@@ -300,9 +304,9 @@ def test_a_block_is_the_mask_of_its_own_indices():
     """Sequences of one length lie in blocks: block b is what b alone gives from the index where it begins."""
     R, seed = 11, seed_of(SEED)
     x = torch.ones(2, 3, R, R, device=DEVICE)
-    DROPOUT(x, seed, 1, 100, 0.5)
+    DROPOUT(x, x, seed, 1, 100, 0.5)
     assert not torch.equal(x[0], x[1])
     for b in range(2):
         alone = torch.ones(1, 3, R, R, device=DEVICE)
-        DROPOUT(alone, seed, 1, 100 + b * R, 0.5)
+        DROPOUT(alone, alone, seed, 1, 100 + b * R, 0.5)
         assert torch.equal(x[b], alone[0])
