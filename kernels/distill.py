@@ -308,7 +308,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_dstudent):
     (dstudent,) = ctx.saved_tensors
-    return (grad_loss * dstudent, *[None] * 7)
+    return (None if grad_loss is None else grad_loss * dstudent, *[None] * 7)
 
 
 _distill.register_autograd(_backward, setup_context=_setup_context)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from . import distill
 from .distill import DistillLoss, check_operands, distill_loss_reference, scale_pair
-from .linear import linear_product, runs_on_onednn
+from .linear import add_column_sum, add_product, linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
 
@@ -105,9 +105,9 @@ def forward(
                 dstudent[tokens] = linear_product(z, weight.t(), None)
             else:
                 torch.mm(z, weight, out=dstudent[tokens])
-            first = start == 0 and not (accumulate and in_place)
-            _accumulate_product(totals[0], z.t(), hidden, first=first)
-            _accumulate_rows(totals[1], z, first=first)
+            adds = start > 0 or (accumulate and in_place)
+            add_product(totals[0], z.t(), hidden, adds)
+            add_column_sum(totals[1], z, adds)
         del z  # before the next chunk's are made
     if not in_place:
         for x, total in zip(into, totals, strict=True):
@@ -147,26 +147,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor, buffer: Tensor | None)
     return torch.addmm(bias, hidden, weight.t(), out=buffer[: hidden.shape[0]])
 
 
-def _accumulate_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total = a @ b or total += a @ b. `first` saves a pass over memory to write zeros."""
-    if a.dtype == total.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif a.is_cuda and first:
-        torch.mm(a, b, out_dtype=torch.float32, out=total)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # PyTorch has no bf16 x bf16 -> fp32 product on the CPU: each chunk's product is rounded once
-        product = a @ b
-        total.copy_(product) if first else total.add_(product)
-
-
-def _accumulate_rows(total: Tensor, x: Tensor, *, first: bool) -> None:
-    """total = x.sum(0) or total += x.sum(0)."""
-    # On the CPU, a sum to another dtype first converts all of x: sum within the dtype, rounded once.
-    rows = x.sum(0, dtype=torch.float32 if x.is_cuda else x.dtype)
-    total.copy_(rows) if first else total.add_(rows)
-
-
 def _room(needs_grad: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Where a gradient of each goes; nothing where none is wanted."""
     return tuple(x.new_empty(x.shape if needs_grad else 0) for x in tensors)
@@ -191,6 +171,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_grad_others):
     gradients = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 13
     # The trainer's loss is the end of its graph, so grad_loss is 1. On the CPU reading it costs nothing, and dweight is
     # not multiplied by 1. What stands for a tensor while a graph is traced has another type.
     if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1):
