@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastdistil.kernels import attention, attention_tiles, cosine, distill, dropout, fp8_rows, gelu, layernorm
+from fastdistil.kernels import _backend, attention, attention_tiles, cosine, distill, dropout, fp8_rows, gelu, layernorm
 from fastdistil.kernels.layout import TILE_ROWS
 
 ARCHITECTURES = (80, 90, 100)
@@ -121,36 +121,73 @@ def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropou
 
 
 def _layernorm_variant(
-    dtype: str, width: int, *, backward: bool, dropout: bool, residual: bool, **ones: Any
+    dtype: str,
+    width: int,
+    *,
+    backward: bool,
+    dropout: bool,
+    residual: bool = True,
+    embeddings: bool = False,
+    **ones: Any,
 ) -> Variant:
+    """`embeddings`: x is the sum of rows of tables, of which `residual` stands for that of types."""
     settings = layernorm.tile(width, TRITON_DTYPES[dtype])
     x, absent = f"*{dtype}", {}
-    signature = {"x_ptr": x, "residual_ptr": x, "weight_ptr": x}
+    signature = {"x_ptr": x, "residual_ptr": x}
+    if embeddings:
+        signature = {"ids_ptr": "*i32", "position_ids_ptr": "*i32", "word_ptr": x, "position_ptr": x, "type_ptr": x}
+    signature["weight_ptr"] = x
     if backward:
-        signature = {"dout_ptr": x} | signature
-        signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
-        signature |= {"dy_ptr": x, "dx_ptr": x, "partial_ptr": "*fp32", "N": "i32", "D": "i32"}
+        signature = {"dout_ptr": x} | signature | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
+        signature |= {"dy_ptr": x} | ({} if embeddings else {"dx_ptr": x}) | {"partial_ptr": "*fp32"}
     else:
-        signature |= {"bias_ptr": x, "seed_ptr": "*i64", "out_ptr": x}
-        signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32", "D": "i32", "eps": "fp32"}
-    signature |= {"stream": "i32", "threshold": "i32", "scale": "fp32", "rows_per_program": "i32"}
+        signature |= {"bias_ptr": x, "seed_ptr": "*i64", "out_ptr": x, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    signature |= {"N": "i32", "D": "i32"} | ({} if backward else {"eps": "fp32"})
+    signature |= {} if embeddings else {"stream": "i32"}
+    signature |= {"threshold": "i32", "scale": "fp32", "rows_per_program": "i32"}
     signature |= {"ROWS": "constexpr", "BLOCK_D": "constexpr"}
-    for name, given in (("residual_ptr", residual), ("seed_ptr", dropout), ("dx_ptr", dropout)):
+    optional = {"residual_ptr": residual, "type_ptr": residual, "seed_ptr": dropout, "dx_ptr": dropout}
+    for name, given in optional.items():
         if name in signature and not given:
             absent[name] = None
             signature[name] = "constexpr"
     num_warps = settings.pop("num_warps")
+    kernels = {
+        (False, False): layernorm._forward_kernel,
+        (False, True): layernorm._backward_kernel,
+        (True, False): layernorm._embedding_forward_kernel,
+        (True, True): layernorm._embedding_backward_kernel,
+    }
     return Variant(
-        name=f"layernorm {'backward' if backward else 'forward'} {dtype} D={width}"
-        + " residual" * residual
+        name=("embedding layernorm" if embeddings else "layernorm")
+        + f" {'backward' if backward else 'forward'} {dtype} D={width}"
+        + (" types" if embeddings else " residual") * residual
         + " dropout" * dropout,
-        kernel=layernorm._backward_kernel if backward else layernorm._forward_kernel,
+        kernel=kernels[embeddings, backward],
         signature=signature | dict.fromkeys(ones, "constexpr"),
         constexprs=absent | settings | ones,
-        divisible=("rows_per_program",) if "D" in ones else ("D", "rows_per_program"),
+        divisible=() if "D" in ones else ("D",),
         num_warps=num_warps,
         min_ctas=1 if width > 2048 else 2,  # 16 warps are half an SM's
-        max_narrow_loads=24,  # the seed, and mean and rstd of each row
+        max_narrow_loads=24,  # the seed, and mean, rstd and ids of each row
+    )
+
+
+def _column_sums_variant(*, num_sums: int, out: str) -> Variant:
+    """The end of sums over rows, LayerNorm's three or GELU's one, into a gradient of the dtype `out`."""
+    tile = dict(_backend.SUM_TILE)
+    num_warps = tile.pop("num_warps")
+    outs = {f"out{m}_ptr": f"*{out}" if m < num_sums else "constexpr" for m in range(3)}
+    absent = {name: None for name, kind in outs.items() if kind == "constexpr"}
+    constants = {"M": num_sums, "ACCUMULATE": True} | tile
+    return Variant(
+        name=f"column sums of {num_sums} into {out}",
+        kernel=_backend._column_sums_kernel,
+        signature={"partial_ptr": "*fp32"} | outs | {"P": "i32", "K": "i32"} | dict.fromkeys(constants, "constexpr"),
+        constexprs=absent | constants,
+        divisible=("K",),
+        num_warps=num_warps,
+        max_narrow_loads=3,  # what stands in the gradient, once at the end
     )
 
 
@@ -166,7 +203,7 @@ def _gelu_variant(dtype: str, *, backward: bool) -> Variant:
         kernel=gelu._backward_kernel if backward else gelu._forward_kernel,
         signature=signature | dict.fromkeys(tile, "constexpr"),
         constexprs=tile,
-        divisible=("F", "N", "strip_rows"),
+        divisible=("F", "strip_rows"),
         num_warps=num_warps,
     )
 
@@ -252,10 +289,13 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     for width in (384, 768, 8192):
         yield _cosine_variant(dtype, width)
     yield _dropout_variant(dtype)
+    for num_sums in (1, 2, 3):
+        yield _column_sums_variant(num_sums=num_sums, out=dtype)
     for backward in (False, True):
         yield _gelu_variant(dtype, backward=backward)
         for width in layernorm_widths:
-            yield _layernorm_variant(dtype, width, backward=backward, dropout=True, residual=True)
+            yield _layernorm_variant(dtype, width, backward=backward, dropout=True)
+            yield _layernorm_variant(dtype, width, backward=backward, dropout=True, embeddings=True)
         for residual in (False, True):
             yield _layernorm_variant(dtype, 768, backward=backward, dropout=False, residual=residual)
 
@@ -268,6 +308,5 @@ def specialised_variants() -> Iterator[Variant]:
     yield _dropout_variant("fp32", C=1)
     yield _keys_variant()
     for backward in (False, True):
-        yield _layernorm_variant(
-            "fp32", 1, backward=backward, dropout=True, residual=True, N=1, D=1, stream=1, threshold=1
-        )
+        for embeddings in (False, True):
+            yield _layernorm_variant("fp32", 1, backward=backward, dropout=True, embeddings=embeddings, D=1)

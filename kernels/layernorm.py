@@ -83,17 +83,6 @@ def _dropout_reference(x: Tensor, seed: Tensor | None, stream: int, dropout_p: f
 
 
 @triton.jit
-def _column_key(seed_ptr, stream, column):
-    """(seed, keys of these columns), or (0, None) without a seed."""
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
-    return seed, column_key
-
-
-@triton.jit
 def _drop(x, live, seed, stream, row, column_key, threshold, scale):
     """(dropout(x), mask of what is kept): without column keys nothing is dropped."""
     kept = live
@@ -161,7 +150,11 @@ def _forward_kernel(
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed, column_key = _column_key(seed_ptr, stream, column)
+    seed = 0
+    column_key = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
     for begin in range(0, rows_per_program, ROWS):
         row = first + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
@@ -184,7 +177,11 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed, column_key = _column_key(seed_ptr, stream, column)
+    seed = 0
+    column_key = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     dx_sum = tl.zeros((BLOCK_D,), tl.float32)
@@ -223,7 +220,11 @@ def _embedding_forward_kernel(
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed, column_key = _column_key(seed_ptr, EMBEDDING_STREAM, column)
+    seed = 0
+    column_key = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        column_key = keys(seed, EMBEDDING_STREAM, COLUMN_SIDE, 0, column)
     for begin in range(0, rows_per_program, ROWS):
         row = first + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
@@ -246,7 +247,11 @@ def _embedding_backward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed, column_key = _column_key(seed_ptr, EMBEDDING_STREAM, column)
+    seed = 0
+    column_key = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        column_key = keys(seed, EMBEDDING_STREAM, COLUMN_SIDE, 0, column)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, rows_per_program, ROWS):
