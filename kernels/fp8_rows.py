@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
-from .gelu import SQRT_HALF
+from .gelu import gelu
 
 E4M3_MAX, LEAST_AMAX = tl.constexpr(448.0), tl.constexpr(1e-12)
 
@@ -46,8 +46,7 @@ def _quantise_kernel(
     live = column < D
     y = tl.load(x_ptr + row * D + column, mask=live, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        z = y + tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)
-        y = z * (0.5 + 0.5 * tl.erf(z * SQRT_HALF))
+        y = gelu(y + tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32))
     amax = tl.maximum(tl.max(tl.abs(y), axis=0), LEAST_AMAX)
     q = y * (E4M3_MAX / amax)
     tl.store(q_ptr + row * D + column, q.to(q_ptr.dtype.element_ty), mask=live)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter
 from .linear import add_column_sum, linear, linear_dx, linear_forward
 
-SQRT_HALF, INV_SQRT_2PI = tl.constexpr(0.7071067811865476), tl.constexpr(0.3989422804014327)
+INV_SQRT_2PI, MINUS_HALF_LOG2_E = tl.constexpr(0.3989422804014327), tl.constexpr(-0.7213475204444817)
 # 256 columns are a warp of 16-byte loads in bf16 and divide 768, 1,536 and 3,072; 16 rows make 32 elements a thread.
 TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 STRIP = 128  # rows that a program of the backward sums
@@ -33,6 +33,43 @@ def bias_gelu_reference(x_NF: Tensor, bias_F: Tensor) -> Tensor:
     return F.gelu(x_NF.to(dtype) + bias_F.to(dtype))
 
 
+@triton.jit
+def _tail(z):
+    """(Phi(-|z|), exp(-z^2 / 2)) in fp32: one exponential, one square root and seven multiply-adds.
+
+    Their quotient is a polynomial in 1 / (1 + 0.35 |z|), as in Abramowitz and Stegun 7.1.26, here of degree 7 and
+    fitted for the least relative error, 3.1e-7 up to |z| = 13.5, where exp is 0 in fp32. So GELU is right to 8e-6 of
+    itself however small it is, a 250th of what bf16 rounds by, and to 2.4e-7 absolutely, while 0.5 + 0.5 * erf, which
+    cancels, is off by all of GELU below -5.4 and by up to 4.4e-7 (over 2 million z in fp32). tl.erf takes twice as many
+    instructions.
+    """
+    root = tl.rsqrt(1.0 + 0.35 * tl.abs(z))  # a division would be eight instructions
+    t = root * root
+    quotient = 0.04894232749938965 * t - 0.20211882889270782
+    quotient = quotient * t + 0.2406400740146637
+    quotient = quotient * t - 0.017022790387272835
+    quotient = quotient * t + 0.15596117079257965
+    quotient = quotient * t + 0.13335518538951874
+    quotient = quotient * t + 0.14027032256126404
+    quotient = quotient * t - 2.7314665203448385e-05
+    exponential = tl.exp2(z * z * MINUS_HALF_LOG2_E)
+    return quotient * exponential, exponential
+
+
+@triton.jit
+def gelu(z):
+    """z * Phi(z) in fp32."""
+    tail, _ = _tail(z)
+    return tl.maximum(z, 0.0) - tl.abs(z) * tail
+
+
+@triton.jit
+def _gelu_derivative(z):
+    """Phi(z) + z * phi(z) in fp32."""
+    tail, exponential = _tail(z)
+    return tl.where(z < 0, tail, 1.0 - tail) + z * (INV_SQRT_2PI * exponential)
+
+
 @triton.jit(do_not_specialize=("N",))
 def _forward_kernel(x_ptr, bias_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -41,8 +78,7 @@ def _forward_kernel(x_ptr, bias_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLUMNS:
     at = row[:, None] * F + column[None, :]
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
-    out = z * (0.5 + 0.5 * tl.erf(z * SQRT_HALF))
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + at, gelu(z).to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=("N",))
@@ -60,8 +96,7 @@ def _backward_kernel(
         at = row[:, None] * F + column[None, :]
         z = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
-        density = INV_SQRT_2PI * tl.exp(-0.5 * z * z)
-        dx = dout * (0.5 + 0.5 * tl.erf(z * SQRT_HALF) + z * density)
+        dx = dout * _gelu_derivative(z)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
         dbias += dx
     tl.store(partial_ptr + strip * F + column, tl.sum(dbias, axis=0), mask=column < F)
