@@ -41,25 +41,23 @@ NOTHING = {
 }  # fmt: skip
 # Of more than 3,072 indices: zeros, arange, a radix sort of 15 bits (5), unique (2), and partial sums (6).
 SEVERAL = {aten.embedding_dense_backward: 15}
-ZEROS = {aten.zeros, aten.new_zeros, aten.zeros_like, aten.zero_, aten.fill_, aten.full, aten.full_like}
+ZEROS = {aten.zeros, aten.new_zeros, aten.zeros_like, aten.zero_}
+FILLS = {aten.fill_, aten.full, aten.full_like, aten.new_full}  # zeros, too, if the value is 0
 # Matrix products, and where their operands are: 2 x elements of the first x columns of the second FLOP.
 PRODUCTS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten.bmm: (0, 1), aten._scaled_mm: (0, 1)}
-# Gathers read the rows that they return, not the table.
+# Gathers read the rows that they return, or their table where that is smaller.
 GATHERS = {aten.embedding, aten.index_select}
 # These overwrite their first argument without reading it.
 OVERWRITES = {aten.copy_, aten.zero_, aten.fill_}
 
 # Triton's kernels, by file and name. Products of 2 L^2 D FLOP for each head and sequence:
 ATTENTION_PRODUCTS = {"attention._forward_kernel": 2, "attention._dq_kernel": 3, "attention._dkdv_kernel": 4}
-# How often a kernel touches an argument, where it is not once: in part, or to read it and to overwrite it.
-TIMES = {
-    ("attention._dq_kernel", "dqkv_ptr"): 1 / 3,
-    ("attention._dkdv_kernel", "dqkv_ptr"): 2 / 3,
-    ("dropout._dropout_kernel", "x_ptr"): 2,
-}
+TABLES = {"word_ptr", "position_ptr"}
+# The share of an argument that a kernel touches, where it is not all of it.
+SHARES = {("attention._dq_kernel", "dqkv_ptr"): 1 / 3, ("attention._dkdv_kernel", "dqkv_ptr"): 2 / 3}
 KINDS = {
     "attention": "attention", "layernorm": "LayerNorm", "gelu": "GELU", "distill": "row kernel", "fp8_rows": "FP8 rows",
-    "dropout": "dropout", "cosine": "cosine",
+    "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
 }  # fmt: skip
 
 
@@ -76,6 +74,8 @@ class Event:
     flops: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     """Of a product's operands."""
+    is_zeros: bool = False
+    """Whether it does nothing but write zeros."""
     is_cast_of_weights: bool = False
     """Whether a tensor of a parameter's shape is converted to another dtype."""
     is_sum_of_weights: bool = False
@@ -108,8 +108,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "fastdistil":
             with self:  # what is inside counts
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        # An `out` is the result, whatever torch 2.11's meta kernels of `out_dtype` make of it.
-        result = kwargs["out"] if "out" in kwargs else func(*args, **kwargs)
+        result = func(*args, **kwargs)
         operator = func.overloadpacket
         if not (func.is_view or operator in NOTHING):
             self.events.append(self._operator(operator, args, kwargs, result))
@@ -118,10 +117,12 @@ class Recorder(TorchDispatchMode):
     def _operator(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Event:
         inputs = [x for x in tree_leaves((args, {**kwargs, "out": None})) if isinstance(x, Tensor)]
         results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        read = sum(map(num_bytes, inputs))
         if operator in GATHERS:
-            inputs = [results[0], args[1 if operator is aten.embedding else 2]]
+            rows = num_bytes(results[0])
+            read = min(num_bytes(args[0]), rows) + num_bytes(args[1 if operator is aten.embedding else 2])
         elif operator in OVERWRITES:
-            inputs = inputs[1:]
+            read -= num_bytes(inputs[0])
         kind, flops, dtype = "rest", 0.0, torch.bfloat16
         if operator in PRODUCTS:
             a, b = (args[i] for i in PRODUCTS[operator])
@@ -132,9 +133,10 @@ class Recorder(TorchDispatchMode):
             kind=kind,
             name=operator.__name__,
             launches=SEVERAL.get(operator, 1),
-            num_bytes=sum(map(num_bytes, inputs)) + sum(map(num_bytes, results)),
+            num_bytes=read + sum(map(num_bytes, results)),
             flops=flops,
             dtype=dtype,
+            is_zeros=operator in ZEROS or (operator in FILLS and args[-1] == 0),
             is_cast_of_weights=operator is aten._to_copy and of_weights,
             is_sum_of_weights=operator in (aten.add, aten.add_) and of_weights,
         )
@@ -142,11 +144,16 @@ class Recorder(TorchDispatchMode):
     def launch(self, launch: Launch) -> None:
         """The driver's `on_launch`."""
         name, arguments = launch.kernel.name, launch.arguments
-        moved = sum(num_bytes(x) * TIMES.get((name, key), 1.0) for key, x in arguments.items() if isinstance(x, Tensor))
+        moved = 0.0
+        for key, x in arguments.items():
+            if isinstance(x, Tensor):
+                whole = num_bytes(x) * SHARES.get((name, key), 1.0)
+                rows = arguments["N"] * arguments["D"] * x.element_size() if key in TABLES else whole
+                moved += min(whole, rows)
         flops = 0.0
         if name in ATTENTION_PRODUCTS:
             flops = ATTENTION_PRODUCTS[name] * 2.0 * self.attended * arguments["H"] * arguments["D"]
-        kind = KINDS.get(name.partition(".")[0], "rest")
+        kind = "embeddings" if "embedding" in name else KINDS.get(name.partition(".")[0], "rest")
         self.events.append(Event(part=self.part, kind=kind, name=name, num_bytes=moved, flops=flops))
 
 
@@ -189,7 +196,7 @@ def trainer(device: torch.device, teacher: Any, student: Any, batch: MicroBatch,
 
 
 def meta_trainer(*, size: str = "bert-base", tokens: int = 16384, length: int = 512, fp8: bool = False) -> Trainer:
-    """`trainer` on meta tensors, after `pretend("meta")`: sequences of one length."""
+    """`trainer` on meta tensors, after `pretend()`: sequences of one length."""
     device = torch.device("meta")
     memory = 80 * 2**30
     linear_distill.default_chunk_tokens = lambda columns, dtype, _: CHUNK(
@@ -220,7 +227,7 @@ def totals(events: list[Event]) -> dict[str, float]:
     """What the tests hold: see `Event`."""
     return {
         "launches": sum(e.launches for e in events),
-        "zeros": sum(e.name in {z.__name__ for z in ZEROS} for e in events),
+        "zeros": sum(e.is_zeros for e in events),
         "casts of weights": sum(e.is_cast_of_weights for e in events),
         "sums of weights": sum(e.is_sum_of_weights for e in events),
         "GB outside GEMMs": sum(e.num_bytes for e in events if e.kind != "GEMM") / 1e9,

@@ -1,7 +1,7 @@
 """A driver for Triton that says which GPU there is and launches nothing: the launch path of kernels/ on any machine.
 
     from benchmarks.no_gpu import pretend
-    driver = pretend("meta")         from here on, in this process, operators on meta tensors go Triton's way
+    driver = pretend()               from here on, in this process, operators on meta tensors go Triton's way
     driver.on_launch = print         a `Launch` for each kernel that would run
     driver.kernels                   what was compiled, with its machine code
 
@@ -15,12 +15,16 @@ import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._meta_registrations
 import triton
+from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.library import Library
 from triton.backends.compiler import GPUTarget
 
 from fastdistil.kernels import _backend, attention_tiles
@@ -95,11 +99,24 @@ class Driver:
         return 0
 
 
-def pretend(device_type: str, arch: int = 90) -> Driver:
-    """From here on Triton compiles for compute capability `arch` and serves tensors of `device_type`, cpu or meta.
+# Meta kernels of PyTorch's that exist in Python alone, as far as the trainer calls them; some are wrong in torch 2.11.
+SHAPES: dict[str, Callable[..., Tensor]] = {
+    "index_select": lambda x, dim, index: x.new_empty((*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])),
+    "embedding_dense_backward": lambda grad, ids, rows, *_: grad.new_empty(rows, grad.shape[-1]),
+    "mm.dtype": lambda a, b, dtype: a.new_empty(a.shape[0], b.shape[1], dtype=dtype),
+    "mm.dtype_out": lambda a, b, dtype, *, out: out,
+    "addmm.dtype": lambda x, a, b, dtype, **_: a.new_empty(a.shape[0], b.shape[1], dtype=dtype),
+    "addmm.dtype_out": lambda x, a, b, dtype, *, out, **_: out,
+    "abs": torch.empty_like,
+    # The seventh argument is the result's dtype.
+    "_scaled_mm": lambda a, b, *others: a.new_empty(a.shape[0], b.shape[1], dtype=others[4]),
+}
 
-    On meta tensors PyTorch computes nothing either, and `is_cuda` is true of all tensors, so that operators choose what
-    they choose on a GPU. On the CPU PyTorch's operators run: for the host's time, at toy sizes.
+
+def pretend(arch: int = 90) -> Driver:
+    """From here on Triton compiles for compute capability `arch` and serves meta tensors, on which nothing is computed.
+
+    `is_cuda` is true of all tensors, so that operators choose what they choose on a GPU.
     """
     assert not _backend.INTERPRET, "TRITON_INTERPRET=1 compiles nothing"
     driver = Driver(arch)
@@ -107,18 +124,26 @@ def pretend(device_type: str, arch: int = 90) -> Driver:
     for path in Path(_backend.__file__).parent.glob("*.py"):
         module = importlib.import_module(f"fastdistil.kernels.{path.stem}")
         if hasattr(module, "TRITON_DEVICES"):
-            module.TRITON_DEVICES = ("cuda", device_type)  # type: ignore[attr-defined]
+            module.TRITON_DEVICES = ("cuda", "meta")  # type: ignore[attr-defined]
     attention_tiles._architecture = lambda device: arch
     for name, operator in OPDEFS.items():
-        if name.startswith("fastdistil::") and device_type == "meta":
-            operator._abstract_fn = operator._init_fn
-        elif name.startswith("fastdistil::"):
-            operator.register_kernel(device_type)(operator._init_fn)
-    if device_type == "meta":
-        # Autocast knows no meta tensors.
-        torch.is_autocast_enabled = lambda *_: False
-        torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment,misc]
-        torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
-        # Triton asks whether it is a multiple of 16; of meta tensors it is 0, whatever they are views of.
-        torch.Tensor.data_ptr = lambda self: self.storage_offset() * self.element_size()  # type: ignore
+        if name.startswith("fastdistil::"):
+            operator._abstract_fn = operator._init_fn  # of meta tensors, too, the operator itself
+    _use_fast_meta_kernels()
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    # Triton asks whether it is a multiple of 16; of meta tensors it is 0, whatever they are views of.
+    torch.Tensor.data_ptr = lambda self: self.storage_offset() * self.element_size()  # type: ignore
+    # Autocast knows no meta tensors.
+    torch.is_autocast_enabled = lambda *_: False
+    torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment,misc]
     return driver
+
+
+@cache  # once a process
+def _use_fast_meta_kernels() -> Library:
+    """PyTorch's meta kernels in C++, which take a microsecond, instead of those in Python, which take up to 200."""
+    torch._meta_registrations._meta_lib_dont_use_me_use_register_meta._destroy()  # its Python ones
+    library = Library("aten", "IMPL", "Meta")
+    for name, function in SHAPES.items():
+        library.impl(name, function)
+    return library  # which undoes it where nobody holds it

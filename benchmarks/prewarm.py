@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--size", choices=step.SIZES, default="bert-base")
     args = parser.parse_args()
     begin = time.monotonic()
-    driver = pretend("meta", args.arch)
+    driver = pretend(args.arch)
     for fp8 in (False, True) if args.arch >= 89 else (False,):
         made = micro_batch.meta_trainer(size=args.size, fp8=fp8)
         for work in (made.micro_batch, made.micro_batch, made.evaluate, made.drift):

@@ -18,17 +18,19 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 16384
 AT_MOST = {
     "bf16 micro_batch": {
-        "launches": 699,
-        "zeros": 41,
+        "launches": 636,
+        "zeros": 2,
         "casts of weights": 162,
         "sums of weights": 85,
-        "GB outside GEMMs": 22.6,
+        "GB outside GEMMs": 22.5,
     },
-    "fp8 micro_batch": {"launches": 735, "GB outside GEMMs": 23.4},
-    "bf16 evaluate": {"launches": 265, "GB outside GEMMs": 12.0},
+    "fp8 micro_batch": {"launches": 672, "GB outside GEMMs": 23.3},
+    "bf16 evaluate": {"launches": 269, "GB outside GEMMs": 11.4},
 }
-COMPILATIONS = {80: 20, 90: 22, 100: 22}
+COMPILATIONS = {80: 19, 90: 21, 100: 21}
 """Of a run that trains and validates with a teacher in bf16 or, from 8.9 on, in FP8."""
+
+READ_NO_ROWS = {"dropout._keys_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,11 @@ def test_all_products_are_counted(launched):
 
 
 @pytest.mark.parametrize("arch", COMPILATIONS)
-def test_what_is_launched_compiles_without_a_spill(launched, arch):
+def test_what_is_launched_compiles_to_good_code(launched, arch):
+    """No spill, and 128 bits a load where rows are read: arguments that are not aligned would halve them, or worse."""
     kernels = launched[str(arch)]["kernels"]
     assert [kernel for kernel in kernels if kernel["spills"]] == []
+    assert [k for k in kernels if k["widest load"] < 128 and k["name"] not in READ_NO_ROWS] == []
     assert len(kernels) <= COMPILATIONS[arch], sorted(kernel["name"] for kernel in kernels)
 
 
