@@ -185,9 +185,8 @@ def trainer(device: torch.device, teacher: Any, student: Any, batch: MicroBatch,
     engine = PlainEngine(Objective(student, config.loss), config, Ranks(0, 1, device), torch.bfloat16)
     engine.objective.train()
     here = batch.to(device)
-    denominators = (batch.num_tokens, batch.num_masked)
     return Trainer(
-        lambda: engine.forward_backward(here, frozen(here), *denominators),
+        lambda: engine.forward_backward(here, frozen(here)),
         lambda: engine.evaluate(here, frozen(here)),
         lambda: kl_sum(exact(here), frozen(here), here, vocab_size=step.VOCAB),
         {p.shape for p in student.parameters()},

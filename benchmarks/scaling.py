@@ -163,7 +163,7 @@ def worker(stage: str) -> None:
         ranks.any(False)  # all begin together
         begin = time.perf_counter()
         for _ in range(ROUNDS):
-            engine.forward_backward(batch, teacher(batch), TOKENS, 77)
+            engine.forward_backward(batch, teacher(batch))
         engine.step(1e-4)
         ranks.any(False)  # and the last one counts
         seconds.append(time.perf_counter() - begin)

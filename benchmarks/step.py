@@ -85,8 +85,8 @@ def architectures(size: str) -> tuple[Architecture, Architecture]:
     return architecture("bert", teacher_layers, width), architecture("distilbert", student_layers, width)
 
 
-def synthetic_batch(num_tokens: int, length: int, seed: int) -> MicroBatch:
-    """Sequences of one length and random ids, 15 % of them predicted."""
+def synthetic_batch(num_tokens: int, length: int, seed: int, of_update: int = 1) -> MicroBatch:
+    """Sequences of one length and random ids, 15 % of them predicted; one of `of_update` micro-batches."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1000, VOCAB, (num_tokens,), generator=generator)
     lengths = [length] * (num_tokens // length)
@@ -99,6 +99,7 @@ def synthetic_batch(num_tokens: int, length: int, seed: int) -> MicroBatch:
         labels=labels,
         masked_rows=chosen.sort().values,
         num_rows=torch.tensor(num_tokens, dtype=torch.int32),
+        denominators=of_update * torch.tensor([num_tokens, len(chosen)], dtype=torch.float64),
         dropout_seed=torch.tensor(seed),
         generator_seed=seed,
         lengths=tuple(lengths),
@@ -131,7 +132,7 @@ def made_again(args: argparse.Namespace, num_workers: int) -> Iterator[MicroBatc
         update = plan.update(0)
     else:
         update = SimpleNamespace(of_rank=lambda rank, world_size: range(args.batches))
-        collator = partial(synthetic_batch, args.tokens, args.length)
+        collator = partial(synthetic_batch, args.tokens, args.length, of_update=args.batches)
     updates = itertools.repeat(update)
     return micro_batches(updates, collator, rank=0, world_size=1, num_workers=num_workers, pin_memory=DEVICE == "cuda")
 
@@ -177,7 +178,7 @@ class Ours:
 
     def run(self) -> None:
         for batch, output in itertools.islice(self.pairs, len(self.batches)):
-            self.engine.forward_backward(batch, output, self.num_tokens, self.num_masked)
+            self.engine.forward_backward(batch, output)
         self.engine.step(1e-5)
 
 
@@ -328,7 +329,7 @@ def models(size: str) -> tuple[MaskedLM, MaskedLM]:
 def make_batches(args: argparse.Namespace) -> list[MicroBatch]:
     if args.shards:
         return packed_batches(args.shards, args.tokens, args.batches)
-    return [synthetic_batch(args.tokens, args.length, seed) for seed in range(args.batches)]
+    return [synthetic_batch(args.tokens, args.length, seed, args.batches) for seed in range(args.batches)]
 
 
 def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:

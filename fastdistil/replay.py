@@ -72,9 +72,9 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     resolved = resolve(config, world_size=1, by_torchrun=False)
     import torch
 
+    from fastdistil.model.flat import FlatParameters
     from fastdistil.run import checkpoint
     from fastdistil.run.ranks import init_ranks
-    from fastdistil.training.engine import Bf16Compute
     from fastdistil.training.inputs import load_corpus, load_models
     from fastdistil.training.objective import Objective
     from fastdistil.training.teacher import RemoteTeacher
@@ -91,7 +91,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     weights, state = checkpoint.load_weights(asked.run, asked.checkpoint)
     student.load_state_dict(weights)
     objective = Objective(student, config.loss).to(ranks.device).train()
-    compute: Any = objective if resolved.dtype(ranks.device) == torch.float32 else Bf16Compute(objective)
+    flat = FlatParameters(student, resolved.dtype(ranks.device))
     if not _same_weights(asked, state["update"]):
         print(f"weights of update {state['update']}: before update {asked.update} the run's were others")
 
@@ -101,8 +101,9 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     for number, micro_batch in enumerate(plan.micro_batches):
         batch = corpus.collator(micro_batch).to(ranks.device)
         output = None if teacher is None else teacher(batch)
-        loss, sums = compute(batch, output, plan.num_tokens, plan.num_masked)
+        loss, sums = objective(batch, output)
         loss.backward()
+        flat.complete()
         trained = [p.grad for p in student.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(trained).item()
         print(
@@ -113,7 +114,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
             broken += 1
             for line in (*diagnosis(objective, batch, teacher, output, sums), *texts(resolved, batch)):
                 print(f"    {line}")
-        student.zero_grad(set_to_none=True)
+        flat.clear()
     print(f"{broken} of {len(plan.micro_batches)} micro-batches of update {asked.update} are not finite")
     return broken
 

@@ -206,7 +206,7 @@ class Study:
     def _chains(self) -> Iterator[list[Step]]:
         """Lists of steps that follow from one another; steps of different lists may run at the same time."""
         config, student = self.config, self._distilbert
-        updates = max(1, round(config.tokens / (student.micro_batches_per_update * student.config.batch.token_budget)))
+        updates = max(1, round(config.tokens / (student.micro_batches_per_update * student.token_budget)))
         # Rounded up: else the checkpoint at the end would come beside an unasked one, and push out the first.
         every = -(-updates // config.points)
         duration = ["--optim.unit", "updates", "--optim.duration", updates]

@@ -15,6 +15,7 @@ Shapes: N = tokens, V = rows of both weights (the vocabulary, padded to a multip
 E = width of the teacher.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,15 +170,19 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*gradients)
 
 
-def _backward(ctx, grad_loss, *_grad_others):
-    gradients = ctx.saved_tensors
-    if grad_loss is None:
-        return (None,) * 13
+def times_gradient(grad_loss: Tensor, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients that the forward made, times that of the loss."""
     # The trainer's loss is the end of its graph, so grad_loss is 1. On the CPU reading it costs nothing, and dweight is
     # not multiplied by 1. What stands for a tensor while a graph is traced has another type.
-    if not (type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1):
-        gradients = [grad_loss * x for x in gradients]
-    return (*gradients, *[None] * 10)
+    if type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1:
+        return gradients
+    return [grad_loss * x for x in gradients]
+
+
+def _backward(ctx, grad_loss, *_grad_others):
+    if grad_loss is None:
+        return (None,) * 13
+    return (*times_gradient(grad_loss, ctx.saved_tensors), *[None] * 10)
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)

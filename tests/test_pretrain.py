@@ -250,5 +250,4 @@ def test_no_update_makes_the_host_wait(root, tmp_path):
     few, many = (syncs(root, tmp_path / str(count), count) for count in (2, 4))
     assert few.keys() == many.keys()
     more = {line: many[line] - few[line] for line in many if many[line] != few[line]}
-    # kernels/linear_distill.py reads the loss's gradient where that is on the CPU, to save a pass over the weights
-    assert more == {"engine.py: loss.backward()": 2 * 3}  # of three micro-batches each
+    assert more == {}

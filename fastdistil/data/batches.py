@@ -27,7 +27,7 @@ from fastdistil.run.command import STOP_SIGNALS
 from fastdistil.run.config import MaskingConfig
 
 NO_LABEL = -100  # PyTorch's ignore_index
-ON_DEVICE = ("input_ids", "position_ids", "labels", "masked_rows", "num_rows", "dropout_seed", "layout")
+ON_DEVICE = ("input_ids", "position_ids", "labels", "masked_rows", "num_rows", "denominators", "dropout_seed", "layout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class MicroBatch:
     """(num_masked(N),) int64: where labels are, then the first row that has none."""
     num_rows: Tensor
     """() int32, the real tokens, for operators that skip the padding without a host sync."""
+    denominators: Tensor
+    """(2,) fp64, real and masked tokens of the whole update: on the device, where a captured step reads them."""
     dropout_seed: Tensor
     """() int64, for the fused operators."""
     generator_seed: int
@@ -80,8 +82,8 @@ def one_token(device: torch.device) -> MicroBatch:
     """The smallest micro-batch: one sequence of one predicted token."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     one = torch.tensor(1, dtype=torch.int32, device=device)
-    layout = sequence_layout([1], device)
-    return MicroBatch(zero, zero, zero, zero, one, zero[0], 0, (1,), layout, 1, 1, ())
+    layout, denominators = sequence_layout([1], device), torch.ones(2, dtype=torch.float64, device=device)
+    return MicroBatch(zero, zero, zero, zero, one, denominators, zero[0], 0, (1,), layout, 1, 1, ())
 
 
 def masking_weights(counts: NDArray[np.int64], special_ids: list[int], smoothing: float) -> NDArray[np.float64]:
@@ -173,6 +175,7 @@ class Collator:
             labels=torch.from_numpy(labels),
             masked_rows=torch.from_numpy(masked_rows),
             num_rows=torch.tensor(len(ids), dtype=torch.int32),
+            denominators=torch.tensor(plan.denominators, dtype=torch.float64),
             dropout_seed=torch.randint(2**63 - 1, (), generator=generator),
             generator_seed=plan.dropout_seed,
             lengths=(*lengths, *pads),

@@ -13,7 +13,7 @@ not).
 import hashlib
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -45,6 +45,8 @@ class MicroBatchPlan:
     """Coordinates that its masks are drawn from."""
     dropout_seed: int = 0
     """Seed of its dropout; validation has none."""
+    denominators: tuple[int, int] = (1, 1)
+    """Real and masked tokens of the whole update, which its losses are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class UpdatePlan:
 
         Where the ranks do not divide them the last round has empty ones.
         """
-        empty = MicroBatchPlan(np.empty(0, np.int64), ("empty",))
+        denominators = self.num_tokens, self.num_masked
+        empty = MicroBatchPlan(np.empty(0, np.int64), ("empty",), denominators=denominators)
         mine = list(self.micro_batches[rank::world_size])
         return mine + [empty] * (math.ceil(len(self.micro_batches) / world_size) - len(mine))
 
@@ -189,4 +192,5 @@ def validation_plan(
 
 def _with_counts(micro_batches: list[MicroBatchPlan], lengths: NDArray[np.int32], mask_fraction: float) -> UpdatePlan:
     tokens = [int(lengths[m.sequences].sum()) for m in micro_batches]
-    return UpdatePlan(tuple(micro_batches), sum(tokens), sum(num_masked(t, mask_fraction) for t in tokens))
+    denominators = sum(tokens), sum(num_masked(t, mask_fraction) for t in tokens)
+    return UpdatePlan(tuple(replace(m, denominators=denominators) for m in micro_batches), *denominators)

@@ -12,20 +12,21 @@ Shapes: N tokens of the micro-batch, D hidden width, H heads, V padded vocabular
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdistil.kernels.attention import attention
-from fastdistil.kernels.attention_backends import AttentionBackend
+from fastdistil.kernels.attention_backends import AttentionBackend, ResolvedBackend, resolve_backend
 from fastdistil.kernels.dropout import dropout, new_dropout_seed
 from fastdistil.kernels.gelu import linear_gelu
 from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
 from fastdistil.kernels.layout import SequenceLayout
 from fastdistil.kernels.linear import linear
+from fastdistil.model import functions
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture
 
 
@@ -52,6 +53,10 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, architecture: Architecture, *, dropout_p: float = 0.0, stream: int = 0) -> None:
         super().__init__(architecture.hidden_size, eps=architecture.layer_norm_eps)
         self.dropout_p, self.stream = dropout_p, stream
+
+    def dropout(self, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+        """(seed, stream, probability) as the kernels take them: no seed where nothing is dropped."""
+        return seed if self.dropout_p else None, self.stream, self.dropout_p
 
     def forward(self, input: Tensor, residual_ND: Tensor | None = None, dropout_seed: Tensor | None = None) -> Tensor:
         if residual_ND is None:
@@ -88,6 +93,10 @@ class EncoderLayer(nn.Module):
         self.ffn_out = Linear(architecture.ffn_size, width)
         self.ffn_norm = LayerNorm(architecture, dropout_p=dropout_p, stream=self.stream + 2)
 
+    def dropout(self, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+        """(seed, stream, probability) of the attention, no seed where nothing is dropped."""
+        return seed if self.attention_dropout else None, self.stream, self.attention_dropout
+
     def forward(
         self,
         hidden_ND: Tensor,
@@ -96,7 +105,10 @@ class EncoderLayer(nn.Module):
         backend: AttentionBackend,
         with_values: bool = False,
     ) -> Any:
-        """The layer's output (N, D); `with_values` a pair of it and its values (N, D), all heads side by side."""
+        """The layer's output (N, D); `with_values` a pair of it and its values (N, D), all heads side by side.
+
+        This is the definition. `functions.encoder_layer` computes the same, for less.
+        """
         qkv_N3D = self.qkv(hidden_ND)
         values_ND = qkv_N3D.chunk(3, 1)[2] if with_values else None
         attended_ND = attention(
@@ -131,12 +143,13 @@ class Encoder(nn.Module):
         # Set by whoever runs the model; neither changes a weight.
         self.activation_checkpointing = False
         self.attention_backend: AttentionBackend = "auto"
+        self.by_modules = False  # module by module, as ZeRO-3, torch.compile and FP8 need it, instead of functions.py
         # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random replacement.
         self.word_embeddings = nn.Embedding(architecture.padded_vocab_size, width, padding_idx=architecture.pad_id)
         self.position_embeddings = nn.Embedding(architecture.max_positions, width)
         self.token_type_embeddings = nn.Embedding(architecture.token_types, width) if architecture.token_types else None
         self.embedding_norm = LayerNorm(architecture)
-        self.dropout_p = architecture.dropout
+        self.dropout_p, self.attention_dropout = architecture.dropout, architecture.attention_dropout
         self.layers = nn.ModuleList(EncoderLayer(architecture, index) for index in range(architecture.num_layers))
 
     def forward(
@@ -167,18 +180,20 @@ class Encoder(nn.Module):
             dropout_seed = new_dropout_seed(input_ids_N.device)
         asked = kept_outputs or KeptOutputs()
 
-        embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
-        if self.token_type_embeddings is not None:
-            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only there.
-            embedded_ND = embedded_ND + self.token_type_embeddings(torch.zeros_like(input_ids_N[:1]))
-        hidden_ND = dropout(self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p)
+        by_modules = self.by_modules or torch.compiler.is_compiling()
+        embedded = self.embedded if by_modules else partial(functions.embeddings, self)
+        hidden_ND = embedded(input_ids_N, position_ids_N, dropout_seed)
 
+        call = functions.LayerCall(layout, dropout_seed, self._backend(hidden_ND, dropout_seed))
         outputs: dict[int, Tensor] = {}
         values: Sequence[Tensor] = ()
         for index, layer in enumerate(self.layers):
             with_values = asked.values and index == len(self.layers) - 1
             arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_values)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if not by_modules:
+                again = self.activation_checkpointing
+                hidden_ND = functions.encoder_layer(layer, hidden_ND, call, again=again, with_values=with_values)
+            elif self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden_ND = layer(*arguments)
@@ -189,6 +204,19 @@ class Encoder(nn.Module):
         if kept_outputs is None:
             return hidden_ND
         return hidden_ND, (*(outputs[i] for i in asked.layers), *values)
+
+    def _backend(self, hidden_ND: Tensor, dropout_seed: Tensor | None) -> ResolvedBackend:
+        """What serves the attention of this micro-batch."""
+        dropout_p = 0.0 if dropout_seed is None else self.attention_dropout
+        return resolve_backend(self.attention_backend, hidden_ND.device, dropout_p=dropout_p, dtype=hidden_ND.dtype)
+
+    def embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
+        """Input of the first layer, (N, D). The definition, as EncoderLayer.forward is."""
+        embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
+        if self.token_type_embeddings is not None:
+            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only there.
+            embedded_ND = embedded_ND + self.token_type_embeddings(torch.zeros_like(input_ids_N[:1]))
+        return dropout(self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p)
 
 
 class VocabHead(nn.Module):
@@ -201,6 +229,7 @@ class VocabHead(nn.Module):
     def __init__(self, architecture: Architecture, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.vocab_size = architecture.vocab_size
+        self.by_modules = False  # as the encoder's
         self.dense = LinearGelu(architecture.hidden_size, architecture.hidden_size)
         self.norm = LayerNorm(architecture)
         self.weight = word_embeddings.weight
@@ -212,10 +241,13 @@ class VocabHead(nn.Module):
         The weight and the bias that `reduce` gets have padding rows from vocab_size on, all zero. It has to leave them
         out of every softmax and to give them no gradient.
         """
-        transformed_ND = self.norm(self.dense(hidden_ND))
+        if self.by_modules or torch.compiler.is_compiling():
+            transformed_ND = self.norm(self.dense(hidden_ND))
+        else:
+            transformed_ND = functions.head_transform(self, hidden_ND)
         if reduce is not None:
             return reduce(transformed_ND, self.weight, self.bias)
-        return F.linear(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]
+        return functions.logits(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]
 
 
 class MaskedLM(nn.Module):
@@ -245,6 +277,10 @@ class MaskedLM(nn.Module):
                 parameter.normal_(0.0, INITIALIZER_RANGE, generator=generator)
         self.encoder.word_embeddings.weight[self.architecture.vocab_size :] = 0.0
         self.encoder.word_embeddings.weight[self.architecture.pad_id] = 0.0
+
+    def run_by_modules(self) -> None:
+        """From now on, as its modules are written, instead of by functions.py."""
+        self.encoder.by_modules = self.head.by_modules = True
 
     def forward(
         self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout, dropout_seed: Tensor | None = None

@@ -12,6 +12,7 @@ The environment that torchrun sets is read here and nowhere else. Exit statuses,
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import logging
@@ -210,6 +211,29 @@ def launched() -> Launched:
         local_world_size=number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", 1)),  # as the deepspeed launcher calls it
         num_restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
     )
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def gpu_bytes() -> int | None:
+    """Memory of this machine's smallest GPU, as its driver says without torch (NVML); None where there is none."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    count, sizes = ctypes.c_uint(), []
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return None
+    for index in range(count.value):
+        gpu, memory = ctypes.c_void_p(), _Memory()
+        found = nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(gpu))
+        if not found and not nvml.nvmlDeviceGetMemoryInfo(gpu, ctypes.byref(memory)):
+            sizes.append(memory.total)
+    return min(sizes, default=None)
 
 
 def leave(status: int) -> NoReturn:

@@ -100,8 +100,9 @@ class BatchConfig(_Section):
     """Sequences (or tokens) an update, about: an update is a whole number of packed micro-batches."""
     unit: Literal["sequences", "tokens"] = "sequences"
     """What --batch.size counts."""
-    token_budget: Annotated[int, Range("a positive multiple of 64", lambda x: x >= 64 and x % 64 == 0)] = 16384
-    """Tokens of one packed micro-batch; a multiple of 64, and at least one whole sequence."""
+    token_budget: Annotated[int | None, Range("a positive multiple of 64", lambda x: x >= 64 and x % 64 == 0)] = None
+    """Tokens of one packed micro-batch; a multiple of 64, and at least one whole sequence. None: 16384 on a CPU; on a
+    GPU up to 65536, as its memory and --batch.size have room."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,6 +317,9 @@ class EngineConfig(_Section):
     """Elements DeepSpeed reduces or gathers at once (its own default of 5e8 costs 2 GB a rank)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward: slower, and the memory of one layer instead of all."""
+    graph: bool = True
+    """On CUDA, run a whole micro-batch (teacher, student, loss, backward) as one CUDA graph, where it can be recorded;
+    the log says why where not. The numbers are the same."""
     compile: bool = False
     """Run both encoders through torch.compile. No gain on a CPU (benchmarks/step.py); not measured on a GPU."""
     timeout_s: Annotated[int, AT_LEAST_1] = 600

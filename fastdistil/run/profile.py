@@ -46,6 +46,11 @@ _OFF = nullcontext()
 _recorder: "_Recorder | None" = None
 
 
+def is_recording() -> bool:
+    """Whether the work of now is timed by its parts."""
+    return _recorder is not None
+
+
 def span(part: Part) -> AbstractContextManager[None]:
     """Marks the work inside as `part` while an update is profiled; otherwise 0.3 microseconds."""
     return _OFF if _recorder is None else _recorder.timed(part)

@@ -14,6 +14,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastdistil.data.batches import MicroBatch, one_token
+from fastdistil.model.flat import FlatParameters
 from fastdistil.run.config import Config
 from fastdistil.run.profile import span
 from fastdistil.run.ranks import Ranks, bound_every_group
@@ -48,18 +50,20 @@ def learning_rate(config: Config, update: int, num_updates: int) -> float:
 def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW over the trained parameters; biases and LayerNorm (all one-dimensional) are not decayed."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    return adamw([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1], config)
+
+
+def adamw(decayed: list[Tensor], others: list[Tensor], config: Config) -> torch.optim.AdamW:
+    """AdamW over two groups of tensors, of which the first is decayed."""
+    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=True)
 
 
 class Bf16Compute(nn.Module):
-    """Runs a module of fp32 parameters on bf16 copies of them.
+    """Runs a module of fp32 parameters on bf16 copies of them, where it does not run by model/functions.py.
 
-    The copies are made anew in each forward (6 bytes a parameter, under 1 % of a micro-batch); autograd carries their
-    gradients back through the cast, so they accumulate in fp32.
+    The copies are made anew in each forward; autograd carries their gradients back through the cast, so they accumulate
+    in fp32.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -102,24 +106,39 @@ def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class PlainEngine:
-    """Every rank has the whole student, and gradients are summed over the ranks once an update. No DeepSpeed."""
+    """Every rank has the whole student in flat buffers (model/flat.py), and its gradient is summed over the ranks once
+    an update. No DeepSpeed."""
 
     def __init__(self, objective: Objective, config: Config, ranks: Ranks, dtype: torch.dtype) -> None:
         self.objective, self.ranks = objective.to(ranks.device), ranks
-        for p in self.objective.parameters():
-            ranks.broadcast_tensor(p.data)  # equal already, unless the machines draw random weights differently
-        self.optimizer = make_optimizer(objective, config)
+        # torch.compile traces modules, whose gradients autograd adds up.
+        by_autograd = objective.student.encoder.by_modules
+        if by_autograd:
+            objective.student.run_by_modules()  # the head, too
+        on_cuda = ranks.device.type == "cuda"
+        self.flat = FlatParameters(objective.student, dtype, zeroed=on_cuda, by_autograd=by_autograd)
+        ranks.broadcast_tensor(self.flat.masters)  # equal already, unless the machines draw random weights differently
+        self.flat.cast()
+        self.moments = {name: torch.zeros_like(self.flat.gradient) for name in MOMENTS}
+        groups = {name: self.flat.groups(x) for name, x in self.moments.items()}
+        decayed, others = self.flat.groups(self.flat.masters)
+        self.optimizer = adamw([decayed], [others], config)
+        count_on = ranks.device if ranks.device.type == "cuda" else "cpu"
+        for i, (part, gradient) in enumerate(zip((decayed, others), self.flat.groups(self.flat.gradient), strict=True)):
+            part.grad = gradient
+            of_part = {name: group[i] for name, group in groups.items()}
+            self.optimizer.state[part] = {"step": torch.tensor(0.0, device=count_on)} | of_part
         self.clip_norm = config.optim.clip_norm
         self.description = "plain engine" + (f" on {ranks.world_size} ranks" if ranks.world_size > 1 else "")
         self.num_shards = 1  # that the moments are divided into
         self.forward_ended = 0.0  # by the host's clock: from here on ranks wait for each other
-        self.compute: nn.Module = objective if dtype == torch.float32 else Bf16Compute(objective)
+        self.compute: nn.Module = Bf16Compute(objective) if by_autograd and dtype != torch.float32 else objective
 
     def forward_backward(
-        self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
+        self, batch: MicroBatch, teacher: TeacherOutput | Callable[[], TeacherOutput] | None
     ) -> Tensor:
         """Add one micro-batch's gradient; returns its (len(SUMS),) loss sums (objective.SUMS)."""
-        loss, sums = self.compute(batch, teacher, num_tokens, num_masked)
+        loss, sums = self.compute(batch, teacher)
         self.forward_ended = time.perf_counter()
         with span("backward"):
             loss.backward()
@@ -137,25 +156,20 @@ class PlainEngine:
             norm = _clip(self.objective.student, self.clip_norm)
             _skip_unless_finite(self.optimizer, norm)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.flat.clear()
+            self.flat.cast()
         return norm
 
     def _sum_gradients(self) -> None:
-        """In place, so that no buffer is needed; all are under way before the first one is waited for."""
-        if self.ranks.world_size == 1:
-            return
-        works: list[Any] = []
-        for p in _trained(self.objective.student).values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank with empty micro-batches alone
-            works.append(torch_dist.all_reduce(p.grad, async_op=True))
-        for work in works:
-            work.wait()
+        self.flat.complete()
+        if self.ranks.world_size > 1:
+            torch_dist.all_reduce(self.flat.gradient)
 
     def evaluate(self, batch: MicroBatch, teacher: TeacherOutput | None) -> Tensor:
         """(len(SUMS),) loss sums of a validation micro-batch; no gradient, no dropout."""
         self.objective.eval()
         with torch.no_grad():
-            _, sums = self.compute(batch, teacher, 1, 1)
+            _, sums = self.compute(batch, teacher)
         self.objective.train()
         return sums
 
@@ -171,8 +185,7 @@ class PlainEngine:
         for name, p in self.objective.student.named_parameters():
             result[f"weight.{name}"] = p.detach().to("cpu", torch.float32, copy=True)
             for moment in MOMENTS if p.requires_grad else ():
-                value = self.optimizer.state[p][moment] if p in self.optimizer.state else torch.zeros_like(p)
-                result[f"{moment}.{name}"] = value.detach().to("cpu", copy=True)
+                result[f"{moment}.{name}"] = self.flat.part(self.moments[moment], name).to("cpu", copy=True)
         return result
 
     @torch.no_grad()
@@ -180,11 +193,10 @@ class PlainEngine:
         """Set weights, moments and the number of steps taken; `state` must be the full one on every rank."""
         for name, p in self.objective.student.named_parameters():
             p.copy_(state[f"weight.{name}"])
-            if p.requires_grad and step:
-                count = torch.tensor(0.0, device=p.device if p.is_cuda else "cpu")
-                moments = {moment: state[f"{moment}.{name}"].to(p.device).clone() for moment in MOMENTS}
-                self.optimizer.state[p] = {"step": count} | moments
+            for moment in MOMENTS if step and p.requires_grad else ():
+                self.flat.part(self.moments[moment], name).copy_(state[f"{moment}.{name}"])
         _set_step(self.optimizer, step)
+        self.flat.cast()
 
 
 class DeepSpeedEngine:
@@ -200,9 +212,13 @@ class DeepSpeedEngine:
         assert ranks.host_group is not None, "ZeRO wants a process group; preflight refuses it without torchrun"
         deepspeed = _import_deepspeed(ranks.device)
         self.ranks, self.stage = ranks, stage
+        if stage == 3:  # it gathers the parameters of a module only while that runs
+            objective.student.run_by_modules()
         self.objective, self.forward_ended = objective.to(ranks.device), 0.0
         masters: State = {f"weight.{n}": p.detach().float().clone() for n, p in objective.student.named_parameters()}
         bf16 = dtype == torch.bfloat16
+        for p in objective.parameters() if bf16 else ():
+            p.grad_dtype = torch.float32  # gradients are handed over as the products made them
         self.optimizer = make_optimizer(objective, config)
         self.engine, *_ = deepspeed.initialize(
             model=objective,
@@ -216,11 +232,9 @@ class DeepSpeedEngine:
         if bf16:
             self._set_masters(masters)  # DeepSpeed made its own from the weights rounded to bf16
 
-    def forward_backward(
-        self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
-    ) -> Tensor:
+    def forward_backward(self, batch: MicroBatch, teacher: TeacherOutput | None) -> Tensor:
         """As PlainEngine.forward_backward; communicates as the stage needs."""
-        loss, sums = self.engine(batch, teacher, num_tokens, num_masked)
+        loss, sums = self.engine(batch, teacher)
         self.forward_ended = time.perf_counter()
         # DeepSpeed averages over the ranks and we want the sum. Denominators are counted over the whole update, so
         # there is no division by the number of micro-batches either.
@@ -242,7 +256,7 @@ class DeepSpeedEngine:
         """As PlainEngine.evaluate; every rank must call it equally often (stage 3 gathers parameters)."""
         self.engine.eval()
         with torch.no_grad():
-            _, sums = self.engine(batch, teacher, 1, 1)
+            _, sums = self.engine(batch, teacher)
         self.engine.train()
         return sums
 
@@ -319,7 +333,7 @@ class DeepSpeedEngine:
     def _materialise_moments(self) -> None:
         """One optimiser step of gradient zero at rate zero: DeepSpeed allocates its moments at the first step only."""
         for _ in range(self.engine.gradient_accumulation_steps()):
-            loss, _ = self.engine(one_token(self.ranks.device), None, 1, 1)
+            loss, _ = self.engine(one_token(self.ranks.device), None)
             self.engine.backward(0.0 * loss)
             self.engine.step()
 

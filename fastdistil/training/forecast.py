@@ -23,11 +23,11 @@ from fastdistil.run.profile import Part, copy_bytes_per_s
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import memory
 from fastdistil.training.inputs import Corpus, load_corpus, plan_of
-from fastdistil.training.preflight import Resolved
+from fastdistil.training.preflight import H100_BYTES, Resolved
 
 log = logging.getLogger("fastdistil")
 
-H100_BYTES, H100_FLOPS = 80 * 2**30, 989e12  # the GPU meant where there is none; dense bf16, data sheet
+H100_FLOPS = 989e12  # of the GPU meant where there is none; dense bf16, data sheet
 UTILISATION = 0.5  # assumed where there is no measurement
 EXACT_SEQUENCES = 2**21  # read in all epochs together; the orders of more take seconds an epoch
 STEP_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout only
@@ -80,7 +80,7 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     yield "FLOPs a token", f"{flops.total / 1e6:,.1f} million: {parts}"
     num_updates, tokens_per_update, about = _length(resolved, corpus.plan)
     num_tokens = num_updates * tokens_per_update
-    count, budget = resolved.micro_batches_per_update, config.batch.token_budget
+    count, budget = resolved.micro_batches_per_update, resolved.token_budget
     yield "an update", f"{count:,} micro-batches of {budget:,} tokens, {resolved.micro_batches_per_rank:,} a rank"
     yield "updates", f"{about}{num_updates:,}"
     yield "tokens", f"{about}{num_tokens / 1e9:,.3f} billion, padding not counted"

@@ -63,7 +63,7 @@ def plan_of(resolved: Resolved, lengths: NDArray[np.int32]) -> Plan:
     return Plan(
         lengths,
         seed=resolved.config.seed,
-        token_budget=resolved.config.batch.token_budget,
+        token_budget=resolved.token_budget,
         micro_batches_per_update=resolved.micro_batches_per_update,
         mask_fraction=resolved.config.masking.fraction,
     )
@@ -95,7 +95,7 @@ def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
         raise ValueError(
             f"{shards.folder} holds {len(shards)} sequence(s), too few to train on and validate with: prepare more text"
         )
-    budget, masking = config.batch.token_budget, config.masking
+    budget, masking = resolved.token_budget, config.masking
     lengths = shards.lengths[:num_train]
     plan = plan_of(resolved, lengths)
     num_updates = updates_of(config.optim.duration, config, plan)
@@ -179,6 +179,7 @@ def compile_encoder(encoder: Encoder, mode: str | None = None) -> None:
     # The layers' streams of dropout are constants of their graphs. Dynamo makes 8 of these before it runs the rest
     # eagerly.
     torch._dynamo.config.recompile_limit = 64
+    encoder.by_modules = True
     encoder.compile(mode=mode)
 
 

@@ -10,14 +10,16 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdistil import __version__
+from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import folder
@@ -30,6 +32,7 @@ from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import forecast
 from fastdistil.training.engine import Engine, learning_rate, make_engine
+from fastdistil.training.graph import Step, recorded
 from fastdistil.training.inputs import Corpus, updates_of
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.preflight import Resolved
@@ -81,6 +84,8 @@ class Job:
     watchdog: Watchdog
     engine: Engine
     prefetcher: TeacherPrefetcher
+    graph: Step | None
+    """Forward and backward as one CUDA graph; None where they run launch by launch."""
     journal: Journal
     saver: Saver | None
     """On rank 0."""
@@ -134,8 +139,7 @@ def setup(
     engine = make_engine(Objective(student, config.loss), resolved, ranks)
     update = num_tokens = num_skipped = 0
     if saved is not None:
-        update, num_tokens = saved.state["update"], saved.state["tokens"]
-        num_skipped = saved.state.get("skipped", 0)
+        update, num_tokens, num_skipped = (saved.state.get(name, 0) for name in ("update", "tokens", "skipped"))
         engine.load(saved.tensors, step=update - num_skipped)
         saved.tensors.clear()  # hundreds of megabytes
         log.info("resuming after update %d of %d", update, corpus.num_updates)
@@ -158,7 +162,8 @@ def setup(
         f"MFU = real tokens/s x {flops / 1e6:,.1f} MFLOP (teacher forward, student forward and backward) / "
         f"{ranks.num_devices} x {(peak or 0) / 1e9:,.0f} GFLOP/s ({peak_source})"
     )
-    prefetcher = TeacherPrefetcher(teacher, ranks.device, overlap=config.teacher.overlap)
+    graph = recorded(engine, teacher, resolved)
+    prefetcher = TeacherPrefetcher(teacher, ranks.device, overlap=config.teacher.overlap and graph is None)
     journal = Journal(
         writer,
         ranks,
@@ -169,7 +174,7 @@ def setup(
         num_updates=corpus.num_updates,
         num_skipped=num_skipped,
     )
-    job = Job(resolved, corpus, ranks, stop, watchdog, engine, prefetcher, journal, saver, update, num_tokens)
+    job = Job(resolved, corpus, ranks, stop, watchdog, engine, prefetcher, graph, journal, saver, update, num_tokens)
     job.profile = Profile(
         config.profile_window,
         config.out / "profile" if ranks.is_main else None,
@@ -191,10 +196,7 @@ def train(job: Job) -> str | None:
     config, corpus, ranks = job.config, job.corpus, job.ranks
     engine, journal, prefetcher = job.engine, job.journal, job.prefetcher
     num_rounds, failure = job.resolved.micro_batches_per_rank, None
-    # Micro-batches are made in worker processes, and the teacher's output one of them ahead where that gains.
-    first = job.update * num_rounds
-    batches = corpus.micro_batches(Split.TRAIN, ranks, rank=ranks.rank, first=first)
-    with_teacher = prefetcher.ahead(batches, Split.TRAIN, first)
+    with_teacher, forward_backward = micro_batches(job)
     engine.objective.train()
     job.status("running")
     began = time.perf_counter()
@@ -215,7 +217,7 @@ def train(job: Job) -> str | None:
                 job.watchdog.restart()
                 begin = time.perf_counter()
                 batch, teacher_output = next(with_teacher)
-                sums = engine.forward_backward(batch, teacher_output, plan.num_tokens, plan.num_masked)
+                sums = forward_backward(batch, teacher_output)
                 job.busy_s += engine.forward_ended - begin  # no other rank was waited for
                 journal.add(sums)
             # The gradients of all ranks become new weights.
@@ -243,6 +245,18 @@ def train(job: Job) -> str | None:
             checkpoints.done()
     finish(job, failure, time.perf_counter() - began)
     return failure
+
+
+def micro_batches(job: Job) -> tuple[Iterator[tuple[MicroBatch, Any]], Callable[[MicroBatch, Any], Tensor]]:
+    """This rank's micro-batches with the teacher's output, and what adds their gradients; made in worker processes.
+
+    The teacher's output is one micro-batch ahead where that gains; in a CUDA graph its part is inside.
+    """
+    first = job.update * job.resolved.micro_batches_per_rank
+    batches = job.corpus.micro_batches(Split.TRAIN, job.ranks, rank=job.ranks.rank, first=first)
+    if job.graph is not None:
+        return job.graph.ahead(batches), job.graph.forward_backward
+    return job.prefetcher.ahead(batches, Split.TRAIN, first), job.engine.forward_backward
 
 
 def report(job: Job) -> str | None:

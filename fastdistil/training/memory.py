@@ -87,11 +87,11 @@ def _engine(resolved: Resolved, device: torch.device) -> Iterator[Row]:
     always, before = MOMENTS, BEFORE_STEP
     # (what, bytes a parameter at stages 0 to 3, when). A pair is (on every rank, divided among the ranks).
     table = (
-        ("weights", ((4, 0), (s, 4), (s, 4), (s, s + 4)), always),  # stage 3 keeps what it gathered
-        ("weights", ((2 * bf16, 0), (0, 0), (0, 0), (0, 0)), LOSS_AND_BACKWARD),  # Bf16Compute's copies
-        ("gradients", ((summed, 0), (beside, 0), (0, 4), (0, 4)), before),
+        # stage 0 has copies in bf16 beside its weights; stage 3 keeps what it gathered
+        ("weights", ((4 + 2 * bf16, 0), (s, 4), (s, 4), (s, s + 4)), always),
+        ("gradients", ((4, 0), (beside, 0), (0, 4), (0, 4)), before),
         ("gradients", ((4, 0), (max(beside, 4), 4), (0, 8), (0, 8)), ("step",)),
-        ("gradients", ((0, 0), (4 * bf16, 0), (0, 0), (0, 4)), ("checkpoint",)),
+        ("gradients", ((4, 0), (4 * bf16, 0), (0, 0), (0, 4)), ("checkpoint",)),
         ("optimiser", ((8, 0), (0, 8), (0, 8), (0, 8)), always),
     )
     for what, by_stage, when in table:
@@ -112,7 +112,7 @@ def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
     held = _num_elements(teacher) * s
     if config.teacher.precision == "fp8":  # one byte less an element of the layers' matrices
         held -= teacher.num_layers * (4 * E * E + 2 * E * F)
-    token = config.batch.token_budget * s
+    token = resolved.token_budget * s
     wanted = {term.wants for term in config.loss.terms}
     # Last hidden states and the head's; what terms want of the layers, and the values, which lie within q, k and v.
     handed = token * E * (2 + ("layers" in wanted) * resolved.student.num_layers + 3 * ("values" in wanted))
@@ -131,7 +131,7 @@ def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
 def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Iterator[Row]:
     """What a micro-batch leaves for its backward, and the loss."""
     config, student, dtype = resolved.config, resolved.student, resolved.dtype(device)
-    s, N, V = dtype.itemsize, config.batch.token_budget, student.padded_vocab_size
+    s, N, V = dtype.itemsize, resolved.token_budget, student.padded_vocab_size
     D, F, token = student.hidden_size, student.ffn_size, N * s
     # A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result and GELU's
     # input and output; in fp32 the log-sum-exp of the attention, means and deviations.
@@ -146,17 +146,20 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
         kept, again = student.num_layers * token * D, layer
     head_tokens = N if resolved.teacher else int(config.masking.fraction * N)
     kept += (2 * N + 4 * head_tokens) * D * s  # embeddings' sum, last hidden states; four of the head
-    dweight = V * D * s
+    # The vocabulary's gradient lies in the flat buffer at stage 0, else it is a tensor of its own in fp32. A CPU has no
+    # product of bf16 with an fp32 result.
+    dweight = 4 * V * D * (resolved.zero_stage > 0)
+    product = V * D * s * (device.type == "cpu" and s == 2)
     if resolved.teacher is None:  # log-softmax, its gradient and that of the logits
         loss = 12 * head_tokens * V
     else:
         chunk = min(N, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
-        loss = 2 * chunk * V * s + dweight + V * D * (s if chunk == N else 4)
+        loss = 2 * chunk * V * s + dweight + product
         loss = max(loss, relation_bytes(config.loss, resolved.meta.max_length))
     yield "activations", kept, LOSS_AND_BACKWARD
     yield "activations", again + token * F, ("backward",)
     yield "loss", loss, ("loss",)
-    yield "loss", 2 * dweight, ("backward",)
+    yield "loss", dweight + V * D * s, ("backward",)  # and the table that the embeddings make
 
 
 def _num_elements(architecture: Architecture) -> int:
@@ -177,7 +180,7 @@ def require(resolved: Resolved, *, device: torch.device, device_bytes: int) -> F
     if fits(resolved):
         return need(resolved)
     config = resolved.config
-    low, high = -(-resolved.meta.max_length // 64) - 1, config.batch.token_budget // 64
+    low, high = -(-resolved.meta.max_length // 64) - 1, resolved.token_budget // 64
     while high - low > 1:
         middle = (low + high) // 2
         smaller = replace(

@@ -13,7 +13,7 @@ up exactly: no mean of means, no communication before the backward.
 
 A term is a field and an entry of LOSS_TERMS in run/config.py, and here a function of its name. kd and mlm are one fused
 operator (kernels/linear_distill.py), in which no logits exist for more than some thousand tokens; the others are in
-TERMS.
+`terms_of`.
 
 hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer
          m_i. What it has to make up for is that the layers between m_(i-1) and m_i are gone from its input. So it is
@@ -32,6 +32,7 @@ A relation heads.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastdistil.data.batches import MicroBatch
-from fastdistil.kernels.cosine import cosine_loss
-from fastdistil.kernels.linear_distill import LinearDistillLoss, linear_distill_loss
+from fastdistil.kernels import linear_distill
+from fastdistil.kernels.attention_backends import resolve_backend, seed_generator
 from fastdistil.model.encoder import KeptOutputs, MaskedLM
+from fastdistil.model.flat import is_flat
+from fastdistil.model.functions import cosine_distance, distillation
 from fastdistil.run.config import LOSS_TERMS, LossConfig
 from fastdistil.run.profile import span
 
@@ -91,13 +94,34 @@ def kept_outputs(loss: LossConfig, layers: tuple[int, ...]) -> KeptOutputs:
     return KeptOutputs(layers if "layers" in wanted else (), "values" in wanted)
 
 
-def hidden_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor], num_rows: Tensor) -> Tensor:
-    """0-dim fp32: mean over layers of the sum over real tokens of 1 - cos.
+class Factor(NamedTuple):
+    """What the sum of a term is multiplied by."""
 
-    (N, D) outputs of each layer and its example.
-    """
-    sums = [cosine_loss(s, t, num_rows=num_rows).loss for s, t in zip(student, teacher, strict=True)]
-    return torch.stack(sums).mean()
+    scale: Tensor
+    """Its weight over its denominator, 0-dim fp32."""
+    at_end: bool
+    """Whether nothing multiplies the whole loss, so that gradients that are made with it are ready."""
+
+
+def last_cosine(
+    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor
+) -> tuple[Tensor, Tensor]:
+    """1 - cos of the last hidden states."""
+    states = student.hidden_ND, teacher.hidden_ND
+    return cosine_distance(*states, batch.num_rows, factor.scale, at_end=factor.at_end)
+
+
+def hidden_cosine(
+    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor
+) -> tuple[Tensor, Tensor]:
+    """Mean over layers of 1 - cos of the output of each layer and its example."""
+    scale = factor.scale / len(student.layers)
+    found = [
+        cosine_distance(s_ND, t_ND, batch.num_rows, scale, at_end=factor.at_end)
+        for s_ND, t_ND in zip(student.layers, teacher.layers, strict=True)
+    ]
+    parts, sums = zip(*found, strict=True)
+    return torch.stack(parts).sum(), torch.stack(sums).mean()
 
 
 PADDED_TOKENS = 4096
@@ -161,16 +185,30 @@ def relation_bytes(loss: LossConfig, longest: int) -> int:
     return 6 * 4 * loss.relation_heads * max(PADDED_TOKENS, longest) * longest if loss.values else 0
 
 
-Term = Callable[[EncoderOutputs, EncoderOutputs, MicroBatch, LossConfig], Tensor]
+def last_values(
+    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """KL of the value relations of the last layers."""
+    values = student.values[0], teacher.values[0]
+    total = value_relation(*values, batch.real_lengths, batch.layout.cu_seqlens, num_heads)
+    return factor.scale * total, total
 
-# Every term beside the fused two: (student, teacher, batch, loss) -> 0-dim fp32 sum over real tokens, with a gradient.
-TERMS: dict[str, Term] = {
-    "cosine": lambda s, t, batch, loss: cosine_loss(s.hidden_ND, t.hidden_ND, num_rows=batch.num_rows).loss,
-    "hidden": lambda s, t, batch, loss: hidden_cosine(s.layers, t.layers, batch.num_rows),
-    "values": lambda s, t, batch, loss: value_relation(
-        s.values[0], t.values[0], batch.real_lengths, batch.layout.cu_seqlens, loss.relation_heads
-    ),
-}
+
+Term = Callable[[EncoderOutputs, EncoderOutputs, MicroBatch, Factor], tuple[Tensor, Tensor]]
+
+
+def terms_of(loss: LossConfig) -> dict[str, Term]:
+    """Every term beside the fused two: (student, teacher, micro-batch, factor) -> its part of the loss, which has a
+    gradient, and its sum over real tokens, 0-dim fp32 both."""
+    return {
+        "cosine": last_cosine,
+        "hidden": hidden_cosine,
+        "values": partial(last_values, num_heads=loss.relation_heads),
+    }
+
+
+FUSED = ("kd", "mlm")
+"""Terms of one operator, which are computed with any weight."""
 
 
 class Objective(nn.Module):
@@ -184,16 +222,17 @@ class Objective(nn.Module):
         self.student = student
         self.loss = loss
         self.kept_outputs = kept_outputs(loss, tuple(range(student.architecture.num_layers)))
+        self._weights: Tensor | None = None
 
     def forward(
-        self, batch: MicroBatch, teacher: TeacherOutput | None, num_tokens: int, num_masked: int
+        self, batch: MicroBatch, teacher: TeacherOutput | Callable[[], TeacherOutput] | None
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of the update's loss.
 
         Args:
-            batch: packed micro-batch on the module's device.
-            teacher: its hidden states for the same masked ids, or None: masked LM alone.
-            num_tokens, num_masked: |R| and |M| of the whole update.
+            batch: packed micro-batch on the module's device, with |R| and |M| of the whole update.
+            teacher: its hidden states for the same masked ids, or what hands them over when the student's forward is
+                done; None: masked LM alone.
 
         Returns:
             The part of L, 0-dim fp32, to be summed (not averaged) over micro-batches and ranks; and the (len(SUMS),)
@@ -202,60 +241,80 @@ class Objective(nn.Module):
         with span("student forward"):
             student = self._student_outputs(batch, with_kept=teacher is not None)
         with span("loss"):
+            # The weight of every term over its denominator, by numbers that are on the device.
+            weights_T2 = self._weights_on(batch.denominators.device)
+            scales_T = (weights_T2[1:] / batch.denominators).sum(1).float()
             if teacher is None:
-                loss, sums = self._masked_lm(student.hidden_ND, batch, num_masked)
+                loss, sums = self._masked_lm(student.hidden_ND, batch, scales_T)
             else:
-                loss, sums = self._distillation(student, batch, teacher, num_tokens, num_masked)
-            zero = loss.new_zeros(())
-            return loss, torch.stack([sums.get(name, zero).detach().float() for name in SUMS])
+                output = teacher() if callable(teacher) else teacher
+                loss, sums = self._distillation(student, batch, output, scales_T)
+            nothing = weights_T2[0, 0]
+            return loss, torch.stack([sums.get(name, nothing).detach().float() for name in SUMS])
+
+    def _weights_on(self, device: torch.device) -> Tensor:
+        """(1 + terms, 2) fp64: a row of 0, then each term's weight in the column of what its mean is over.
+
+        Made once. Not a buffer of the module: an engine would round it to bf16.
+        """
+        if self._weights is None or self._weights.device != device:
+            rows = [[0.0, 0.0]]
+            for term in LOSS_TERMS:
+                weight = self.loss.weight(term)
+                rows.append([weight, 0.0] if term.mean_over == "tokens" else [0.0, weight])
+            self._weights = torch.tensor(rows, dtype=torch.float64, device=device)
+        return self._weights
 
     def _student_outputs(self, batch: MicroBatch, *, with_kept: bool) -> EncoderOutputs:
-        encoder = self.student.encoder
-        seed: Tensor | None = batch.dropout_seed
-        if encoder.attention_backend not in ("auto", "fused"):
-            # sdpa and flash-attn take their dropout from torch's generator, and so does all other dropout then.
-            torch.manual_seed(batch.generator_seed)
-            seed = None
+        encoder, device = self.student.encoder, batch.input_ids.device
+        dropout_p = self.student.architecture.attention_dropout
+        if self.training and resolve_backend(encoder.attention_backend, device, dropout_p=dropout_p) != "fused":
+            seed_generator(device, batch.generator_seed)  # from which the attention of others takes its dropout
         asked = self.kept_outputs if with_kept else KeptOutputs()
-        hidden_ND, kept = encoder(batch.input_ids, batch.position_ids, batch.layout, seed, asked)
+        hidden_ND, kept = encoder(batch.input_ids, batch.position_ids, batch.layout, batch.dropout_seed, asked)
         return EncoderOutputs.of(hidden_ND, kept, asked)
 
     def _distillation(
-        self, student: EncoderOutputs, batch: MicroBatch, teacher: TeacherOutput, num_tokens: int, num_masked: int
+        self, student: EncoderOutputs, batch: MicroBatch, teacher: TeacherOutput, scales_T: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.loss
+        config, index = self.loss, {term.name: i for i, term in enumerate(LOSS_TERMS)}
 
-        def fused_terms(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> LinearDistillLoss:
-            return linear_distill_loss(
+        def fused_terms(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:
+            V = len(bias_V)
+            return distillation(
                 transformed_ND,
                 weight_VD,
                 bias_V,
-                teacher.transformed_NE,
-                teacher.weight_VE,
-                teacher.bias_V,
-                batch.labels,
-                temperature=config.temperature,
-                kd_scale=config.kd / num_tokens,
-                mlm_scale=config.mlm / num_masked,
-                vocab_size=self.student.architecture.vocab_size,
+                teacher=teacher.transformed_NE,
+                teacher_weight=teacher.weight_VE,
+                teacher_bias=teacher.bias_V,
+                labels=batch.labels,
                 num_rows=batch.num_rows,
+                temperature=config.temperature,
+                scales=scales_T[: index["mlm"] + 1],
+                vocab_size=self.student.architecture.vocab_size,
+                chunk_tokens=linear_distill.default_chunk_tokens(V, transformed_ND.dtype, transformed_ND.device),
             )
 
-        loss, kd_sum, mlm_sum, num_agree = self.student.head(student.hidden_ND, fused_terms)
+        assert (index["kd"], index["mlm"]) == (0, 1)  # as the operator takes them
+        loss, fused = self.student.head(student.hidden_ND, fused_terms)
+        kd_sum, mlm_sum, num_agree = fused.unbind()
         sums = {"kd": kd_sum, "mlm": mlm_sum, "agree": num_agree}
+        at_end = is_flat(self.student.head.weight)  # as the vocabulary's gradient, see `distillation`
         for term in config.terms:
-            if term.name in TERMS:
-                sums[term.name] = TERMS[term.name](student, teacher.encoder, batch, config)
-                loss = loss + config.weight(term) / num_tokens * sums[term.name]
+            if term.name not in FUSED:
+                factor = Factor(scales_T[index[term.name]], at_end)
+                part, sums[term.name] = terms_of(config)[term.name](student, teacher.encoder, batch, factor)
+                loss = loss + part
         return loss, sums
 
-    def _masked_lm(self, hidden_ND: Tensor, batch: MicroBatch, num_masked: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _masked_lm(self, hidden_ND: Tensor, batch: MicroBatch, scales_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # Only the masked rows need logits: 15 % of the head's work.
         logits_MV = self.student.head(hidden_ND.index_select(0, batch.masked_rows)).float()
         labels_M = batch.labels.index_select(0, batch.masked_rows)
         mlm_sum = F.cross_entropy(logits_MV, labels_M, reduction="sum")
         correct = (logits_MV.detach().argmax(-1) == labels_M).sum()
-        return self.loss.mlm / num_masked * mlm_sum, {"mlm": mlm_sum, "correct": correct}
+        return scales_T[1] * mlm_sum, {"mlm": mlm_sum, "correct": correct}
 
 
 def means(
@@ -264,7 +323,7 @@ def means(
     """Reported losses of an update (or a validation) from its SUMS over all ranks, weighted as the objective is."""
     of = dict(zip(SUMS, sums, strict=True))
     # The fused terms are computed with any weight, the others only where they have one.
-    reported = [t for t in LOSS_TERMS if (has_teacher and t.name not in TERMS) or loss.weight(t)]
+    reported = [t for t in LOSS_TERMS if (has_teacher and t.name in FUSED) or loss.weight(t)]
     reported = reported if has_teacher else [t for t in LOSS_TERMS if t.wants == "nothing"]
     denominators = {"tokens": num_tokens, "masked tokens": num_masked}
     parts = {term.name: of[term.name] / denominators[term.mean_over] for term in reported}

@@ -116,6 +116,7 @@ def quantise_encoder(encoder: Encoder) -> None:
         }
         for name, module in replacements.items():
             setattr(layer, name, module)
+    encoder.by_modules = True
 
 
 def _layer(module: nn.Module) -> EncoderLayer:

@@ -14,10 +14,13 @@ from fastdistil.data.shards import Meta, read_meta
 from fastdistil.model import families, headers
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record, read_architecture
 from fastdistil.run import folder
+from fastdistil.run.command import gpu_bytes
 from fastdistil.run.config import NO_PATHS, Config, StudentConfig
 
 if TYPE_CHECKING:
     import torch
+
+H100_BYTES = 80 * 2**30  # of the GPU that is meant where a dry run has none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,12 @@ class Resolved:
         if self.config.student.init == "teacher":
             return self.layers
         return spread(self.student.num_layers, self.teacher.num_layers)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch."""
+        assert self.config.batch.token_budget is not None  # resolve
+        return self.config.batch.token_budget
 
     @property
     def micro_batches_per_rank(self) -> int:
@@ -145,6 +154,10 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
             "copied, and others start as its row 0, the type of every token"
         )
     _check_widths(config, teacher, student)
+    if config.batch.token_budget is None:
+        budget = token_budget(config, student, _update_tokens(config, meta), world_size - config.teacher.ranks)
+        budget = max(budget, -(-meta.max_length // 64) * 64)
+        config = replace(config, batch=replace(config.batch, token_budget=budget))
     _check_lengths(config, meta, teacher, student)
     resolved = Resolved(
         config=config,
@@ -266,6 +279,7 @@ def _check_lengths(config: Config, meta: Meta, teacher: Architecture | None, stu
                     f"{model.max_positions}: prepare with --max-length {model.max_positions}{longer if asked else ''}"
                 )
         least = -(-text.max_length // 64) * 64
+        assert config.batch.token_budget is not None  # resolve
         if config.batch.token_budget < text.max_length:
             raise ValueError(
                 f"--batch.token-budget {config.batch.token_budget} cannot hold a sequence of {text.max_length} tokens, "
@@ -476,12 +490,45 @@ def _family(asked: StudentConfig, teacher: Architecture | None, source: Architec
     return families.find("bert").students[token_types > 0], token_types, layer_norm_eps
 
 
+LEAST_BUDGET, MOST_BUDGET = 16384, 65536
+"""Tokens of a micro-batch that are chosen: on an H100 more gain nothing that was estimated."""
+ACTIVATIONS_SHARE = 1 / 4
+"""Of a GPU's memory, for what the student keeps for its backward."""
+UNEVEN = 0.05
+"""Share of an update by which its micro-batches may miss the size asked for, or the ranks may stand idle."""
+
+
+def token_budget(config: Config, student: Architecture, update_tokens: float, world_size: int) -> int:
+    """Tokens of a micro-batch where nobody says: large ones keep a GPU busy, and there must be enough for all ranks."""
+    assumed = config.engine.device == "cuda" or (config.engine.device == "auto" and config.world_size is not None)
+    memory = None if config.engine.device == "cpu" else gpu_bytes() or (H100_BYTES if assumed else None)
+    if memory is None:
+        return LEAST_BUDGET
+    bytes_per_token = 2 * student.num_layers * (8 * student.hidden_size + 2 * student.ffn_size)
+    budget = MOST_BUDGET
+    while budget > LEAST_BUDGET:
+        count = max(1, round(update_tokens / budget))
+        rounds = -(-count // world_size)
+        missed = abs(count * budget / update_tokens - 1)
+        idle = rounds * world_size / count - 1
+        fits = budget * bytes_per_token <= ACTIVATIONS_SHARE * memory
+        if fits and missed <= UNEVEN and idle <= UNEVEN:
+            break
+        budget //= 2
+    return budget
+
+
+def _update_tokens(config: Config, meta: Meta) -> float:
+    """Tokens of an update, as asked for."""
+    if config.batch.unit == "sequences":
+        return config.batch.size * meta.num_tokens / meta.num_sequences
+    return config.batch.size
+
+
 def _micro_batches(config: Config, meta: Meta, world_size: int) -> int:
     """Micro-batches an update, the same for any number of ranks."""
-    tokens: float = config.batch.size
-    if config.batch.unit == "sequences":
-        tokens *= meta.num_tokens / meta.num_sequences
-    budget = config.batch.token_budget
+    tokens, budget = _update_tokens(config, meta), config.batch.token_budget
+    assert budget is not None  # resolve
     count = max(1, round(tokens / budget))
     if count < world_size:
         least = -(-meta.max_length // 64) * 64  # a sequence must fit

@@ -86,7 +86,7 @@ def one_update(
     objective, teacher = Objective(make_student(root, name), loss), make_teacher(root, loss=loss, dtype=dtype)
     sums, total = torch.zeros(len(SUMS), device=DEVICE), 0.0
     for batch in batches:
-        part, more = objective(batch, teacher(batch), update.num_tokens, update.num_masked)
+        part, more = objective(batch, teacher(batch))
         part.backward()
         sums, total = sums + more, total + part.item()
     reported = means(sums.tolist(), update.num_tokens, update.num_masked, loss, has_teacher=True)

@@ -95,6 +95,7 @@ def test_bf16_arithmetic_accumulates_in_fp32():
 
 def test_tied_weights_stay_tied_in_bf16(folder):
     student = make_student(folder, device=CPU)
+    student.run_by_modules()
     seen = []
     student.head.register_forward_pre_hook(lambda m, _: seen.append(m.weight))
     student.encoder.word_embeddings.register_forward_pre_hook(lambda m, _: seen.append(m.weight))

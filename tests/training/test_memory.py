@@ -34,7 +34,6 @@ DEEP = replace(MINILM, student=model(8, 128), teacher=model(2, 128), tokens=2048
 ALONE = {
     "fp32": MINILM,
     "twice the tokens": replace(MINILM, tokens=2048),
-    "summed gradients": replace(MINILM, rounds=2),
     "bf16": replace(MINILM, rounds=2, engine={"precision": "bf16"}),
     "sdpa": replace(MINILM, engine={"attention": "sdpa"}),
     "no dropout": replace(MINILM, student=model(2, 256, dropout=0.0, attention_dropout=0.0)),
@@ -81,13 +80,7 @@ def test_the_peak_is_as_predicted(measured, name):
 
 @pytest.mark.parametrize(
     ("more", "less"),
-    [
-        ("twice the tokens", "fp32"),
-        ("summed gradients", "fp32"),
-        ("no dropout", "fp32"),
-        ("sdpa", "fp32"),
-        ("deep", "checkpointing"),
-    ],
+    [("twice the tokens", "fp32"), ("no dropout", "fp32"), ("sdpa", "fp32"), ("deep", "checkpointing")],
 )
 def test_what_makes_the_difference(measured, more, less):
     """A difference of two runs shows an error that 10 % of a whole run would hide."""

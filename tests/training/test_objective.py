@@ -31,7 +31,7 @@ def test_micro_batches_add_up_to_one_update_not_to_a_mean_of_means(folder):
     _, exact = authors.one_update(folder / "teacher", folder / "student", batches)
     objective, teacher = Objective(make_student(folder), LossConfig()), make_teacher(folder)
     for batch in batches:
-        loss, _ = objective(batch, teacher(batch), batch.num_tokens, batch.num_masked)
+        loss, _ = objective(batch, teacher(batch))
         (loss / len(batches)).backward()
     error, _ = authors.worst_relative_error(gradients_of(objective.student), exact)
     assert error > 1e-3  # so that the test above would notice
@@ -60,7 +60,7 @@ def test_padding_counts_for_nothing(folder):
     for budget in (256, 1024):
         batch = toy.make_collator(shards, token_budget=budget)(plan).to(DEVICE)
         objective = Objective(make_student(folder), LossConfig())
-        loss, sums = objective(batch, make_teacher(folder)(batch), 200, 30)
+        loss, sums = objective(batch, make_teacher(folder)(batch))
         loss.backward()
         results.append((sums, objective.student.get_parameter("encoder.layers.0.qkv.weight").grad))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
@@ -69,13 +69,13 @@ def test_padding_counts_for_nothing(folder):
 
 def test_vocabulary_padding_gets_no_gradient(folder):
     """Trap 9: columns 101 to 127 count in neither softmax."""
-    update, batches = make_batches(folder, 1)
+    _update, batches = make_batches(folder, 1)
     objective = Objective(make_student(folder), LossConfig())
     assert objective.student.architecture.padded_vocab_size == 128
-    loss, sums = objective(batches[0], make_teacher(folder)(batches[0]), update.num_tokens, update.num_masked)
+    loss, sums = objective(batches[0], make_teacher(folder)(batches[0]))
     with torch.no_grad():
         objective.student.head.bias[101:] = 50.0  # would dominate every softmax
-    again, same = objective(batches[0], make_teacher(folder)(batches[0]), update.num_tokens, update.num_masked)
+    again, same = objective(batches[0], make_teacher(folder)(batches[0]))
     assert torch.equal(sums, same)
     again.backward()
     assert loss.item() == again.item()
@@ -92,7 +92,7 @@ def test_identical_models_have_no_kl_in_bf16(folder):
     objective = Objective(model, LossConfig())
     teacher = Teacher(load_masked_lm(folder / "teacher", need_head=True), device=DEVICE, dtype=torch.bfloat16)
     _, batches = make_batches(folder, 1)
-    _, sums = objective(batches[0], teacher(batches[0]), 1, 1)
+    _, sums = objective(batches[0], teacher(batches[0]))
     of = dict(zip(SUMS, sums.tolist(), strict=True))
     assert of["kd"] == 0
     assert of["cosine"] == pytest.approx(0, abs=0.05)
@@ -101,7 +101,7 @@ def test_identical_models_have_no_kl_in_bf16(folder):
 
 def test_tied_weight_gets_both_gradients(folder):
     """Trap 10: one parameter for the optimiser, the sum of its use as embedding and as decoder."""
-    update, batches = make_batches(folder, 1)
+    _update, batches = make_batches(folder, 1)
     gradients = []
     for frozen_decoder in (False, True):
         student = make_student(folder)
@@ -110,7 +110,7 @@ def test_tied_weight_gets_both_gradients(folder):
         if frozen_decoder:
             student.head.weight = torch.nn.Parameter(student.head.weight.detach(), requires_grad=False)
         output = make_teacher(folder)(batches[0])
-        loss, _ = Objective(student, LossConfig())(batches[0], output, update.num_tokens, update.num_masked)
+        loss, _ = Objective(student, LossConfig())(batches[0], output)
         loss.backward()
         gradients.append(student.encoder.word_embeddings.weight.grad)
     both, embedding = gradients
@@ -139,7 +139,7 @@ def test_without_a_teacher_only_masked_rows_count(folder):
     update, batches = make_batches(folder, 1)
     config = LossConfig(kd=0, mlm=1, cosine=0)
     objective = Objective(make_student(folder).eval(), config)
-    loss, sums = objective(batches[0], None, update.num_tokens, update.num_masked)
+    loss, sums = objective(batches[0], None)
     terms, _ = authors.one_update(folder / "teacher", folder / "student", batches)
     assert loss.item() == pytest.approx(terms["mlm"], rel=1e-5)
     losses = means(sums.tolist(), update.num_tokens, update.num_masked, config, has_teacher=False)

@@ -12,6 +12,7 @@ from tests.workers import engine_worker
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
+ROUNDED = 2**-8  # a bf16 mantissa's
 
 # Where a run stops and a fresh engine goes on from its checkpoint.
 WAYS = {"straight": [12], "6 + 6": [6, 12]}
@@ -68,13 +69,22 @@ def test_all_engines_agree(runs):
     first = {cell[1:]: ways["straight"] for cell, ways in reversed(runs.items())}
     for cell, ways in runs.items():
         one, other = first[cell[1:]], ways["straight"]
-        for name, value in other["state"].items():
-            # in bf16 too: sums over micro-batches and ranks are fp32, and every engine sees the same rounded weights
+        # In bf16 too: sums over micro-batches and ranks are fp32, and every engine sees the same rounded weights. But
+        # DeepSpeed rounds the gradient of a micro-batch to bf16 at stages 2 and 3, which Adam makes much of where it is
+        # near 0: there all parameters count together.
+        rounded = cell[0] >= 2 and cell[1] == "bf16"
+        for name, value in ({} if rounded else other["state"]).items():
             bound = 2e-5 * one["state"][name].norm() + 1e-7
             assert (value - one["state"][name]).norm() <= bound, (cell, name)
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            flat = [
+                torch.cat([x.flatten() for n, x in y["state"].items() if n.startswith(f"{kind}.")])
+                for y in (one, other)
+            ]
+            assert (flat[1] - flat[0]).norm() <= (ROUNDED if rounded else 2e-5) * flat[0].norm(), (cell, kind)
         norms = [[float.fromhex(record["numbers"]["norm"]) for record in x["history"]] for x in (one, other)]
         assert min(norms[0]) > 0
-        assert norms[1] == pytest.approx(norms[0], rel=1e-4), cell
+        assert norms[1] == pytest.approx(norms[0], rel=2e-3 if rounded else 1e-4), cell
 
 
 def test_training_went_somewhere(runs, folder):

@@ -12,7 +12,7 @@ from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import KeptOutputs
 from fastdistil.run.config import LOSS_TERMS, LossConfig
 from fastdistil.training import objective
-from fastdistil.training.objective import SUMS, TERMS, Objective, kept_outputs, value_relation
+from fastdistil.training.objective import FUSED, SUMS, Objective, kept_outputs, terms_of, value_relation
 from tests.support import authors, forked, runs
 from tests.support.launch import options
 from tests.support.updates import CPU, LAYERS, make_batches, make_student, make_teacher, one_update
@@ -28,7 +28,7 @@ def test_every_term_has_one_home():
     names = {term.name for term in LOSS_TERMS}
     assert len(names) == len(LOSS_TERMS)
     assert {field.name for field in fields(LossConfig)} == names | settings
-    assert TERMS.keys() == names - fused
+    assert terms_of(LossConfig()).keys() == names - fused
     assert (*(term.name for term in LOSS_TERMS), "agree", "correct") == SUMS
     for term in LOSS_TERMS:
         weights: dict[str, Any] = {name: 3.0 * (name == term.name) for name in names}
@@ -141,7 +141,7 @@ def test_activation_checkpointing_changes_nothing(folder):
     for again in (False, True):
         student = make_student(folder, "same")
         student.encoder.activation_checkpointing = again
-        loss, _ = Objective(student, config)(batches[0], output, 100, 10)
+        loss, _ = Objective(student, config)(batches[0], output)
         loss.backward()
         found.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

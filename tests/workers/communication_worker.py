@@ -55,7 +55,7 @@ def sent(ranks: Ranks, dtype: torch.dtype) -> dict[int, dict[str, Any]]:
         for _ in range(2):  # in the first update DeepSpeed makes its buffers
             for phase in ("inner", "boundary"):
                 with Sent() as counted:
-                    engine.forward_backward(one_token(ranks.device), None, 4, 4)
+                    engine.forward_backward(one_token(ranks.device), None)
                     if phase == "boundary":
                         engine.step(1e-4)
                 found[stage][phase] = dict(counted.num_bytes)

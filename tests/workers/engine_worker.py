@@ -68,7 +68,7 @@ def gradients(
         )
         sums = torch.zeros(len(SUMS))
         for batch in batches[accumulation * ranks.rank :][:accumulation]:
-            sums += engine.forward_backward(batch, teacher(batch), update.num_tokens, update.num_masked)
+            sums += engine.forward_backward(batch, teacher(batch))
         totals = ranks.sum(sums).tolist()
         reported = means(totals, update.num_tokens, update.num_masked, loss, has_teacher=True)
         found[stage] = reported, _full_gradients(engine)
@@ -132,7 +132,7 @@ class Job:
                 output = self.teacher(batch)
                 if u in (spoilt or {}) and ranks.rank == ranks.world_size - 1 and k == len(mine) - 1:
                     output.transformed_NE[3, 5] = (spoilt or {})[u]
-                sums += self.engine.forward_backward(batch, output, update.num_tokens, update.num_masked)
+                sums += self.engine.forward_backward(batch, output)
             norm = float(self.engine.step(1e-3))
             numbers = dict(zip((*SUMS, "norm"), (*ranks.sum(sums).tolist(), norm), strict=True))
             record = {"update": u, "epoch": self.plan.epoch_of(u), "met": sorted(_of_every_rank(met, ranks))}

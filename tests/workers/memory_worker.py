@@ -73,6 +73,7 @@ class Case:
             labels=labels,
             masked_rows=rows,
             num_rows=torch.tensor(real, dtype=torch.int32),
+            denominators=torch.tensor([real, len(rows)], dtype=torch.float64),
             dropout_seed=torch.tensor(0),
             generator_seed=0,
             lengths=lengths,
@@ -101,7 +102,7 @@ def updates(case: Case, ranks: Ranks) -> None:
     for _ in range(2):
         for _ in range(case.rounds):
             output = teacher(batch) if teacher else None
-            engine.forward_backward(batch, output, batch.num_tokens, batch.num_masked)
+            engine.forward_backward(batch, output)
         engine.step(1e-4)
     engine.state()
 

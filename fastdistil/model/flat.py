@@ -1,0 +1,147 @@
+"""The parameters of a module in one flat buffer, a copy of it for the arithmetic, and one flat fp32 gradient.
+
+    masters    fp32; the parameters are slices of it             what the optimiser steps
+    copies     bf16, made from the masters once an update        what products read; in fp32 the masters themselves
+    gradient   fp32; every p.grad is a slice of it               what the products of a backward are added to
+
+So an update casts its weights once, by one launch, and no gradient of a weight is rounded to bf16, converted or added
+up in a pass of its own: the functions of functions.py write it where it belongs, by `add_product` of kernels/linear.py.
+Optimiser, norm and the sum over ranks each see one tensor.
+
+A parameter with a `Slot` is of such a buffer. One without, as under ZeRO, which has buffers of its own, or in a model
+that nobody trains, is read as it is, and its gradient is returned to autograd.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64  # elements: every slice begins at 128 bytes or more, whatever its dtype
+
+
+@dataclass(slots=True)
+class Slot:
+    """Where the functions find what belongs to a parameter."""
+
+    copy: Tensor
+    """Like the parameter, in the dtype of the arithmetic."""
+    gradient: Tensor | None
+    """Like the parameter, fp32; None if it is not trained."""
+    fresh: bool
+    """Nothing was written to the gradient in this update yet: what it holds counts for nothing."""
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether it is a slice of a flat buffer, into which its gradient is written."""
+    return getattr(parameter, "slot", None) is not None
+
+
+def operand(parameter: Tensor) -> Tensor:
+    """What products read for a parameter."""
+    slot: Slot | None = getattr(parameter, "slot", None)
+    return parameter.detach() if slot is None else slot.copy
+
+
+def destination(*parameters: Tensor) -> tuple[list[Tensor], bool]:
+    """Where the gradients of parameters go, and whether they are added to what is there.
+
+    The parameters get their gradients always together.
+    """
+    slots: list[Slot | None] = [getattr(p, "slot", None) for p in parameters]
+    if slots[0] is None:
+        return [torch.empty_like(p, dtype=p.grad_dtype) for p in parameters], False
+    fresh = slots[0].fresh
+    found = []
+    for slot in slots:
+        assert slot is not None
+        assert slot.gradient is not None
+        assert slot.fresh == fresh
+        slot.fresh = False
+        found.append(slot.gradient)
+    return found, not fresh
+
+
+def to_autograd(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    """What a backward returns for a parameter whose gradient was written to `destination`."""
+    return None if is_flat(parameter) else gradient
+
+
+class FlatParameters:
+    """Moves the parameters of `module` into one buffer: first what is decayed, then biases and LayerNorm, then what is
+    not trained.
+
+    Args:
+        dtype: of the arithmetic, fp32 or bf16.
+        zeroed: clear the gradient after every update and add to it always, as autograd and a captured CUDA graph do,
+            instead of having the first product of an update write over it.
+        by_autograd: leave the gradients to autograd, which adds them up in p.grad, and the copies to whoever runs it.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, *, zeroed: bool = False, by_autograd: bool = False
+    ) -> None:
+        zeroed = zeroed or by_autograd
+        dtype = torch.float32 if by_autograd else dtype
+        named = [(n, p) for n, p in module.named_parameters()]
+        trained = [(n, p) for n, p in named if p.requires_grad]
+        groups = (
+            [(n, p) for n, p in trained if p.ndim > 1],
+            [(n, p) for n, p in trained if p.ndim <= 1],
+            [(n, p) for n, p in named if not p.requires_grad],
+        )
+        self.zeroed = zeroed
+        self.places: dict[str, tuple[int, torch.Size]] = {}
+        ends, end = [], 0
+        for group in groups:
+            for name, p in group:
+                self.places[name] = end, p.shape
+                end += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+            ends.append(end)
+        self.decayed, self.trained, total = ends
+        device = named[0][1].device
+        self.masters = torch.zeros(total, device=device)
+        self.copies = self.masters if dtype == torch.float32 else torch.empty_like(self.masters, dtype=dtype)
+        self.gradient = torch.zeros(self.trained, device=device)
+        self.slots: dict[str, Slot] = {}
+        for name, p in named:
+            master = self.part(self.masters, name)
+            master.copy_(p.data)
+            p.data = master
+            p.grad = self.part(self.gradient, name) if p.requires_grad else None
+            if not by_autograd:
+                slot = Slot(self.part(self.copies, name), p.grad, fresh=not zeroed)
+                self.slots[name] = p.slot = slot  # type: ignore[attr-defined]
+        self.cast()
+
+    def part(self, flat: Tensor, name: str) -> Tensor:
+        """The slice of a flat tensor that belongs to a parameter."""
+        begin, shape = self.places[name]
+        return flat[begin : begin + shape.numel()].view(shape)
+
+    def groups(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a flat tensor belongs to decayed parameters, and to other trained ones."""
+        return flat[: self.decayed], flat[self.decayed : self.trained]
+
+    def cast(self) -> None:
+        """Make the copies anew, after the masters changed."""
+        if self.copies is not self.masters:
+            self.copies.copy_(self.masters)
+
+    def complete(self) -> None:
+        """After the last backward of an update: gradients that nothing was written to are 0."""
+        for slot in self._fresh():
+            assert slot.gradient is not None
+            slot.gradient.zero_()
+            slot.fresh = False
+
+    def clear(self) -> None:
+        """After the optimiser's step: the next update begins."""
+        if self.zeroed:
+            self.gradient.zero_()
+        for slot in self.slots.values():
+            slot.fresh = not self.zeroed
+
+    def _fresh(self) -> Iterable[Slot]:
+        return (slot for slot in self.slots.values() if slot.fresh and slot.gradient is not None)
