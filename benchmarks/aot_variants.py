@@ -5,7 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastdistil.kernels import _backend, attention, attention_tiles, cosine, distill, dropout, fp8_rows, gelu, layernorm
+from fastdistil.kernels import (
+    _backend,
+    attention,
+    attention_tiles,
+    cosine,
+    distill,
+    dropout,
+    fp8_rows,
+    gelu,
+    layernorm,
+    linear,
+)
 from fastdistil.kernels.layout import TILE_ROWS
 
 ARCHITECTURES = (80, 90, 100)
@@ -57,6 +68,7 @@ def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
         constexprs=absent | tile,
         divisible=("s_stride", "t_stride", "ds_stride", "width"),
         num_warps=distill.NUM_WARPS,
+        max_narrow_loads=5,  # number of rows, label, its logit, two scales
     )
 
 
@@ -171,6 +183,22 @@ def _layernorm_variant(
         min_ctas=1 if width > 2048 else 2,  # 16 warps are half an SM's
         max_narrow_loads=24,  # the seed, and mean, rstd and ids of each row
     )
+
+
+def _strip_sums_variant(dtype: str) -> Variant:
+    tile = dict(linear.STRIP_TILE)
+    num_warps = tile.pop("num_warps")
+    return Variant(
+        name=f"strip sums {dtype}",
+        kernel=linear._strip_sums_kernel,
+        signature={
+            "x_ptr": f"*{dtype}", "partial_ptr": "*fp32", "N": "i32", "F": "i32", "stride": "i32", "strip_rows": "i32",
+            **dict.fromkeys(tile, "constexpr"),
+        },
+        constexprs=tile,
+        divisible=("F", "stride"),
+        num_warps=num_warps,
+    )  # fmt: skip
 
 
 def _column_sums_variant(*, num_sums: int, out: str) -> Variant:
@@ -291,6 +319,7 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     yield _dropout_variant(dtype)
     for num_sums in (1, 2, 3):
         yield _column_sums_variant(num_sums=num_sums, out=dtype)
+    yield _strip_sums_variant(dtype)
     for backward in (False, True):
         yield _gelu_variant(dtype, backward=backward)
         for width in layernorm_widths:

@@ -1,4 +1,4 @@
-"""Vocabulary heads and distillation loss in one operator: no (tokens, vocabulary) tensor ever exists.
+"""Vocabulary heads and distillation loss in one operator: logits exist for a chunk of tokens at a time.
 
     z = student @ student_weight.T + student_bias,   y = teacher @ teacher_weight.T + teacher_bias
     loss, kd_sum, mlm_sum, num_agree = distill_loss(z, y, labels)                   (kernels/distill.py)
@@ -28,10 +28,10 @@ from .linear import add_column_sum, add_product, linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
 
-# Tokens of a chunk. On CUDA the GEMMs want thousands of rows (at 4,096 the fp32 sum of dweight is read and written once
-# per 0.8 TFLOP), and the two buffers take 0.12 MB a token of BERT's vocabulary in bf16.
-CUDA_CHUNK_TOKENS = 4096
-CUDA_MEMORY_SHARE = 1 / 64  # of the device's memory, for the two buffers
+# On CUDA all tokens at once where memory allows: the GEMMs want many rows (dstudent of 4,096 has 96 tiles of 128 x 256
+# for 132 SMs), each chunk launches seven kernels, and every one but the first reads and writes the fp32 sum of dweight
+# (188 MB at BERT's size). The two buffers take 0.12 MB a token of BERT's vocabulary in bf16: 8 of 80 GB at 65,536.
+CUDA_MEMORY_SHARE = 1 / 8  # of the device's memory, for the two buffers
 # On two CPU cores the GEMMs are all that counts and want long chunks too: in fp32 512 tokens were as fast as 1,024
 # (256: 12 % slower), in bf16 1,024 were 14 % faster than 512.
 CPU_BUFFER_BYTES = 128 * 2**20  # of the two buffers
@@ -61,12 +61,11 @@ def default_chunk_tokens(
     Not from what happens to be free: the order of the sums, hence the last bits of dweight, depends on the chunks, and
     a resumed run must give the same bits.
     """
-    budget, longest = CPU_BUFFER_BYTES, 1024
+    budget = CPU_BUFFER_BYTES
     if device.type == "cuda":
-        total = total_memory or torch.cuda.get_device_properties(device).total_memory
-        budget, longest = total * CUDA_MEMORY_SHARE, CUDA_CHUNK_TOKENS
-    affordable = int(budget / (2 * num_columns * dtype.itemsize))
-    return max(256, min(longest, affordable // 256 * 256))
+        budget = CUDA_MEMORY_SHARE * (total_memory or torch.cuda.get_device_properties(device).total_memory)
+    affordable = int(budget / (2 * num_columns * dtype.itemsize)) // 256 * 256
+    return max(256, affordable if device.type == "cuda" else min(1024, affordable))
 
 
 def forward(

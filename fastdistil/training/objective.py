@@ -12,7 +12,7 @@ For the real tokens R and masked tokens M of a whole update (all ranks, all micr
 up exactly: no mean of means, no communication before the backward.
 
 A term is a field and an entry of LOSS_TERMS in run/config.py, and here a function of its name. kd and mlm are one fused
-operator (kernels/linear_distill.py), in which no logits exist for more than some thousand tokens; the others are in
+operator (kernels/linear_distill.py), in which logits exist for a chunk of tokens at a time; the others are in
 `terms_of`.
 
 hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer

@@ -1,7 +1,12 @@
 """What the machine code of every Triton kernel says, without a GPU: no spill, 16-byte loads, registers in bounds."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +14,8 @@ from benchmarks import aot, aot_variants
 from tests.support.precision import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are Python functions under TRITON_INTERPRET=1")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def mistakes(variant: aot_variants.Variant, report: aot.Report) -> list[str]:
@@ -47,6 +54,17 @@ def test_the_check_sees_a_narrow_load():
     narrow = replace(variant, name="not padded", divisible=())
     (mistake, *_) = mistakes(narrow, aot.compile_variant(narrow, 90))
     assert mistake.startswith("not padded wants loads of 128 bits")
+
+
+def test_places_rows_and_rates_share_one_compilation():
+    """By Triton's own cache, in a process of its own: streams, first indices, rows, vocabularies, probabilities."""
+    words = [sys.executable, "-m", "tests.workers.compilations_worker"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    wanted = ("_dropout_kernel", "_keys_kernel", "_distill_kernel", "_cosine_kernel", "_strip_sums_kernel")
+    assert {name.partition(".")[2] for name in found} >= {*wanted}
+    assert {name: count for name, count in found.items() if count != 1} == {}
 
 
 def test_kernels_compile_where_an_argument_is_one():

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from fastdistil.kernels.linear import add_column_sum, add_product, linear, linear_dx, linear_forward, runs_on_onednn
 from tests.support.precision import DEVICE, FLOOR, assert_no_worse_than_pytorch, compiled, each_dtype
 
+pytestmark = [pytest.mark.triton]
+
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 48, 128), (130, 384, 33)]
 
 
@@ -65,6 +67,24 @@ def test_functions_without_autograd(shape, dtype, sums, accumulate):
         my_error, their_error = ((t.double() - exact).abs().max().item() for t in (my, their))
         rounding = max(FLOOR, torch.finfo(dtype).eps) * (exact.abs().max().item() + 0.5)
         assert my_error <= 2 * their_error + rounding, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 8), (15, 300), (1300, 24), (2049, 257)], ids=str)
+def test_sums_of_columns_in_strips(shape, dtype):
+    """Fewer rows than a strip, whole and cut strips; rows that lie in wider ones, as a gradient of three parts may."""
+    gen = torch.Generator().manual_seed(2)
+    wide = torch.randn((shape[0], shape[1] + 5), generator=gen).to(DEVICE, dtype)
+    for x in (wide, wide[:, : shape[1]]):
+        exact = x.double().sum(0)
+        total = torch.full(exact.shape, 0.25, device=DEVICE)
+        add_column_sum(total, x, accumulate=True)
+        # Where Triton serves in fp32; elsewhere within the dtype, as PyTorch sums.
+        theirs = (x.sum(0).double() - exact).abs().max()
+        assert (total - 0.25 - exact).abs().max() <= theirs + FLOOR * (exact.abs().max() + shape[0] ** 0.5)
+        rounded = torch.empty_like(total, dtype=dtype)
+        add_column_sum(rounded, x, accumulate=False)
+        assert (rounded - exact).abs().max() <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_strided_rows():

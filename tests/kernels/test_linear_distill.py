@@ -264,6 +264,16 @@ def test_default_chunk_depends_on_shapes_and_device_only():
     assert chunks[-1] == 256
 
 
+def test_on_cuda_a_chunk_is_all_that_an_eighth_of_the_memory_holds():
+    device, gib = torch.device("cuda"), 2**30
+    of = functools.partial(default_chunk_tokens, 30528, device=device)
+    assert of(torch.bfloat16, total_memory=79 * gib) >= 65536  # an H100's
+    for dtype, total in ((torch.bfloat16, 79 * gib), (torch.float32, 24 * gib), (torch.bfloat16, 8 * gib)):
+        tokens = of(dtype, total_memory=total)
+        assert tokens % 256 == 0
+        assert 2 * tokens * 30528 * dtype.itemsize <= total / 8 < 2 * (tokens + 256) * 30528 * dtype.itemsize
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
