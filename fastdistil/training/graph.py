@@ -16,10 +16,12 @@ Where a step cannot be recorded, `reason` says why, and it runs as it is. So doe
 --profile looks into, because a graph has no parts that could be timed.
 """
 
+import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -146,39 +148,49 @@ class Recorded:
     """The graph of micro-batches of one shape, and the buffers that it reads."""
 
     def __init__(self, step: Step, batch: MicroBatch) -> None:
-        self.batch = batch.to(step.device)
-        self.buffers = list(tensors(self.batch))
+        self.batch = copy.deepcopy(batch.to(step.device))  # no tensor of the caller
+        self.buffers = [*tensors(self.batch)]
         gradient = step.engine.flat.gradient
         before = gradient.clone()  # what this micro-batch has to be added to, once
-        stream = torch.cuda.Stream(step.device)
-        stream.wait_stream(torch.cuda.current_stream(step.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                step.run(self.batch, overlap=step.overlap)
-        torch.cuda.current_stream(step.device).wait_stream(stream)
-        # Both ways share their memory: they are never replayed at once.
-        variants = [self._record(step, overlap=False)]
-        if step.overlap:
-            variants.append(self._record(step, overlap=True, pool=variants[0][0].pool()))
-        times = [milliseconds(graph) for graph, _ in variants]
+        ways = [False, True] if step.overlap else [False]
+        variants: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+        try:
+            warm_up(lambda: [step.run(self.batch, overlap=way) for way in ways], step.device)
+            for way in ways:  # they share their memory: they are never replayed at once
+                pool = variants[0][0].pool() if variants else None
+                variants.append(capture(partial(step.run, self.batch, overlap=way), pool))
+            times = [milliseconds(graph) for graph, _ in variants]
+        finally:
+            gradient.copy_(before)
         self.graph, self.sums = variants[times.index(min(times))]
-        gradient.copy_(before)
-        how = "teacher, then student"
+        how = "teacher, then student" if step.teacher else "no teacher"
         if step.overlap:
             how = f"teacher beside the student's forward {times[1]:.2f} ms, before it {times[0]:.2f} ms"
-        log.info(f"the step is one CUDA graph for {len(self.batch.input_ids):,} tokens: {min(times):.2f} ms; {how}")
-
-    def _record(self, step: Step, *, overlap: bool, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            sums = step.run(self.batch, overlap=overlap)
-        return graph, sums
+        log.info(f"the step is one CUDA graph for {len(self.batch.input_ids):,} tokens, {min(times):.2f} ms: {how}")
 
     def replay(self, batch: MicroBatch) -> Tensor:
         """The sums of another micro-batch of this shape, whose gradient is added."""
         torch._foreach_copy_(self.buffers, [*tensors(batch)], non_blocking=True)  # type: ignore[attr-defined]
         self.graph.replay()
         return self.sums
+
+
+def warm_up(work: Callable[[], object], device: torch.device) -> None:
+    """Run `work` some times, on a stream of its own, as recording wants it."""
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            work()
+    main.wait_stream(stream)
+
+
+def capture(work: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of what `work` launches, and the tensor that it returns, which every replay writes anew."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return graph, result
 
 
 def milliseconds(graph: torch.cuda.CUDAGraph) -> float:

@@ -23,12 +23,12 @@ VALUES = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=3.0, relation_heads=2)
 
 
 def test_every_term_has_one_home():
-    """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in TERMS."""
-    fused, settings = {"kd", "mlm"}, {"temperature", "relation_heads"}
+    """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in terms_of."""
+    settings = {"temperature", "relation_heads"}
     names = {term.name for term in LOSS_TERMS}
     assert len(names) == len(LOSS_TERMS)
     assert {field.name for field in fields(LossConfig)} == names | settings
-    assert terms_of(LossConfig()).keys() == names - fused
+    assert terms_of(LossConfig()).keys() == names - set(FUSED)
     assert (*(term.name for term in LOSS_TERMS), "agree", "correct") == SUMS
     for term in LOSS_TERMS:
         weights: dict[str, Any] = {name: 3.0 * (name == term.name) for name in names}
