@@ -9,7 +9,14 @@ made in the forward and only scaled in the backward, so what is kept is as large
 size, making the logits again in the backward would cost more than that saves. Logits live in the dtype of the hidden
 states; dweight and dbias are summed in fp32.
 
-Cost: 8 N D V FLOP with gradient (2 of them the teacher's), and 6 bytes a logit for the row kernel.
+Cost: 8 N D V FLOP with gradient (2 of them the teacher's), 6 bytes a logit for the row kernel, and 2 for dbias, which
+reads dz once more. To add it up in the row kernel, the sums of all columns have to be held from row to row: 122 KB of
+fp32 at BERT's vocabulary, half the registers of an SM, since anywhere else they cost more traffic than the 2 bytes.
+Compiled for sm_90 (16 warps, 32 rows one after the other, 64 sums a thread), that kernel wants more than the 128
+registers there are: 239 instructions of spills, 41 without the masked-LM term, 292 with the next row's first pass
+between the second's steps; and one such CTA fills an SM, where two overlap their passes today. Rows taken together per
+block of columns leave L2 (four rows of 132 CTAs: 64 MB of 50). cuBLASLt could sum dz while it multiplies (its epilogue
+BGRADA); PyTorch has no way to ask for that.
 
 Shapes: N = tokens, V = rows of both weights (the vocabulary, padded to a multiple of 64), D = width of the student,
 E = width of the teacher.
@@ -112,7 +119,7 @@ def forward(
     if not in_place:
         for x, total in zip(into, totals, strict=True):
             x.add_(total) if accumulate else x.copy_(total)
-    return *distill.weighted_sums(torch.cat(rows, dim=1), scales), dstudent
+    return *distill.weighted_sums(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1), scales), dstudent
 
 
 @torch.library.custom_op("fastdistil::linear_distill", mutates_args=())
