@@ -1,4 +1,4 @@
-"""GELU of a product and its bias. Floor: a copy of as many bytes.
+"""GELU of a product and its bias, and the product with it. Floor: a copy of as many bytes; the product alone.
 
 python -m pytest benchmarks/bench_gelu.py -s
 """
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks._harness import DEVICE, OURS, compare
+from fastdistil.kernels import gelu
 from fastdistil.kernels.gelu import bias_gelu
 
 CASES = [(16384, 3072, "bfloat16")] if DEVICE == "cuda" else [(1024, 1536, "float32"), (1024, 1536, "bfloat16")]
@@ -47,5 +48,40 @@ def test_bias_gelu(benchmark, num_rows, width, dtype, backward):
         num_bytes=num_bytes,
         num_flops=(20 + 25 * backward) * x.numel(),
         floor=lambda: target.copy_(source),
+        budget_s=5.0,
+    )
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="two ways on CUDA alone")
+@pytest.mark.parametrize("use", gelu.OWN_PRODUCT)
+@pytest.mark.parametrize("num_rows", [16384, 65536])
+def test_product(benchmark, monkeypatch, num_rows, use):
+    """Which line of OWN_PRODUCT is right on this device."""
+    width, ffn_size = 768, 3072
+    x, weight, second, bias, z = (
+        torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
+        for size in ((num_rows, width), (ffn_size, width), (width, ffn_size), (ffn_size,), (num_rows, ffn_size))
+    )
+    dbias = torch.zeros(ffn_size, device=DEVICE)
+    major = torch.cuda.get_device_capability()[0]
+
+    def timed(majors):
+        def run():
+            monkeypatch.setitem(gelu.OWN_PRODUCT, use, majors)
+            if use == "backward":
+                gelu.gelu_backward_product(x, second, z, bias, dbias=dbias, accumulate=True)
+            else:
+                gelu.linear_gelu_forward(x, weight, bias, keep=use == "forward, z kept")
+
+        return run
+
+    compare(
+        benchmark,
+        "gelu",
+        f"product, {use}, {num_rows} x {width} x {ffn_size} bfloat16",
+        {OURS: timed((major,)), "cuBLAS and a kernel of rows": timed(())},
+        num_bytes=(1 if use == "forward" else 2) * z.numel() * z.element_size(),
+        num_flops=2 * num_rows * width * ffn_size,
+        floor=lambda: torch.mm(x, weight.t(), out=z),
         budget_s=5.0,
     )
