@@ -66,7 +66,9 @@ def reason(engine: Engine, teacher: Teacher | RemoteTeacher | None, resolved: Re
     )
     reasons = {
         "--engine.graph is off": not config.engine.graph,
-        f"{engine.description} has hooks of its own": not isinstance(engine, PlainEngine),
+        f"{engine.description} has hooks of its own (--engine.zero-stage 0 has none)": not isinstance(
+            engine, PlainEngine
+        ),
         "--engine.compile makes graphs of its own": config.engine.compile,
         "--loss.values depends on the lengths of the sequences": bool(config.loss.values),
         "the teacher is on another device": isinstance(teacher, RemoteTeacher) or config.teacher.device == "second",

@@ -231,6 +231,33 @@ def test_a_refusal_is_not_cut_short_by_the_launcher(default_handlers, monkeypatc
     assert raising(ValueError("no"), command_of_ranks)(["words"]) == 2
 
 
+NVML = """
+#include <stdint.h>
+struct memory { unsigned long long total, free, used; };
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **gpu) { *gpu = (void *)(intptr_t)(index + 1); return 0; }
+int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *memory) {
+  if ((intptr_t)gpu == 3) return 999;  /* a GPU that does not answer */
+  memory->total = (intptr_t)gpu == 1 ? 85899345920ull : 25757220864ull;
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(("visible", "found"), [(None, "25757220864"), ("", "None"), ("0,1", "25757220864")])
+def test_the_memory_of_the_smallest_gpu_is_known_without_torch(tmp_path, visible, found):
+    """By a driver that is not here: one of two GPUs that answer, unless the environment hides all."""
+    (tmp_path / "nvml.c").write_text(NVML)
+    library = tmp_path / "libnvidia-ml.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
+    environment = launch.ENVIRONMENT | {"LD_LIBRARY_PATH": str(tmp_path)}
+    environment = environment if visible is None else environment | {"CUDA_VISIBLE_DEVICES": visible}
+    code = "import sys; from fastdistil.run.command import gpu_bytes; print(gpu_bytes(), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found, "False"]
+
+
 def test_importing_the_package_changes_no_handler():
     code = "import signal, fastdistil; print([signal.getsignal(n).__name__ for n in (2,)], signal.getsignal(15))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=launch.ENVIRONMENT)

@@ -9,9 +9,10 @@ import pytest
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from fastdistil.model.architecture import read_architecture
+from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.run import config as c
 from fastdistil.run import recipes
+from fastdistil.training import preflight
 from fastdistil.training.preflight import resolve, spread
 
 
@@ -146,6 +147,48 @@ def test_a_token_budget_below_one_sequence(root):
         ValueError, match=r"--batch.token-budget 64 cannot hold a sequence of 65 tokens, as .*: use at least 128"
     ):
         resolve(replace(alone, student=sizes), world_size=1)
+
+
+BASE = Architecture(
+    vocab_size=30522, hidden_size=768, num_layers=6, num_heads=12, ffn_size=3072, max_positions=512,
+    model_type="distilbert", token_types=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("gb", "device", "update_tokens", "ranks", "student", "budget"),
+    [
+        (None, "auto", 520_000, 1, BASE, 16384),  # no GPU
+        (80, "cpu", 520_000, 1, BASE, 16384),  # not asked for
+        (80, "auto", 520_000, 1, BASE, 65536),
+        (24, "auto", 520_000, 1, BASE, 32768),  # 4.8 GB of activations
+        (80, "auto", 520_000, 1, replace(BASE, hidden_size=1024, num_heads=16, num_layers=24, ffn_size=4096), 16384),
+        (80, "auto", 20_000, 1, BASE, 16384),  # an update that is one and a quarter
+        (80, "auto", 65_000, 1, BASE, 65536),
+        (80, "auto", 520_000, 8, BASE, 65536),
+        (80, "auto", 520_000, 16, BASE, 32768),
+        (80, "auto", 520_000, 3, BASE, 16384),  # 8 or 16 for 3 ranks leave some without work
+        (80, "auto", 520_000, 64, BASE, 16384),  # refused afterwards, with what would fit
+    ],
+)
+def test_a_token_budget_that_nobody_gives(monkeypatch, gb, device, update_tokens, ranks, student, budget):
+    """Large where a GPU has the memory, and never so large that an update misses its size or ranks their work."""
+    monkeypatch.setattr(preflight, "gpu_bytes", lambda: gb and int(gb * 1e9))
+    asked = c.Config(engine=c.EngineConfig(device=device))
+    assert preflight.token_budget(asked, student, update_tokens, ranks) == budget
+
+
+def test_a_dry_run_for_gpus_that_are_not_here_assumes_them(monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_bytes", lambda: None)
+    meant = c.Config(dry_run=True, world_size=8)
+    assert preflight.token_budget(meant, BASE, 520_000, 8) == 65536
+
+
+def test_a_token_budget_is_kept_with_the_run(root):
+    """What was chosen on one machine holds where the run goes on."""
+    resolved = resolve(config(root, batch={"token_budget": None, "size": 2000}), world_size=1)
+    assert resolved.token_budget == 16384
+    assert c.to_json(resolved.config)["batch"]["token_budget"] == 16384
 
 
 def test_mlm_from_nothing_needs_sizes(root):
