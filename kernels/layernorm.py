@@ -423,7 +423,7 @@ def _normalise_cpu_backward(
     wanted = [True, dweight is not None, dbias is not None and not apart]
     dy, *sums = torch.ops.aten.native_layer_norm_backward(dout, y, y.shape[1:], mean, rstd, wide, wide, wanted)
     for total, rows in zip((dweight, dbias), sums, strict=True):
-        if rows is not None:
+        if total is not None and rows is not None:
             total.add_(rows) if accumulate else total.copy_(rows)
     if dbias is not None and apart:
         add_column_sum(dbias, dout, accumulate)

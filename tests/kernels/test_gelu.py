@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdistil.kernels import gelu as module
 from fastdistil.kernels.gelu import (
     bias_gelu,
     bias_gelu_reference,
@@ -139,6 +140,24 @@ def two_layers_reference(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, second
 @pytest.mark.parametrize("shape", [(5, 24, 31), (130, 64, 48), (17, 16, 272)], ids=str)
 def test_functions_without_autograd(shape, dtype, sums, accumulate):
     """What a layer's own backward calls, against the operators' gradients."""
+    check_functions_without_autograd(shape, dtype, sums, accumulate)
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="a Triton kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(130, 64, 128), (1, 128, 256), (1100, 64, 128)], ids=str)
+def test_product_with_gelu_behind_it(monkeypatch, shape, dtype):
+    """Rows below, at and across a tile and a group of eight tiles; on any device, wherever it is used."""
+    everywhere = (module._capability(torch.device(DEVICE)),)
+    monkeypatch.setattr(module, "OWN_PRODUCT", dict.fromkeys(module.OWN_PRODUCT, everywhere))
+    launches = []
+    launch = module._launch_product
+    monkeypatch.setattr(module, "_launch_product", lambda *a: (launches.append(a), launch(*a)))
+    check_functions_without_autograd(shape, dtype, torch.float32, True)
+    assert len(launches) == 3  # forward with and without z, and the backward
+
+
+def check_functions_without_autograd(shape, dtype, sums, accumulate):
     N, D, width = shape
     gen = torch.Generator().manual_seed(0)
     sizes = {"x_ND": (N, D), "weight_FD": (width, D), "bias_F": (width,), "second_DF": (D, width), "dout_NF": (N, D)}
@@ -153,6 +172,7 @@ def test_functions_without_autograd(shape, dtype, sums, accumulate):
 
     out, z = linear_gelu_forward(x, weight, bias, True)
     kept_no_z, none = linear_gelu_forward(x, weight, bias, False)
+    assert z is not None
     assert none is None
     torch.testing.assert_close(kept_no_z, out)
     for rows in (False, True):

@@ -145,11 +145,11 @@ def test_functions_without_autograd(shape, dtype, sums, accumulate, options, res
         public, definition = without_residual, functools.partial(definition, residual_ND=None)
     given = {name: leaf.detach() for name, leaf in leaves.items()}
     x, weight, bias, dout = (given[name] for name in ("x_ND", "weight_D", "bias_D", "dout_ND"))
-    kind = [options.get("seed"), options.get("stream", 0), options.get("dropout_p", 0.0)]
+    seed, stream, dropout_p = options.get("seed"), options.get("stream", 0), options.get("dropout_p", 0.0)
 
-    out, saved = module.forward(x, given.get("residual_ND"), weight, bias, 1e-12, *kind)
+    out, saved = module.forward(x, given.get("residual_ND"), weight, bias, 1e-12, seed, stream, dropout_p)
     into = destinations(("dweight", "dbias", "dx_sum"), shape[1], sums or dtype, accumulate)
-    dresidual, dx = module.backward(dout, saved, weight, *kind, **into, accumulate=accumulate)
+    dresidual, dx = module.backward(dout, saved, weight, seed, stream, dropout_p, **into, accumulate=accumulate)
     assert (dresidual is dx) == (options == {})
     mine = {"value 1": out, "dx_ND": dx, "dresidual_ND": dresidual}
     mine |= {f"d{name}": into[key] - 0.5 * accumulate for name, key in (("weight_D", "dweight"), ("bias_D", "dbias"))}
@@ -191,15 +191,17 @@ def embedding(ids_N, position_ids_N, word_VD, position_PD, type_D, weight_D, bia
 @pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
 def test_embeddings(shape, dtype, sums, accumulate, options, token_type):
     """Sums of rows of tables, against the operators' gradients, and the same elements dropped."""
-    leaves = make_embeddings(*shape, dtype, token_type)
-    given = {name: None if leaf is None else leaf.detach() for name, leaf in leaves.items()}
+    num_rows, width = shape
+    leaves = make_embeddings(num_rows, width, dtype, token_type)
+    given: dict[str, Any] = {name: None if leaf is None else leaf.detach() for name, leaf in leaves.items()}
     dout, weight = given.pop("dout_ND"), given["weight_D"]
     order = ("ids_N", "position_ids_N", "word_VD", "position_PD", "type_D", "weight_D", "bias_D")
-    kind = [options.get("seed"), options.get("dropout_p", 0.0)]
+    tables: list[Any] = [given[name] for name in order]
+    seed, dropout_p = options.get("seed"), options.get("dropout_p", 0.0)
 
-    out, saved = module.embedding_forward(*(given[name] for name in order), 1e-12, *kind)
-    into = destinations(("dweight", "dbias"), shape[1], sums or dtype, accumulate)
-    dembedded = module.embedding_backward(dout, saved, weight, *kind, **into, accumulate=accumulate)
+    out, saved = module.embedding_forward(*tables, eps=1e-12, seed=seed, dropout_p=dropout_p)
+    into = destinations(("dweight", "dbias"), width, sums or dtype, accumulate)
+    dembedded = module.embedding_backward(dout, saved, weight, seed, dropout_p, **into, accumulate=accumulate)
     mine = {
         "value 1": out,
         "dweight_D": into["dweight"] - 0.5 * accumulate,
