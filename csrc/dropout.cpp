@@ -1,4 +1,5 @@
-// CPU entry of fastdistil::dropout_into. Schema, keys, mix and their reasons: kernels/dropout.py. Same masks, bit for bit.
+// CPU entry of fastdistil::dropout_into. Schema, keys, mix and their reasons: kernels/dropout.py. Same masks, bit for
+// bit.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -65,7 +66,8 @@ inline Lanes drop(Lanes x, uint32_t row_key, const uint32_t* column_key, uint32_
 }
 
 template <typename T>
-void drop_row(const T* x, T* out, int64_t width, uint32_t row_key, const uint32_t* column_key, uint32_t threshold, Lanes scale) {
+void drop_row(
+    const T* x, T* out, int64_t width, uint32_t row_key, const uint32_t* column_key, uint32_t threshold, Lanes scale) {
   for (int64_t c = 0; c < width; c += kStep) {
     const bool whole = c + kStep <= width;
     Pair v = whole ? load_pair(x + c) : load_pair(x + c, width - c, 0.0f);

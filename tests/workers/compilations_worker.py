@@ -1,4 +1,4 @@
-"""How often Triton compiles kernels of losses, dropout and sums for launches that differ in places, rows and rates alone.
+"""How often Triton compiles kernels of losses, dropout and sums for launches that differ in places, rows, rates alone.
 
 Prints, as JSON, the number of compilations of each.
 """
