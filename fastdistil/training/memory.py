@@ -136,11 +136,12 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     # A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result and GELU's
     # input and output; in fp32 the log-sum-exp of the attention, means and deviations.
     layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
-    dropout_p = student.attention_dropout
+    dropout_p, of_backward = student.attention_dropout, 0
     if resolve_backend(config.engine.attention, device, dropout_p=dropout_p, dtype=dtype) == "sdpa":
         layer += token * D  # the runs of equal lengths, put together
         if dropout_p and device.type == "cpu":  # whole score matrices; counted as if all sequences were long
-            layer += 3 * token * student.num_heads * resolved.meta.max_length
+            scores = token * student.num_heads * resolved.meta.max_length
+            layer, of_backward = layer + 3 * scores, 7 * scores
     kept, again = student.num_layers * layer, 0
     if config.engine.activation_checkpointing:
         kept, again = student.num_layers * token * D, layer
@@ -157,7 +158,7 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
         loss = 2 * chunk * V * s + dweight + product
         loss = max(loss, relation_bytes(config.loss, resolved.meta.max_length))
     yield "activations", kept, LOSS_AND_BACKWARD
-    yield "activations", again + token * F, ("backward",)
+    yield "activations", again + of_backward + token * F, ("backward",)
     yield "loss", loss, ("loss",)
     yield "loss", dweight + V * D * s, ("backward",)  # and the table that the embeddings make
 
