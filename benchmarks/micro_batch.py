@@ -55,6 +55,7 @@ ATTENTION_PRODUCTS = {"attention._forward_kernel": 2, "attention._dq_kernel": 3,
 TABLES = {"word_ptr", "position_ptr"}
 # The share of an argument that a kernel touches, where it is not all of it.
 SHARES = {("attention._dq_kernel", "dqkv_ptr"): 1 / 3, ("attention._dkdv_kernel", "dqkv_ptr"): 2 / 3}
+PRODUCT_KINDS = ("GEMM", "GEMM + GELU")  # cuBLAS' products, and our own with GELU behind them
 KINDS = {
     "attention": "attention", "layernorm": "LayerNorm", "gelu": "GELU", "distill": "row kernel", "fp8_rows": "FP8 rows",
     "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
@@ -155,6 +156,8 @@ class Recorder(TorchDispatchMode):
         if name in ATTENTION_PRODUCTS:
             flops = ATTENTION_PRODUCTS[name] * 2.0 * self.attended * arguments["H"] * arguments["D"]
         kind = "embeddings" if "embedding" in name else KINDS.get(name.partition(".")[0], "rest")
+        if name == "gelu._product_kernel":
+            kind, flops = "GEMM + GELU", 2.0 * math.prod(arguments["a_ptr"].shape) * arguments["F"]
         self.events.append(Event(part=self.part, kind=kind, name=name, num_bytes=moved, flops=flops))
 
 
@@ -230,6 +233,6 @@ def totals(events: list[Event]) -> dict[str, float]:
         "zeros": sum(e.is_zeros for e in events),
         "casts of weights": sum(e.is_cast_of_weights for e in events),
         "sums of weights": sum(e.is_sum_of_weights for e in events),
-        "GB outside GEMMs": sum(e.num_bytes for e in events if e.kind != "GEMM") / 1e9,
+        "GB outside GEMMs": sum(e.num_bytes for e in events if e.kind not in PRODUCT_KINDS) / 1e9,
         "GFLOP": sum(e.flops for e in events) / 1e9,
     }

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks import aot, micro_batch
-from benchmarks.micro_batch import Event
+from benchmarks.micro_batch import PRODUCT_KINDS, Event
 from benchmarks.no_gpu import Kernel, pretend
 
 
@@ -29,7 +29,7 @@ def codes_of(kernels: list[Kernel]) -> list[dict[str, Any]]:
 
 
 def products(events: list[Event]) -> float:
-    return sum(e.flops for e in events if e.kind == "GEMM")
+    return sum(e.flops for e in events if e.kind in PRODUCT_KINDS)
 
 
 def launched(arch: int) -> dict[str, Any]:
