@@ -51,7 +51,7 @@ ARITHMETIC = {
     ("attention", "backward"): Rate(320, 250, 195),  # seven products, where others count five
 }
 # TB/s by operator or kernel, else by kind of work. Most has arithmetic of its own to hide (erf, sums of a row, random
-# numbers): the 38 and 49 instructions an element of GELU keep an H100 busy about as long as its memory.
+# numbers): the 23 and 34 instructions an element of GELU keep an H100 busy about half as long as it.
 MEMORY = {
     "layernorm._forward_kernel": Rate(2.6, 2.1, 1.6),
     "layernorm._backward_kernel": Rate(2.5, 2.0, 1.5),
