@@ -27,7 +27,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.library import Library
 from triton.backends.compiler import GPUTarget
 
-from fastdistil.kernels import _backend, attention_tiles
+from fastdistil.kernels import _backend, attention_tiles, gelu
 
 # Bytes of shared memory that a CTA may have, by compute capability.
 SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -126,6 +126,7 @@ def pretend(arch: int = 90) -> Driver:
         if hasattr(module, "TRITON_DEVICES"):
             module.TRITON_DEVICES = ("cuda", "meta")  # type: ignore[attr-defined]
     attention_tiles._architecture = lambda device: arch
+    gelu._capability = lambda device: arch // 10
     for name, operator in OPDEFS.items():
         if name.startswith("fastdistil::"):
             operator._abstract_fn = operator._init_fn  # of meta tensors, too, the operator itself
