@@ -50,9 +50,10 @@ def stamp() -> dict[str, str]:
     }
 
 
-def _results_file(benchmark: str) -> Path:
+def results_file(benchmark: str, folder: Path = RESULTS) -> Path:
+    """Where results of this device are kept."""
     device = re.sub(r"[^a-z0-9]+", "-", device_name().lower()) if DEVICE == "cuda" else "cpu"
-    return RESULTS / f"{benchmark}.{device}.json"
+    return folder / f"{benchmark}.{device}.json"
 
 
 def time_call(call: Callable[[], object]) -> float:
@@ -149,10 +150,10 @@ def _print(name: str, case: str, rows: dict, num_bytes: float, num_flops: float)
         )
 
 
-def keep(name: str, case: str, record: dict[str, Any]) -> None:
+def keep(name: str, case: str, record: dict[str, Any], *, folder: Path = RESULTS) -> None:
     """Put a case among the benchmark's results of this device, with what it depends on."""
-    path = _results_file(name)
-    RESULTS.mkdir(exist_ok=True)
+    path = results_file(name, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     kept = json.loads(path.read_text()) if path.exists() else {}
     kept[case] = stamp() | record
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
@@ -162,7 +163,7 @@ def main() -> None:
     """One line for each case kept for this device: ours, the floor and the best peer."""
     print(f"{device_name()}, torch {torch.__version__}")
     print(f"{'case':<58}{'ours ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'floor':>7}  best peer")
-    for path in sorted(RESULTS.glob(_results_file("*").name)):
+    for path in sorted(RESULTS.glob(results_file("*").name)):
         for case, kept in json.loads(path.read_text()).items():
             rows = {k: row for k, row in kept["providers"].items() if "median_ms" in row}
             if OURS not in rows:

@@ -7,12 +7,14 @@
 A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and
 AdamW. The peers get the same sequences with the same masks, sorted by length and padded to the longest of each batch,
 scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything
-is timed, all providers must agree on the loss without dropout.
+of a provider is timed, it must agree with the first one on the loss without dropout.
 
-Every provider has a process of its own and they take turns: ours as the trainer sets one up, a peer's as PyTorch leaves
-it. On a CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they
-did the same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds
-begin. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in
+Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. On a CPU they
+take turns, round by round, since what else the machine has to do comes and goes. On a GPU, which has nothing else to
+do, each runs alone, and its memory is given back before the next one starts: together they would want all of an H100's.
+A provider that fails, ours too, is a line of the table. Results are kept whenever a line is printed. On a CPU the
+trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
+which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in
 an update: of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
 """
 
@@ -26,9 +28,10 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -39,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import DEVICE, OURS, device_name, keep, time_call
+from benchmarks._harness import DEVICE, OURS, RESULTS, device_name, keep, time_call
 from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch, micro_batches
 from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
@@ -51,12 +54,14 @@ from fastdistil.run import recipes
 from fastdistil.run.metrics import peak_flops
 from fastdistil.run.ranks import init_ranks, keep_freed_memory
 from fastdistil.training.engine import PlainEngine
+from fastdistil.training.graph import Step
 from fastdistil.training.inputs import compile_encoder
-from fastdistil.training.objective import Objective, means
+from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.precision import quantise_encoder, require_fp8
 from fastdistil.training.preflight import spread
 from fastdistil.training.teacher import Teacher, TeacherPrefetcher
 
+Row = dict[str, Any]  # of the table, or {"error": what a provider died of}
 PAPER_TOKENS = 13e9
 VOCAB = 30522
 ENERGY_S = 2.0  # NVML's counter moves some ten times a second
@@ -76,7 +81,7 @@ def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = {"minilm": (6, 3, 384), "bert-base": (12, 6, 768)}  # teacher layers, student layers, width
+SIZES = {"toy": (2, 1, 48), "minilm": (6, 3, 384), "bert-base": (12, 6, 768)}  # teacher layers, student layers, width
 
 
 def architectures(size: str) -> tuple[Architecture, Architecture]:
@@ -138,14 +143,16 @@ def made_again(args: argparse.Namespace, num_workers: int) -> Iterator[MicroBatc
 
 
 class Ours:
-    """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `overlap` --teacher.overlap,
-    `fp8_teacher` --teacher.precision fp8. With `num_workers` that many processes make the micro-batches meanwhile."""
+    """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `graph` --engine.graph, `overlap`
+    --teacher.overlap, `fp8_teacher` --teacher.precision fp8. With `num_workers` that many processes make the
+    micro-batches meanwhile."""
 
     def __init__(
         self,
         args: argparse.Namespace,
         *,
         compile_mode: str | None = None,
+        graph: bool = True,
         overlap: bool = True,
         fp8_teacher: bool = False,
         num_workers: int = 0,
@@ -153,7 +160,7 @@ class Ours:
         config, dtype = recipes.distilbert(), DTYPES[args.precision]
         # before the first tensor, or no memory comes in large pages
         ranks = init_ranks(DEVICE, timeout_s=config.engine.timeout_s, threads=None)
-        batches = make_batches(args)
+        self.batches = make_batches(args)
         teacher, student = models(args.size)
         for model in (teacher, student) if compile_mode else ():
             compile_encoder(model.encoder, compile_mode)
@@ -161,29 +168,36 @@ class Ours:
         if fp8_teacher:
             require_fp8(ranks.device)
             quantise_encoder(self.teacher.model.encoder)
-        self.engine = PlainEngine(Objective(student, config.loss), config, ranks, dtype)
-        self.loss = config.loss
-        self.num_tokens = sum(b.num_tokens for b in batches)
-        self.num_masked = sum(b.num_masked for b in batches)
-        self.padding = 1 - self.num_tokens / sum(len(b.input_ids) for b in batches)
-        self.batches = [b.to(ranks.device) for b in batches]
-        prefetcher = TeacherPrefetcher(self.teacher, ranks.device, overlap=overlap)
+        self.engine = PlainEngine(Objective(student, config.loss).train(), config, ranks, dtype)
+        self.loss, self.device = config.loss, ranks.device
+        self.num_tokens = sum(b.num_tokens for b in self.batches)
+        self.num_masked = sum(b.num_masked for b in self.batches)
+        self.padding = 1 - self.num_tokens / sum(len(b.input_ids) for b in self.batches)
+        if DEVICE == "cuda":
+            self.batches = [b.pin_memory() for b in self.batches]
         again = made_again(args, num_workers) if num_workers else itertools.cycle(self.batches)
-        self.pairs = prefetcher.ahead(again)
+        if DEVICE == "cuda" and graph and not compile_mode:
+            step = Step(self.engine, self.teacher, overlap=overlap)
+            self.pairs, self.forward_backward = step.ahead(again), step.forward_backward
+        else:
+            prefetcher = TeacherPrefetcher(self.teacher, ranks.device, overlap=overlap)
+            self.pairs, self.forward_backward = prefetcher.ahead(again), self.engine.forward_backward
 
     def evaluate(self) -> float:
-        sums = sum(self.engine.evaluate(b, self.teacher(b)) for b in self.batches)
-        assert isinstance(sums, Tensor)
+        sums = torch.zeros(len(SUMS), device=self.device)
+        for b in self.batches:
+            here = b.to(self.device)
+            sums += self.engine.evaluate(here, self.teacher(here))
         return means(sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True)["loss"]
 
     def run(self) -> None:
         for batch, output in itertools.islice(self.pairs, len(self.batches)):
-            self.engine.forward_backward(batch, output)
+            self.forward_backward(batch, output)
         self.engine.step(1e-5)
 
 
 class HuggingFace:
-    """transformers' models and PyTorch's losses, under torch.compile or not, or with Liger's chunked loss."""
+    """transformers' models and PyTorch's losses, under torch.compile or not, or with Liger's fused linear losses."""
 
     def __init__(
         self, args: argparse.Namespace, *, compiled: bool = False, liger: bool = False, keep_memory: bool = False
@@ -202,12 +216,12 @@ class HuggingFace:
         if compiled:
             self.compute = torch.compile(self._loss)
         if liger:
-            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+            from liger_kernel import transformers as fused  # pyright: ignore[reportMissingImports]
 
-            # Its distillation term is JSD(beta=0) = KL without T^2; weights stand for 5 and 2.
-            self.chunked = LigerFusedLinearJSDLoss(
-                weight_hard_loss=2 / 7, weight_soft_loss=5 / 7, beta=0.0, temperature=2.0
-            )
+            # sums in fp32, as ours
+            self.fused_kl = fused.LigerFusedLinearKLDivLoss(reduction="sum", temperature=2.0, accum_dtype=torch.float32)
+            self.fused_mlm = fused.LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+            self.compute = self._liger_loss
         self._load(make_batches(args))
 
     def _load(self, batches: list[MicroBatch]) -> None:
@@ -255,38 +269,53 @@ class HuggingFace:
             F.log_softmax(s_logits.float() / 2, dim=-1), F.softmax(t_logits.float() / 2, dim=-1), reduction="none"
         ).sum(-1)
         mlm = F.cross_entropy(s_logits.float(), labels, reduction="sum")
-        ones = torch.ones_like(labels)
-        cosine = F.cosine_embedding_loss(s_hidden, t_hidden, ones, reduction="none")
-        return real_sum(5 * 4 * kd + cosine) / self.num_tokens + 2 * mlm / self.num_masked
+        return real_sum(5 * 4 * kd + _cosine(s_hidden, t_hidden)) / self.num_tokens + 2 * mlm / self.num_masked
 
     def _liger_loss(self, ids: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
-        """Without cosine and T^2, which changes no cost worth naming; not compared for its value."""
+        """Both losses on hidden states: the student's logits are made a chunk at a time.
+
+        The KL wants the teacher's probabilities whole, and knows no bias: the loss is ours while the student's bias is
+        what it starts with, 0.
+        """
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            t = self.teacher.bert(input_ids=ids, attention_mask=real).last_hidden_state
-            t = self.teacher.cls.predictions.transform(t)
+            t_hidden = self.teacher.bert(input_ids=ids, attention_mask=real).last_hidden_state
+            t = self.teacher.cls.predictions.transform(t_hidden)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            s = self.student.distilbert(input_ids=ids, attention_mask=real).last_hidden_state
-            s = self.student.vocab_layer_norm(F.gelu(self.student.vocab_transform(s)))
+            s_hidden = self.student.distilbert(input_ids=ids, attention_mask=real).last_hidden_state
+            s = self.student.vocab_layer_norm(F.gelu(self.student.vocab_transform(s_hidden)))
         kind = torch.bfloat16 if self.bf16 else torch.float32
-        s, t, labels = (x.flatten(0, 1) if real is None else x[real] for x in (s, t, labels))
+        of_tokens = (x.flatten(0, 1) if real is None else x[real] for x in (s, t, s_hidden, t_hidden, labels))
+        s, t, s_hidden, t_hidden, labels = of_tokens
         head, decoder = self.student.vocab_projector, self.teacher.cls.predictions.decoder
-        ours, theirs = (head.weight.to(kind), head.bias.to(kind)), (decoder.weight, decoder.bias)
-        return self.chunked(s.to(kind), ours[0], t.to(kind), theirs[0], labels, ours[1], theirs[1])
+        s, weight = s.to(kind), head.weight.to(kind)
+        with torch.no_grad():
+            target = (F.linear(t.to(kind), decoder.weight, decoder.bias) / 2).softmax(-1)
+        kd = self.fused_kl(s, weight, target)
+        masked = labels >= 0  # the others have no part in this loss: a sixth of the product
+        mlm = self.fused_mlm(weight, s[masked], labels[masked], head.bias.to(kind))
+        cosine = _cosine(s_hidden.float(), t_hidden.float()).sum()
+        return (5 * 4 * kd + cosine) / self.num_tokens + 2 * mlm / self.num_masked
 
     def evaluate(self) -> float:
         self.student.eval()
         with torch.no_grad():
-            total = sum(float(self._loss(*b)) for b in self.batches)
+            compute = self._liger_loss if self.liger else self._loss
+            total = sum(float(compute(*b)) for b in self.batches)
         self.student.train()
         return total
 
     def run(self) -> None:
         for b in self.batches:
-            loss = self._liger_loss(*b) if self.liger else self.compute(*b)
-            loss.backward()
+            self.compute(*b).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """(N,) distances of the cosine loss."""
+    ones = torch.ones(len(student_ND), device=student_ND.device)
+    return F.cosine_embedding_loss(student_ND, teacher_ND, ones, reduction="none")
 
 
 def _hugging_face(model: MaskedLM) -> Any:
@@ -301,22 +330,24 @@ def _hugging_face(model: MaskedLM) -> Any:
     return theirs.to(DEVICE)
 
 
-FP8 = f"{OURS}, FP8 teacher"
+FP8, LIGER = f"{OURS}, FP8 teacher", "HF + Liger"
+MEMORY_KEPT = ("HF eager, memory kept", "HF compiled, memory kept")
 PROVIDERS: dict[str, Callable[..., Any]] = {
     OURS: Ours,
     f"{OURS}, 2 data workers": partial(Ours, num_workers=2),
     f"{OURS}, compiled": partial(Ours, compile_mode="default"),
-    f"{OURS}, CUDA graphs": partial(Ours, compile_mode="reduce-overhead", overlap=False),
-    f"{OURS}, teacher first": partial(Ours, overlap=False),
+    f"{OURS}, launch by launch": partial(Ours, graph=False),
     FP8: partial(Ours, fp8_teacher=True),
     "HF eager": HuggingFace,
     "HF torch.compile": partial(HuggingFace, compiled=True),
-    "HF eager, memory kept": partial(HuggingFace, keep_memory=True),
-    "HF compiled, memory kept": partial(HuggingFace, compiled=True, keep_memory=True),
-    "HF + Liger chunked loss": partial(HuggingFace, liger=True),
+    MEMORY_KEPT[0]: partial(HuggingFace, keep_memory=True),
+    MEMORY_KEPT[1]: partial(HuggingFace, compiled=True, keep_memory=True),
+    LIGER: partial(HuggingFace, liger=True),
 }
-ON_CPU_ONLY = ("HF eager, memory kept", "HF compiled, memory kept")
-ON_GPU_ONLY = (f"{OURS}, CUDA graphs", f"{OURS}, teacher first", FP8, "HF + Liger chunked loss")
+COMPILED = "HF torch.compile"
+ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", "HF eager", COMPILED, *MEMORY_KEPT)
+ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, COMPILED, LIGER)
+"""What is worth a GPU's minutes: the step, what its graph and FP8 are worth, the two fastest ways to do without us."""
 
 
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
@@ -369,18 +400,17 @@ def joules(call: Callable[[], object]) -> float | None:
         return None
     import pynvml  # pyright: ignore[reportMissingImports]
 
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-    before, begin, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.monotonic(), 0
-    while time.monotonic() - begin < ENERGY_S:
-        time_call(call)  # which waits for the GPU
-        calls += 1
-    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
-
-
-def ask(connection: Connection, command: str) -> Any:
-    connection.send(command)
-    return connection.recv()
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        before, begin, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.monotonic(), 0
+        while time.monotonic() - begin < ENERGY_S:
+            time_call(call)  # which waits for the GPU
+            calls += 1
+        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
+    except pynvml.NVMLError as error:  # a driver or a share of a GPU that does not count it
+        print(f"no energy: {error}", flush=True)
+        return None
 
 
 def arguments() -> argparse.Namespace:
@@ -395,117 +425,179 @@ def arguments() -> argparse.Namespace:
         "--batches", type=int, help="micro-batches a round; more of them give the peers less padding to sort out"
     )
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
-    parser.add_argument("--only", help="substring of the providers to run; keeps no results")
+    parser.add_argument("--only", help="part of the names of the providers to run, of all there are; keeps no results")
+    parser.add_argument(
+        "--limit-s", type=float, default=180 if on_gpu else 900, help="a provider may take for an answer"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
     args = parser.parse_args()
     args.batches = args.batches or (4 if on_gpu or args.shards else 1)
     return args
 
 
-class Started(NamedTuple):
+class Process:
     """A provider's process that waits for questions."""
 
-    connection: Connection
-    loss: float
-    padding: float
-    peak_mib: float | None
-
-
-def start(args: argparse.Namespace) -> tuple[dict[str, Started], dict[str, dict[str, Any]]]:
-    """Every provider's process, one after the other: compiling takes both time and cores. And those that failed."""
-    started, failed = {}, {}
-    context = multiprocessing.get_context("spawn")
-    for name in PROVIDERS:
-        elsewhere = ON_CPU_ONLY if DEVICE == "cuda" else ON_GPU_ONLY
-        if name in elsewhere or (args.only and args.only not in name):
-            continue
-        here, there = context.Pipe()
-        atexit.register(here.close)  # ends it; a daemon, which would end by itself, has no data workers
-        process = context.Process(target=serve, args=(there, name, args))
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        """Raises RuntimeError with what the provider died of."""
+        context = multiprocessing.get_context("spawn")
+        self.limit_s = args.limit_s
+        self.connection, there = context.Pipe()
+        # not a daemon, which may have no data workers: its connection's end ends it
+        self.process: BaseProcess = context.Process(target=serve, args=(there, name, args))
+        atexit.register(self.close)
         if name.startswith(OURS):  # as for every command of ours; peers wait as OpenMP does by itself
             os.environ["OMP_WAIT_POLICY"] = "passive"
-        process.start()
+        self.process.start()
         os.environ.pop("OMP_WAIT_POLICY", None)
         there.close()
-        ready = here.recv()
-        if isinstance(ready, str):  # a peer that fails is reported and left out; ours must not fail
-            assert name != OURS, ready
-            failed[name] = {"error": ready}
-        else:
-            started[name] = Started(here, *ready)
-    return started, failed
+        self.loss, self.padding, self.peak_mib = self._answer()
+
+    def ask(self, command: str) -> Any:
+        """Raises RuntimeError with what the provider died of."""
+        self.connection.send(command)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        answer: Any = f"no answer in {self.limit_s:.0f} s"
+        if self.connection.poll(self.limit_s):
+            try:
+                answer = self.connection.recv()
+            except EOFError:
+                answer = "the process ended without a word"
+        if isinstance(answer, str):
+            self.close()
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self.connection.close()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
 
 
-def require_agreement(losses: dict[str, float], precision: str) -> None:
-    """All providers have the same loss without dropout, but for rounding."""
-    print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in losses.items()))
-    first = next(iter(losses.values()))
-    tolerance = 5e-3 if precision == "bf16" else 1e-5
-    # another teacher in the last digits: what precision.py bounds
-    tolerances = {name: 10 * tolerance if name == FP8 else tolerance for name in losses}
-    assert all(abs(v / first - 1) < tolerances[name] for name, v in losses.items()), losses
+class Measured(NamedTuple):
+    """What providers that took turns have shown."""
+
+    processes: dict[str, Process]
+    seconds: dict[str, list[float]]
+    joules: dict[str, float | None]
+    failed: dict[str, dict[str, Any]]
 
 
-def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    print(
-        f"{'':<26}{'tokens/s':>10}{'MFU':>7}{'x ours':>8}{'padding':>9}{'peak MiB':>10}{'mJ/token':>10}"
-        f"{'hours for 13 B':>16}"
-    )
-    for name, row in rows.items():
-        if "error" in row:
-            print(f"{name:<26}{row['error']}")
-            continue
-        peak, energy = (f"{row[k]:.0f}" if row[k] is not None else "" for k in ("peak_mib", "mj_per_token"))
-        print(
-            f"{name:<26}{row['tokens_per_s']:>10,.0f}{row['mfu']:>7.1%}{row['times_ours']:>8.2f}{row['padding']:>9.1%}"
-            f"{peak:>10}{energy:>10}{row['hours_for_13e9_tokens']:>16,.1f}"
-        )
+def measure(names: Sequence[str], args: argparse.Namespace, losses: dict[str, float]) -> Measured:
+    """Providers that take turns, round by round; each must agree with the first of `losses`, to which theirs are added.
 
+    A provider that fails, at whatever it is asked, is left out from then on.
+    """
+    found = Measured({}, {}, {}, {})
 
-def main() -> None:
-    args = arguments()
-    started, failed = start(args)
-    require_agreement({name: provider.loss for name, provider in started.items()}, args.precision)
+    def tried(name: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except RuntimeError as error:
+            found.failed[name] = {"error": str(error)}
+            if process := found.processes.pop(name, None):
+                process.close()
 
-    # In turn, round by round.
-    times: dict[str, list[float]] = {name: [] for name in started}
+    for name in names:  # one after the other: compiling takes both time and cores
+        if process := tried(name, partial(Process, name, args)):
+            found.processes[name] = process
+            losses[name] = process.loss
+            tried(name, partial(require_agreement, name, losses, args.precision))
     for _ in range(args.rounds):
-        for name, provider in started.items():
+        for name, process in tuple(found.processes.items()):
             time.sleep(0.05)  # idle threads of another process spin: not in this one's time
-            times[name].append(ask(provider.connection, "seconds"))
-    energy = {name: ask(provider.connection, "joules") for name, provider in started.items()}
+            if seconds := tried(name, partial(process.ask, "seconds")):
+                found.seconds.setdefault(name, []).append(seconds)
+    for name, process in tuple(found.processes.items()):
+        found.joules[name] = tried(name, partial(process.ask, "joules"))
+        process.close()
+    return found
 
-    # What they were measured on.
+
+def require_agreement(name: str, losses: dict[str, float], precision: str) -> None:
+    """Raises RuntimeError where a provider's loss without dropout is not that of the first but for rounding."""
+    first, reference = next(iter(losses.items()))
+    tolerance = 5e-3 if precision == "bf16" else 1e-5
+    if name == FP8:  # another teacher in the last digits: what precision.py bounds
+        tolerance *= 10
+    if not abs(losses[name] / reference - 1) < tolerance:
+        raise RuntimeError(f"loss {losses[name]:.6f} without dropout, {first} has {reference:.6f}: not timed")
+
+
+def row_of(name: str, found: Measured, ours: list[float] | None, *, num_tokens: int, flops: float, ceiling: Any) -> Row:
+    """A provider's line of the table."""
+    seconds, joules = found.seconds[name], found.joules[name]
+    speed = num_tokens / statistics.median(seconds)
+    # The ratio of a round to ours of the same round: what a machine with other work to do disturbs least.
+    ratios = [x / y for x, y in zip(seconds, ours or (), strict=False)]
+    return {
+        "tokens_per_s": speed,
+        "mfu": speed * flops / ceiling if ceiling else None,
+        "times_ours": statistics.median(ratios) if ratios else None,
+        "padding": found.processes[name].padding,
+        "peak_mib": found.processes[name].peak_mib,
+        "mj_per_token": None if joules is None else 1e3 * joules / num_tokens,
+        "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
+        "seconds": seconds,
+    }
+
+
+COLUMNS = (  # title, key, width, format
+    ("tokens/s", "tokens_per_s", 10, ",.0f"),
+    ("MFU", "mfu", 7, ".1%"),
+    ("x ours", "times_ours", 8, ".2f"),
+    ("padding", "padding", 9, ".1%"),
+    ("peak MiB", "peak_mib", 10, ".0f"),
+    ("mJ/token", "mj_per_token", 10, ".3f"),
+    ("hours for 13 B", "hours_for_13e9_tokens", 16, ",.1f"),
+)
+
+
+def line_of(name: str, row: Row) -> str:
+    """A row as it is printed; an empty cell for what nobody counts."""
+    if "error" in row:
+        return f"{name:<26}{row['error']}"
+    cells = (("" if row[key] is None else f"{row[key]:{form}}").rjust(width) for _, key, width, form in COLUMNS)
+    return f"{name:<26}" + "".join(cells)
+
+
+def main() -> int:
+    """Exit status 1 where our own step could not be measured, or a provider had another loss."""
+    args = arguments()
     batches = make_batches(args)
     num_tokens = sum(b.num_tokens for b in batches)
     attended = sum(n * n for b in batches for n in b.real_lengths) / num_tokens
-    teacher, student = (model.architecture for model in models(args.size))
-    flops = flops_per_token(teacher, student, attended).total
+    del batches
+    flops = flops_per_token(*architectures(args.size), attended).total
     ceiling, source = peak_flops(torch.device(DEVICE), DTYPES[args.precision])
     text = "packed text" if args.shards else f"sequences of {args.length}"
     what = f"{args.size} {args.precision}, {args.batches} x {args.tokens:,} tokens, {text}"
     print(
-        f"\n{what}; {device_name()}; MFU of {flops / 1e6:,.1f} MFLOP a token "
+        f"{what}; {device_name()}; MFU of {flops / 1e6:,.1f} MFLOP a token "
         f"against {(ceiling or 0) / 1e9:,.0f} GFLOP/s ({source})"
     )
-    rows: dict[str, dict[str, Any]] = {}
-    for name, seconds in times.items():
-        speed, joules = num_tokens / statistics.median(seconds), energy[name]
-        # The ratio of a round to ours of the same round: what a machine with other work to do disturbs least.
-        ratios = (x / y for x, y in zip(seconds, times.get(OURS, seconds), strict=True))
-        rows[name] = {
-            "tokens_per_s": speed,
-            "mfu": speed * flops / ceiling if ceiling else float("nan"),
-            "times_ours": statistics.median(ratios),
-            "padding": started[name].padding,
-            "peak_mib": started[name].peak_mib,
-            "mj_per_token": None if joules is None else 1e3 * joules / num_tokens,
-            "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
-            "seconds": seconds,
-        }
-    print_table(rows | failed)
-    if not args.only:
-        keep("step", what, {"providers": rows | failed, "peak_flops": ceiling})
+    names = [n for n in PROVIDERS if args.only in n] if args.only else ON_GPU if DEVICE == "cuda" else ON_CPU
+    print(" " * 26 + "".join(title.rjust(width) for title, _, width, _ in COLUMNS), flush=True)
+    rows: dict[str, Row] = {}
+    losses: dict[str, float] = {}
+    ours = None
+    for group in [[name] for name in names] if DEVICE == "cuda" else [names]:
+        found = measure(group, args, losses)
+        ours = found.seconds.get(OURS, ours)
+        for name in group:
+            given = {"num_tokens": num_tokens, "flops": flops, "ceiling": ceiling}
+            rows[name] = found.failed.get(name) or row_of(name, found, ours, **given)
+            print(line_of(name, rows[name]), flush=True)
+        if not args.only:
+            keep("step", what, {"providers": rows, "peak_flops": ceiling}, folder=args.results)
+    print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in losses.items()))
+    disagree = any("without dropout" in row.get("error", "") for row in rows.values())
+    return int(disagree or "error" in rows.get(OURS, {}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
