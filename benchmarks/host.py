@@ -4,7 +4,8 @@
 
 Python, PyTorch's dispatcher and autograd, and Triton's launch path at BERT-base's shapes, on meta tensors (no_gpu.py):
 PyTorch's operators find the shapes of their results in C++, the few of no_gpu.SHAPES in Python, and compute nothing;
-Triton's launches end where the driver would be called. What a GPU's driver and the caching allocator take is not in it.
+Triton's launches end where the driver would be called. It is the process's own time, which other work on the machine
+disturbs least. What a GPU's driver and the caching allocator take is not in it.
 """
 
 import argparse
@@ -30,9 +31,9 @@ def main() -> None:
         made.micro_batch()
     times = []
     for _ in range(args.rounds):
-        begin = time.perf_counter()
+        begin = time.process_time()
         made.micro_batch()
-        times.append(1e3 * (time.perf_counter() - begin))
+        times.append(1e3 * (time.process_time() - begin))
     print(
         f"{statistics.median(times):.2f} ms a micro-batch, median of {args.rounds} ({min(times):.2f} to "
         f"{max(times):.2f}), one core, torch {torch.__version__}"
