@@ -63,7 +63,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.step --precision bf16
 
 gpu:
-	sh benchmarks/gpu.sh
+	python3 -m benchmarks.first_light runs/first-light
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastdistil/*.so

@@ -45,11 +45,16 @@ def backward(loss, student, teacher, labels):
 
 
 def liger_peers(student, teacher, labels):
-    """Liger's two fused linears with a KL: without T^2 (both) and, in the first, without biases and MLM term."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
-    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+    """Liger's fused linears with a KL: without T^2 (all) and, but in the last, without biases and MLM term.
 
-    fused = LigerFusedLinearJSD(jsd_beta=0.0, temperature=2.0)
+    The KL wants the teacher's probabilities, which are made here, whole.
+    """
+    from liger_kernel import transformers as liger  # pyright: ignore[reportMissingImports]
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+
+    kl = liger.LigerFusedLinearKLDivLoss(reduction="sum", temperature=2.0, accum_dtype=torch.float32)
+    jsd = liger.LigerFusedLinearJSD(jsd_beta=0.0, temperature=2.0)
+    every_row = torch.zeros_like(labels)  # it leaves out rows whose label is -100
     chunked = LigerFusedLinearJSDLoss(beta=0.0, temperature=2.0)
     (h, w, b), (th, tw, tb) = student, teacher
 
@@ -59,7 +64,8 @@ def liger_peers(student, teacher, labels):
         loss.backward()
 
     return {
-        "Liger fused linear JSD": lambda: run(fused(h, w, th, tw)),
+        "Liger fused linear KL": lambda: run(kl(h, w, (F.linear(th, tw, tb) / 2).softmax(-1))),
+        "Liger fused linear JSD": lambda: run(jsd(h, w, th, tw, every_row)),
         "Liger chunked distillation": lambda: run(chunked(h, w, th, tw, labels, b, tb)),
     }
 

@@ -1,0 +1,791 @@
+"""The first minutes on a GPU, in stages: what only a device can say, in one command of about five minutes.
+
+    python -m benchmarks.first_light OUT [--only kernels,step] [--shards PREPARED] [--rehearse]        (make gpu)
+
+Stages run in a process of their own, which is ended at a stage's limit or by a broken CUDA context; a fresh one goes on
+with the next stage. So nothing hides behind a failure. Each stage is one short line on stdout, one JSON line of
+OUT/stages.jsonl, and then part of OUT/first_light.DEVICE.json, which holds device, versions and commit as well.
+
+--rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared, and
+launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's time.
+What is measured then is rubbish, and is kept nowhere but in OUT.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = "RECORD "
+"""Begins the lines by which the process of the stages hands its records over."""
+
+
+class Stage(NamedTuple):
+    work: Callable[["Setting"], Any]
+    limit_s: float
+    by_default: bool = True
+
+
+STAGES: dict[str, Stage] = {}
+START_S = 60.0
+"""For so long a process of the stages may say nothing between two of them, and at its start."""
+
+
+def stage(limit_s: float, *, by_default: bool = True) -> Callable[[Callable[["Setting"], Any]], Any]:
+    """Makes a function of the setting a stage, ended after so many seconds; a rehearsal has three times as many."""
+
+    def add(work: Callable[["Setting"], Any]) -> Callable[["Setting"], Any]:
+        STAGES[work.__name__] = Stage(work, limit_s, by_default)
+        return work
+
+    return add
+
+
+class Setting:
+    """Where and at what size the stages work."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+
+        self.out, self.shards, self.rehearsed = args.out, args.shards, args.rehearse
+        self.on_gpu = not args.rehearse
+        self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
+        sizes = (16384, 768, 30528, 12, 512) if self.on_gpu else (256, 48, 320, 3, 64)
+        self.N, self.D, self.V, self.H, self.L = sizes  # tokens, width, padded vocabulary, heads, length
+        self.vocab_size = self.V - 6
+        self.seed = torch.tensor(2**62 + 5, device=self.device)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Any:
+        """Normal numbers in bf16."""
+        import torch
+
+        return (scale * torch.randn(*shape, device=self.device)).bfloat16()
+
+    def sync(self) -> None:
+        import torch
+
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def ms(self, call: Callable[[], object], rounds: int = 20) -> float:
+        """Median milliseconds of a call, on the device's clock."""
+        import torch
+
+        for _ in range(3 if self.on_gpu else 1):
+            call()
+        self.sync()
+        if not self.on_gpu:
+            begin = time.perf_counter()
+            call()
+            return round(1e3 * (time.perf_counter() - begin), 4)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+        for begin, end in events:
+            begin.record()
+            call()
+            end.record()
+        self.sync()
+        return round(statistics.median(begin.elapsed_time(end) for begin, end in events), 4)
+
+    def labels(self, count: int) -> Any:
+        """Of a seventh of the rows."""
+        import torch
+
+        labels = torch.randint(self.vocab_size, (count,), device=self.device)
+        return labels.masked_fill_(torch.rand(count, device=self.device) > 0.15, -100)
+
+    def layout(self, lengths: Sequence[int]) -> Any:
+        from fastdistil.kernels.layout import sequence_layout
+
+        return sequence_layout(lengths, self.device, tile_step=16)
+
+
+def relative_error(got: Any, wanted: Any) -> str:
+    """|got - wanted| / |wanted|, of norms."""
+    got, wanted = got.double(), wanted.double()
+    return f"{float((got - wanted).norm() / wanted.norm().clamp_min(1e-30)):.1e}"
+
+
+@stage(25)
+def env(s: Setting) -> Any:
+    """What machine this is."""
+    import torch
+    import triton
+
+    def said(command: str) -> str:
+        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()[:300]
+
+    found = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "gpu": said(
+            "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv,noheader"
+        ),
+        "cpu": said("lscpu | grep 'Model name'"),
+        "cores": os.cpu_count(),
+        "compiler": said("cc --version | head -1"),
+        "shared memory": said("df -h /dev/shm | tail -1"),
+    }
+    if s.on_gpu:
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {"multiprocessors": gpu.multi_processor_count, "bytes": gpu.total_memory}
+    return found
+
+
+@stage(30)
+def ceilings(s: Setting) -> Any:
+    """A copy, TB/s, and the products of the trainer by their shapes, TFLOP/s."""
+    import torch
+    import torch.nn.functional as F
+
+    from fastdistil.kernels.gelu import gelu_backward_product, linear_gelu_forward
+    from fastdistil.kernels.linear import add_product
+
+    found: dict[str, float] = {}
+    source = torch.empty(2**30 if s.on_gpu else 2**20, dtype=torch.uint8, device=s.device)
+    target = torch.empty_like(source)
+    found["copy TB/s"] = round(2 * source.numel() / s.ms(lambda: target.copy_(source)) / 1e9, 2)
+
+    def add(name: str, flops: float, call: Callable[[], object]) -> None:
+        found[name] = round(flops / s.ms(call, 10) / 1e9)
+
+    N, D = s.N, s.D
+    large = 8192 if s.on_gpu else 128
+    shapes = {"8192^3": (large, large, large), "qkv": (N, 3 * D, D), "attention out": (N, D, D)}
+    shapes |= {"ffn in": (N, 4 * D, D), "ffn out": (N, D, 4 * D), "logits": (N, s.V, D)}
+    for name, (m, n, k) in shapes.items():
+        x, w, dy = s.normal(m, k), s.normal(n, k), s.normal(m, n)
+        flops, total = 2.0 * m * n * k, torch.zeros(n, k, device=s.device)
+        add(name, flops, lambda x=x, w=w: F.linear(x, w))
+        add(f"{name}, dX", flops, lambda dy=dy, w=w: dy @ w)
+        add(f"{name}, dW into fp32", flops, lambda t=total, dy=dy, x=x: add_product(t, dy.t(), x, True))
+    x, w, b = s.normal(N, D), s.normal(4 * D, D), s.normal(4 * D)
+    flops, dy, back, dbias = 8.0 * N * D * D, s.normal(N, D), s.normal(D, 4 * D), torch.zeros(4 * D, device=s.device)
+    add("ffn in + GELU", flops, lambda: linear_gelu_forward(x, w, b, False))
+    add("ffn in + GELU, z kept", flops, lambda: linear_gelu_forward(x, w, b, True))
+    z = s.normal(N, 4 * D)
+    add("dX + GELU'", flops, lambda: gelu_backward_product(dy, back, z, b, dbias=dbias, accumulate=True))
+    return found
+
+
+def reference_of_heads(teacher: list[Any], labels: Any, options: dict[str, Any], *student: Any) -> Any:
+    """The definition of both heads and their loss."""
+    from fastdistil.kernels.linear_distill import linear_distill_loss_reference
+
+    (h, w, b), (th, tw, tb) = student, teacher
+    return linear_distill_loss_reference(h, w, b, th, tw, tb, labels, **options)[0]
+
+
+def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
+    """(name, operator, its definition, leaves, gradient of the result) of every operator, at the model's shapes."""
+    import torch
+
+    from fastdistil.kernels import attention, cosine, distill, dropout, gelu, layernorm, linear_distill
+
+    D, normal = s.D, s.normal
+    x, r, w, b, dy = normal(n, D), normal(n, D), normal(D), normal(D), normal(n, D)
+    for p in (0.0, 0.1):
+        o: dict[str, Any] = dict(dropout_p=p, seed=s.seed, stream=3)
+        yield (
+            f"layernorm p={p}",
+            lambda *leaves, o=o: layernorm.dropout_add_layernorm(*leaves, **o),
+            lambda *leaves, o=o: layernorm.dropout_add_layernorm_reference(*leaves, **o),
+            [x, r, w, b],
+            dy,
+        )
+    wide = [normal(n, 4 * D), normal(4 * D)]
+    yield "gelu", gelu.bias_gelu, gelu.bias_gelu_reference, wide, normal(n, 4 * D)
+    lengths = [512] * 6 + [301, 61, 512, 137, 13] if s.on_gpu else [20, 9, 3]
+    layout, rows = s.layout(lengths), sum(lengths)
+    for p in (0.0, 0.1):
+        o = dict(dropout_p=p, seed=s.seed, stream=4)
+        yield (
+            f"attention p={p}",
+            lambda q, o=o: attention.attention(q, layout, backend="fused", **o),
+            lambda q, o=o: attention.attention_reference(q, layout, **o),
+            [normal(rows, 3, s.H, D // s.H)],
+            normal(rows, s.H, D // s.H),
+        )
+    index, head = torch.arange(n, device=s.device), torch.zeros(1, dtype=torch.long, device=s.device)
+    kept = dropout.keep_reference(s.seed, 0, 0.1, head, index, torch.arange(D, device=s.device))[0]
+    yield (
+        "dropout",
+        lambda y: dropout.dropout(y, s.seed, stream=0, dropout_p=0.1),
+        lambda y: torch.where(kept, y / 0.9, 0.0),
+        [x],
+        dy,
+    )
+    yield "cosine", lambda y: cosine.cosine_loss(y, r)[0], lambda y: cosine.cosine_loss_reference(y, r)[0], [x], None
+    labels = s.labels(n)
+    rows_that_count = torch.tensor(n - 7, dtype=torch.int32, device=s.device)
+    o = dict(
+        temperature=2.0, kd_scale=5 / n, mlm_scale=2 / (0.15 * n), vocab_size=s.vocab_size, num_rows=rows_that_count
+    )
+    teacher = normal(n, D), normal(s.V, D, scale=0.1), normal(s.V)
+    exact_teacher: Any = [x.float() for x in teacher]
+    logits = [normal(n // 4, s.V)]
+    some: dict[str, Any] = o | {"num_rows": None}
+    yield (
+        "distillation rows",
+        lambda z: distill.distill_loss(z, logits[0] / 2, labels[: n // 4], **some)[0],
+        lambda z: distill.distill_loss_reference(z, logits[0].float() / 2, labels[: n // 4], **some)[0],
+        logits,
+        None,
+    )
+    for chunk in (n, max(16, n // 3 // 16 * 16)):
+        yield (
+            f"linear_distill chunk {chunk}",
+            lambda *x, c=chunk: linear_distill.linear_distill_loss(*x, *teacher, labels, chunk_tokens=c, **o).loss,
+            partial(reference_of_heads, exact_teacher, labels, o),
+            [normal(n, D), normal(s.V, D, scale=0.1), normal(s.V)],
+            None,
+        )
+
+
+@stage(90)
+def correct(s: Setting) -> Any:
+    """Every operator against its fp32 definition: relative errors of value and gradients, and whether two runs agree."""
+    import torch
+
+    def go(function: Any, leaves: list[Any], dout: Any) -> list[Any]:
+        out = function(*leaves)
+        dout = torch.ones_like(out) if dout is None else dout.to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    found = {}
+    for name, operator, reference, leaves, dout in operators(s, 4096 if s.on_gpu else 32):
+        one, two = (go(operator, [x.clone().requires_grad_() for x in leaves], dout) for _ in range(2))
+        wanted = go(reference, [x.float().requires_grad_() for x in leaves], dout)
+        same = all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+        errors = [relative_error(x, y) for x, y in zip(one, wanted, strict=True)]
+        found[name] = errors if same else ["two runs differ", *errors]
+    found["layer"] = layer_errors(s)
+    wrong = [
+        n
+        for n, errors in found.items()
+        if "two runs differ" in errors or not max(map(float, errors)) < BOUND.get(n, 0.03)
+    ]
+    if wrong:
+        raise RuntimeError(f"wrong: {', '.join(wrong)}; {json.dumps(found)}")
+    return found
+
+
+BOUND = {"layer": 0.1}
+"""Of a relative error, 0.03 otherwise: beyond it no rounding to bf16 explains it."""
+
+
+def layer_errors(s: Setting) -> list[str]:
+    """Of the logits and of all gradients together of two layers by functions.py, in bf16 with dropout, from the modules
+    in fp32."""
+    import torch
+
+    from benchmarks.step import architecture
+    from fastdistil.model.encoder import MaskedLM
+
+    sizes: Any = architecture("distilbert", 2, s.D)
+    if not s.on_gpu:
+        sizes = replace(sizes, num_heads=s.H)
+    count, length = (4, s.L) if s.on_gpu else (2, 16)
+    ids = torch.randint(1000, 30522, (count * length,), device=s.device)
+    positions, layout = torch.arange(length, device=s.device).repeat(count), s.layout([length] * count)
+    results = []
+    for dtype, by_modules in ((torch.bfloat16, False), (torch.float32, True)):
+        model = MaskedLM(sizes).to(s.device, dtype).train()
+        model.encoder.attention_backend = "fused"
+        if by_modules:
+            model.run_by_modules()
+        logits = model(ids, positions, layout, s.seed)
+        logits.float().square().mean().backward()
+        # Together: that of the keys' bias is 0 but for rounding.
+        whole = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+        results.append([logits.detach(), whole])
+    return [relative_error(x, y) for x, y in zip(*results, strict=True)]
+
+
+@stage(50)
+def kernels(s: Setting) -> Any:
+    """[ms, ms that its bytes take at 3 TB/s] of each kernel; for attention TFLOP/s beside torch's own."""
+    import torch
+
+    from fastdistil.kernels import cosine, distill, fp8_rows, gelu, layernorm, linear
+
+    found: dict[str, Any] = {}
+    N, D, V, normal = s.N, s.D, s.V, s.normal
+    one = N * D * 2
+
+    def add(name: str, call: Callable[[], object], num_bytes: float) -> None:
+        found[name] = [s.ms(call), round(num_bytes / 3e9, 3)]
+
+    x, r, w, b, dy = normal(N, D), normal(N, D), normal(D), normal(D), normal(N, D)
+    sums = dict(zip(("dweight", "dbias", "dx_sum"), torch.zeros(3, D, device=s.device), strict=True))
+    for p, seed in ((0.0, None), (0.1, s.seed)):
+        _, saved = layernorm.forward(x, r, w, b, 1e-12, seed, 3, p)
+        add(f"layernorm p={p}", lambda p=p, e=seed: layernorm.forward(x, r, w, b, 1e-12, e, 3, p), 3 * one)
+        add(
+            f"layernorm backward p={p}",
+            lambda p=p, e=seed, k=saved: layernorm.backward(dy, k, w, e, 3, p, **sums, accumulate=True),
+            (4 + (seed is not None)) * one,
+        )
+    g, gb, dg = normal(N, 4 * D), normal(4 * D), normal(N, 4 * D)
+    add("gelu", lambda: gelu.bias_gelu(g, gb), 8 * one)
+    add("gelu backward", lambda: gelu.gelu_backward_rows(dg, g, gb, dbias=None, accumulate=False), 12 * one)
+    scale = torch.ones((), device=s.device)
+    add("cosine", lambda: cosine.forward(x, r, None, scale), 3 * one)
+    n = N // 4
+    z, y, labels, both = normal(n, V), normal(n, V), s.labels(n), torch.full((2,), 1e-4, device=s.device)
+    for gradient in (True, False):
+        into = z if gradient else None
+        add(
+            f"row kernel of {n}, gradient {gradient}",
+            lambda i=into: distill.forward(z, y, labels, None, i, 0, 2.0, both, s.vocab_size),
+            (6 if gradient else 4) * n * V,
+        )
+    total = torch.zeros(V, device=s.device)
+    add(f"column sum of {n}", lambda: linear.add_column_sum(total, z, True), 2 * n * V)
+    add("quantise D", lambda: fp8_rows.quantise_rows(x), 3 * N * D)
+    add("quantise 4 D with gelu", lambda: fp8_rows.quantise_rows(g, gb), 12 * N * D)
+    return found | attention_speeds(s)
+
+
+def attention_speeds(s: Setting) -> dict[str, Any]:
+    """{backend and dropout: TFLOP/s forward, and forward with backward}: the rows of attention_backends.py's table."""
+    from typing import get_args
+
+    from fastdistil.kernels import attention
+    from fastdistil.kernels.attention_backends import AttentionBackend
+
+    found: dict[str, Any] = {}
+    layout = s.layout([s.L] * (s.N // s.L))
+    qkv, dout = s.normal(s.N, 3, s.H, s.D // s.H), s.normal(s.N, s.H, s.D // s.H)
+    flops = 4.0 * s.N * s.L * s.D
+    for backend in (name for name in get_args(AttentionBackend) if name != "auto"):
+        for p in (0.0, 0.1):
+            common = (layout, s.seed if p else None, 4, p, backend)
+            try:
+                forward = s.ms(lambda c=common: attention.forward(qkv, *c, keep=False))
+
+                def both(c: Any = common) -> None:
+                    out, saved = attention.forward(qkv, *c)
+                    attention.backward(dout, qkv, out, saved, *c, dbias=None, accumulate=False)
+
+                whole = s.ms(both)
+                found[f"{backend} p={p}"] = {
+                    "ms": [forward, whole],
+                    "TFLOP/s": [round(flops / forward / 1e9), round(3.5 * flops / whole / 1e9)],
+                }
+            except Exception as error:  # a backend that this machine lacks
+                found[f"{backend} p={p}"] = f"{type(error).__name__}: {str(error)[:100]}"
+    return found
+
+
+@stage(40)
+def chunks(s: Setting) -> Any:
+    """{tokens of a chunk: [ms, TFLOP/s, MiB beside inputs]} of the heads with their loss, forward and backward."""
+    import torch
+
+    from fastdistil.kernels import linear_distill
+
+    N, D, V = s.N, s.D, s.V
+    student, teacher = ((s.normal(N, D), s.normal(V, D, scale=0.1), s.normal(V)) for _ in range(2))
+    labels, scales = s.labels(N), torch.full((2,), 1e-4, device=s.device)
+    into = {"dweight": torch.zeros(V, D, device=s.device), "dbias": torch.zeros(V, device=s.device)}
+    found = {}
+    for chunk in (1024, 2048, 4096, 8192, N) if s.on_gpu else (64, N):
+        before = 0
+        if s.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        ms = s.ms(
+            lambda c=chunk: linear_distill.forward(
+                *student, *teacher, labels, None, 2.0, scales, s.vocab_size, c, **into, accumulate=True
+            ),
+            8,
+        )
+        peak = (torch.cuda.max_memory_allocated() - before) // 2**20 if s.on_gpu else 0
+        found[chunk] = [ms, round(8.0 * N * D * V / ms / 1e9), peak]
+    return found
+
+
+def ours(s: Setting, tokens: int, *, batches: int = 1, **changes: Any) -> Any:
+    """The trainer of benchmarks/step.py."""
+    from benchmarks import step
+
+    size, length = ("bert-base", s.L) if s.on_gpu else ("toy", s.L)
+    args = SimpleNamespace(size=size, precision="bf16", tokens=tokens, length=length, shards=None, batches=batches)
+    return step.Ours(args, **changes)  # type: ignore[arg-type]
+
+
+@stage(80)
+def step(s: Setting) -> Any:
+    """Whole updates by token budget, as one graph and launch by launch: tokens/s, MFU, host ms, GiB."""
+    import torch
+
+    found = {}
+    for tokens in (16384, 32768, 65536) if s.on_gpu else (256,):
+        count = max(1, 65536 // tokens) if s.on_gpu else 2
+        for graph in (True, False):
+            if s.on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            trainer = ours(s, tokens, batches=count, graph=graph)
+            for _ in range(2):
+                trainer.run()
+            ms = s.ms(trainer.run, 6)
+            hosts = []
+            for _ in range(3):
+                s.sync()
+                begin = time.perf_counter()
+                trainer.run()
+                hosts.append(1e3 * (time.perf_counter() - begin))
+            speed = trainer.num_tokens / ms * 1e3
+            found[f"{tokens}{'' if graph else ', launch by launch'}"] = {
+                "tokens/s": round(speed),
+                "MFU": round(664e6 * speed / 989e12, 3),
+                "ms an update": ms,
+                "micro-batches": count,
+                "host ms a micro-batch": round(min(hosts) / count, 2),
+                "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 1) if s.on_gpu else 0,
+            }
+            del trainer
+    return found
+
+
+@stage(40)
+def fp8(s: Setting) -> Any:
+    """The teacher in bf16 and in FP8: ms, and how far its hidden states are apart."""
+    from fastdistil.training.precision import require_fp8
+
+    if s.on_gpu:
+        require_fp8(s.device)
+    found, states = {}, []
+    for quantised in (False, True) if s.on_gpu else (False,):
+        trainer = ours(s, s.N, fp8_teacher=quantised)
+        batch = trainer.batches[0].to(s.device)
+        found["fp8 ms" if quantised else "bf16 ms"] = s.ms(lambda t=trainer, b=batch: t.teacher(b), 10)
+        states.append(trainer.teacher(batch).encoder.hidden_ND)
+    return found | {"hidden states differ by": relative_error(states[-1], states[0])}
+
+
+@stage(40)
+def profile(s: Setting) -> Any:
+    """Kernels of two micro-batches, launch by launch, by name: OUT/kernels.txt; here the twelve longest."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    trainer = ours(s, s.N, graph=False)
+    trainer.run()
+    s.sync()
+    with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if s.on_gpu else [])]) as seen:
+        trainer.run()
+        trainer.run()
+        s.sync()
+    rows = [(e.key, e.count, e.self_device_time_total / 1e3) for e in seen.key_averages()]
+    rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+    (s.out / "kernels.txt").write_text("".join(f"{ms:9.3f} ms {count:6d} {name[:110]}\n" for name, count, ms in rows))
+    return {
+        "ms a micro-batch": round(sum(ms for *_, ms in rows) / 2, 2),
+        "launches": sum(count for _, count, _ in rows) / 2,
+        "longest": [(name[:60], count, round(ms, 2)) for name, count, ms in rows[:12]],
+    }
+
+
+class Commands:
+    """The program's own commands on a small run of OUT/work; what they say goes to OUT/logs."""
+
+    def __init__(self, s: Setting) -> None:
+        self.work, self.logs = s.out / "work", s.out / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        self.environment.pop("TRITON_INTERPRET", None)
+        self.shards = s.shards or self.work / "shards"
+        self.teacher = self.work / "teacher"
+        self.s = s
+
+    def start(self, name: str, *words: object) -> subprocess.Popen[bytes]:
+        log = (self.logs / f"{name}.log").open("wb")
+        command = [sys.executable, "-m", *map(str, words)]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
+
+    def run(self, name: str, *words: object) -> str:
+        """What a command's log ends with. Raises RuntimeError with it, if that is a failure."""
+        status = self.start(name, *words).wait()
+        last = self.text(name).strip().splitlines()[-1:]
+        if status:
+            raise RuntimeError(f"{name}: status {status}, {' '.join(last)[:300]}")
+        return " ".join(last)[:200]
+
+    def text(self, name: str) -> str:
+        return (self.logs / f"{name}.log").read_text(errors="replace")
+
+    def prepare(self) -> None:
+        """Text, if none is given, and a teacher of random weights whose distribution is not flat."""
+        import torch
+
+        from benchmarks import docstrings
+        from benchmarks.step import architecture
+        from fastdistil.data.shards import read_meta
+        from fastdistil.export import write_hugging_face_folder
+        from fastdistil.model.encoder import MaskedLM
+
+        self.work.mkdir(parents=True, exist_ok=True)
+        if self.s.shards is None and not (self.shards / "meta.json").is_file():
+            docstrings.write(self.work / "docs.jsonl")
+            lines = (self.work / "docs.jsonl").read_text().splitlines(keepends=True)
+            (self.work / "text.jsonl").write_text("".join(lines[: 10**6 if self.s.on_gpu else 400]))
+            length, vocabulary = (512, "train:30522") if self.s.on_gpu else (64, "train:500")
+            words = ("--tokenizer", vocabulary, "--max-length", length, "--out", self.shards)
+            self.run("prepare", "fastdistil.prepare", self.work / "text.jsonl", *words)
+        if not self.teacher.is_dir():
+            meta, sizes = read_meta(self.shards), architecture("bert", 12 if self.s.on_gpu else 2, self.s.D)
+            pad = meta.special_ids["pad"]
+            sizes = replace(sizes, vocab_size=meta.vocab_size, pad_id=pad, num_heads=self.s.H)
+            model = MaskedLM(sizes, generator=torch.Generator().manual_seed(1))
+            with torch.no_grad():
+                model.head.weight.mul_(4.0)
+            self.teacher.mkdir()
+            write_hugging_face_folder(model.state_dict(), sizes, self.shards / "tokenizer", self.teacher)
+
+    def pretrain(self, out: str, updates: int) -> list[object]:
+        budget = 16384 if self.s.on_gpu else 256
+        words = f"--batch.token-budget {budget} --batch.size {4 * budget} --batch.unit tokens --optim.unit updates "
+        words += f"--optim.duration {updates} --log.every 2 --log.checkpoint-every 12 --log.validate-every 1000 "
+        words += "--data.validation-sequences 64 --teacher.check warn --teacher.max-drift 1"
+        places = ("--data.shards", self.shards, "--teacher.path", self.teacher, "--out", self.work / out)
+        return ["fastdistil.pretrain", "distilbert", *places, *words.split()]
+
+
+def told(text: str) -> list[str]:
+    """Lines of a log that say what only a device can."""
+    words = ("CUDA graph", "launch by launch", "predicted", "measured", "overlap", "attention:", "profile:", "drift")
+    return [line[:160] for line in text.splitlines() if any(word in line for word in words)][:24]
+
+
+@stage(110)
+def program(s: Setting) -> Any:
+    """Twelve updates or some more, SIGTERM, resumed with a profile, exported."""
+    commands = Commands(s)
+    commands.prepare()
+    words = commands.pretrain("run", 80)
+    first = commands.start("run", *words)
+    while first.poll() is None and "update 12/" not in commands.text("run"):
+        time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    status = first.wait()
+    if status != 75:
+        raise RuntimeError(f"status {status}, wanted 75: {commands.text('run')[-300:]}")
+    commands.run("resumed", *words, "--resume", "auto", "--profile", "70:72")
+    commands.run(
+        "export", "fastdistil.export", commands.work / "run", "--out", commands.work / "student", "--overwrite"
+    )
+    lines = [line[-150:] for line in commands.text("resumed").splitlines() if "update 80/" in line]
+    return {"first": told(commands.text("run")), "last update": lines[:1], "log": told(commands.text("resumed"))}
+
+
+@stage(90)
+def zero(s: Setting) -> Any:
+    """Three updates of ZeRO 1 and 3 under torchrun, one rank: NCCL, which the default of several GPUs needs."""
+    commands = Commands(s)
+    commands.prepare()
+    found = {}
+    for number in (1, 3):
+        torchrun = ("torch.distributed.run", "--nproc-per-node", "1", "-m")
+        words = [*commands.pretrain(f"zero{number}", 3), "--engine.zero-stage", number]
+        try:
+            commands.run(f"zero{number}", *torchrun, *words)
+            lines = [line[-150:] for line in commands.text(f"zero{number}").splitlines() if "update 3/" in line]
+            found[number] = lines[:1]
+        except RuntimeError as error:
+            found[number] = str(error)[:300]
+    if any(isinstance(said, str) for said in found.values()):
+        raise RuntimeError(json.dumps(found))
+    return found
+
+
+TESTS = (
+    *("distill", "linear_distill", "cosine", "dropout", "attention", "layernorm", "gelu", "linear", "fp8_rows"),
+    "backend",
+)
+
+
+@stage(150)
+def tests(s: Setting) -> Any:
+    """The tests that a GPU runs as well, side by side where pytest-xdist is installed; OUT/logs/tests.log."""
+    import importlib.util
+
+    commands = Commands(s)
+    paths = [f"tests/kernels/test_{name}.py" for name in TESTS]
+    paths += [
+        f"tests/{name}.py" for name in ("model/test_functions", "training/test_objective", "training/test_teacher")
+    ]
+    beside = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=line", "-m", "triton and not soak"]
+    if not s.on_gpu:
+        paths, beside = paths[-3:-2], []
+        options += ["-k", "flat"]
+    process = commands.start("tests", "pytest", *paths, *beside, *options)
+    status = process.wait()
+    lines = commands.text("tests").splitlines()
+    failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))][:30]
+    found = {"status": status, "summary": lines[-1:], "failed": failed}
+    if status:
+        raise RuntimeError(json.dumps(found))
+    return found
+
+
+@stage(240, by_default=False)
+def peers(s: Setting) -> Any:
+    """The whole step beside Hugging Face's (benchmarks/step.py), at the budget of the default; keeps its results."""
+    commands = Commands(s)
+    size = (
+        ["--tokens", "65536", "--batches", "1"] if s.on_gpu else ["--size", "toy", "--tokens", "256", "--length", "64"]
+    )
+    words = ["--rounds", "2", *size, "--results", s.out, *([] if s.on_gpu else ["--only", "fastdistil, launch"])]
+    commands.run("peers", "benchmarks.step", *words)
+    return commands.text("peers").splitlines()[1:9]
+
+
+@contextlib.contextmanager
+def without_launches() -> Iterator[None]:
+    """Triton's interpreter does nothing inside."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launch = InterpretedFunction.__getitem__
+    InterpretedFunction.__getitem__ = lambda self, grid: lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        InterpretedFunction.__getitem__ = launch  # type: ignore[method-assign]
+
+
+def work_through(names: Sequence[str], args: argparse.Namespace) -> None:
+    """The process of the stages: a record on stdout when a stage begins, and one when it ends."""
+    handed, sys.stdout = sys.stdout, sys.stderr
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    setting = Setting(args)
+
+    def hand_over(record: dict[str, Any]) -> None:
+        print(RECORD + json.dumps(record, default=str), file=handed, flush=True)
+
+    for name in names:
+        hand_over({"stage": name})
+        begin, record = time.monotonic(), {"stage": name, "ok": True}
+        try:
+            # In the interpreter they would take minutes, so where nobody looks at the results launches do nothing.
+            with without_launches() if args.rehearse and name != "correct" else contextlib.nullcontext():
+                record["found"] = STAGES[name].work(setting)
+            setting.sync()
+        except Exception as error:  # a stage may not end the others
+            trace = traceback.format_exc()[-3000:]
+            record |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:600]}", "trace": trace}
+        hand_over(record | {"seconds": round(time.monotonic() - begin, 1)})
+        if "CUDA error" in record.get("error", ""):
+            return  # the context is broken
+
+
+class Report:
+    """Lines and files of what the stages found."""
+
+    def __init__(self, out: Path, *, rehearsed: bool) -> None:
+        from benchmarks._harness import results_file, stamp
+
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.begin = out, time.monotonic()
+        self.path = results_file("first_light", out)
+        self.whole: dict[str, Any] = stamp() | {"rehearsed": rehearsed, "stages": {}}
+        if self.path.is_file():  # stages of before, by --only
+            self.whole["stages"] = json.loads(self.path.read_text())["stages"]
+        self.failed: list[str] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        name, ok = record["stage"], record["ok"]
+        if not ok:
+            self.failed.append(name)
+        with (self.out / "stages.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.whole["stages"][name] = record
+        self.path.write_text(json.dumps(self.whole, indent=1) + "\n")
+        said = json.dumps(record.get("found", record.get("error")))
+        passed = time.monotonic() - self.begin
+        print(f"[{passed:4.0f} s] {name} {'ok' if ok else 'FAILED'} {record.get('seconds')} s {said[:900]}", flush=True)
+
+
+def supervise(names: Sequence[str], command: Sequence[str], report: Report, *, patience: float) -> None:
+    """Has the stages worked through by processes of a command, as many as it takes, and reports each."""
+    left = list(names)
+    while left:
+        errors = (report.out / "errors.log").open("ab")
+        words = [*command, "--work", ",".join(left)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT, start_new_session=True)
+        assert process.stdout is not None
+        begun, readable, limit_s = None, [], START_S * patience
+        while left:
+            readable, _, _ = select.select([process.stdout], [], [], limit_s)
+            line = process.stdout.readline().decode() if readable else ""
+            if not line:  # it is late, or dead
+                break
+            record = json.loads(line.removeprefix(RECORD)) if line.startswith(RECORD) else {}
+            if "ok" in record:
+                report.add(record)
+                left.remove(record["stage"])
+                begun, limit_s = None, START_S * patience
+            elif record:
+                begun = record["stage"]
+                limit_s = STAGES[begun].limit_s * patience
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        status = process.wait()
+        if left and (begun or not readable or status):
+            name, why = begun or left[0], f"no word in {limit_s:.0f} s" if not readable else f"status {status}"
+            report.add({"stage": name, "ok": False, "error": f"the process of the stages ended: {why}, see errors.log"})
+            left.remove(name)
+
+
+def main(module: str = "benchmarks.first_light") -> int:
+    """Exit status 1 where a stage failed. `module` is what a process of the stages is started by."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("--only", help="stages, separated by commas, of: " + " ".join(STAGES))
+    parser.add_argument("--shards", type=Path, help="prepared text; else the documentation of installed packages")
+    parser.add_argument("--rehearse", action="store_true", help="at toy size on a CPU")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    asked = (args.work or args.only or ",".join(n for n, s in STAGES.items() if s.by_default or args.rehearse)).split(
+        ","
+    )
+    unknown = [name for name in asked if name not in STAGES]
+    if unknown:
+        parser.error(f"--only wants stages of {' '.join(STAGES)}, got {' '.join(unknown)}")
+    if args.work:
+        work_through(asked, args)
+        return 0
+    if args.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", module, str(args.out)]
+    command += ["--shards", str(args.shards.resolve())] if args.shards else []
+    command += ["--rehearse"] if args.rehearse else []
+    report = Report(args.out, rehearsed=args.rehearse)
+    supervise(asked, command, report, patience=3.0 if args.rehearse else 1.0)
+    print(f"{len(asked) - len(report.failed)} of {len(asked)} stages ok; {report.path}")
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
