@@ -6,8 +6,8 @@ Stages run in a process of their own, which is ended at a stage's limit or by a 
 with the next stage. So nothing hides behind a failure. Each stage is one short line on stdout, one JSON line of
 OUT/stages.jsonl, and then part of OUT/first_light.DEVICE.json, which holds device, versions and commit as well.
 
---rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared, and
-launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's time.
+--rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared,
+and launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's time.
 What is measured then is rubbish, and is kept nowhere but in OUT.
 """
 
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 import statistics
 import subprocess
@@ -129,7 +130,10 @@ def env(s: Setting) -> Any:
     import triton
 
     def said(command: str) -> str:
-        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()[:300]
+        words = command.split()
+        if shutil.which(words[0]) is None:
+            return "none"
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()[:300]
 
     found = {
         "torch": torch.__version__,
@@ -138,10 +142,10 @@ def env(s: Setting) -> Any:
         "gpu": said(
             "nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.limit --format=csv,noheader"
         ),
-        "cpu": said("lscpu | grep 'Model name'"),
+        "cpu": next((line for line in said("lscpu --parse=MODELNAME").splitlines() if line[:1] != "#"), ""),
         "cores": os.cpu_count(),
-        "compiler": said("cc --version | head -1"),
-        "shared memory": said("df -h /dev/shm | tail -1"),
+        "compiler": said("cc -dumpfullversion"),
+        "shared memory": said("df --output=avail -h /dev/shm").split()[-1:],
     }
     if s.on_gpu:
         gpu = torch.cuda.get_device_properties(0)
@@ -185,6 +189,14 @@ def ceilings(s: Setting) -> Any:
     return found
 
 
+def heads(teacher: Any, labels: Any, options: dict[str, Any], *student: Any) -> Any:
+    """Both heads and their loss."""
+    from fastdistil.kernels.linear_distill import linear_distill_loss
+
+    (h, w, b), (th, tw, tb) = student, teacher
+    return linear_distill_loss(h, w, b, th, tw, tb, labels, **options).loss
+
+
 def reference_of_heads(teacher: list[Any], labels: Any, options: dict[str, Any], *student: Any) -> Any:
     """The definition of both heads and their loss."""
     from fastdistil.kernels.linear_distill import linear_distill_loss_reference
@@ -197,7 +209,7 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
     """(name, operator, its definition, leaves, gradient of the result) of every operator, at the model's shapes."""
     import torch
 
-    from fastdistil.kernels import attention, cosine, distill, dropout, gelu, layernorm, linear_distill
+    from fastdistil.kernels import attention, cosine, distill, dropout, gelu, layernorm
 
     D, normal = s.D, s.normal
     x, r, w, b, dy = normal(n, D), normal(n, D), normal(D), normal(D), normal(n, D)
@@ -252,7 +264,7 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
     for chunk in (n, max(16, n // 3 // 16 * 16)):
         yield (
             f"linear_distill chunk {chunk}",
-            lambda *x, c=chunk: linear_distill.linear_distill_loss(*x, *teacher, labels, chunk_tokens=c, **o).loss,
+            partial(heads, teacher, labels, o | {"chunk_tokens": chunk}),
             partial(reference_of_heads, exact_teacher, labels, o),
             [normal(n, D), normal(s.V, D, scale=0.1), normal(s.V)],
             None,
@@ -261,7 +273,7 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
 
 @stage(90)
 def correct(s: Setting) -> Any:
-    """Every operator against its fp32 definition: relative errors of value and gradients, and whether two runs agree."""
+    """Relative errors of every operator's value and gradients from its fp32 definition, and whether two runs agree."""
     import torch
 
     def go(function: Any, leaves: list[Any], dout: Any) -> list[Any]:

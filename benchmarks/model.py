@@ -57,8 +57,8 @@ MEMORY = {
     "layernorm._backward_kernel": Rate(2.5, 2.0, 1.5),
     "gelu._forward_kernel": Rate(2.7, 2.2, 1.8),
     "gelu._backward_kernel": Rate(2.6, 1.9, 1.5),
-    # 332 instructions for 8 columns keep an H100 busy for 0.7 of the 1.1 ms that its bytes take at 2.7 TB/s; of 435 that
-    # the kernel once had, 2.0 TB/s were expected.
+    # 332 instructions for 8 columns keep an H100 busy for 0.7 of the 1.1 ms that its bytes take at 2.7 TB/s. When the
+    # kernel had 435, 2.0 TB/s were expected.
     "row kernel": Rate(2.7, 2.25, 1.8),
     "sum": Rate(2.3, 1.6, 1.1),  # PyTorch's of columns
     "column sums": Rate(2.3, 1.6, 1.1),

@@ -14,8 +14,9 @@ take turns, round by round, since what else the machine has to do comes and goes
 do, each runs alone, and its memory is given back before the next one starts: together they would want all of an H100's.
 A provider that fails, ours too, is a line of the table. Results are kept whenever a line is printed. On a CPU the
 trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
-which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in
-an update: of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
+which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
+counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in an update:
+of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
 """
 
 import argparse

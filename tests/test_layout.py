@@ -41,7 +41,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (6830, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
+    "core": (7530, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (1590, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (2050, ("kernels", "../csrc")),
 }

@@ -128,7 +128,8 @@ class Profile:
     @contextmanager
     def update(self, update: int) -> Iterator[None]:
         """Around the work of every update. In the one before the window, which is not timed, the profiler warms up and
-        allocations are noted; where a run has none, from its first update on or resumed inside the window, they are not.
+        allocations are noted. Where a run has none, from its first update on or resumed inside the window, they are
+        not.
         """
         global _recorder
         is_next = update + 1 == self.window.start

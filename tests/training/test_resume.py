@@ -12,7 +12,7 @@ from tests.workers import engine_worker
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16")
-ROUNDED = 2**-8  # a bf16 mantissa's
+ROUNDED = 2**-7  # twice what one rounding to bf16 makes
 
 # Where a run stops and a fresh engine goes on from its checkpoint.
 WAYS = {"straight": [12], "6 + 6": [6, 12]}
