@@ -90,34 +90,40 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
     )
 
 
-def _attention_variant(dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool) -> Variant:
+def _attention_variant(
+    dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True
+) -> Variant:
     by_width = attention_tiles.TILES[arch][head_dim]
     tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
     tile = {"forward": tiles.forward_dropout if dropout else tiles.forward, "dq": tiles.dq, "dkdv": tiles.dkdv}[kernel]
     pointers, scalars = {
         "forward": ("out_ptr lse_ptr", "keep_scale"),
-        "dq": ("out_ptr dout_ptr lse_ptr dqkv_ptr delta_ptr", "keep_p dq_scale"),
-        "dkdv": ("dout_ptr lse_ptr delta_ptr dqkv_ptr", "dk_scale dv_scale"),
+        "dq": ("out_ptr dout_ptr lse_ptr dqkv_ptr delta_ptr partial_ptr", "keep_p dq_scale"),
+        "dkdv": ("dout_ptr lse_ptr delta_ptr dqkv_ptr partial_ptr", "dk_scale dv_scale"),
     }[kernel]
-    constexprs = {
+    constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }  # fmt: skip
-    statistics = ("lse_ptr", "delta_ptr")
+    if kernel != "forward":
+        block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
+        constexprs["ROWS"] = block // min(tiles.dq.BLOCK_M, tiles.dkdv.BLOCK_N)
+    statistics = ("lse_ptr", "delta_ptr", "partial_ptr")
     signature = {
-        "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32" if dropout else "constexpr",
+        "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32",
         **{name: "*fp32" if name in statistics else f"*{dtype}" for name in pointers.split()},
         "N": "i32", "scale2": "fp32", "threshold": "i32",
         **dict.fromkeys(scalars.split(), "fp32"),
-        **dict.fromkeys(constexprs, "constexpr"),
     }  # fmt: skip
+    absent = {"key_ptr": not dropout, "partial_ptr": "partial_ptr" in signature and not sums}
+    constexprs |= dict.fromkeys((name for name, is_so in absent.items() if is_so), None)
     return Variant(
-        name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout,
+        name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout + " without sums" * (not sums),
         kernel={"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}[
             kernel
         ],
-        signature=signature,
-        constexprs=constexprs | ({} if dropout else {"key_ptr": None}),
+        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
         num_warps=tile.num_warps,
         num_stages=attention_tiles.NUM_STAGES,
         archs=(arch,),
@@ -339,6 +345,7 @@ def rarer_variants() -> Iterator[Variant]:
         yield _attention_variant("fp32", 64, kernel, arch, True)
         for head_dim in (32, 64) if kernel != "forward" else ():
             yield _attention_variant("bf16", head_dim, kernel, arch, False)
+            yield _attention_variant("bf16", head_dim, kernel, arch, True, sums=False)
 
 
 def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[Variant]:

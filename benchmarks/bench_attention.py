@@ -110,6 +110,8 @@ def test_attention(benchmark, num_tokens, kind, head_dim, dropout_p, dtype, trai
             ("SDPA padded cuDNN", SDPBackend.CUDNN_ATTENTION),
         ):
             providers[name] = step(*padded(qkv, lengths, dropout_p, backend), train)
+        providers["torch flash varlen"] = ours("torch-flash")
+        providers["cuDNN by run"] = ours("cudnn")
         providers["flash-attn varlen"] = ours("flash-attn")  # reported as failed where not installed
         if dropout_p == 0:
             # Built when first called, so that a PyTorch without it is reported and left out.

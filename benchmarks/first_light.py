@@ -7,8 +7,8 @@ with the next stage. So nothing hides behind a failure. Each stage is one short 
 OUT/stages.jsonl, and then part of OUT/first_light.DEVICE.json, which holds device, versions and commit as well.
 
 --rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared,
-and launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's time.
-What is measured then is rubbish, and is kept nowhere but in OUT.
+and launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's
+time. What is measured then is rubbish, and is kept nowhere but in OUT.
 """
 
 import argparse

@@ -125,7 +125,7 @@ def pretend(arch: int = 90) -> Driver:
         module = importlib.import_module(f"fastdistil.kernels.{path.stem}")
         if hasattr(module, "TRITON_DEVICES"):
             module.TRITON_DEVICES = ("cuda", "meta")  # type: ignore[attr-defined]
-    attention_tiles._architecture = lambda device: arch
+    attention_tiles.architecture = lambda device: arch
     gelu._capability = lambda device: arch // 10
     for name, operator in OPDEFS.items():
         if name.startswith("fastdistil::"):

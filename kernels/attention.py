@@ -14,21 +14,28 @@ For one sequence of L rows, with c = log2(e) / sqrt(D) and Z[r, j] = keep[r, j] 
     dv = (Z P).T dout      dP = Z (dout v.T)      ds = P (dP - delta)      delta[r] = sum_d dout[r, d] out[r, d]
     dq = ds k / sqrt(D)    dk = ds.T q / sqrt(D)
 
+The linear layer that made qkv has a bias, whose gradient is the sum of dqkv over all rows. Each backward kernel leaves
+its block's sums of dq and of dv, in fp32 and before they are rounded; then one launch adds the blocks. The keys' part
+is 0: a bias of the keys adds one number to all scores of a row, which softmax does not see (sum_j ds[r, j] = 0). On the
+CPU, and by other backends, all three are sums of dqkv, in which the keys' part is what rounding left of that 0.
+
 delta is the softmax's own term, sum_j P dP: out holds the same sum with v applied. The kernels leave 1 / (1 - p) out of
 ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics and sums are fp32. P and ds are rounded
 to the input's dtype before they meet a tensor core, as in the paper.
 
-Saved: qkv, out, lse. The masks are those of dropout.py, where a token's index is its row in the micro-batch, so that
-they depend neither on tiles nor on the device. They are drawn again from one key for each head and row and one for each
-head and column, which a small kernel draws beforehand: 8 H N bytes.
+Saved: qkv, out, lse; by the raw functions also the keys of the masks. The masks are those of dropout.py, where a
+token's index is its row in the micro-batch, so that they depend neither on tiles nor on the device. They are drawn
+again from one key for each head and row and one for each head and column, which a small kernel draws beforehand: 8 H N
+bytes.
 
 The backward is two kernels, dq by rows and dk with dv by columns. Each computes s and dP, so there are 7 products of
 2 L^2 D FLOP where 5 would do if tiles added to one dq. That is the price of a sum in one order, without atomics: a step
 is the same to the last bit each time. FLOP a head and sequence: 4 L^2 D forward, 14 L^2 D backward
 (benchmarks count 10).
 
-Bytes: the forward reads qkv and writes out; the backward reads qkv and dout twice and out once, and writes dqkv. A
-sequence's rows are read again by each of its tiles, from L2: that is why a tile has 128 rows where registers allow.
+Bytes: the forward reads qkv and writes out; the backward reads qkv and dout twice and out once, and writes dqkv, and
+12 H D of partial sums for every 64 rows or so, which are read again. A sequence's rows are read again by each of its
+tiles, from L2: that is why a tile has 128 rows where registers allow.
 
 One program has one tile and one head, and heads run fastest: programs that run together read the same rows of qkv, and
 long sequences start first for all heads.
@@ -44,7 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype
+from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype
 from .attention_backends import (
     LOG2_E,
     OTHERS,
@@ -57,6 +64,7 @@ from .attention_backends import (
 from .attention_tiles import MAX_HEAD_DIM, NUM_STAGES, Tile, block_d, tiles_for
 from .dropout import check_dropout, keep, keep_reference, row_and_column_keys, threshold
 from .layout import TILE_ROWS, SequenceLayout
+from .linear import add_column_sum
 
 INTERPRETED = tl.constexpr(INTERPRET)
 
@@ -132,6 +140,17 @@ def _tile(tile_ptr, H: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _store_partial(partial_ptr, sums, part, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """This program's row of partial sums for queries, keys or values (part 0, 1, 2), and zeros in ROWS - 1 below."""
+    row = (tl.program_id(0) // H).to(tl.int64) * ROWS
+    column = tl.arange(0, sums.shape[0])
+    at = partial_ptr + (row * 3 + part) * (H * D) + tl.program_id(0) % H * D + column
+    tl.store(at, sums, mask=column < D)
+    for below in tl.static_range(1, ROWS):  # pyright: ignore[reportGeneralTypeIssues]
+        tl.store(at + below * (3 * H * D), tl.zeros_like(sums), mask=column < D)
+
+
+@triton.jit
 def _forward_step(
     acc, total, top, q, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
     D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
@@ -155,7 +174,7 @@ def _forward_step(
     return acc, total, new_top
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _forward_kernel(
     qkv_ptr, tile_ptr, key_ptr,  # (N, 3, H, D) contiguous, (T, 3) int32, (2, H, N) int32 or None
     out_ptr, lse_ptr,            # (N, H, D), (H, N) fp32
@@ -224,20 +243,24 @@ def _dq_step(
     return _dot(ds.to(k.dtype), k, dq)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _dq_kernel(
     qkv_ptr, tile_ptr, key_ptr, out_ptr, dout_ptr, lse_ptr,
     dqkv_ptr, delta_ptr,  # the queries' part; (H, N) fp32, times 1 - p: read by _dkdv_kernel
+    partial_ptr,  # (programs a head * ROWS, 3, H, D) fp32 or None: the queries' part
     N, scale2, threshold, keep_p, dq_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
+    STRIDE: tl.constexpr = 3 * H * D
+    SUMS: tl.constexpr = partial_ptr is not None  # pyright: ignore[reportAssignmentType]
     if first >= end:
+        if SUMS:
+            _store_partial(partial_ptr, tl.zeros((BLOCK_D,), tl.float32), 0, H, D, ROWS)
         return
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
-    STRIDE: tl.constexpr = 3 * H * D
     q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
     k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
     v_ptr = k_ptr + H * D
@@ -274,7 +297,10 @@ def _dq_kernel(
             scale2, threshold, D, DROPOUT, True,
         )  # fmt: skip
     dq_ptr = dqkv_ptr + first.to(tl.int64) * STRIDE + head * D
-    _store_rows(dq_ptr, at_q, dq * dq_scale, left, D)
+    dq *= dq_scale
+    if SUMS:  # before dq is stored: the other order spills. Rows past the end are 0: their dout is.
+        _store_partial(partial_ptr, tl.sum(dq, 0), 0, H, D, ROWS)
+    _store_rows(dq_ptr, at_q, dq, left, D)
 
 
 @triton.jit
@@ -302,20 +328,25 @@ def _dkdv_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def _dkdv_kernel(
     qkv_ptr, tile_ptr, key_ptr, dout_ptr, lse_ptr, delta_ptr,
-    dqkv_ptr,  # the keys' and the values' part
+    dqkv_ptr, partial_ptr,  # as in _dq_kernel, the keys' and the values' part
     N, scale2, threshold, dk_scale, dv_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_N)
+    STRIDE: tl.constexpr = 3 * H * D
+    SUMS: tl.constexpr = partial_ptr is not None  # pyright: ignore[reportAssignmentType]
     if first >= end:
+        if SUMS:
+            none = tl.zeros((BLOCK_D,), tl.float32)
+            _store_partial(partial_ptr, none, 1, H, D, ROWS)
+            _store_partial(partial_ptr, none, 2, H, D, ROWS)
         return
     row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
-    STRIDE: tl.constexpr = 3 * H * D
     offset = first.to(tl.int64) * STRIDE + (H + head) * D
     at = row[:, None] * STRIDE + column[None, :]
     left = end - first
@@ -350,14 +381,22 @@ def _dkdv_kernel(
             dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
             row_key_ptr, length - full, scale2, threshold, D, DROPOUT, True,
         )  # fmt: skip
-    _store_rows(dqkv_ptr + offset, at, dk * dk_scale, left, D)
-    _store_rows(dqkv_ptr + offset + H * D, at, dv * dv_scale, left, D)
+    dk *= dk_scale
+    dv *= dv_scale
+    _store_rows(dqkv_ptr + offset, at, dk, left, D)
+    _store_rows(dqkv_ptr + offset + H * D, at, dv, left, D)
+    if SUMS:
+        _store_partial(partial_ptr, tl.zeros((BLOCK_D,), tl.float32), 1, H, D, ROWS)
+        # Rows past the end hold what 2^(0 - lse) makes of them. Compared anew: as _rows does, one mask
+        # for both would live in registers from the top of the kernel to its end, and spill.
+        dv = tl.where((first + row < end)[:, None], dv, 0.0)
+        _store_partial(partial_ptr, tl.sum(dv, 0), 2, H, D, ROWS)
 
 
-def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor, *arguments: Any):
+def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor, *arguments: Any, **constants: int):
     H, D = qkv.shape[2:]
     kernel[(tiles.shape[0] * (TILE_ROWS // block_rows) * H,)](
-        qkv, tiles, *arguments, H=H, D=D, BLOCK_D=block_d(D), TILE=TILE_ROWS,
+        qkv, tiles, *arguments, H=H, D=D, BLOCK_D=block_d(D), TILE=TILE_ROWS, **constants,
         num_stages=NUM_STAGES, **tile._asdict(), **LAUNCH_OPTIONS,
     )  # fmt: skip
 
@@ -379,27 +418,28 @@ def _launch_forward(
 
 
 def _launch_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor | None, tiles: Tensor, dropout_p: float
-) -> Tensor:
-    """dqkv."""
-    N, _, _, D = qkv.shape
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor | None, tiles: Tensor, dropout_p: float,
+    *, sums: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dqkv; with `sums` (P, 1, 3 H D) fp32 partial sums of its columns."""
+    N, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
     _, _, dq, dkdv = tiles_for(qkv)
+    least = min(dq.BLOCK_M, dkdv.BLOCK_N)
+    num_partial = tiles.shape[0] * (TILE_ROWS // least)
+    partial = lse.new_empty((num_partial, 1, 3 * H * D)) if sums else None
     _launch(
         _dq_kernel, dq, dq.BLOCK_M, tiles, qkv,
-        keys, out, dout, lse, dqkv, delta, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
+        keys, out, dout, lse, dqkv, delta, partial, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
+        ROWS=dq.BLOCK_M // least,
     )  # fmt: skip
     _launch(
         _dkdv_kernel, dkdv, dkdv.BLOCK_N, tiles, qkv,
-        keys, dout, lse, delta, dqkv, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
+        keys, dout, lse, delta, dqkv, partial, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
+        ROWS=dkdv.BLOCK_N // least,
     )  # fmt: skip
-    return dqkv
-
-
-def _add_column_sum(total: Tensor, x: Tensor, accumulate: bool) -> None:
-    rows = x.sum(0, dtype=torch.float32 if x.is_cuda else x.dtype)
-    total.add_(rows) if accumulate else total.copy_(rows)
+    return dqkv, partial
 
 
 def forward(
@@ -452,21 +492,25 @@ def backward(
 
     Args:
         dout_NHD: contiguous.
-        dbias: (3 H D,) fp32 or the dtype of qkv. Gets the column sums of dqkv, which are the gradient of the bias of
-            the linear layer that made qkv.
-        accumulate: whether they are added to what dbias holds.
+        dbias: (3 H D,) fp32 or the dtype of qkv. Gets the gradient of the bias of the linear layer that made qkv.
+        accumulate: whether it is added to what dbias holds.
     """
     if seed is None or dropout_p == 0:
         seed, dropout_p = None, 0.0
+    if backend == "fused" and qkv_N3HD.device.type in TRITON_DEVICES:
+        lse, keys = saved
+        dqkv, partial = _launch_backward(
+            dout_NHD, qkv_N3HD, out_NHD, lse, keys, layout.tiles, dropout_p, sums=dbias is not None
+        )
+        if partial is not None:
+            add_column_sums(partial, [dbias], accumulate)
+        return dqkv
     if backend != "fused":
         (dqkv,) = torch.autograd.grad(saved[1], saved[0], dout_NHD)
-    elif qkv_N3HD.device.type in TRITON_DEVICES:
-        lse, keys = saved
-        dqkv = _launch_backward(dout_NHD, qkv_N3HD, out_NHD, lse, keys, layout.tiles, dropout_p)
     else:
         dqkv = attention_backward_torch(dout_NHD, qkv_N3HD, out_NHD, saved[0], layout.tiles, seed, stream, dropout_p)
     if dbias is not None:
-        _add_column_sum(dbias, dqkv.flatten(1), accumulate)
+        add_column_sum(dbias, dqkv.flatten(1), accumulate)
     return dqkv
 
 
@@ -493,7 +537,7 @@ def attention_backward(
     """dqkv (N, 3, H, D). All contiguous."""
     N, _, H, _ = qkv.shape
     keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
-    return _launch_backward(dout, qkv, out, lse, keys, tiles, dropout_p)
+    return _launch_backward(dout, qkv, out, lse, keys, tiles, dropout_p)[0]
 
 
 @attention_backward.register_fake
@@ -565,6 +609,10 @@ def attention(
         seed, dropout_p = None, 0.0
     dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
     chosen = resolve_backend(backend, device, dropout_p=dropout_p, dtype=dtype)
+    if chosen in ("torch-flash", "cudnn") and qkv_N3HD.shape[3] % 8:
+        raise ValueError(
+            f"attention backend {chosen} wants heads of a multiple of 8, got {qkv_N3HD.shape[3]}: use backend fused"
+        )
     if chosen != "fused":
         return OTHERS[chosen](qkv_N3HD, layout, dropout_p)
     check_dtype("attention", qkv_N3HD, ": convert it, or use backend sdpa")

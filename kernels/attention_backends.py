@@ -1,8 +1,10 @@
 """What serves attention besides the Triton kernels of attention.py, and how one of them is chosen.
 
-    fused       kernels/attention.py: Triton on CUDA; on the CPU the PyTorch kernels below
-    sdpa        PyTorch's scaled_dot_product_attention, one call for each run of equal lengths
-    flash-attn  flash_attn_varlen_qkvpacked_func of that package (CUDA, bf16 and fp16)
+    fused        kernels/attention.py: Triton on CUDA; on the CPU the PyTorch kernels below
+    sdpa         PyTorch's scaled_dot_product_attention, one call for each run of equal lengths
+    torch-flash  the flash attention 2 inside PyTorch, packed (CUDA, bf16 and fp16); no package
+    cudnn        cuDNN's attention inside PyTorch, one call for each run (CUDA, bf16 and fp16); no package
+    flash-attn   flash_attn_varlen_qkvpacked_func of that package (CUDA, bf16 and fp16)
 
 sdpa does not gather sequences of one length from all over the micro-batch. On two CPU cores (4,096 tokens, 12 heads of
 32 and of 64, forward and backward, with and without dropout, fp32 and bf16) one call for each run is 1.0 to 1.6 times
@@ -10,24 +12,56 @@ as fast as gathered groups on lengths like Wikipedia's (20 sequences), and 0.9 t
 of lengths rounded up to 16, 32 or 64, with a key mask, gain at most 12 % (16, short sequences) and lose up to a factor
 of 2.9 (64, also short ones).
 
-The dropout masks of fused are those of kernels/dropout.py; sdpa and flash-attn draw from torch's generator.
+On CUDA none of these but fused has been measured. What their sources say:
+
+* torch-flash and flash-attn add tiles to one dq, by default in no fixed order. Both are asked for the deterministic
+  kernel, so that a step is the same to the last bit each time. What that costs is unknown until it is measured.
+* cudnn has no such kernel in PyTorch, nor has sdpa where it chooses cuDNN, or flash attention without
+  torch.use_deterministic_algorithms: two runs differ in their last bits.
+* cudnn plans anew for every (sequences, length) that a run has, so it is for texts of few lengths. Its packed form has
+  no use yet: PyTorch 2.11 makes a new plan in every call, and passes the width of a head for the length in the
+  backward.
+* Flash attention drops by 8 random bits: of 256 weights it keeps 230 at a rate of 0.1, and scales by 1 / 0.9.
+
+The dropout masks of fused are those of kernels/dropout.py; the others draw from torch's generator (`seed_generator`).
 
 Shapes: N tokens of the micro-batch, H heads, D width of a head, B sequences of one length L.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Literal
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_tiles import architecture
 from .dropout import dropout_into
 from .layout import SequenceLayout
 
-AttentionBackend = Literal["auto", "fused", "sdpa", "flash-attn"]
-ResolvedBackend = Literal["fused", "sdpa", "flash-attn"]
+AttentionBackend = Literal["auto", "fused", "sdpa", "torch-flash", "cudnn", "flash-attn"]
+ResolvedBackend = Literal["fused", "sdpa", "torch-flash", "cudnn", "flash-attn"]
+
+
+class Fastest(NamedTuple):
+    """What auto means on a GPU."""
+
+    forward: ResolvedBackend
+    """Without dropout: teachers, evaluation."""
+    training: ResolvedBackend
+    """With dropout, forward and backward."""
+
+
+# By compute capability; fp32 has fused alone. Nothing has been measured yet. To fill it in: the stage `kernels` of the
+# first run on a GPU prints the milliseconds of every backend in both uses. Enter the fastest whose backward is in one
+# order.
+FASTEST: dict[int, Fastest] = {
+    80: Fastest("fused", "fused"),
+    90: Fastest("fused", "fused"),
+    100: Fastest("fused", "fused"),
+}
 CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2; timings of 2^16 to 2^22 differ by less than their noise
 LOG2_E = 1.4426950408889634
 
@@ -107,15 +141,78 @@ def attention_backward_torch(
 @torch.compiler.disable()
 def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
     """(N, H, D) by PyTorch's scaled_dot_product_attention."""
+    return _by_run(qkv_N3HD, layout, lambda *qkv: F.scaled_dot_product_attention(*qkv, dropout_p=dropout_p))
+
+
+@torch.compiler.disable()  # as sdpa
+def attention_cudnn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+    """(N, H, D) by cuDNN."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] == 1:  # which cuDNN does not take
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+        with_backward = q.requires_grad
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, with_backward, dropout_p)[0]
+
+    return _by_run(qkv_N3HD, layout, attend)
+
+
+def _by_run(qkv_N3HD: Tensor, layout: SequenceLayout, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     num_heads, head_dim = qkv_N3HD.shape[2:]
     sizes = [batch * length for batch, length in layout.runs]
     outputs = []
     # split, whose backward is one concatenation; that of a slice fills a whole (N, 3, H, D) with zeros.
     for (batch, length), rows in zip(layout.runs, qkv_N3HD.split(sizes), strict=True):
         q_BHLD, k_BHLD, v_BHLD = rows.view(batch, length, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, dropout_p=dropout_p)
+        out_BHLD = attend(q_BHLD, k_BHLD, v_BHLD)
         outputs.append(out_BHLD.transpose(1, 2).reshape(batch * length, num_heads, head_dim))
     return torch.cat(outputs)
+
+
+class _TorchFlash(torch.autograd.Function):
+    """PyTorch's packed flash attention, whose backward adds in one order.
+
+    It reads q, k and v where they lie in qkv. Its three gradients cost one more pass, which puts them together.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, bounds: Tensor, longest: int, dropout_p: float) -> Tensor:
+        ctx.arguments = longest, longest, dropout_p, False  # not causal
+        out, lse, *random_state, _ = torch.ops.aten._flash_attention_forward(
+            *qkv.unbind(1), bounds, bounds, *ctx.arguments, False
+        )
+        ctx.save_for_backward(qkv, bounds, out, lse, *random_state)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        qkv, bounds, out, lse, *random_state = ctx.saved_tensors
+        with _in_one_order():
+            gradients = torch.ops.aten._flash_attention_backward(
+                *grad_outputs, *qkv.unbind(1), out, lse, bounds, bounds, *ctx.arguments, *random_state
+            )
+        return torch.stack(gradients, dim=1), None, None, None
+
+
+@contextmanager
+def _in_one_order() -> Iterator[None]:
+    """PyTorch's deterministic kernels, and no launches that fill fresh memory, which it would add to them."""
+    memory: Any = torch.utils.deterministic  # a module whose attribute pyright does not see
+    mode, fill = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        memory.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(mode)
+
+
+@torch.compiler.disable()  # of the longest sequence it would be traced anew
+def attention_torch_flash(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+    """(N, H, D) by the flash attention inside PyTorch. Heads of a multiple of 8, up to 256."""
+    out: Any = _TorchFlash.apply(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p)
+    return out
 
 
 @torch.compiler.disable()  # the operators of another package
@@ -130,9 +227,37 @@ def attention_flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: fl
 
 OTHERS: dict[str, Callable[[Tensor, SequenceLayout, float], Tensor]] = {
     "sdpa": attention_sdpa,
+    "torch-flash": attention_torch_flash,
+    "cudnn": attention_cudnn,
     "flash-attn": attention_flash_attn,
 }
 """Backends besides fused: (qkv (N, 3, H, D), layout, dropout_p) -> (N, H, D), differentiable by PyTorch."""
+
+
+def seed_generator(device: torch.device | str, seed: int) -> None:
+    """Seeds torch's default generator of one device, from which backends other than fused draw, and nothing else does.
+
+    torch.manual_seed, which seeds all of them, takes 170 to 250 us. Call it outside of a CUDA graph, before a replay,
+    which begins with the generator's state.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def capturable(backend: ResolvedBackend) -> str | None:
+    """Why a CUDA graph of one micro-batch cannot serve others; None where it can.
+
+    For torch-flash and flash-attn their layouts need one max_length (`sequence_layout(longest=...)`).
+    """
+    if backend in ("sdpa", "cudnn"):
+        return (
+            f"attention backend {backend} makes one call for each run of equal lengths, and each micro-batch has others"
+        )
+    return None
 
 
 def resolve_backend(
@@ -140,10 +265,10 @@ def resolve_backend(
 ) -> ResolvedBackend:
     """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
 
-    auto is fused on CUDA; no other backend was timed beside it there yet. On the CPU it is sdpa without dropout and
-    fused with dropout: PyTorch's flash kernel for CPUs has none, so that sdpa then writes whole score matrices and
-    draws a number for each element. Time of sdpa over that of fused on two threads of a quiet AVX-512 machine, 12 heads
-    of 32 / of 64, fp32, at 1,024 tokens and in brackets at 4,096 (bf16: 0.8 to 1.3 times these ratios):
+    auto is what FASTEST holds on CUDA. On the CPU it is sdpa without dropout and fused with dropout: PyTorch's flash
+    kernel for CPUs has none, so that sdpa then writes whole score matrices and draws a number for each element. Time of
+    sdpa over that of fused on two threads of a quiet AVX-512 machine, 12 heads of 32 / of 64, fp32, at 1,024 tokens and
+    in brackets at 4,096 (bf16: 0.8 to 1.3 times these ratios):
 
         lengths             forward, dropout 0           forward and backward, dropout 0.1
         all 128             0.69 / 0.88 (0.74 / 0.87)    2.07 / 1.75 (1.89 / 1.59)
@@ -153,37 +278,28 @@ def resolve_backend(
     Raises:
         ValueError: if the backend is unknown, or cannot serve the device or, where it is given, the dtype.
     """
-    device_type = torch.device(device).type
+    device = torch.device(device)
     if backend == "auto":
-        return "sdpa" if device_type == "cpu" and dropout_p == 0 else "fused"
-    if backend not in ("fused", "sdpa", "flash-attn"):
-        raise ValueError(f"attention wants backend auto, fused, sdpa or flash-attn, got {backend!r}")
-    if backend == "flash-attn":
-        if device_type != "cuda" or dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"attention backend flash-attn wants bf16 or fp16 on CUDA, got "
-                f"{dtype or 'a tensor'} on {device_type}: use backend auto"
-            )
-        if importlib.util.find_spec("flash_attn") is None:
-            raise ValueError(
-                "attention backend flash-attn wants the package flash-attn, which is not installed: "
-                "use backend auto, or pip install flash-attn --no-build-isolation"
-            )
+        if device.type == "cpu":
+            return "sdpa" if dropout_p == 0 else "fused"
+        if device.type != "cuda" or dtype == torch.float32:
+            return "fused"
+        fastest = FASTEST[architecture(device)]
+        return fastest.forward if dropout_p == 0 else fastest.training
+    if backend not in ("fused", *OTHERS):
+        raise ValueError(
+            f"attention wants backend auto, fused, sdpa, torch-flash, cudnn or flash-attn, got {backend!r}"
+        )
+    if backend not in ("fused", "sdpa") and (
+        device.type != "cuda" or dtype not in (None, torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"attention backend {backend} wants bf16 or fp16 on CUDA, got "
+            f"{dtype or 'a tensor'} on {device.type}: use backend auto"
+        )
+    if backend == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            "attention backend flash-attn wants the package flash-attn, which is not installed: "
+            "use backend auto, or pip install flash-attn --no-build-isolation"
+        )
     return backend
-
-
-def seed_generator(device: torch.device, seed: int) -> None:
-    """Seed torch's default generator of one device, from which the backends of others take their dropout.
-
-    torch.manual_seed seeds those of all devices, in 170 to 250 microseconds.
-    """
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
-
-
-def capturable(backend: ResolvedBackend) -> str | None:
-    """Why a backend's calls cannot be recorded in a CUDA graph once for all micro-batches; None where they can."""
-    return None if backend == "fused" else "its calls depend on the lengths of each micro-batch"

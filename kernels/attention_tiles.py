@@ -38,7 +38,8 @@ TILES: dict[int, dict[int, Tiles]] = {
         # 128 x 64 at width 16 makes ptxas spill for a third CTA.
         16: Tiles(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
         32: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-        64: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(128, 32, 4), Tile(32, 64, 4)),
+        # dq: 128 x 32 spills (3.6.0).
+        64: Tiles(Tile(128, 64, 4), Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
         # dkdv: the only shape of ten tried without a spill.
         128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 8)),
     },
@@ -68,10 +69,10 @@ def block_d(head_dim: int) -> int:
 
 
 @lru_cache
-def _architecture(device: torch.device) -> int:
-    """The row of TILES for a GPU: 8.x and 12.x both have mma.sync."""
-    if device.type != "cuda":
-        return 90  # the interpreter: any would do
+def architecture(device: torch.device) -> int:
+    """The compute capability whose row of a table is a GPU's: 8.x and 12.x both have mma.sync."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 90  # the interpreter, or a forecast for a GPU that is elsewhere: any would do
     return {9: 90, 10: 100, 11: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
@@ -79,4 +80,4 @@ def tiles_for(qkv: Tensor) -> Tiles:
     """The tiles that qkv (N, 3, H, D) runs with on its device."""
     if qkv.dtype == torch.float32:
         return FP32_TILES
-    return TILES[_architecture(qkv.device)][block_d(qkv.shape[3])]
+    return TILES[architecture(qkv.device)][block_d(qkv.shape[3])]

@@ -26,7 +26,7 @@ class SequenceLayout:
     last.
     """
     max_length: int
-    """Tokens of the longest sequence."""
+    """Tokens of the longest sequence, or what no sequence of any micro-batch exceeds."""
     num_tokens: int
     """N, known to the host without a sync."""
     runs: tuple[tuple[int, int], ...]
@@ -43,14 +43,21 @@ class SequenceLayout:
 
 
 def sequence_layout(
-    lengths: Sequence[int], device: torch.device | str = "cpu", *, sequence_step: int = 1, tile_step: int = 1
+    lengths: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    sequence_step: int = 1,
+    tile_step: int = 1,
+    longest: int | None = None,
 ) -> SequenceLayout:
     """The layout of sequences of `lengths` tokens, in order and the trailing pad included.
 
     The numbers of sequences and tiles are rounded up to a multiple of their step, with empty ones: a step that is
-    rarely exceeded keeps the shapes of all micro-batches the same, for torch.compile and CUDA graphs.
+    rarely exceeded keeps the shapes of all micro-batches the same, for torch.compile and CUDA graphs. For these
+    `longest` is the max_length of all, to which packed flash attention sizes its launches; without it, it is that of
+    these sequences.
 
-    Raises ValueError if there is no sequence or one without a token.
+    Raises ValueError if there is no sequence, one without a token, or one above `longest`.
     """
     length_S = np.asarray(lengths, dtype=np.int64)
     if length_S.size == 0 or length_S.min() < 1:
@@ -58,6 +65,8 @@ def sequence_layout(
             "sequence_layout wants at least one sequence, each of 1 token or more, got "
             f"{length_S.tolist()}: leave an empty trailing pad sequence out"
         )
+    if longest is not None and length_S.max() > longest:
+        raise ValueError(f"sequence_layout wants sequences of at most longest={longest} tokens, got {length_S.max()}")
     bounds = np.concatenate([[0], length_S.cumsum()])
     order = np.argsort(-length_S, kind="stable")
     num_tiles = -(-length_S[order] // TILE_ROWS)
@@ -72,7 +81,7 @@ def sequence_layout(
     return SequenceLayout(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         tiles=torch.from_numpy(tile_T3),
-        max_length=int(length_S.max()),
+        max_length=int(length_S.max()) if longest is None else longest,
         num_tokens=int(bounds[-1]),
         runs=tuple(zip(counts.tolist(), length_S[changes].tolist(), strict=True)),
     ).to(device)

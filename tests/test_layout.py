@@ -43,7 +43,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 BUDGETS = {
     "core": (7530, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (1590, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (2050, ("kernels", "../csrc")),
+    "kernels": (2860, ("kernels", "../csrc")),
 }
 MOST_FILES = 13  # in a folder of the product
 LONGEST_FUNCTION = 60

@@ -179,7 +179,9 @@ class Collator:
             dropout_seed=torch.randint(2**63 - 1, (), generator=generator),
             generator_seed=plan.dropout_seed,
             lengths=(*lengths, *pads),
-            layout=sequence_layout([*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step),
+            layout=sequence_layout(
+                [*lengths, *pads], sequence_step=self.sequence_step, tile_step=self.tile_step, longest=self.max_length
+            ),
             num_tokens=len(ids),
             num_masked=len(chosen),
             sequences=tuple(plan.sequences.tolist()),

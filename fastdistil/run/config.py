@@ -308,9 +308,10 @@ class EngineConfig(_Section):
     """auto: CUDA where there is a GPU."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on CPU. bf16 keeps fp32 master weights and accumulates gradients in fp32."""
-    attention: Literal["auto", "fused", "sdpa", "flash-attn"] = "auto"
-    """Backend of the attention. auto: what measured fastest on the device; fused: our kernels; sdpa: PyTorch's;
-    flash-attn: that package, where installed. They draw different dropout masks."""
+    attention: Literal["auto", "fused", "sdpa", "torch-flash", "cudnn", "flash-attn"] = "auto"
+    """Backend of the attention. auto: what measured fastest on the device; fused: our kernels; sdpa: PyTorch's choice;
+    torch-flash and cudnn: the flash attention and the cuDNN inside PyTorch, on CUDA; flash-attn: that package, where
+    installed. They draw different dropout masks."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """ZeRO stage. 0: every rank holds all, without DeepSpeed. None: 0 for one process, 1 for several."""
     bucket_elements: Annotated[int, Range("1000 or more", lambda x: x >= 1000)] = 20_000_000

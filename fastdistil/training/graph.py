@@ -72,7 +72,7 @@ def reason(engine: Engine, teacher: Teacher | RemoteTeacher | None, resolved: Re
         "--engine.compile makes graphs of its own": config.engine.compile,
         "--loss.values depends on the lengths of the sequences": bool(config.loss.values),
         "the teacher is on another device": isinstance(teacher, RemoteTeacher) or config.teacher.device == "second",
-        f"attention backend {backend}: {capturable(backend)}": capturable(backend) is not None,
+        capturable(backend) or "": capturable(backend) is not None,
     }
     return next((why for why, applies in reasons.items() if applies), None)
 

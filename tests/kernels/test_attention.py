@@ -15,10 +15,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil.kernels import attention as attention_module
+from fastdistil.kernels import attention_backends
 from fastdistil.kernels.attention import attention, attention_reference
-from fastdistil.kernels.attention_backends import resolve_backend
+from fastdistil.kernels.attention_backends import capturable, resolve_backend, seed_generator
+from fastdistil.kernels.attention_tiles import TILES
 from fastdistil.kernels.dropout import keep_reference
 from fastdistil.kernels.layout import sequence_layout
 from tests.support.precision import (
@@ -381,6 +385,93 @@ def test_flash_attn_gets_what_it_wants(monkeypatch):
     assert (options, evaluation) == ({"dropout_p": 0.25} | always, {"dropout_p": 0.0} | always)
 
 
+class Calls(TorchDispatchMode):
+    """Records PyTorch's attention: operator, and whether deterministic kernels are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.__name__:
+            name = func.__name__.removesuffix(".default")
+            self.made.append((name, torch.get_deterministic_debug_mode() == 2))
+        return func(*args, **kwargs or {})
+
+
+def on_fake_tensors(backend: Any, lengths: list[int], dropout_p: float) -> list[tuple[str, bool]]:
+    """What a backend for CUDA calls on tensors without data: PyTorch binds the arguments and says shapes and dtypes."""
+    layout = sequence_layout(lengths, DEVICE, sequence_step=4)
+    with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
+        leaves = make_leaves(lengths, torch.bfloat16, width=24)
+        qkv, dout = leaves["qkv_N3HD"].detach(), leaves["weight_NHD"]
+        dbias = torch.empty(3 * 2 * 24, device=DEVICE)
+        arguments = torch.tensor(5, device=DEVICE), 0, dropout_p, backend
+        out, saved = attention_module.forward(qkv, layout, *arguments)
+        dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=True)
+        alone, nothing = attention_module.forward(qkv, layout, *arguments, keep=False)
+    assert (out.shape, out.dtype, out.is_contiguous()) == (dout.shape, torch.bfloat16, True)
+    assert (alone.shape, nothing) == (dout.shape, ())
+    assert (dqkv.shape, dqkv.dtype, dqkv.is_contiguous()) == (qkv.shape, torch.bfloat16, True)
+    return calls.made
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of PyTorch's own calls, which are the same whatever serves the operator")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_torch_flash_is_one_call_each_way_in_one_order(dropout_p):
+    made = on_fake_tensors("torch-flash", [5, 3], dropout_p)
+    forward, backward = ("_flash_attention_forward", False), ("_flash_attention_backward", True)
+    assert made == [forward, backward, forward]
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of PyTorch's own calls, which are the same whatever serves the operator")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_cudnn_is_one_call_for_each_run_above_one_token(dropout_p):
+    made = [name for name, _ in on_fake_tensors("cudnn", [5, 5, 1, 3], dropout_p) if "cudnn" in name]
+    forward = "_scaled_dot_product_cudnn_attention"
+    assert made == [forward] * 2 + [f"{forward}_backward"] * 2 + [forward] * 2
+
+
+@pytest.mark.parametrize("backend", ["torch-flash", "cudnn"])
+def test_heads_that_pytorchs_kernels_do_not_take(backend, monkeypatch):
+    monkeypatch.setattr(attention_module, "resolve_backend", lambda *_args, **_kw: backend)
+    with pytest.raises(
+        ValueError, match=f"backend {backend} wants heads of a multiple of 8, got 20: use backend fused"
+    ):
+        attention(make_leaves([2])["qkv_N3HD"], sequence_layout([2], DEVICE))
+
+
+def test_a_seeded_generator_gives_what_manual_seed_gives(monkeypatch):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    seed_generator("cpu", 7)
+    assert torch.equal(torch.rand(3), expected)
+    generators = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    seed_generator("cuda:1", 2**63)
+    seed_generator("cuda", 5)
+    assert [generator.initial_seed() for generator in generators] == [5, 2**63]
+
+
+def test_what_a_graph_can_hold():
+    assert [capturable(backend) for backend in ("fused", "torch-flash", "flash-attn")] == [None] * 3
+    for backend in ("sdpa", "cudnn"):
+        assert f"{backend} makes one call for each run" in str(capturable(backend))
+
+
+def test_the_default_on_cuda_is_read_from_the_table(monkeypatch):
+    assert attention_backends.FASTEST.keys() == TILES.keys()
+    row = attention_backends.Fastest(forward="cudnn", training="torch-flash")
+    monkeypatch.setattr(attention_backends, "FASTEST", dict.fromkeys(attention_backends.FASTEST, row))
+    assert resolve_backend("auto", "cuda", dtype=torch.bfloat16) == "cudnn"
+    assert resolve_backend("auto", "cuda", dropout_p=0.1) == "torch-flash"
+    assert resolve_backend("auto", "cuda", dropout_p=0.1, dtype=torch.float32) == "fused"
+    assert resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
+
+
 def test_auto():
     assert resolve_backend("auto", "cuda") == "fused"
     assert resolve_backend("auto", torch.device("cuda:1"), dropout_p=0.1) == "fused"
@@ -393,7 +484,9 @@ def test_auto():
 @pytest.mark.parametrize(
     ("backend", "device", "dtype", "message"),
     [
-        ("flash", "cuda", None, "wants backend auto, fused, sdpa or flash-attn, got 'flash'"),
+        ("flash", "cuda", None, "wants backend auto, fused, sdpa, torch-flash, cudnn or flash-attn, got 'flash'"),
+        ("torch-flash", "cpu", torch.bfloat16, "torch-flash wants bf16 or fp16 on CUDA, got torch.bfloat16 on cpu"),
+        ("cudnn", "cuda", torch.float32, "cudnn wants bf16 or fp16 on CUDA, got torch.float32 on cuda"),
         ("flash-attn", "cpu", None, "bf16 or fp16 on CUDA, got a tensor on cpu: use backend auto"),
         ("flash-attn", "cuda", torch.float32, "got torch.float32 on cuda: use backend auto"),
         ("flash-attn", "cuda", torch.float16, "is not installed: use backend auto, or pip install"),
@@ -430,6 +523,12 @@ def test_layout():
     layout = sequence_layout([4, 4, 2, 4], DEVICE)
     assert layout.cu_seqlens.tolist() == [0, 4, 8, 10, 14]
     assert (layout.max_length, layout.num_tokens, layout.runs) == (4, 14, ((2, 4), (1, 2), (1, 4)))
+
+
+def test_layouts_may_share_a_longest_sequence():
+    assert sequence_layout([4, 2], DEVICE, longest=9).max_length == 9
+    with pytest.raises(ValueError, match="at most longest=3 tokens, got 4"):
+        sequence_layout([4, 2], DEVICE, longest=3)
 
 
 def test_layout_is_filled_up_to_a_step():
