@@ -568,6 +568,18 @@ if not INTERPRET:
     attention_backward.register_kernel("cpu")(attention_backward_torch)
 
 
+def check_heads(backend: ResolvedBackend, head_dim: int, device: torch.device) -> None:
+    """Raises ValueError where a backend does not take heads of this width on this device."""
+    if backend in ("torch-flash", "cudnn") and head_dim % 8:
+        raise ValueError(
+            f"attention backend {backend} wants heads of a multiple of 8, got {head_dim}: use backend fused"
+        )
+    if backend == "fused" and device.type in TRITON_DEVICES and head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"attention backend fused wants heads of at most {MAX_HEAD_DIM}, got {head_dim}: use backend sdpa"
+        )
+
+
 def attention(
     qkv_N3HD: Tensor,
     layout: SequenceLayout,
@@ -609,15 +621,8 @@ def attention(
         seed, dropout_p = None, 0.0
     dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
     chosen = resolve_backend(backend, device, dropout_p=dropout_p, dtype=dtype)
-    if chosen in ("torch-flash", "cudnn") and qkv_N3HD.shape[3] % 8:
-        raise ValueError(
-            f"attention backend {chosen} wants heads of a multiple of 8, got {qkv_N3HD.shape[3]}: use backend fused"
-        )
+    check_heads(chosen, qkv_N3HD.shape[3], device)
     if chosen != "fused":
         return OTHERS[chosen](qkv_N3HD, layout, dropout_p)
     check_dtype("attention", qkv_N3HD, ": convert it, or use backend sdpa")
-    if device.type in TRITON_DEVICES and qkv_N3HD.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(
-            f"attention backend fused wants heads of at most {MAX_HEAD_DIM}, got {qkv_N3HD.shape[3]}: use backend sdpa"
-        )
     return attention_forward(qkv_N3HD.contiguous(), layout.tiles, seed, stream, dropout_p)[0]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastdistil.data.batches import Collator, MicroBatch, micro_batches
 from fastdistil.data.plan import Plan, UpdatePlan, seed_of, validation_plan
 from fastdistil.data.shards import Shards
+from fastdistil.kernels.attention import check_heads
 from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.model.encoder import Encoder, MaskedLM
 from fastdistil.model.weights import load_masked_lm, student_from_teacher
@@ -133,8 +134,11 @@ def load_models(resolved: Resolved, ranks: Ranks) -> Models:
     backend or FP8 is asked for and cannot be had.
     """
     config, dtype = resolved.config, resolved.teacher_dtype(ranks.device)
-    for arithmetic in (resolved.dtype(ranks.device), dtype):
-        resolve_backend(config.engine.attention, ranks.device, dtype=arithmetic)
+    for arithmetic, model in ((resolved.dtype(ranks.device), resolved.student), (dtype, resolved.teacher)):
+        for dropout_p in (0.0, resolved.student.attention_dropout):
+            backend = resolve_backend(config.engine.attention, ranks.device, dropout_p=dropout_p, dtype=arithmetic)
+            if model is not None:
+                check_heads(backend, model.hidden_size // model.num_heads, ranks.device)
     vocab_size, path = resolved.meta.vocab_size, config.teacher.path
     teacher = load_masked_lm(path, need_head=True, vocab_size=vocab_size) if path else None
     source = teacher if resolved.source_path else None

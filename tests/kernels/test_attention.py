@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil.kernels import attention as attention_module
 from fastdistil.kernels import attention_backends
-from fastdistil.kernels.attention import attention, attention_reference
+from fastdistil.kernels.attention import attention, attention_reference, check_heads
 from fastdistil.kernels.attention_backends import capturable, resolve_backend, seed_generator
 from fastdistil.kernels.attention_tiles import TILES
 from fastdistil.kernels.dropout import keep_reference
@@ -584,3 +584,13 @@ def test_fused_names_what_it_cannot_do():
     if DEVICE == "cuda" or INTERPRETED:
         with pytest.raises(ValueError, match="heads of at most 128, got 129: use backend sdpa"):
             fused(torch.zeros(5, 3, 3, 129, device=DEVICE), layout)
+
+
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "wanted"), [("fused", 256, "heads of at most 128"), ("cudnn", 20, "a multiple of 8")]
+)
+def test_what_a_gpu_does_not_take_is_known_before_it_works(backend, head_dim, wanted):
+    """Raw functions check nothing: whoever loads the models asks."""
+    with pytest.raises(ValueError, match=f"backend {backend} wants .*{wanted}, got {head_dim}: use backend"):
+        check_heads(backend, head_dim, torch.device("cuda"))
+    check_heads(backend, 64, torch.device("cuda"))

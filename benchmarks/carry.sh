@@ -1,0 +1,39 @@
+#!/bin/sh
+# Packs carry/ for a GPU machine that has Python 3.12, torch, triton, transformers, tokenizers, numpy, pyarrow and pytest and no
+# network: sh benchmarks/carry.sh PYTHON TEXT TOKENIZER, about 25 MB. PYTHON is an environment with torch, in which DeepSpeed's wheel
+# is built; TEXT is what fastdistil.prepare takes. Over there, from the root of the repository:
+#
+#     sh carry/run.sh OUT [--only kernels,step]
+#
+# Triton's cache, which saves some 30 s of compiling: with PREWARM=PYTHON3.12, an environment with the GPU machine's own versions of
+# Python and Triton, kernels are compiled here, without a GPU, and carried along. Keep carry/ out of git (.git/info/exclude).
+set -eu
+python=$1 text=$2 tokenizer=$3
+mkdir -p carry/wheels
+get() {
+  "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d carry/wheels "$@"
+}
+get tyro docstring-parser typeguard typing-extensions typing-inspection annotated-types liger-kernel pytest-xdist execnet pytest-timeout \
+  pydantic pydantic-core hypothesis sortedcontainers psutil tqdm einops ninja py-cpuinfo msgpack
+"$python" -m pip download -q --no-deps -d carry/wheels hjson
+DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w carry/wheels 'deepspeed>=0.19.8,<0.20'
+rm -rf carry/text && "$python" -m fastdistil.prepare "$text" --tokenizer "$tokenizer" --max-length 512 --out carry/text
+if [ -n "${PREWARM:-}" ]; then
+  rm -rf /tmp/fastdistil-triton
+  TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. "$PREWARM" -m benchmarks.prewarm
+  tar czf carry/triton.tgz -C /tmp fastdistil-triton # its index names files absolutely
+fi
+cat > carry/run.sh <<'END'
+# See benchmarks/carry.sh.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
+for sdist in "$here"/wheels/*.tar.gz; do
+  [ -f "$sdist" ] && python3 -m pip install -q --no-index --no-deps --no-build-isolation --target /tmp/fastdistil-site "$sdist"
+done
+[ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
+export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec python3 -m benchmarks.first_light "$@" --shards "$here"/text
+END
+du -sh carry
