@@ -16,7 +16,7 @@ get() {
 }
 get tyro docstring-parser typeguard typing-extensions typing-inspection annotated-types liger-kernel pytest-xdist execnet pytest-timeout \
   pydantic pydantic-core hypothesis sortedcontainers psutil tqdm einops ninja py-cpuinfo msgpack
-"$python" -m pip download -q --no-deps -d carry/wheels hjson
+"$python" -m pip wheel -q --no-deps -w carry/wheels hjson
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w carry/wheels 'deepspeed>=0.19.8,<0.20'
 rm -rf carry/text && "$python" -m fastdistil.prepare "$text" --tokenizer "$tokenizer" --max-length 512 --out carry/text
 if [ -n "${PREWARM:-}" ]; then
@@ -29,9 +29,6 @@ cat > carry/run.sh <<'END'
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
-for sdist in "$here"/wheels/*.tar.gz; do
-  [ -f "$sdist" ] && python3 -m pip install -q --no-index --no-deps --no-build-isolation --target /tmp/fastdistil-site "$sdist"
-done
 [ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
 export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec python3 -m benchmarks.first_light "$@" --shards "$here"/text
