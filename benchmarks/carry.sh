@@ -20,8 +20,10 @@ get tyro docstring-parser typeguard typing-extensions typing-inspection annotate
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w carry/wheels 'deepspeed>=0.19.8,<0.20'
 rm -rf carry/text && "$python" -m fastdistil.prepare "$text" --tokenizer "$tokenizer" --max-length 512 --out carry/text
 if [ -n "${PREWARM:-}" ]; then
-  rm -rf /tmp/fastdistil-triton
-  TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. "$PREWARM" -m benchmarks.prewarm
+  rm -rf /tmp/fastdistil-triton && tree=$(mktemp -d)
+  git archive HEAD | tar x -C "$tree" # without the C++ kernels, which are built for another torch
+  (cd "$tree" && TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. "$PREWARM" -m benchmarks.prewarm)
+  rm -rf "$tree"
   tar czf carry/triton.tgz -C /tmp fastdistil-triton # its index names files absolutely
 fi
 cat > carry/run.sh <<'END'
