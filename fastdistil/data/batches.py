@@ -73,6 +73,12 @@ class MicroBatch:
         """The same micro-batch with its tensors on `device`, copied asynchronously where memory is pinned."""
         return replace(self, **{n: getattr(self, n).to(device, non_blocking=True) for n in ON_DEVICE})
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Its tensors and those of its layout, in one order."""
+        for name in ON_DEVICE:
+            part = getattr(self, name)
+            yield from (part.cu_seqlens, part.tiles) if isinstance(part, SequenceLayout) else (part,)
+
     def pin_memory(self) -> "MicroBatch":
         """Called by the DataLoader."""
         return replace(self, **{n: getattr(self, n).pin_memory() for n in ON_DEVICE})

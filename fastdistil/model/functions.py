@@ -58,7 +58,7 @@ class _Embeddings(Function):
             seed,
             encoder.dropout_p,
         )
-        ctx.encoder, ctx.num_saved = encoder, len(saved)
+        ctx.encoder = encoder
         ctx.save_for_backward(*saved, ids, positions, seed)
         ctx.set_materialize_grads(False)
         return out_ND
@@ -148,22 +148,24 @@ def _norm(norm: LayerNorm, x_ND: Tensor, residual_ND: Tensor | None, seed: Tenso
 
 
 def _forward(
-    layer: EncoderLayer, call: LayerCall, hidden_ND: Tensor, *, keep: bool
-) -> tuple[Tensor, Tensor, _Kept | None]:
-    """(output (N, D), values (N, D), what the backward needs): EncoderLayer.forward, by raw functions."""
+    layer: EncoderLayer, call: LayerCall, hidden_ND: Tensor, *, keep: bool, with_values: bool
+) -> tuple[Tensor, Tensor | None, _Kept | None]:
+    """EncoderLayer.forward by raw functions: output (N, D), values (N, D) if asked for, what the backward needs."""
     qkv_N3HD = _linear(layer.qkv, hidden_ND).view(len(hidden_ND), 3, layer.num_heads, -1)
-    values_ND = qkv_N3HD[:, 2].flatten(1)
+    values_ND = qkv_N3HD[:, 2].flatten(1) if with_values else None
     attended, of_attention = attention.forward(
         qkv_N3HD, call.layout, *layer.dropout(call.seed), backend=call.backend, keep=keep
     )
     attended_ND = attended.flatten(1)
+    kept_qkv = qkv_N3HD if keep else attended
+    del qkv_N3HD  # a teacher, which has no backward, needs the memory now
     between_ND, of_norm = _norm(layer.attention_norm, _linear(layer.attention_out, attended_ND), hidden_ND, call.seed)
     weight, bias = operand(layer.ffn_in.weight), operand(layer.ffn_in.bias)
     activated_NF, z_NF = gelu.linear_gelu_forward(between_ND, weight, bias, keep)
     output_ND, of_last = _norm(layer.ffn_norm, _linear(layer.ffn_out, activated_NF), between_ND, call.seed)
     if not keep:
         return output_ND, values_ND, None
-    kept = _Kept(qkv_N3HD, attended_ND, of_attention, of_norm, between_ND, z_NF, activated_NF, of_last)
+    kept = _Kept(kept_qkv, attended_ND, of_attention, of_norm, between_ND, z_NF, activated_NF, of_last)
     return output_ND, values_ND, kept
 
 
@@ -172,7 +174,7 @@ class _Layer(Function):
     def forward(
         ctx: Any, layer: EncoderLayer, call: LayerCall, again: bool, with_values: bool, hidden_ND: Tensor, *_: Tensor
     ) -> Any:
-        output_ND, values_ND, kept = _forward(layer, call, hidden_ND, keep=not again)
+        output_ND, values_ND, kept = _forward(layer, call, hidden_ND, keep=not again, with_values=with_values)
         ctx.layer, ctx.call = layer, call._replace(seed=None)
         leaves, ctx.skeleton = pytree.tree_flatten(kept)
         # Tensors are saved with autograd, which frees them; a graph of PyTorch's own attention is none.
@@ -188,7 +190,9 @@ class _Layer(Function):
         hidden_ND, seed, *tensors = ctx.saved_tensors
         call = ctx.call._replace(seed=seed)
         leaves = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
-        kept: Any = pytree.tree_unflatten(leaves, ctx.skeleton) or _forward(ctx.layer, call, hidden_ND, keep=True)[2]
+        kept: Any = pytree.tree_unflatten(leaves, ctx.skeleton)
+        if kept is None:
+            _, _, kept = _forward(ctx.layer, call, hidden_ND, keep=True, with_values=False)
         del tensors, leaves
         return None, None, None, None, *_backward(ctx.layer, call, hidden_ND, kept, doutput_ND, dvalues_ND)
 
@@ -277,7 +281,7 @@ def encoder_layer(
         with_values: return the values (N, D) of its attention, too.
     """
     if not torch.is_grad_enabled():
-        output_ND, values_ND, _ = _forward(layer, call, hidden_ND, keep=False)
+        output_ND, values_ND, _ = _forward(layer, call, hidden_ND, keep=False, with_values=with_values)
         return (output_ND, values_ND) if with_values else output_ND
     return _Layer.apply(layer, call, again, with_values, hidden_ND, *layer.parameters())
 
@@ -323,6 +327,9 @@ class _Transform(Function):
 def head_transform(head: VocabHead, hidden_ND: Tensor) -> Tensor:
     """The head before its vocabulary matrix as one function: (N, D)."""
     dense, norm = head.dense, head.norm
+    if not torch.is_grad_enabled():
+        activated_ND, _ = gelu.linear_gelu_forward(hidden_ND, operand(dense.weight), operand(dense.bias), False)
+        return _norm(norm, activated_ND, None, None)[0]
     found: Any = _Transform.apply(head, hidden_ND, dense.weight, dense.bias, norm.weight, norm.bias)
     return found
 

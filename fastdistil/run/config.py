@@ -121,8 +121,8 @@ class TeacherConfig(_Section):
     """What becomes of a teacher that knows nothing: one whose own masked-LM loss on validation text is near
     ln(vocabulary) or not a number, for want of trained weights or for another tokenizer."""
     overlap: bool = True
-    """On CUDA, infer the next micro-batch on a side stream while the student trains on this one. Never changes
-    results."""
+    """On CUDA, infer beside the student: in a CUDA graph during its forward, else the next micro-batch ahead, on a side
+    stream, where that is faster. Never changes results."""
     device: Literal["same", "second"] = "same"
     """second: on another GPU than the student's, local rank + processes of this machine."""
     ranks: Annotated[int, AT_LEAST_0] = 0

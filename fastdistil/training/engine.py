@@ -5,8 +5,9 @@ Two engines with the same five verbs (`forward_backward`, `step`, `evaluate`, `s
     PlainEngine      PyTorch's AdamW on any number of ranks: ZeRO stage 0
     DeepSpeedEngine  ZeRO stage 1, 2 or 3, under torchrun
 
-Both keep fp32 master weights and add gradients up in fp32, also where the arithmetic is bf16. Their state is the same
-set of full tensors, whatever the stage and the number of ranks: a checkpoint of one is resumed by any other.
+Both keep fp32 master weights and add gradients up in fp32, also where the arithmetic is bf16; at stages 2 and 3
+DeepSpeed rounds those of a micro-batch to bf16 before. Their state is the same set of full tensors, whatever the stage
+and the number of ranks: a checkpoint of one is resumed by any other.
 """
 
 import logging

@@ -20,7 +20,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -42,17 +41,6 @@ WARM_UP = 3
 """Micro-batches before recording: kernels are compiled, libraries choose their algorithms."""
 TIMED = 5
 """Replays of each variant, whose median decides."""
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a micro-batch and of its layout, in one order."""
-    assert is_dataclass(value)
-    for field in fields(value):
-        part = getattr(value, field.name)
-        if isinstance(part, Tensor):
-            yield part
-        elif is_dataclass(part):
-            yield from tensors(part)
 
 
 def reason(engine: Engine, teacher: Teacher | RemoteTeacher | None, resolved: Resolved) -> str | None:
@@ -116,7 +104,7 @@ class Step:
         seed_generator(self.device, batch.generator_seed)
         if self.failed or is_recording():
             return self.run(batch.to(self.device), overlap=False)
-        shapes = tuple(x.shape for x in tensors(batch))
+        shapes = tuple(x.shape for x in batch.tensors())
         if shapes not in self.recorded:
             try:
                 self.recorded[shapes] = Recorded(self, batch)
@@ -151,7 +139,7 @@ class Recorded:
 
     def __init__(self, step: Step, batch: MicroBatch) -> None:
         self.batch = copy.deepcopy(batch.to(step.device))  # no tensor of the caller
-        self.buffers = [*tensors(self.batch)]
+        self.buffers = [*self.batch.tensors()]
         gradient = step.engine.flat.gradient
         before = gradient.clone()  # what this micro-batch has to be added to, once
         ways = [False, True] if step.overlap else [False]
@@ -172,7 +160,7 @@ class Recorded:
 
     def replay(self, batch: MicroBatch) -> Tensor:
         """The sums of another micro-batch of this shape, whose gradient is added."""
-        torch._foreach_copy_(self.buffers, [*tensors(batch)], non_blocking=True)  # type: ignore[attr-defined]
+        torch._foreach_copy_(self.buffers, [*batch.tensors()], non_blocking=True)  # type: ignore[attr-defined]
         self.graph.replay()
         return self.sums
 
@@ -190,7 +178,8 @@ def warm_up(work: Callable[[], object], device: torch.device) -> None:
 def capture(work: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of what `work` launches, and the tensor that it returns, which every replay writes anew."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Of this thread alone: the one that pins micro-batches goes on meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
     return graph, result
 

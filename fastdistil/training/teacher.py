@@ -14,7 +14,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from enum import IntEnum
 from itertools import islice
 
@@ -269,7 +268,7 @@ class TeacherPrefetcher:
             here, output = pair
             # Without this their memory may be given away while the student still reads it. The teacher's weights stay.
             made = (*output.encoder.tensors(), output.transformed_NE) if output else ()
-            for tensor in (*_tensors(here), *made):
+            for tensor in (*here.tensors(), *made):
                 tensor.record_stream(student)
             return pair
 
@@ -302,14 +301,3 @@ class TeacherPrefetcher:
             f"teacher-then-student (updates {self.TIMED_WITH[0]}-{self.TIMED_WITH[-1]} against "
             f"{self.TIMED_WITHOUT[0]}-{self.TIMED_WITHOUT[-1]}){'' if self.overlapping else ': switched off'}"
         )
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors of a micro-batch and of its layout."""
-    assert is_dataclass(value)
-    for field in fields(value):
-        part = getattr(value, field.name)
-        if isinstance(part, Tensor):
-            yield part
-        elif is_dataclass(part):
-            yield from _tensors(part)
