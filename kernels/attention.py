@@ -381,9 +381,8 @@ def _dkdv_kernel(
             dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
             row_key_ptr, length - full, scale2, threshold, D, DROPOUT, True,
         )  # fmt: skip
-    dk *= dk_scale
+    # In this order: the others tried spill on one GPU or another.
     dv *= dv_scale
-    _store_rows(dqkv_ptr + offset, at, dk, left, D)
     _store_rows(dqkv_ptr + offset + H * D, at, dv, left, D)
     if SUMS:
         _store_partial(partial_ptr, tl.zeros((BLOCK_D,), tl.float32), 1, H, D, ROWS)
@@ -391,6 +390,7 @@ def _dkdv_kernel(
         # for both would live in registers from the top of the kernel to its end, and spill.
         dv = tl.where((first + row < end)[:, None], dv, 0.0)
         _store_partial(partial_ptr, tl.sum(dv, 0), 2, H, D, ROWS)
+    _store_rows(dqkv_ptr + offset, at, dk * dk_scale, left, D)
 
 
 def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor, *arguments: Any, **constants: int):

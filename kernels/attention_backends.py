@@ -19,9 +19,8 @@ On CUDA none of these but fused has been measured. What their sources say:
 * cudnn has no such kernel in PyTorch, nor has sdpa where it chooses cuDNN, or flash attention without
   torch.use_deterministic_algorithms: two runs differ in their last bits.
 * cudnn plans anew for every (sequences, length) that a run has, so it is for texts of few lengths. Its packed form has
-  no use yet: PyTorch 2.11 makes a new plan in every call, and passes the width of a head for the length in the
-  backward.
-* Flash attention drops by 8 random bits: of 256 weights it keeps 230 at a rate of 0.1, and scales by 1 / 0.9.
+  no use yet: as its source reads, PyTorch makes a new plan in every call, and passes the width of a head for the length
+  in the backward.
 
 The dropout masks of fused are those of kernels/dropout.py; the others draw from torch's generator (`seed_generator`).
 

@@ -137,7 +137,10 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     # input and output; in fp32 the log-sum-exp of the attention, means and deviations.
     layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
     dropout_p, of_backward = student.attention_dropout, 0
-    if resolve_backend(config.engine.attention, device, dropout_p=dropout_p, dtype=dtype) == "sdpa":
+    backend = resolve_backend(config.engine.attention, device, dropout_p=dropout_p, dtype=dtype)
+    if backend == "fused" and device.type == "cuda" and dropout_p:
+        layer += 8 * N * student.num_heads  # the keys of the masks
+    if backend in ("sdpa", "cudnn"):
         layer += token * D  # the runs of equal lengths, put together
         if dropout_p and device.type == "cpu":  # whole score matrices; counted as if all sequences were long
             scores = token * student.num_heads * resolved.meta.max_length

@@ -101,9 +101,11 @@ def test_hours_are_measured_or_said_to_be_assumed(config, monkeypatch, tmp_path)
     providers = {"fastdistil": {"mfu": 0.25}}
     record = {"device": "NVIDIA H100 80GB HBM3", "commit": "c0ffee", "providers": providers}
     monkeypatch.setattr(forecast, "STEP_RESULTS", tmp_path)
-    (tmp_path / "step.nvidia-h100.json").write_text(
-        json.dumps({"bert-base bf16, 1 x": record, "bert-base fp32, 1 x": record})
-    )
+    failed = [record | {"providers": {"fastdistil": row}} for row in ({"error": "out of memory"}, {"mfu": None})]
+    names = ("bf16, 1 x", "fp32, 1 x", "bf16, 2 x", "bf16, 3 x", "bf16, 4 x")
+    records = (record, record, *failed, record | {"providers": {"HF eager": {"mfu": 0.1}}})
+    kept = {f"bert-base {name}": found for name, found in zip(names, records, strict=True)}
+    (tmp_path / "step.nvidia-h100.json").write_text(json.dumps(kept))
     measured = rows(cluster, world_size=2)["hours"]
     assert "at 25% (measured: bert-base bf16, 1 x, NVIDIA H100 80GB HBM3, commit c0ffee)" in measured
     hours = [float(line.split()[0]) for line in (assumed, measured)]
