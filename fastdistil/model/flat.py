@@ -12,7 +12,6 @@ A parameter with a `Slot` is of such a buffer. One without, as under ZeRO, which
 that nobody trains, is read as it is, and its gradient is returned to autograd.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -131,10 +130,10 @@ class FlatParameters:
 
     def complete(self) -> None:
         """After the last backward of an update: gradients that nothing was written to are 0."""
-        for slot in self._fresh():
-            assert slot.gradient is not None
-            slot.gradient.zero_()
-            slot.fresh = False
+        for slot in self.slots.values():
+            if slot.fresh and slot.gradient is not None:
+                slot.gradient.zero_()
+                slot.fresh = False
 
     def clear(self) -> None:
         """After the optimiser's step: the next update begins."""
@@ -142,6 +141,3 @@ class FlatParameters:
             self.gradient.zero_()
         for slot in self.slots.values():
             slot.fresh = not self.zeroed
-
-    def _fresh(self) -> Iterable[Slot]:
-        return (slot for slot in self.slots.values() if slot.fresh and slot.gradient is not None)

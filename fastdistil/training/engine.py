@@ -124,7 +124,7 @@ class PlainEngine:
         groups = {name: self.flat.groups(x) for name, x in self.moments.items()}
         decayed, others = self.flat.groups(self.flat.masters)
         self.optimizer = adamw([decayed], [others], config)
-        count_on = ranks.device if ranks.device.type == "cuda" else "cpu"
+        count_on = ranks.device if on_cuda else "cpu"
         for i, (part, gradient) in enumerate(zip((decayed, others), self.flat.groups(self.flat.gradient), strict=True)):
             part.grad = gradient
             of_part = {name: group[i] for name, group in groups.items()}

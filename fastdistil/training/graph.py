@@ -191,5 +191,5 @@ def milliseconds(graph: torch.cuda.CUDAGraph) -> float:
         begin.record()
         graph.replay()
         end.record()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize()  # once a shape
     return median(begin.elapsed_time(end) for begin, end in events)
