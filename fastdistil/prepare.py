@@ -28,6 +28,7 @@ import tyro
 from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
+from fastdistil.model.sentence import read_max_length
 from fastdistil.run import files, options
 from fastdistil.run.command import command, leave
 
@@ -45,6 +46,8 @@ STRICT = {"errors": "strict", "on_bad_record": "stop"}
 """Options, and the value with which what was prepared is what any other value prepares, too."""
 MUCH_DROPPED = 0.05
 """Part of the tokens that is left out, or unknown, above which there is a warning."""
+LONGEST = 512
+"""Tokens of the longest sequence where nothing says otherwise: the positions of BERT."""
 OTHER_TOKENIZER = "the tokenizer is perhaps one for another language, or for text with or without capitals"
 SAMPLE_BYTES = 10**8
 """Text that train:SIZE sees, evenly spaced over the sources: it is kept in memory."""
@@ -60,8 +63,9 @@ class PrepareConfig:
     """A Hugging Face folder, a tokenizer.json, a vocab.txt, a name on the hub, or train:SIZE."""
     out: Path
     """Folder for the shards."""
-    max_length: int = 512
-    """Longest sequence in tokens, [CLS] and [SEP] included; longer documents are split."""
+    max_length: int | None = None
+    """Longest sequence in tokens, [CLS] and [SEP] included; longer documents are split. None: what the model in the
+    tokenizer's folder reads of a text, if that is of sentence-transformers and says so; else 512."""
     text_field: str = "text"
     """Field or column that holds the text, of JSONL, tables and data sets; inside others by its path: content.text."""
     documents: Literal["auto", "line", "paragraph", "file"] = "auto"
@@ -88,9 +92,9 @@ class PrepareConfig:
         if not self.sources:
             raise ValueError("no source: give files, folders or hf:NAME")
         for name, smallest in (("max_length", SHORTEST), ("shard_tokens", 1), ("workers", 1)):
-            if getattr(self, name) < smallest:
+            if (value := getattr(self, name)) is not None and value < smallest:
                 option = name.replace("_", "-")
-                raise ValueError(f"--{option} {getattr(self, name)}: wanted {smallest} or more")
+                raise ValueError(f"--{option} {value}: wanted {smallest} or more")
 
     @property
     def options(self) -> Options:
@@ -129,7 +133,8 @@ def prepare(config: PrepareConfig) -> None:
     preparation = {
         "sources": [source.record() for source in sources],
         "tokenizer": tokenizer.spec_record(spec),
-        **{name: getattr(config, name) for name in ("text_field", "cased", "max_length", "shard_tokens", *STRICT)},
+        **{name: getattr(config, name) for name in ("text_field", "cased", "shard_tokens", *STRICT)},
+        "max_length": _longest(config, spec),
     }
     _refuse_foreign_folder(config.out)
     with files.Lock(config.out / LOCK_FILE, f"--out {config.out}"):
@@ -140,6 +145,19 @@ def prepare(config: PrepareConfig) -> None:
         _provide_tokenizer(config, sources, spec, progress)
         shards, texts, counts = _write_shards(config, sources, progress)
         _finish(config, sources, preparation, shards, texts, counts)
+
+
+def _longest(config: PrepareConfig, spec: tokenizer.Spec) -> int:
+    """--max-length, or what stands for it. Raises ValueError where the model says nothing usable."""
+    if config.max_length is not None:
+        return config.max_length
+    reads = read_max_length(spec) if isinstance(spec, Path) and spec.is_dir() else None
+    if reads is None:
+        return LONGEST
+    if reads < SHORTEST:
+        raise ValueError(f"{spec} reads {reads} tokens of a text: wanted {SHORTEST} or more: give --max-length")
+    LOG.info(f"sequences of up to {reads} tokens, as many as the model in {spec} reads of a text (--max-length)")
+    return reads
 
 
 def _refuse_foreign_folder(out: Path) -> None:
@@ -212,7 +230,7 @@ def _provide_tokenizer(
         names, said = tokenizer.special_tokens(path), tokenizer.settings(path)
         made = tokenizer.load(path, cased=config.cased)
     shutil.rmtree(folder, ignore_errors=True)  # that of a preparation which is being replaced
-    tokenizer.save(made, folder, names=names, max_length=config.max_length, source=said)
+    tokenizer.save(made, folder, names=names, max_length=progress["preparation"]["max_length"], source=said)
     progress["tokenizer_sha256"] = files.sha256(folder / "tokenizer.json")
     files.write_json(config.out / PROGRESS_FILE, progress, durable=True)
 
@@ -259,7 +277,10 @@ def _write_shards(
             LOG.info(f"{shard.name} was finished before: {shard.num_tokens} tokens")
         # The workers encode what is left, and it is written shard by shard.
         encoded = encode_in_order(
-            batches, workers=config.workers, tokenizer_folder=out / "tokenizer", max_length=config.max_length
+            batches,
+            workers=config.workers,
+            tokenizer_folder=out / "tokenizer",
+            max_length=progress["preparation"]["max_length"],
         )
         while True:
             with shard_format.ShardWriter(out, shard_format.shard_name(len(shards)), dtype) as writer:
@@ -361,7 +382,7 @@ def _finish(
         vocab_size=len(counts),
         special_ids=tokenizer.special_ids(out / "tokenizer"),
         tokenizer_sha256=tokenizer.vocabulary_sha256(out / "tokenizer"),
-        max_length=config.max_length,
+        max_length=preparation["max_length"],
         num_sequences=num_sequences,
         num_tokens=num_tokens,
         dropped_share=round(dropped_tokens / (dropped_tokens + num_tokens - 2 * num_sequences), 6),

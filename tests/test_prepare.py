@@ -456,6 +456,30 @@ def test_a_folder_with_something_else_is_refused_and_can_be_overwritten(tmp_path
     assert contents(foreign) == {"thesis.tex": b"years of work"}
 
 
+def test_texts_are_cut_as_the_model_of_the_tokenizer_reads_them(tmp_path):
+    """all-MiniLM-L6-v2 has 512 positions and reads 256; without its modules.json nobody says so."""
+    corpus, out = write_corpus(tmp_path / "corpus.txt", 30), tmp_path / "out"
+    log = prepare(corpus, "--tokenizer", MINILM, "--out", out)
+    assert f"sequences of up to 256 tokens, as many as the model in {MINILM} reads" in log
+    meta = json.loads((out / "meta.json").read_text())
+    assert (Shards(out).lengths.max(), meta["max_length"], meta["preparation"]["max_length"]) == (256, 256, 256)
+    assert "is prepared already" in prepare(corpus, "--tokenizer", MINILM, "--out", out, "--max-length", 256)
+    assert "(max_length differ" in prepare(corpus, "--tokenizer", MINILM, "--out", out, "--max-length", 512, ok=False)
+
+    words = tmp_path / "words"
+    words.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "sentence_bert_config.json"):
+        shutil.copy(MINILM / name, words)
+    log = prepare(corpus, "--tokenizer", words, "--out", tmp_path / "plain")
+    assert "of up to" not in log
+    assert Shards(tmp_path / "plain").lengths.max() == 512
+    shutil.copy(MINILM / "modules.json", words)
+    (words / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+    log = prepare(corpus, "--tokenizer", words, "--out", tmp_path / "short", ok=False)
+    assert "reads 9 tokens of a text: wanted 12 or more: give --max-length" in log
+    assert not (tmp_path / "short").exists()
+
+
 def test_two_at_once_into_one_folder(corpus, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(command(*arguments(corpus), "--out", out), cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -570,7 +594,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 def test_one_document_of_many_megabytes(tmp_path):
     (tmp_path / "a.txt").write_text("knowledge of the student " * 500_000)
     out = tmp_path / "out"
-    peak = _peak_mib(tmp_path / "a.txt", "--tokenizer", MINILM, "--out", out, "--workers", 1)
+    length = ("--max-length", 512)  # which divides the document with nothing left over
+    peak = _peak_mib(tmp_path / "a.txt", "--tokenizer", MINILM, *length, "--out", out, "--workers", 1)
     meta = read_meta(out)
     assert meta.num_tokens - 2 * meta.num_sequences == 2_000_000
     assert peak < 1000  # one Encoding of it would take gigabytes

@@ -64,6 +64,14 @@ def read_pooling(folder: Path) -> Pooling | None:
     return Pooling(mode=mode, normalise=bool(normalize), max_length=_max_length(folder))
 
 
+def read_max_length(folder: Path) -> int | None:
+    """Tokens of a text that the model in a sentence-transformers folder reads; None where nothing says so.
+
+    Raises ValueError where a file is damaged.
+    """
+    return None if _root(folder)[0] is None else _max_length(folder)
+
+
 def _root(folder: Path) -> tuple[Path | None, str]:
     """The folder with modules.json, and where below it `folder` lies; (None, "") where there is none."""
     folder = folder.absolute()
