@@ -139,7 +139,7 @@ def test_model_card_names_the_terms_that_count(run, tmp_path):
     card = (tmp_path / "student" / "README.md").read_text()
     assert (
         "\n2.0 x cross-entropy of the masked tokens + 0.5 x (1 - cos) of the outputs of every layer "
-        "+ 3.0 x KL of the value relations (MiniLMv2) of the last layers.\n"
+        "+ 3.0 x KL of the value relations (MiniLMv2).\n"
     ) in card
 
 

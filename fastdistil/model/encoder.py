@@ -103,14 +103,13 @@ class EncoderLayer(nn.Module):
         layout: SequenceLayout,
         dropout_seed: Tensor | None,
         backend: AttentionBackend,
-        with_values: bool = False,
+        with_qkv: bool = False,
     ) -> Any:
-        """The layer's output (N, D); `with_values` a pair of it and its values (N, D), all heads side by side.
+        """The layer's output (N, D); `with_qkv` a pair of it and its queries, keys and values (N, 3D).
 
         This is the definition. `functions.encoder_layer` computes the same, for less.
         """
         qkv_N3D = self.qkv(hidden_ND)
-        values_ND = qkv_N3D.chunk(3, 1)[2] if with_values else None
         attended_ND = attention(
             qkv_N3D.unflatten(1, (3, self.num_heads, -1)),
             layout,
@@ -119,10 +118,11 @@ class EncoderLayer(nn.Module):
             stream=self.stream,
             backend=backend,
         ).flatten(1)
+        kept_N3D = qkv_N3D if with_qkv else None
         del qkv_N3D  # a teacher, which has no backward, needs the memory now
         hidden_ND = self.attention_norm(self.attention_out(attended_ND), hidden_ND, dropout_seed)
         output_ND = self.ffn_norm(self.ffn_out(self.ffn_in(hidden_ND)), hidden_ND, dropout_seed)
-        return output_ND if values_ND is None else (output_ND, values_ND)
+        return output_ND if kept_N3D is None else (output_ND, kept_N3D)
 
 
 class KeptOutputs(NamedTuple):
@@ -130,8 +130,8 @@ class KeptOutputs(NamedTuple):
 
     layers: tuple[int, ...] = ()
     """The outputs of these layers, counted from 0, each (N, D)."""
-    values: bool = False
-    """The values of the last layer's attention, (N, D), all heads side by side."""
+    qkv: int | None = None
+    """The queries, keys and values of this layer's attention: (N, 3D), of each all heads side by side."""
 
 
 class Encoder(nn.Module):
@@ -169,7 +169,8 @@ class Encoder(nn.Module):
             dropout_seed: 0-dim int64 on the same device, of this micro-batch: it decides what all layers drop. In
                 training mode None draws one from torch's default generator of the device; in evaluation nothing is
                 dropped. Attention backends other than fused draw from that generator themselves.
-            kept_outputs: what else is handed out: the outputs of layers, in the order asked for, then the values.
+            kept_outputs: what else is handed out: the outputs of layers, in the order asked for, then queries, keys and
+                values.
 
         With activation checkpointing a layer keeps only its input and is computed again in the backward, with the same
         dropout.
@@ -186,24 +187,24 @@ class Encoder(nn.Module):
 
         call = functions.LayerCall(layout, dropout_seed, self._backend(hidden_ND, dropout_seed))
         outputs: dict[int, Tensor] = {}
-        values: Sequence[Tensor] = ()
+        qkv: Sequence[Tensor] = ()
         for index, layer in enumerate(self.layers):
-            with_values = asked.values and index == len(self.layers) - 1
-            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_values)
+            with_qkv = index == asked.qkv
+            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_qkv)
             if not by_modules:
                 again = self.activation_checkpointing
-                hidden_ND = functions.encoder_layer(layer, hidden_ND, call, again=again, with_values=with_values)
+                hidden_ND = functions.encoder_layer(layer, hidden_ND, call, again=again, with_qkv=with_qkv)
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden_ND = layer(*arguments)
-            if with_values:
-                hidden_ND, *values = hidden_ND
+            if with_qkv:
+                hidden_ND, *qkv = hidden_ND
             if index in asked.layers:
                 outputs[index] = hidden_ND
         if kept_outputs is None:
             return hidden_ND
-        return hidden_ND, (*(outputs[i] for i in asked.layers), *values)
+        return hidden_ND, (*(outputs[i] for i in asked.layers), *qkv)
 
     def _backend(self, hidden_ND: Tensor, dropout_seed: Tensor | None) -> ResolvedBackend:
         """What serves the attention of this micro-batch."""

@@ -148,11 +148,11 @@ def _norm(norm: LayerNorm, x_ND: Tensor, residual_ND: Tensor | None, seed: Tenso
 
 
 def _forward(
-    layer: EncoderLayer, call: LayerCall, hidden_ND: Tensor, *, keep: bool, with_values: bool
+    layer: EncoderLayer, call: LayerCall, hidden_ND: Tensor, *, keep: bool, with_qkv: bool
 ) -> tuple[Tensor, Tensor | None, _Kept | None]:
-    """EncoderLayer.forward by raw functions: output (N, D), values (N, D) if asked for, what the backward needs."""
+    """EncoderLayer.forward by raw functions: output (N, D), qkv (N, 3D) if asked for, what the backward needs."""
     qkv_N3HD = _linear(layer.qkv, hidden_ND).view(len(hidden_ND), 3, layer.num_heads, -1)
-    values_ND = qkv_N3HD[:, 2].flatten(1) if with_values else None
+    qkv_N3D = qkv_N3HD.flatten(1) if with_qkv else None
     attended, of_attention = attention.forward(
         qkv_N3HD, call.layout, *layer.dropout(call.seed), backend=call.backend, keep=keep
     )
@@ -164,17 +164,17 @@ def _forward(
     activated_NF, z_NF = gelu.linear_gelu_forward(between_ND, weight, bias, keep)
     output_ND, of_last = _norm(layer.ffn_norm, _linear(layer.ffn_out, activated_NF), between_ND, call.seed)
     if not keep:
-        return output_ND, values_ND, None
+        return output_ND, qkv_N3D, None
     kept = _Kept(kept_qkv, attended_ND, of_attention, of_norm, between_ND, z_NF, activated_NF, of_last)
-    return output_ND, values_ND, kept
+    return output_ND, qkv_N3D, kept
 
 
 class _Layer(Function):
     @staticmethod
     def forward(
-        ctx: Any, layer: EncoderLayer, call: LayerCall, again: bool, with_values: bool, hidden_ND: Tensor, *_: Tensor
+        ctx: Any, layer: EncoderLayer, call: LayerCall, again: bool, with_qkv: bool, hidden_ND: Tensor, *_: Tensor
     ) -> Any:
-        output_ND, values_ND, kept = _forward(layer, call, hidden_ND, keep=not again, with_values=with_values)
+        output_ND, qkv_N3D, kept = _forward(layer, call, hidden_ND, keep=not again, with_qkv=with_qkv)
         ctx.layer, ctx.call = layer, call._replace(seed=None)
         leaves, ctx.skeleton = pytree.tree_flatten(kept)
         # Tensors are saved with autograd, which frees them; a graph of PyTorch's own attention is none.
@@ -182,19 +182,19 @@ class _Layer(Function):
         tensors = (leaf if isinstance(leaf, Tensor) else None for leaf in leaves)
         ctx.save_for_backward(hidden_ND, call.seed, *tensors)
         ctx.set_materialize_grads(False)
-        return (output_ND, values_ND) if with_values else output_ND
+        return (output_ND, qkv_N3D) if with_qkv else output_ND
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, doutput_ND: Tensor, dvalues_ND: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, doutput_ND: Tensor, dhanded_N3D: Tensor | None = None) -> tuple[Tensor | None, ...]:
         hidden_ND, seed, *tensors = ctx.saved_tensors
         call = ctx.call._replace(seed=seed)
         leaves = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
         kept: Any = pytree.tree_unflatten(leaves, ctx.skeleton)
         if kept is None:
-            _, _, kept = _forward(ctx.layer, call, hidden_ND, keep=True, with_values=False)
+            _, _, kept = _forward(ctx.layer, call, hidden_ND, keep=True, with_qkv=False)
         del tensors, leaves
-        return None, None, None, None, *_backward(ctx.layer, call, hidden_ND, kept, doutput_ND, dvalues_ND)
+        return None, None, None, None, *_backward(ctx.layer, call, hidden_ND, kept, doutput_ND, dhanded_N3D)
 
 
 def _norm_backward(
@@ -220,7 +220,7 @@ def _norm_backward(
 
 
 def _backward(
-    layer: EncoderLayer, call: LayerCall, hidden_ND: Tensor, kept: _Kept, doutput_ND: Tensor, dvalues_ND: Tensor | None
+    layer: EncoderLayer, call: LayerCall, hidden_ND: Tensor, kept: _Kept, doutput_ND: Tensor, dhanded_N3D: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients of the layer's input and, where autograd gets them, of its parameters in their order."""
     seed = call.seed
@@ -256,9 +256,9 @@ def _backward(
         accumulate=accumulate,
     )
     del dx_ND, dattended_ND
-    if dvalues_ND is not None:
-        dqkv_N3HD[:, 2].add_(dvalues_ND.view(dqkv_N3HD[:, 2].shape))
-        linear.add_column_sum(dbias.chunk(3)[2], dvalues_ND, True)
+    if dhanded_N3D is not None:
+        dqkv_N3HD.add_(dhanded_N3D.view(dqkv_N3HD.shape))
+        linear.add_column_sum(dbias, dhanded_N3D, True)
     dqkv_ND = dqkv_N3HD.flatten(1)
     of_qkv = _product(qkv.weight, dqkv_ND, hidden_ND), to_autograd(qkv.bias, dbias)
     dhidden_ND = linear.linear_dx(dqkv_ND, operand(qkv.weight), dhidden_ND)
@@ -272,18 +272,18 @@ def _backward(
 
 
 def encoder_layer(
-    layer: EncoderLayer, hidden_ND: Tensor, call: LayerCall, *, again: bool = False, with_values: bool = False
+    layer: EncoderLayer, hidden_ND: Tensor, call: LayerCall, *, again: bool = False, with_qkv: bool = False
 ) -> Any:
     """`EncoderLayer.forward` as one function.
 
     Args:
         again: keep the input alone and run the forward again in the backward, with the same dropout.
-        with_values: return the values (N, D) of its attention, too.
+        with_qkv: return the queries, keys and values (N, 3D) of its attention, too.
     """
     if not torch.is_grad_enabled():
-        output_ND, values_ND, _ = _forward(layer, call, hidden_ND, keep=False, with_values=with_values)
-        return (output_ND, values_ND) if with_values else output_ND
-    return _Layer.apply(layer, call, again, with_values, hidden_ND, *layer.parameters())
+        output_ND, qkv_N3D, _ = _forward(layer, call, hidden_ND, keep=False, with_qkv=with_qkv)
+        return (output_ND, qkv_N3D) if with_qkv else output_ND
+    return _Layer.apply(layer, call, again, with_qkv, hidden_ND, *layer.parameters())
 
 
 class _Transform(Function):

@@ -179,9 +179,9 @@ class LossTerm(NamedTuple):
     """What the model card multiplies by the weight; may name fields of LossConfig in braces."""
     mean_over: Literal["tokens", "masked tokens"] = "tokens"
     """What the sum over a whole update is divided by."""
-    wants: Literal["nothing", "logits", "last hidden states", "layers", "values"] = "last hidden states"
-    """What the teacher hands over for it: layers are the outputs of the imitated layers, values those of the last
-    attention."""
+    wants: Literal["nothing", "logits", "last hidden states", "layers", "qkv"] = "last hidden states"
+    """What the teacher hands over for it: layers are the outputs of the imitated layers, qkv the queries, keys and
+    values of the attention of one layer."""
     same_width: bool = False
     """Whether it compares vectors of teacher and student, which then must have one width."""
 
@@ -213,11 +213,14 @@ LOSS_TERMS = (
         wants="layers",
         same_width=True,
     ),
-    LossTerm(
-        "values",
-        title="KL of the value relations (MiniLMv2), nats a token",
-        formula="KL of the value relations (MiniLMv2) of the last layers",
-        wants="values",
+    *(
+        LossTerm(
+            name,
+            title=f"KL of the {name[:-1]} relations (MiniLMv2), nats a token",
+            formula=f"KL of the {name[:-1]} relations (MiniLMv2)",
+            wants="qkv",
+        )
+        for name in ("queries", "keys", "values")
     ),
 )
 
@@ -237,10 +240,17 @@ class LossConfig(_Section):
     hidden: Annotated[float, AT_LEAST_0] = 0.0
     """Beyond the paper: weight of 1 - cos of the outputs of every student layer and of the teacher layer it began
     as."""
+    queries: Annotated[float, AT_LEAST_0] = 0.0
+    """Beyond the paper: weight of the KL of the relations among a sequence's queries (MiniLMv2); widths may differ."""
+    keys: Annotated[float, AT_LEAST_0] = 0.0
+    """Likewise among its keys."""
     values: Annotated[float, AT_LEAST_0] = 0.0
-    """Beyond the paper: weight of the KL of the value relations of the last layers (MiniLMv2); widths may differ."""
+    """Likewise among its values."""
     relation_heads: Annotated[int, AT_LEAST_1] = 12
-    """Heads that the values are cut into for these relations; divides both widths."""
+    """Heads that queries, keys and values are cut into for these relations; divides both widths."""
+    relation_layer: Annotated[int | None, AT_LEAST_0] = None
+    """Which layer of the teacher, counted from 0, has the relations that the student's last layer imitates. None: the
+    last."""
 
     def _check_together(self) -> None:
         if not self.terms:

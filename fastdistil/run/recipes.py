@@ -52,13 +52,12 @@ def hidden_cosine() -> Config:
 
 
 def minilm() -> Config:
-    """MiniLMv2's value relation of the last layers, for students of any width.
+    """MiniLMv2: relations among queries, keys and values, for students of any width.
 
-    Masked LM trains the head that the export has.
+    Masked LM, which the paper has not, trains the head that the export has.
     """
-    return replace(
-        distilbert(), recipe="minilm", out=Path("runs/minilm"), loss=LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=1.0)
-    )
+    loss = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, queries=1.0, keys=1.0, values=1.0)
+    return replace(distilbert(), recipe="minilm", out=Path("runs/minilm"), loss=loss)
 
 
 def distilroberta() -> Config:

@@ -58,7 +58,9 @@ def reason(engine: Engine, teacher: Teacher | RemoteTeacher | None, resolved: Re
             engine, PlainEngine
         ),
         "--engine.compile makes graphs of its own": config.engine.compile,
-        "--loss.values depends on the lengths of the sequences": bool(config.loss.values),
+        "relations (--loss.queries, keys, values) depend on the lengths of the sequences": any(
+            term.wants == "qkv" for term in config.loss.terms
+        ),
         "the teacher is on another device": isinstance(teacher, RemoteTeacher) or config.teacher.device == "second",
         capturable(backend) or "": capturable(backend) is not None,
     }

@@ -165,7 +165,7 @@ def load_models(resolved: Resolved, ranks: Ranks) -> Models:
         device=ranks.device,
         dtype=dtype,
         encoder_device=ranks.second_device,
-        kept_outputs=kept_outputs(config.loss, resolved.imitated_layers),
+        kept_outputs=kept_outputs(config.loss, resolved.imitated_layers, resolved.relation_layer),
     )
     if config.teacher.precision == "fp8":
         require_fp8(frozen.encoder_device)

@@ -29,8 +29,8 @@ from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.kernels.linear_distill import default_chunk_tokens
 from fastdistil.model.architecture import Architecture
 from fastdistil.run.ranks import Ranks
-from fastdistil.training.objective import relation_bytes
 from fastdistil.training.preflight import Resolved
+from fastdistil.training.relations import relation_bytes
 
 log = logging.getLogger("fastdistil")
 
@@ -114,8 +114,8 @@ def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
         held -= teacher.num_layers * (4 * E * E + 2 * E * F)
     token = resolved.token_budget * s
     wanted = {term.wants for term in config.loss.terms}
-    # Last hidden states and the head's; what terms want of the layers, and the values, which lie within q, k and v.
-    handed = token * E * (2 + ("layers" in wanted) * resolved.student.num_layers + 3 * ("values" in wanted))
+    # Last hidden states and the head's; what terms want of the layers, and queries, keys and values.
+    handed = token * E * (2 + ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted))
     # GELU's input and output; the embeddings, the layer's input, what was attended, and its LayerNorm.
     inference = token * (2 * F + 4 * E)
     if config.teacher.ranks or config.teacher.device == "second":
@@ -159,7 +159,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     else:
         chunk = min(N, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
         loss = 2 * chunk * V * s + dweight + product
-        loss = max(loss, relation_bytes(config.loss, resolved.meta.max_length))
+        if any(term.wants == "qkv" for term in config.loss.terms):
+            loss = max(loss, relation_bytes(config.loss.relation_heads, resolved.meta.max_length, device.type))
     yield "activations", kept, LOSS_AND_BACKWARD
     yield "activations", again + of_backward + token * F, ("backward",)
     yield "loss", loss, ("loss",)

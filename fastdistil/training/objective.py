@@ -6,7 +6,7 @@ For the real tokens R and masked tokens M of a whole update (all ranks, all micr
       + mlm    / |M|     * sum_{m in M} CE(z_s, original id)
       + cosine / |R|     * sum_{r in R} (1 - cos(h_s, h_t))
       + hidden / |R|     * sum_{r in R} mean over layers i of (1 - cos(student's output of layer i, teacher's of layer
-      m_i)) + values / |R|     * sum_{r in R} KL of the value relations of the last layers
+      m_i)) + queries, keys, values / |R| * sum_{r in R} KL of the relations of a layer's queries, keys and values
 
 |R| and |M| come from the plan of the update, so each micro-batch contributes its sums divided by them and the parts add
 up exactly: no mean of means, no communication before the backward.
@@ -20,15 +20,10 @@ hidden   m is the map of the initialisation: at the first update student layer i
          asked for the output of the layer it began as, neither of an earlier nor of a later one, and the last meets the
          teacher's last, as the evenly spread map has both ends. A student that did not begin as layers of this teacher
          takes that spread map.
-values   The value relation of MiniLMv2 (arXiv 2012.15828, section 3.1): per sequence x and relation head a of A, of
-         width d_r, R_a = softmax(V_a V_a^T / sqrt(d_r)), V the values of the last layer, all heads side by side and
-         then cut into A. Loss = 1/(A |x|) sum_a sum_t KL(R_a,t of the teacher || of the student), here weighted by |x|:
-         the mean over real tokens as of every term, not over sequences. Widths and heads of the two may differ, A
-         divides both widths. The paper has the same relations of queries and keys besides, and of a large teacher takes
-         an upper middle layer; we do neither.
+queries, keys, values
+         The relations of MiniLMv2 (relations.py), of the student's last layer and --loss.relation-layer of the teacher.
 
-Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary, S sequences of up to L tokens,
-A relation heads.
+Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +33,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fastdistil.data.batches import MicroBatch
 from fastdistil.kernels import linear_distill
@@ -48,6 +42,7 @@ from fastdistil.model.flat import is_flat
 from fastdistil.model.functions import cosine_distance, distillation
 from fastdistil.run.config import LOSS_TERMS, LossConfig
 from fastdistil.run.profile import span
+from fastdistil.training.relations import relation_loss
 
 SUMS = (*(term.name for term in LOSS_TERMS), "agree", "correct")
 """What a micro-batch adds up: unweighted terms (T^2 included), real tokens on which student and teacher agree at top 1,
@@ -61,18 +56,20 @@ class EncoderOutputs(NamedTuple):
     """Last hidden states."""
     layers: tuple[Tensor, ...] = ()
     """(N, D) outputs of every student layer, or of the teacher's layers that they imitate, where a term wants them."""
-    values: tuple[Tensor, ...] = ()
-    """The (N, D) values of the last layer's attention, all heads side by side, where a term wants them."""
+    qkv: tuple[Tensor, ...] = ()
+    """(N, D) queries, keys and values of the attention of one layer, all heads side by side, where a term wants
+    them."""
 
     @classmethod
     def of(cls, hidden_ND: Tensor, kept: tuple[Tensor, ...], asked: KeptOutputs) -> "EncoderOutputs":
         """From what an encoder returns, which is flat."""
         num_layers = len(asked.layers)
-        return cls(hidden_ND, kept[:num_layers], kept[num_layers:])
+        qkv = () if asked.qkv is None else kept[-1].chunk(3, 1)
+        return cls(hidden_ND, kept[:num_layers], qkv)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""
-        return (self.hidden_ND, *self.layers, *self.values)
+        return (self.hidden_ND, *self.layers, *self.qkv)
 
 
 class TeacherOutput(NamedTuple):
@@ -85,13 +82,13 @@ class TeacherOutput(NamedTuple):
     bias_V: Tensor
 
 
-def kept_outputs(loss: LossConfig, layers: tuple[int, ...]) -> KeptOutputs:
+def kept_outputs(loss: LossConfig, layers: tuple[int, ...], qkv: int) -> KeptOutputs:
     """What an encoder must hand out beside its last hidden states for these losses.
 
-    `layers` imitate or are imitated.
+    `layers` imitate or are imitated, and `qkv` is the layer whose relations do or are.
     """
     wanted = {term.wants for term in loss.terms}
-    return KeptOutputs(layers if "layers" in wanted else (), "values" in wanted)
+    return KeptOutputs(layers if "layers" in wanted else (), qkv if "qkv" in wanted else None)
 
 
 class Factor(NamedTuple):
@@ -124,74 +121,13 @@ def hidden_cosine(
     return torch.stack(parts).sum(), torch.stack(sums).mean()
 
 
-PADDED_TOKENS = 4096
-"""S x L whose relations are in memory at once: A x S x L x L scores in fp32, 25 MB at A = 12 and L = 128."""
-
-
-def value_relation(
-    student_ND: Tensor, teacher_NE: Tensor, lengths: Sequence[int], cu_seqlens: Tensor, num_heads: int
-) -> Tensor:
-    """0-dim fp32: the sum over real tokens of the mean over relation heads of KL(teacher || student), nats.
-
-    The student gets a gradient. No host sync. The relations are many times larger than the values, so they are made
-    again in the backward.
-
-    Args:
-        student_ND, teacher_NE: values of the last layers; rows beyond the sum of `lengths` count for nothing.
-        lengths: tokens of the real sequences, known on the host.
-        cu_seqlens: where they begin, on the device (SequenceLayout); may have more entries.
-        num_heads: A, divides D and E.
-    """
-    # Neighbouring sequences are padded to one length and taken together, as many as fit PADDED_TOKENS.
-    groups: list[list[int]] = []
-    for length in lengths:
-        if not groups or max(*groups[-1], length) * (len(groups[-1]) + 1) > PADDED_TOKENS:
-            groups.append([])
-        groups[-1].append(length)
-    sizes = [sum(group) for group in groups]
-    sizes.append(len(student_ND) - sum(sizes))
-    *students, padding_ND = student_ND.split(sizes)
-    # A zero that depends on the values: under ZeRO-3 all ranks' backwards go the same way, also of one without a
-    # sequence.
-    total = padding_ND[:0].float().sum()
-    first = row = 0
-    for group, mine_ND, example_NE in zip(groups, students, teacher_NE.split(sizes), strict=False):
-        bounds = cu_seqlens[first : first + len(group) + 1] - row
-        arguments = mine_ND, example_NE, bounds, max(group), num_heads
-        total = total + checkpoint(_relation, *arguments, use_reentrant=False)
-        first, row = first + len(group), row + len(mine_ND)
-    return total
-
-
-def _relation(student_ND: Tensor, teacher_NE: Tensor, bounds: Tensor, longest: int, num_heads: int) -> Tensor:
-    begin_S1, end_S1 = bounds[:-1, None], bounds[1:, None]
-    row_SL = begin_S1 + torch.arange(longest, device=bounds.device)
-    real_SL = row_SL < end_S1
-    row_SL = row_SL.minimum(end_S1 - 1)  # the padding repeats the last token, whose numbers are finite
-
-    def log_relation(values: Tensor) -> Tensor:
-        padded = values.index_select(0, row_SL.flatten()).float()  # scores and softmax are computed in fp32
-        heads = padded.view(*row_SL.shape, num_heads, -1).transpose(1, 2)  # (S, A, L, d_r)
-        scores = heads @ heads.mT * heads.shape[-1] ** -0.5
-        return F.log_softmax(scores.masked_fill(~real_SL[:, None, None], -1e30), -1)
-
-    log_q, log_p = log_relation(student_ND), log_relation(teacher_NE)
-    kl_SAL = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return kl_SAL.mean(1).masked_fill(~real_SL, 0.0).sum()
-
-
-def relation_bytes(loss: LossConfig, longest: int) -> int:
-    """Memory of `value_relation` while it is computed: scores, logarithms and probabilities of both models, in fp32."""
-    return 6 * 4 * loss.relation_heads * max(PADDED_TOKENS, longest) * longest if loss.values else 0
-
-
-def last_values(
-    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, num_heads: int
+def last_relation(
+    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, which: int, num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """KL of the value relations of the last layers."""
-    values = student.values[0], teacher.values[0]
-    total = value_relation(*values, batch.real_lengths, batch.layout.cu_seqlens, num_heads)
-    return factor.scale * total, total
+    """KL of the relations among the queries, keys or values, which are 0, 1 and 2."""
+    pair = student.qkv[which], teacher.qkv[which]
+    where = batch.real_lengths, batch.layout.cu_seqlens
+    return relation_loss(*pair, *where, num_heads, factor.scale, at_end=factor.at_end)
 
 
 Term = Callable[[EncoderOutputs, EncoderOutputs, MicroBatch, Factor], tuple[Tensor, Tensor]]
@@ -203,7 +139,10 @@ def terms_of(loss: LossConfig) -> dict[str, Term]:
     return {
         "cosine": last_cosine,
         "hidden": hidden_cosine,
-        "values": partial(last_values, num_heads=loss.relation_heads),
+        **{
+            name: partial(last_relation, which=which, num_heads=loss.relation_heads)
+            for which, name in enumerate(("queries", "keys", "values"))
+        },
     }
 
 
@@ -221,7 +160,8 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self.loss = loss
-        self.kept_outputs = kept_outputs(loss, tuple(range(student.architecture.num_layers)))
+        num_layers = student.architecture.num_layers
+        self.kept_outputs = kept_outputs(loss, tuple(range(num_layers)), num_layers - 1)
         self._weights: Tensor | None = None
 
     def forward(

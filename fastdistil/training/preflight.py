@@ -61,6 +61,13 @@ class Resolved:
         return spread(self.student.num_layers, self.teacher.num_layers)
 
     @property
+    def relation_layer(self) -> int:
+        """Of the teacher, whose relations the student imitates."""
+        assert self.teacher is not None
+        asked = self.config.loss.relation_layer
+        return self.teacher.num_layers - 1 if asked is None else asked
+
+    @property
     def token_budget(self) -> int:
         """Tokens of a micro-batch."""
         assert self.config.batch.token_budget is not None  # resolve
@@ -216,11 +223,16 @@ def _check_engine(config: Config, world_size: int, *, by_torchrun: bool) -> None
 def _check_losses(config: Config) -> None:
     teacher, terms = config.teacher, config.loss.terms
     distils = any(term.wants != "nothing" for term in terms)
-    beyond = [f"--loss.{term.name}" for term in terms if term.wants in ("layers", "values")]
+    beyond = [f"--loss.{term.name}" for term in terms if term.wants in ("layers", "qkv")]
     if teacher.ranks and beyond:
         raise ValueError(
             f"--teacher.ranks {teacher.ranks} sends last hidden states alone, and {' and '.join(beyond)} want more: "
             "leave out the one or the others"
+        )
+    if config.loss.relation_layer is not None and not any(term.wants == "qkv" for term in terms):
+        raise ValueError(
+            f"--loss.relation-layer {config.loss.relation_layer} has no effect: give --loss.queries, --loss.keys or "
+            "--loss.values a weight (recipe minilm does), or leave it out"
         )
     if distils and teacher.path is None:
         raise ValueError(
@@ -251,10 +263,17 @@ def _check_widths(config: Config, teacher: Architecture | None, student: Archite
                 f"the {term.name} loss compares hidden states of one width, the teacher's is {widths[0]} and the "
                 f"student's {widths[1]}: use --loss.{term.name} 0, or the teacher's width"
             )
-    if loss.values and any(width % loss.relation_heads for width in widths):
+    if not any(term.wants == "qkv" for term in loss.terms):
+        return
+    if any(width % loss.relation_heads for width in widths):
         raise ValueError(
             f"--loss.relation-heads {loss.relation_heads} must divide the widths {widths[0]} of the teacher and "
             f"{widths[1]} of the student: use {math.gcd(*widths)} or a divisor of it"
+        )
+    if loss.relation_layer is not None and loss.relation_layer >= teacher.num_layers:
+        raise ValueError(
+            f"--loss.relation-layer must be a layer of the teacher, from 0 to {teacher.num_layers - 1}, got "
+            f"{loss.relation_layer}"
         )
 
 

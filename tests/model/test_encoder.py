@@ -310,15 +310,20 @@ def test_a_seed_given_is_the_one_used():
     assert torch.equal(model(*batch, seed), model(*batch))
 
 
-def test_kept_outputs_are_layers_in_the_order_asked_for_then_values():
+@pytest.mark.parametrize("by_modules", [False, True])
+def test_kept_outputs_are_layers_in_the_order_asked_for_then_queries_keys_and_values(by_modules):
     model, batch = _model().eval(), packed([6, 3], 101)
     with torch.no_grad():
-        hidden, (last, first, values) = model.encoder(*batch, kept_outputs=KeptOutputs((1, 0), values=True))
+        model.encoder.by_modules = by_modules
+        hidden, (last, first, qkv) = model.encoder(*batch, kept_outputs=KeptOutputs((1, 0), qkv=1))
         assert torch.equal(hidden, model.encoder(*batch))
         assert torch.equal(last, hidden)
         final: Any = model.encoder.layers[1]
         assert torch.equal(final(first, batch[2], None, "auto"), hidden)
-        assert torch.equal(final.qkv(first)[:, 120:], values)
+        assert torch.equal(final.qkv(first), qkv)
+        _, (earlier,) = model.encoder(*batch, kept_outputs=KeptOutputs(qkv=0))
+        beginning: Any = model.encoder.layers[0]
+        assert torch.equal(beginning.qkv(model.encoder.embedded(*batch[:2], None)), earlier)
 
 
 def test_trailing_pad_changes_nothing():

@@ -43,8 +43,8 @@ def of_logits(student: MaskedLM, *given: object) -> Tensor:
 
 
 def of_every_output(student: MaskedLM, *given: object) -> Tensor:
-    """A loss of every layer's output, the values of the last attention, and the logits."""
-    hidden, kept = student.encoder(*given, KeptOutputs((0, 1), values=True))
+    """A loss of every layer's output, queries, keys and values of the first attention, and the logits."""
+    hidden, kept = student.encoder(*given, KeptOutputs((0, 1), qkv=0))
     return sum(x.float().square().mean() for x in (student.head(hidden), *kept))  # type: ignore[return-value]
 
 

@@ -64,8 +64,9 @@ def make_teacher(
     root: Path, device: torch.device = DEVICE, *, loss: LossConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> Teacher:
     """The toy teacher, which hands over what `loss` wants."""
-    model = load_masked_lm(root / "teacher", need_head=True)
-    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept_outputs(loss or LossConfig(), LAYERS))
+    model, loss = load_masked_lm(root / "teacher", need_head=True), loss or LossConfig()
+    qkv = model.architecture.num_layers - 1 if loss.relation_layer is None else loss.relation_layer
+    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept_outputs(loss, LAYERS, qkv))
 
 
 def make_batches(

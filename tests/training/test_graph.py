@@ -190,7 +190,7 @@ def test_what_is_not_recorded_is_told(folder):
     expected = {
         "off": {"engine": {"graph": False}},
         "compile": {"engine": {"compile": True}},
-        "values": {"loss": {"values": 1.0}},
+        "relations": {"loss": {"keys": 1.0}},
         "another device": {"teacher": {"device": "second"}},
         "sdpa": {"engine": {"attention": "sdpa"}},
     }

@@ -1,4 +1,4 @@
-"""The terms beyond the paper's against a reference by transformers in fp64; any packing; every engine; resumed."""
+"""The terms beyond DistilBERT's against a reference by transformers in fp64; any packing; every engine; resumed."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -11,20 +11,23 @@ import transformers
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import KeptOutputs
 from fastdistil.run.config import LOSS_TERMS, LossConfig
-from fastdistil.training import objective
-from fastdistil.training.objective import FUSED, SUMS, Objective, kept_outputs, terms_of, value_relation
+from fastdistil.training import relations
+from fastdistil.training.objective import FUSED, SUMS, Objective, kept_outputs, terms_of
+from fastdistil.training.relations import relation_loss
 from tests.support import authors, forked, runs
 from tests.support.launch import options
-from tests.support.updates import CPU, LAYERS, make_batches, make_student, make_teacher, one_update
+from tests.support.updates import CPU, DEVICE, LAYERS, make_batches, make_student, make_teacher, one_update
 from tests.workers import engine_worker
 
 HIDDEN = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, hidden=3.0, relation_heads=2)
 VALUES = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=3.0, relation_heads=2)
+RELATIONS = ("queries", "keys", "values")
+MINILM = replace(VALUES, queries=1.5, keys=0.7, relation_layer=2)  # not the last of four
 
 
 def test_every_term_has_one_home():
     """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in terms_of."""
-    settings = {"temperature", "relation_heads"}
+    settings = {"temperature", "relation_heads", "relation_layer"}
     names = {term.name for term in LOSS_TERMS}
     assert len(names) == len(LOSS_TERMS)
     assert {field.name for field in fields(LossConfig)} == names | settings
@@ -39,7 +42,7 @@ def test_every_term_has_one_home():
 
 
 def reference(root, name: str, micro_batches: int, config: LossConfig):
-    """(hidden, values, gradient of the weighted sum with MLM), sequence by sequence with transformers in fp64."""
+    """(unweighted terms, their weighted sum with MLM and its gradient), sequence by sequence in fp64."""
     _, batches = make_batches(root, micro_batches, CPU)
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     teacher = load(root / "teacher", attn_implementation="eager").double().eval()
@@ -49,51 +52,66 @@ def reference(root, name: str, micro_batches: int, config: LossConfig):
     def remember(key):
         return lambda _module, _inputs, output: seen.__setitem__(key, output[0])
 
-    teacher.bert.encoder.layer[-1].attention.self.value.register_forward_hook(remember("t"))
-    student.distilbert.transformer.layer[-1].attention.v_lin.register_forward_hook(remember("s"))
-    hidden, values, mlm, real, masked = [], [], [], 0, 0
+    layer = teacher.bert.encoder.layer[-1 if config.relation_layer is None else config.relation_layer]
+    mine = student.distilbert.transformer.layer[-1].attention
+    for kind, its, my in zip(RELATIONS, ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), strict=True):
+        getattr(layer.attention.self, its).register_forward_hook(remember(f"{kind} of the teacher"))
+        getattr(mine, my).register_forward_hook(remember(f"{kind} of the student"))
+    sums: dict[str, list[torch.Tensor]] = {term: [] for term in ("hidden", *RELATIONS, "mlm")}
+    real = masked = 0
 
-    def relation(values_LD):
-        heads = values_LD.reshape(len(values_LD), config.relation_heads, -1).transpose(0, 1)
-        return (heads @ heads.transpose(1, 2)) / heads.shape[-1] ** 0.5
+    def log_relation(x_LD):
+        heads = x_LD.reshape(len(x_LD), config.relation_heads, -1).transpose(0, 1)
+        return F.log_softmax((heads @ heads.transpose(1, 2)) / heads.shape[-1] ** 0.5, -1)
 
     for ids, labels in authors.sequences(batches):
         with torch.no_grad():
             t = teacher(input_ids=ids, output_hidden_states=True)
         s = student(input_ids=ids, output_hidden_states=True)
-        mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
-        if config.hidden:
-            for mine, layer in enumerate(LAYERS):
-                pair = s.hidden_states[1 + mine][0], t.hidden_states[1 + layer][0]
-                one = F.cosine_embedding_loss(*pair, torch.ones(len(labels)), reduction="sum")
-                hidden.append(one / len(LAYERS))
-        log_q, log_p = (F.log_softmax(relation(seen[k]), -1) for k in "st")
-        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (A, L)
-        values.append(kl.mean(0).sum())
+        sums["mlm"].append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
+        for mine, layer in enumerate(LAYERS if config.hidden else ()):
+            pair = s.hidden_states[1 + mine][0], t.hidden_states[1 + layer][0]
+            one = F.cosine_embedding_loss(*pair, torch.ones(len(labels)), reduction="sum")
+            sums["hidden"].append(one / len(LAYERS))
+        for kind in RELATIONS:
+            log_q, log_p = (log_relation(seen[f"{kind} of the {whose}"]) for whose in ("student", "teacher"))
+            kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # (A, L)
+            sums[kind].append(kl.mean(0).sum())
         real, masked = real + len(labels), masked + int((labels >= 0).sum())
-    terms = [torch.stack(v).sum() / real if v else torch.zeros(()) for v in (hidden, values)]
-    loss = config.mlm * torch.stack(mlm).sum() / masked
-    loss = loss + config.hidden * terms[0] + config.values * terms[1]
+    terms = {k: torch.stack(v).sum() / (masked if k == "mlm" else real) for k, v in sums.items() if v}
+    loss = torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
     loss.backward()
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-    return terms[0].item(), terms[1].item(), loss.item(), gradients
+    return {name: value.item() for name, value in terms.items()}, loss.item(), gradients
+
+
+CASES = {
+    "hidden": ("same", HIDDEN),
+    "values": ("same", VALUES),
+    "values of another width": ("narrow", VALUES),
+    "queries": ("narrow", replace(VALUES, queries=3.0, values=0.0)),
+    "keys of the first layer": ("same", replace(VALUES, keys=3.0, values=0.0, relation_layer=0)),
+    "all of MiniLMv2": ("narrow", MINILM),
+    "all there is": ("same", replace(MINILM, hidden=2.0)),
+}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize(
-    ("name", "config"), [("same", HIDDEN), ("same", VALUES), ("narrow", VALUES), ("same", replace(VALUES, hidden=2.0))]
-)
+@pytest.mark.parametrize(("name", "config"), CASES.values(), ids=list(CASES))
 def test_terms_and_gradients_equal_the_reference(folder, name, config, micro_batches):
     losses, gradients = one_update(folder, name, micro_batches, config)
-    hidden, values, loss, exact = reference(folder, name, micro_batches, config)
+    terms, loss, exact = reference(folder, name, micro_batches, config)
     assert losses["loss"] == pytest.approx(loss, rel=1e-5)
-    if config.hidden:
-        assert losses["hidden"] == pytest.approx(hidden, rel=1e-5)
-    if config.values:
-        assert losses["values"] == pytest.approx(values, rel=1e-5)
-        assert losses["values"] > 1e-3  # not two flat relations
+    for term in ("hidden", *RELATIONS):
+        assert (term in losses) == bool(getattr(config, term))
+        if term in losses:
+            assert losses[term] == pytest.approx(terms[term], rel=1e-5)
+            assert losses[term] > 1e-3  # not two flat relations
     error, where = authors.worst_relative_error(gradients, exact)
     assert error < 1e-4, where
+    if config.keys:  # the bias that attention alone gives no gradient
+        bias = "distilbert.transformer.layer.1.attention.k_lin.bias"
+        assert (gradients[bias].double().cpu() - exact[bias]).norm() < 1e-4 * exact[bias].norm()
 
 
 def test_a_bf16_teacher_gives_nearly_the_same(folder):
@@ -108,7 +126,7 @@ def test_a_bf16_teacher_gives_nearly_the_same(folder):
 def test_how_many_relations_are_in_memory_changes_nothing(folder, monkeypatch):
     wanted, exact = one_update(folder, "narrow", 1, VALUES)
     for tokens in (1, 100):
-        monkeypatch.setattr(objective, "PADDED_TOKENS", tokens)
+        monkeypatch.setitem(relations.PADDED_TOKENS, DEVICE.type, tokens)
         losses, gradients = one_update(folder, "narrow", 1, VALUES)
         assert losses["values"] == pytest.approx(wanted["values"], rel=1e-6)
         assert authors.worst_relative_error(gradients, exact)[0] < 1e-5
@@ -119,22 +137,54 @@ def test_equal_values_cost_nothing_and_the_padding_never_counts():
     values = torch.randn(40, 12)
     lengths = (7, 20, 5)  # 32 real rows
     bounds = sequence_layout((*lengths, 8), "cpu", sequence_step=6).cu_seqlens
-    assert value_relation(values, values, lengths, bounds, 3).item() == pytest.approx(0, abs=1e-5)
+    options = {"lengths": lengths, "cu_seqlens": bounds, "num_heads": 3, "scale": torch.tensor(2.0), "at_end": True}
+    assert relation_loss(values, values, **options)[1].item() == pytest.approx(0, abs=1e-5)
     other = torch.randn(40, 12)
-    wanted = value_relation(values, other, lengths, bounds, 3)
+    loss, wanted = relation_loss(values, other, **options)
+    assert loss == 2 * wanted > 0
     values[32:] = float("nan")
-    assert value_relation(values, other, lengths, bounds, 3) == wanted > 0
+    values.requires_grad_()
+    loss, total = relation_loss(values, other, **options)
+    loss.backward()
+    assert total == wanted
+    assert values.grad is not None
+    assert values.grad[:32].isfinite().all()
+    assert not values.grad[32:].any()
+
+
+def test_the_gradient_is_that_of_plain_pytorch_whatever_the_loss_is_multiplied_by():
+    """Odd lengths, a sequence of one token, and what stands behind the loss."""
+    generator = torch.Generator().manual_seed(1)
+    lengths, heads = (1, 33, 7, 19), 3
+    student, teacher = (torch.randn(64, width, generator=generator, dtype=torch.float64) for width in (12, 24))
+    exact = student.clone().requires_grad_()
+    parts = []
+    for x, y in zip(exact[:60].split(lengths), teacher[:60].split(lengths), strict=True):
+        scores = ((z.unflatten(1, (heads, -1)).transpose(0, 1)) for z in (x, y))
+        log_q, log_p = (F.log_softmax(z @ z.mT / z.shape[-1] ** 0.5, -1) for z in scores)
+        parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="sum") / heads)
+    wanted = torch.stack(parts).sum()
+    (0.25 * wanted * 5).backward()
+    bounds = sequence_layout((*lengths, 4), "cpu").cu_seqlens
+    for at_end, factor in ((True, 1.0), (False, 5.0)):
+        ours = student.float().requires_grad_()
+        scale = torch.tensor(0.25 * 5 / factor)
+        loss, total = relation_loss(ours, teacher.float(), lengths, bounds, heads, scale, at_end=at_end)
+        (loss * factor).backward()
+        assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert ours.grad is not None
+        assert (ours.grad - exact.grad).norm() < 1e-5 * exact.grad.norm()  # type: ignore[union-attr]
 
 
 def test_without_the_losses_nothing_is_kept(folder):
-    assert kept_outputs(LossConfig(), LAYERS) == KeptOutputs()
+    assert kept_outputs(LossConfig(), LAYERS, 3) == KeptOutputs()
     _, batches = make_batches(folder, 1)
     output = make_teacher(folder)(batches[0])
     assert output.encoder.tensors() == (output.encoder.hidden_ND,)
 
 
 def test_activation_checkpointing_changes_nothing(folder):
-    config = replace(VALUES, hidden=1.0)
+    config = replace(MINILM, hidden=1.0)
     _, batches = make_batches(folder, 1)
     output = make_teacher(folder, loss=config)(batches[0])
     found = []
@@ -149,12 +199,12 @@ def test_activation_checkpointing_changes_nothing(folder):
 
 def test_every_engine_on_two_ranks_gives_the_gradient_of_one_process(folder):
     """Three micro-batches, so that one rank has an empty one: under ZeRO-3 it still takes part in every gathering."""
-    loss, stages = replace(VALUES, hidden=2.0), (0, 1, 3)
+    loss, stages = replace(MINILM, hidden=2.0), (0, 1, 3)
     losses, exact = one_update(folder, "same", 3, loss)
     results, *_ = forked.call(engine_worker.gradients, folder, "same", "fp32", stages, 3, loss, ranks=2)
     for stage in stages:
         found, gradients = results[stage]
-        for name in ("hidden", "values"):
+        for name in ("hidden", *RELATIONS):
             assert found[name] == pytest.approx(losses[name], rel=1e-5), stage
         error, where = authors.worst_relative_error(gradients, exact)
         assert error < 1e-4, (stage, where)
@@ -172,17 +222,18 @@ def arguments(root, recipe: str, out, **changes: object) -> list[str]:
 
 def test_hidden_cosine_trains_and_resumes(root, tmp_path):
     run = tmp_path / "run"
-    given = {"loss__values": 1, "student__num_layers": 2, "optim__duration": 4, "log__checkpoint_every": 2}
+    given = {"loss__values": 1, "loss__queries": 1, "loss__relation_layer": 1}
+    given |= {"student__num_layers": 2, "optim__duration": 4, "log__checkpoint_every": 2}
     forked.run(*arguments(root, "hidden_cosine", run, **given))
     straight = runs.metrics_of(run)
     train = [line for line in straight if line["split"] == "train"]
-    for term in ("hidden", "values"):
+    for term in ("hidden", "queries", "values"):
         assert all(term in line for line in straight)
         assert train[-1][term] < train[0][term]
     (run / "checkpoints" / "update-00000004").rename(tmp_path / "gone")
     forked.run(*arguments(root, "hidden_cosine", run, **given, resume="auto"))  # after update 2
     for line, other in zip(straight, runs.metrics_of(run), strict=True):
-        for term in ("loss", "hidden", "values"):
+        for term in ("loss", "hidden", "queries", "values"):
             assert other[term] == line[term]
 
 
@@ -191,8 +242,9 @@ def test_minilm_trains_a_narrower_student_with_other_heads(root, tmp_path):
     student = {f"student__{name}": value for name, value in sizes.items()}
     forked.run(*arguments(root, "minilm", tmp_path / "run", **student, optim__duration=40, optim__lr=5e-3))
     train = [line for line in runs.metrics_of(tmp_path / "run") if line["split"] == "train"]
-    assert train[-1]["values"] < train[0]["values"]
-    assert train[-1]["loss"] == pytest.approx(train[-1]["mlm"] + train[-1]["values"])
+    for term in RELATIONS:
+        assert train[-1][term] < train[0][term]
+    assert train[-1]["loss"] == pytest.approx(sum(train[-1][term] for term in ("mlm", *RELATIONS)))
     assert "hidden" not in train[-1]
 
 
@@ -204,6 +256,11 @@ def test_minilm_trains_a_narrower_student_with_other_heads(root, tmp_path):
             "--teacher.path is missing",
         ),
         ("minilm --loss.relation-heads 7", "--loss.relation-heads 7 must divide the widths 32 of the teacher and 32"),
+        (
+            "minilm --loss.relation-heads 4 --loss.relation-layer 4",
+            "--loss.relation-layer must be a layer of the teacher, from 0 to 3, got 4",
+        ),
+        ("distilbert --loss.relation-layer 1", "--loss.relation-layer 1 has no effect"),
         (
             "hidden_cosine --student.init random --student.hidden-size 24 --student.num-heads 3 --loss.cosine 0",
             "the hidden loss compares hidden states of one width",
