@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdistil.model.encoder import MaskedLM
@@ -124,7 +124,13 @@ def toy_model(num_layers: int) -> "MaskedLM":
     from fastdistil.model.architecture import Architecture
     from fastdistil.model.encoder import MaskedLM
 
-    sizes = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_heads": 4, "ffn_size": 4 * WIDTH, "max_positions": 64}
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "num_heads": 4,
+        "ffn_size": 4 * WIDTH,
+        "max_positions": 64,
+    }
     return MaskedLM(Architecture(model_type="distilbert", token_types=0, num_layers=num_layers, **sizes))
 
 

@@ -105,7 +105,7 @@ def synthetic_batch(num_tokens: int, length: int, seed: int, of_update: int = 1)
         labels=labels,
         masked_rows=chosen.sort().values,
         num_rows=torch.tensor(num_tokens, dtype=torch.int32),
-        denominators=of_update * torch.tensor([num_tokens, len(chosen)], dtype=torch.float64),
+        denominators=of_update * torch.tensor([num_tokens, len(chosen), len(lengths)], dtype=torch.float64),
         dropout_seed=torch.tensor(seed),
         generator_seed=seed,
         lengths=tuple(lengths),
@@ -172,7 +172,7 @@ class Ours:
         self.engine = PlainEngine(Objective(student, config.loss).train(), config, ranks, dtype)
         self.loss, self.device = config.loss, ranks.device
         self.num_tokens = sum(b.num_tokens for b in self.batches)
-        self.num_masked = sum(b.num_masked for b in self.batches)
+        self.counts = [int(n) for n in self.batches[0].denominators.tolist()]
         self.padding = 1 - self.num_tokens / sum(len(b.input_ids) for b in self.batches)
         if DEVICE == "cuda":
             self.batches = [b.pin_memory() for b in self.batches]
@@ -189,7 +189,7 @@ class Ours:
         for b in self.batches:
             here = b.to(self.device)
             sums += self.engine.evaluate(here, self.teacher(here))
-        return means(sums.tolist(), self.num_tokens, self.num_masked, self.loss, has_teacher=True)["loss"]
+        return means(sums.tolist(), self.counts, self.loss)["loss"]
 
     def run(self) -> None:
         for batch, output in itertools.islice(self.pairs, len(self.batches)):

@@ -227,8 +227,8 @@ def _introduction(class_name: str, *, distilled: bool) -> str:
 def _losses(loss: dict[str, Any], *, distilled: bool) -> str:
     if not distilled:
         return "Cross-entropy of the masked tokens."
-    weighed = [(loss.get(term.name), term.formula.format(temperature=loss.get("temperature"))) for term in LOSS_TERMS]
-    return " + ".join(f"{weight} x {formula}" for weight, formula in weighed if weight) + "."
+    weighed = [(loss.get(term.name), term.formula) for term in LOSS_TERMS]
+    return " + ".join(f"{weight} x {formula.format_map(loss)}" for weight, formula in weighed if weight) + "."
 
 
 def _sizes(model: Architecture) -> str:

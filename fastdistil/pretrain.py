@@ -89,7 +89,7 @@ def run(resolved: Resolved, here: Launched) -> int:
         if teacher is not None:
             held_out = partial(corpus.micro_batches, Split.VALIDATION, ranks, rank=ranks.rank)
             require_knowledge(teacher, config, held_out(), ranks)
-            require_small_drift(teacher, config.teacher, held_out(), ranks)
+            require_small_drift(teacher, config.teacher, held_out(), ranks, vocab_size=resolved.meta.vocab_size)
     with ranks.together():
         lock = folder.lock(config.out) if ranks.is_main else None
         if ranks.is_main:

@@ -90,7 +90,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     assert not isinstance(teacher, RemoteTeacher)  # no ranks are set aside
     weights, state = checkpoint.load_weights(asked.run, asked.checkpoint)
     student.load_state_dict(weights)
-    objective = Objective(student, config.loss).to(ranks.device).train()
+    objective = Objective(student, config.loss, resolved.pooling).to(ranks.device).train()
     flat = FlatParameters(student, resolved.dtype(ranks.device))
     if not _same_weights(asked, state["update"]):
         print(f"weights of update {state['update']}: before update {asked.update} the run's were others")
@@ -148,10 +148,9 @@ def diagnosis(
     objective.train()
     handed = {}
     if output is not None:
-        handed = {
-            "last hidden state": output.encoder.hidden_ND,
-            "input of its vocabulary matrix": output.transformed_NE,
-        }
+        handed = {"last hidden state": output.encoder.hidden_ND}
+        if output.vocabulary is not None:
+            handed["input of its vocabulary matrix"] = output.vocabulary.transformed_NE
     parts = {
         "weights": bad(dict(student.named_parameters())),
         "teacher's weights": bad({} if teacher is None else dict(teacher.model.named_parameters())),

@@ -48,7 +48,8 @@ class MicroBatch:
     num_rows: Tensor
     """() int32, the real tokens, for operators that skip the padding without a host sync."""
     denominators: Tensor
-    """(2,) fp64, real and masked tokens of the whole update: on the device, where a captured step reads them."""
+    """(3,) fp64, real tokens, masked tokens and sequences of the whole update, each 1 or more: on the device, where a
+    captured step reads them."""
     dropout_seed: Tensor
     """() int64, for the fused operators."""
     generator_seed: int
@@ -88,7 +89,7 @@ def one_token(device: torch.device) -> MicroBatch:
     """The smallest micro-batch: one sequence of one predicted token."""
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     one = torch.tensor(1, dtype=torch.int32, device=device)
-    layout, denominators = sequence_layout([1], device), torch.ones(2, dtype=torch.float64, device=device)
+    layout, denominators = sequence_layout([1], device), torch.ones(3, dtype=torch.float64, device=device)
     return MicroBatch(zero, zero, zero, zero, one, denominators, zero[0], 0, (1,), layout, 1, 1, ())
 
 
@@ -181,7 +182,7 @@ class Collator:
             labels=torch.from_numpy(labels),
             masked_rows=torch.from_numpy(masked_rows),
             num_rows=torch.tensor(len(ids), dtype=torch.int32),
-            denominators=torch.tensor(plan.denominators, dtype=torch.float64),
+            denominators=torch.tensor(plan.denominators, dtype=torch.float64).clamp_min_(1.0),  # 0 masked
             dropout_seed=torch.randint(2**63 - 1, (), generator=generator),
             generator_seed=plan.dropout_seed,
             lengths=(*lengths, *pads),

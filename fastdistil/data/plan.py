@@ -45,15 +45,15 @@ class MicroBatchPlan:
     """Coordinates that its masks are drawn from."""
     dropout_seed: int = 0
     """Seed of its dropout; validation has none."""
-    denominators: tuple[int, int] = (1, 1)
-    """Real and masked tokens of the whole update, which its losses are divided by."""
+    denominators: tuple[int, int, int] = (1, 1, 1)
+    """Real tokens, masked tokens and sequences of the whole update, which its losses are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpdatePlan:
     """What one update holds, the same on every rank.
 
-    Both denominators of the loss are known before anything is computed.
+    The denominators of the loss are known before anything is computed.
     """
 
     micro_batches: tuple[MicroBatchPlan, ...]
@@ -61,14 +61,20 @@ class UpdatePlan:
     """Real tokens of the update."""
     num_masked: int
     """Masked tokens of the update."""
+    num_sequences: int
+    """Sequences of the update."""
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Real tokens, masked tokens, sequences."""
+        return self.num_tokens, self.num_masked, self.num_sequences
 
     def of_rank(self, rank: int, world_size: int) -> list[MicroBatchPlan]:
         """The micro-batches of one rank, dealt in turn.
 
         Where the ranks do not divide them the last round has empty ones.
         """
-        denominators = self.num_tokens, self.num_masked
-        empty = MicroBatchPlan(np.empty(0, np.int64), ("empty",), denominators=denominators)
+        empty = MicroBatchPlan(np.empty(0, np.int64), ("empty",), denominators=self.counts)
         mine = list(self.micro_batches[rank::world_size])
         return mine + [empty] * (math.ceil(len(self.micro_batches) / world_size) - len(mine))
 
@@ -192,5 +198,9 @@ def validation_plan(
 
 def _with_counts(micro_batches: list[MicroBatchPlan], lengths: NDArray[np.int32], mask_fraction: float) -> UpdatePlan:
     tokens = [int(lengths[m.sequences].sum()) for m in micro_batches]
-    denominators = sum(tokens), sum(num_masked(t, mask_fraction) for t in tokens)
-    return UpdatePlan(tuple(replace(m, denominators=denominators) for m in micro_batches), *denominators)
+    counts = (
+        sum(tokens),
+        sum(num_masked(t, mask_fraction) for t in tokens),
+        sum(len(m.sequences) for m in micro_batches),
+    )
+    return UpdatePlan(tuple(replace(m, denominators=counts) for m in micro_batches), *counts)

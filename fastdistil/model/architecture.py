@@ -19,7 +19,7 @@ INITIALIZER_RANGE = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """The sizes of a post-LN BERT encoder with a tied MLM head. ValueError where they do not fit."""
+    """The sizes of a post-LN BERT encoder, with a tied MLM head or without. ValueError where they do not fit."""
 
     model_type: str = "bert"
     """Its family, one of families.FAMILIES, by Hugging Face's name."""
@@ -43,12 +43,16 @@ class Architecture:
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
     """The id of [PAD]."""
+    mlm_head: bool = True
+    """Whether there is an MLM head; an encoder that only hands out hidden states has none."""
+    embedding_size: int = 0
+    """Width of a linear projection behind the last hidden states, 0 without one."""
 
     def __post_init__(self) -> None:
         family = self.family
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "pad_id" or field.name in family.fixed else 1
+            least = 0 if field.name in ("pad_id", "embedding_size") or field.name in family.fixed else 1
             if field.type is int and (type(value) is not int or value < least):
                 raise ValueError(f"{field.name} must be an integer of {least} or more, got {value!r}")
             if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
@@ -91,6 +95,7 @@ class Architecture:
             "ffn_in": (ffn, width),
             "ffn_out": (width, ffn),
             "head": (self.vocab_size, width),
+            "projection": (self.embedding_size, width),
         }
         module, kind = key.split(".")[-2:]
         weight = weights.get(module, (width,))  # a LayerNorm's
@@ -98,13 +103,14 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of encoder and MLM head; the tied decoder once, vocabulary padding not at all."""
+        """Parameters of encoder, head and projection; the tied decoder once, vocabulary padding not at all."""
         width = self.hidden_size
         embeddings = (self.vocab_size + self.max_positions + self.token_types + 2) * width
         attention = 4 * width * width + 4 * width
         feed_forward = 2 * width * self.ffn_size + self.ffn_size + width
-        head = width * width + width + 2 * width + self.vocab_size
-        return embeddings + self.num_layers * (attention + feed_forward + 4 * width) + head
+        head = (width * width + width + 2 * width + self.vocab_size) * self.mlm_head
+        layers = self.num_layers * (attention + feed_forward + 4 * width)
+        return embeddings + layers + head + self.embedding_size * width
 
 
 def from_record(record: dict[str, Any]) -> Architecture:
@@ -212,15 +218,15 @@ def flops_per_token(
         teacher: None where the student trains without one.
         student: the architecture that is trained.
         mean_attended_length: tokens that a token attends to, on average: sum(L^2) / sum(L) over sequences.
-        head_fraction: share of the tokens that pass the MLM heads: 1 in distillation, the masked share where only
-            masked tokens are predicted.
+        head_fraction: share of the tokens that pass the MLM heads, of the models that have one: 1 in distillation, the
+            masked share where only masked tokens are predicted.
     """
 
     def forward(model: Architecture) -> float:
         width = model.hidden_size
         products = 2 * (4 * width * width + 2 * width * model.ffn_size)
         scores = 4 * mean_attended_length * width  # q with k, and the weights with v
-        head = 2 * width * (model.vocab_size + width)
-        return model.num_layers * (products + scores) + head_fraction * head
+        head = 2 * width * (model.vocab_size + width) * model.mlm_head
+        return model.num_layers * (products + scores) + head_fraction * head + 2 * width * model.embedding_size
 
     return FlopsPerToken(teacher=forward(teacher) if teacher else 0.0, student=3 * forward(student))

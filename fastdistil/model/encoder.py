@@ -1,4 +1,4 @@
-"""One packed BERT encoder and MLM head, for teacher and student. Knows no ranks and no masks.
+"""One packed BERT encoder and its MLM head, for teacher and student. Knows no ranks and no masks.
 
 Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT is the
 same encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the
@@ -248,11 +248,24 @@ class VocabHead(nn.Module):
             transformed_ND = functions.head_transform(self, hidden_ND)
         if reduce is not None:
             return reduce(transformed_ND, self.weight, self.bias)
-        return functions.logits(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]
+        return functions.linear_map(transformed_ND, self.weight, self.bias)[:, : self.vocab_size]
+
+
+class Projection(nn.Linear):
+    """Hidden states (N, D) in the width of others, (N, E): x @ W.T."""
+
+    by_modules = False  # as the encoder's
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.by_modules or torch.compiler.is_compiling():
+            return super().forward(input)
+        return functions.linear_map(input, self.weight)
 
 
 class MaskedLM(nn.Module):
-    """Encoder and MLM head with fresh weights, drawn from `generator` alone (without one: seed 0).
+    """Encoder, and MLM head and projection where the architecture has them, with fresh weights.
+
+    They are drawn from `generator` alone (without one: seed 0).
 
     Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys are those of
     named_parameters(); load_state_dict wants the same keys.
@@ -262,7 +275,10 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.encoder = Encoder(architecture)
-        self.head = VocabHead(architecture, self.encoder.word_embeddings)
+        # VocabHead or None. Any, since whoever runs it knows that there is one.
+        self.head: Any = VocabHead(architecture, self.encoder.word_embeddings) if architecture.mlm_head else None
+        width, embedding_size = architecture.hidden_size, architecture.embedding_size
+        self.projection = Projection(width, embedding_size, bias=False) if embedding_size else None
         self.register_state_dict_post_hook(_drop_tied_weight)
         self.register_load_state_dict_pre_hook(_restore_tied_weight)
         self._initialise(generator or torch.Generator().manual_seed(0))
@@ -281,7 +297,9 @@ class MaskedLM(nn.Module):
 
     def run_by_modules(self) -> None:
         """From now on, as its modules are written, instead of by functions.py."""
-        self.encoder.by_modules = self.head.by_modules = True
+        for part in (self.encoder, self.head, self.projection):
+            if part is not None:
+                part.by_modules = True
 
     def forward(
         self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout, dropout_seed: Tensor | None = None

@@ -57,7 +57,7 @@ class Family:
     decoder: str
     """Where old files hold the decoder, a second copy of the word embeddings and perhaps of the bias."""
 
-    def tensor_names(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+    def tensor_names(self, num_layers: int, *, with_head: bool = True) -> dict[str, tuple[str, ...]]:
         """Key of our state dict -> the keys in the weights file that it is stacked from, for the whole model."""
         modules: dict[str, tuple[str, ...]] = {ours: (self.prefix + theirs,) for ours, theirs in _EMBEDDINGS.items()}
         if self.fixed.get("token_types") == 0:
@@ -67,7 +67,7 @@ class Family:
                 modules[f"encoder.layers.{i}.{ours}"] = tuple(
                     f"{self.prefix}{self.layers}.{i}.{name}" for name in theirs
                 )
-        modules |= {ours: (theirs,) for ours, theirs in self.head.items()}
+        modules |= {ours: (theirs,) for ours, theirs in self.head.items() if with_head}
         names = {}
         for ours, theirs in modules.items():
             if ours != "head":

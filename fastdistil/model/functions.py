@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+from torch.nn.functional import embedding_bag
 from torch.utils import _pytree as pytree
 
 from fastdistil.kernels import attention, cosine, gelu, layernorm, linear, linear_distill
@@ -334,28 +335,72 @@ def head_transform(head: VocabHead, hidden_ND: Tensor) -> Tensor:
     return found
 
 
-class _Logits(Function):
+class _LinearMap(Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_ND)
-        ctx.parameters = weight_VD, bias_V
-        return linear.linear_forward(x_ND, operand(weight_VD), operand(bias_V))
+        ctx.parameters = weight_FD, bias_F
+        return linear.linear_forward(x_ND, operand(weight_FD), None if bias_F is None else operand(bias_F))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_NV: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout_NF: Tensor) -> tuple[Tensor | None, ...]:
         (x_ND,) = ctx.saved_tensors
-        weight_VD, bias_V = ctx.parameters
-        dout_NV = dout_NV.contiguous()
-        (dbias_V,), accumulate = destination(bias_V)
-        linear.add_column_sum(dbias_V, dout_NV, accumulate)
-        of_weight = _product(weight_VD, dout_NV, x_ND)
-        return linear.linear_dx(dout_NV, operand(weight_VD)), of_weight, to_autograd(bias_V, dbias_V)
+        weight_FD, bias_F = ctx.parameters
+        dout_NF, of_bias = dout_NF.contiguous(), None
+        if bias_F is not None:
+            (dbias_F,), accumulate = destination(bias_F)
+            linear.add_column_sum(dbias_F, dout_NF, accumulate)
+            of_bias = to_autograd(bias_F, dbias_F)
+        of_weight = _product(weight_FD, dout_NF, x_ND)
+        return linear.linear_dx(dout_NF, operand(weight_FD)), of_weight, of_bias
 
 
-def logits(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
-    """(N, V) x @ weight.T + bias of a vocabulary head."""
-    return _Logits.apply(x_ND, weight_VD, bias_V)  # type: ignore[return-value]
+def linear_map(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """(N, F) x @ weight.T + bias: logits of a vocabulary head, hidden states in another width."""
+    return _LinearMap.apply(x_ND, weight_FD, bias_F)  # type: ignore[return-value]
+
+
+class _Pool(Function):
+    """Weighted sums over sequences. Shapes depend on the layout's alone, and nothing is added by atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weights_N: Tensor, sequence_N: Tensor, bounds_S1: Tensor) -> Tensor:
+        ctx.save_for_backward(weights_N, sequence_N)
+        ctx.dtype = hidden_ND.dtype
+        rows_N = torch.arange(len(hidden_ND), device=hidden_ND.device)
+        # An empty sequence at the end begins behind the last row.
+        return embedding_bag(
+            rows_N,
+            hidden_ND.float(),
+            bounds_S1.long(),
+            mode="sum",
+            per_sample_weights=weights_N,
+            include_last_offset=True,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dpooled_SD: Tensor) -> tuple[Tensor | None, ...]:
+        weights_N, sequence_N = ctx.saved_tensors
+        dhidden_ND = dpooled_SD.index_select(0, sequence_N) * weights_N[:, None]
+        return dhidden_ND.to(ctx.dtype), None, None, None
+
+
+def pooled(hidden_ND: Tensor, layout: SequenceLayout, mode: str) -> Tensor:
+    """(S, D) fp32: the mean of the hidden states of each of the layout's sequences, or its first; 0 of an empty one.
+
+    Args:
+        mode: mean or cls.
+    """
+    bounds_S1 = layout.cu_seqlens
+    rows_N = torch.arange(len(hidden_ND), device=hidden_ND.device, dtype=bounds_S1.dtype)
+    sequence_N = torch.searchsorted(bounds_S1[1:], rows_N, right=True)
+    if mode == "mean":
+        weights_N = 1.0 / bounds_S1.diff().index_select(0, sequence_N)
+    else:
+        weights_N = (rows_N == bounds_S1.index_select(0, sequence_N)).float()
+    return _Pool.apply(hidden_ND, weights_N, sequence_N, bounds_S1)  # type: ignore[return-value]
 
 
 class _Distill(Function):

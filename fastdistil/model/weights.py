@@ -32,7 +32,12 @@ _TOKEN_TYPES = "encoder.token_type_embeddings.weight"
 
 @torch.no_grad()
 def load_masked_lm(
-    folder: str | Path, *, need_head: bool, vocab_size: int | None = None, generator: torch.Generator | None = None
+    folder: str | Path,
+    *,
+    need_head: bool,
+    with_head: bool = True,
+    vocab_size: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> MaskedLM:
     """The model of a Hugging Face folder, in fp32 on the CPU, in training mode.
 
@@ -42,6 +47,7 @@ def load_masked_lm(
     Args:
         folder: with config.json and model.safetensors, else pytorch_model.bin, whole or in shards with an index.
         need_head: refuse a folder without MLM head. Otherwise such a folder gets a fresh head.
+        with_head: whether the model has one, whatever the folder has.
         vocab_size: leave out the rows of the vocabulary from this one on, which no token has.
         generator: draws that fresh head; seed 0 if none is given.
 
@@ -61,11 +67,13 @@ def load_masked_lm(
 
     # A padding id only says which row gets no gradient. One that is cut off is not the one that is used.
     rows = vocab_size or whole.vocab_size
-    used = replace(whole, vocab_size=rows, pad_id=whole.pad_id if whole.pad_id < rows else 0)
+    used = replace(whole, vocab_size=rows, pad_id=whole.pad_id if whole.pad_id < rows else 0, mlm_head=with_head)
     model = MaskedLM(used, generator=generator)
     # What is copied into the state dict is in the model: they share their memory. Padding and unused rows are left out.
     own = model.state_dict()
     for ours, keys in contents.sources.items():
+        if ours not in own:  # of a head that is not wanted
+            continue
         target = own[ours][:rows] if ours in _VOCAB_ROWS else own[ours]
         unused = whole.unused_positions if ours == _POSITIONS else 0
         target.copy_(torch.cat([tensors[key][unused:] for key in keys])[: len(target)])
@@ -95,20 +103,22 @@ def student_from_teacher(
     architecture: Architecture,
     *,
     copy_transform: bool,
+    fold_token_types: bool = False,
     generator: torch.Generator | None = None,
 ) -> MaskedLM:
     """A student that starts as copies of the teacher's weights, as the authors' did.
 
     Copied: word and position embeddings, the embedding LayerNorm, the teacher's layers named in `layers`, the decoder
     bias, and the first rows of the token-type table if the student has one; rows that the teacher has not start as its
-    row 0, the type of every token. Without a table, the teacher's row 0 is not folded into the positions: the authors'
-    script leaves it out too.
+    row 0, the type of every token. Without a table, the teacher's row 0 is left out, as in the authors' script, unless
+    it is folded into the positions.
 
     Args:
         teacher: source of the weights; it is not changed and shares no memory with the student.
         layers: the teacher's layer for each of the student's, counted from 0.
         architecture: the student's; widths, heads, vocabulary and positions as the teacher's.
         copy_transform: copy the dense layer and LayerNorm of the MLM head too; otherwise they start fresh.
+        fold_token_types: add the teacher's row 0 to the positions of a student without a table: the same sums.
         generator: draws what is fresh; seed 0 if none is given.
 
     Raises ValueError where `layers` or `architecture` do not fit the teacher.
@@ -139,8 +149,10 @@ def student_from_teacher(
             table = teacher_state[name][: len(target)]
             target.copy_(table[:1].expand_as(target))
             target[: len(table)].copy_(table)
-        elif copy_transform or not name.startswith(("head.dense.", "head.norm.")):
+        elif name in teacher_state and (copy_transform or not name.startswith(("head.dense.", "head.norm."))):
             target.copy_(teacher_state[name])
+        if name == _POSITIONS and fold_token_types and source.token_types and not architecture.token_types:
+            target.add_(teacher_state[_TOKEN_TYPES][0])
     return student
 
 

@@ -110,13 +110,17 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT or RoBERTa with a masked-LM head. None trains without a teacher (recipe
-    mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT or RoBERTa, with a masked-LM head where --loss.kd has a weight. None
+    trains without a teacher (recipe mlm)."""
+    pooling: Literal["mean", "cls"] | None = None
+    """How its last hidden states become the embedding of a text. None: as its folder says (sentence-transformers)."""
+    normalise: bool | None = None
+    """Whether its embeddings have length 1. None: as its folder says, or yes."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """Arithmetic of the teacher. auto: as --engine.precision; fp8: on GPUs of compute capability 8.9 and newer."""
     max_drift: Annotated[float, ABOVE_0] = 0.05
     """Largest mean KL, in nats a token of validation text, of the teacher's distribution in --teacher.precision from
-    its own in fp32; beyond it the run is refused."""
+    its own in fp32, or 1 - cos of its hidden states where no head is run; beyond it the run is refused."""
     check: Literal["refuse", "warn"] = "refuse"
     """What becomes of a teacher that knows nothing: one whose own masked-LM loss on validation text is near
     ln(vocabulary) or not a number, for want of trained weights or for another tokenizer."""
@@ -155,6 +159,12 @@ class StudentConfig(_Section):
     token_types: Annotated[int | None, AT_LEAST_0] = None
     """Rows of the token-type table: with some it exports a BERT, with 0 a DistilBERT. None: 0, or as the folder that
     goes on training without a teacher."""
+    fold_token_types: bool = False
+    """Add the token type of the model it starts from to the positions, where it has no table of its own: the same
+    numbers. The authors' student lost it."""
+    projection: bool = False
+    """A linear map of its hidden states to the teacher's width, where the widths differ, for terms that compare
+    vectors."""
     dropout: Annotated[float, BELOW_1] = 0.1
     """Dropout after embeddings, attention and feed-forward."""
     attention_dropout: Annotated[float, BELOW_1] = 0.1
@@ -177,11 +187,11 @@ class LossTerm(NamedTuple):
     """What the report calls it, with its unit."""
     formula: str
     """What the model card multiplies by the weight; may name fields of LossConfig in braces."""
-    mean_over: Literal["tokens", "masked tokens"] = "tokens"
+    mean_over: Literal["tokens", "masked tokens", "sequences"] = "tokens"
     """What the sum over a whole update is divided by."""
-    wants: Literal["nothing", "logits", "last hidden states", "layers", "qkv"] = "last hidden states"
+    wants: Literal["nothing", "logits", "last hidden states", "layers", "qkv", "embedding"] = "last hidden states"
     """What the teacher hands over for it: layers are the outputs of the imitated layers, qkv the queries, keys and
-    values of the attention of one layer."""
+    values of the attention of one layer, the embedding is pooled from the last hidden states."""
     same_width: bool = False
     """Whether it compares vectors of teacher and student, which then must have one width."""
 
@@ -222,7 +232,24 @@ LOSS_TERMS = (
         )
         for name in ("queries", "keys", "values")
     ),
+    LossTerm(
+        "embedding",
+        title="distance of the pooled embeddings, a sequence",
+        formula="{embedding_distance} distance of the pooled embeddings",
+        mean_over="sequences",
+        wants="embedding",
+        same_width=True,
+    ),
+    LossTerm(
+        "similarity",
+        title="squared error of the similarities of embeddings, a pair",
+        formula="squared error of the cosine similarities of all pairs of a micro-batch",
+        mean_over="sequences",
+        wants="embedding",
+    ),
 )
+COUNTED = ("tokens", "masked tokens", "sequences")
+"""What of an update is counted, and a term may be a mean over; in this order wherever they are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +278,13 @@ class LossConfig(_Section):
     relation_layer: Annotated[int | None, AT_LEAST_0] = None
     """Which layer of the teacher, counted from 0, has the relations that the student's last layer imitates. None: the
     last."""
+    embedding: Annotated[float, AT_LEAST_0] = 0.0
+    """Beyond the paper: weight of the distance of the pooled embeddings of a sequence."""
+    embedding_distance: Literal["cosine", "l2"] = "cosine"
+    """cosine: 1 - cos; l2: the squared distance, of embeddings as the teacher hands them out."""
+    similarity: Annotated[float, AT_LEAST_0] = 0.0
+    """Beyond the paper: weight of the squared error of the cosine similarities of the embeddings of all pairs of
+    sequences of a micro-batch; widths may differ."""
 
     def _check_together(self) -> None:
         if not self.terms:
@@ -259,6 +293,11 @@ class LossConfig(_Section):
     def weight(self, term: LossTerm) -> float:
         """What `term` is multiplied by."""
         return getattr(self, term.name)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the student has a masked-LM head: without weights of its terms none is built or run."""
+        return bool(self.kd or self.mlm)
 
     @property
     def terms(self) -> tuple[LossTerm, ...]:
@@ -270,8 +309,8 @@ class LossConfig(_Section):
 class MaskingConfig(_Section):
     """Which tokens are predicted (as the authors chose them)."""
 
-    fraction: Annotated[float, Range("in (0, 0.4]", lambda x: 0 < x <= 0.4)] = 0.15
-    """Share of the real tokens of a micro-batch that is predicted."""
+    fraction: Annotated[float, Range("in [0, 0.4]", lambda x: 0 <= x <= 0.4)] = 0.15
+    """Share of the real tokens of a micro-batch that is predicted; 0 masks nothing."""
     keep: Annotated[float, AT_LEAST_0] = 0.1
     """Of these, the share left as it is."""
     random: Annotated[float, AT_LEAST_0] = 0.1

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
 
+COUNTS = ("tokens", "masked", "sequences")
+"""What a record calls what of its update is counted (config.COUNTED)."""
 SPIKE = 10.0
 """Times the median of the last gradient norms: more is worth a look."""
 # Dense bf16 FLOP/s without sparsity, from the makers' data sheets.
@@ -134,7 +136,8 @@ class Journal:
 
     Args:
         writer: None on the other ranks.
-        to_means: turns summed losses, real and masked tokens of an update into reported losses (objective.means).
+        to_means: turns summed losses and the counts of an update (config.COUNTED) into reported losses
+            (objective.means).
         flops: of one token.
         peak: FLOP/s of all devices together, None if unknown.
         num_updates: of the whole run, for the time that is left.
@@ -147,7 +150,7 @@ class Journal:
         ranks: Ranks,
         *,
         num_sums: int,
-        to_means: Callable[[list[float], int, int], dict[str, float]],
+        to_means: Callable[[list[float], Sequence[int]], dict[str, float]],
         flops: float,
         peak: float | None,
         num_updates: int,
@@ -170,7 +173,7 @@ class Journal:
         self.sums += sums
 
     def close_update(self, record: dict[str, Any], gradient_norm: Tensor) -> None:
-        """End an update: what was added belongs to it. `record` needs "update", "tokens" and "masked"; no sync."""
+        """End an update: what was added belongs to it. `record` needs "update" and its counts; no sync."""
         self.open.append((record, self.sums, gradient_norm))
         self.sums = torch.zeros_like(self.sums)
 
@@ -193,7 +196,7 @@ class Journal:
             speed["mfu"] = speed["tokens_per_s"] * self.flops / self.peak
         last: dict[str, Any] = {}
         for record, total, norm in zip(records, totals, values, strict=True):
-            losses = self.to_means(total, record["tokens"], record["masked"])
+            losses = self.to_means(total, [record[name] for name in COUNTS])
             last = record | losses | {"gradient_norm": norm} | speed
             if not math.isfinite(norm):
                 last["skipped"] = True

@@ -10,7 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 
 from fastdistil.run import folder, options
-from fastdistil.run.config import BatchConfig, Config, LogConfig, LossConfig, OptimConfig, StudentConfig, from_json
+from fastdistil.run.config import (
+    BatchConfig,
+    Config,
+    LogConfig,
+    LossConfig,
+    MaskingConfig,
+    OptimConfig,
+    StudentConfig,
+    from_json,
+)
 
 log = logging.getLogger("fastdistil")
 
@@ -60,6 +69,19 @@ def minilm() -> Config:
     return replace(distilbert(), recipe="minilm", out=Path("runs/minilm"), loss=loss)
 
 
+def embed() -> Config:
+    """An embedding model with fewer layers: hidden states and embeddings of a sentence encoder; no head, no masks."""
+    return replace(
+        distilbert(),
+        recipe="embed",
+        out=Path("runs/embed"),
+        batch=BatchConfig(size=8192, unit="tokens", token_budget=4096),
+        student=StudentConfig(fold_token_types=True, projection=True, dropout=0.0, attention_dropout=0.0),
+        loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, hidden=1.0, embedding=1.0),
+        masking=MaskingConfig(fraction=0.0),
+    )
+
+
 def distilroberta() -> Config:
     """distilbert for a RoBERTa, whose student is a RoBERTa: masked tokens are drawn uniformly, as in its training."""
     config = distilbert()
@@ -77,7 +99,7 @@ def multilingual() -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    f.__name__: f for f in (distilbert, mlm, quickstart, distilroberta, multilingual, hidden_cosine, minilm)
+    f.__name__: f for f in (distilbert, mlm, embed, quickstart, distilroberta, multilingual, hidden_cosine, minilm)
 }
 
 

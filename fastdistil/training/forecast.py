@@ -191,7 +191,7 @@ def floors(
     without = flops_per_token(resolved.teacher, resolved.student, mean_attended_length, head_fraction=0.0)
     heads = with_heads.total - without.total
     # The fused loss makes its own gradient; masked LM alone leaves it to the backward.
-    in_loss = heads if resolved.teacher else heads / 3
+    in_loss = heads if resolved.config.loss.kd else heads / 3
     flops: dict[Part, float] = {
         "teacher": without.teacher,
         "student forward": without.student / 3,

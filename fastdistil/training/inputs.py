@@ -139,12 +139,14 @@ def load_models(resolved: Resolved, ranks: Ranks) -> Models:
             backend = resolve_backend(config.engine.attention, ranks.device, dropout_p=dropout_p, dtype=arithmetic)
             if model is not None:
                 check_heads(backend, model.hidden_size // model.num_heads, ranks.device)
-    vocab_size, path = resolved.meta.vocab_size, config.teacher.path
-    teacher = load_masked_lm(path, need_head=True, vocab_size=vocab_size) if path else None
-    source = teacher if resolved.source_path else None
+    path = config.teacher.path
     generator = torch.Generator().manual_seed(seed_of(config.seed, "student"))
+    # A head where a term wants one of the student, whose first weights may be the teacher's.
+    with_head = {"with_head": config.loss.has_head, "vocab_size": resolved.meta.vocab_size}
+    teacher = load_masked_lm(path, need_head=bool(config.loss.kd), **with_head) if path else None
+    source = teacher if resolved.source_path else None
     if resolved.source_path and config.student.init != "teacher":
-        source = load_masked_lm(resolved.source_path, need_head=False, vocab_size=vocab_size, generator=generator)
+        source = load_masked_lm(resolved.source_path, need_head=False, **with_head, generator=generator)
     digests = {} if teacher is None else {"teacher.path": digest(teacher)}
     if source is not None and source is not teacher:
         digests["student.init"] = digest(source)
@@ -158,6 +160,8 @@ def load_models(resolved: Resolved, ranks: Ranks) -> Models:
     student.encoder.position_embeddings.weight.requires_grad_(not config.student.freeze_positions)
     if teacher is None:
         return Models(None, student, digests)
+    if not config.loss.kd:  # its distribution is not asked for
+        teacher.head = None
     if ranks.link is not None and not ranks.is_teacher:
         return Models(RemoteTeacher(teacher, ranks.link, device=ranks.device, dtype=dtype), student, digests)
     frozen = Teacher(
@@ -197,6 +201,7 @@ def _student(resolved: Resolved, source: MaskedLM | None, generator: torch.Gener
         resolved.student,
         # A model that goes on training keeps its head. A student starts with a fresh transform, as the authors' did.
         copy_transform=init.copy_transform or init.init != "teacher",
+        fold_token_types=init.fold_token_types,
         generator=generator,
     )
 

@@ -27,7 +27,7 @@ from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
 from fastdistil.run.command import StopRequest
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
-from fastdistil.run.metrics import Journal, MetricsWriter, counted, peak_flops
+from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
 from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import forecast
@@ -136,7 +136,7 @@ def setup(
 ) -> Job:
     """Engine, run folder, metrics and prefetcher of a run that starts, or goes on from `saved`; says what runs."""
     config = resolved.config
-    engine = make_engine(Objective(student, config.loss), resolved, ranks)
+    engine = make_engine(Objective(student, config.loss, resolved.pooling), resolved, ranks)
     update = num_tokens = num_skipped = 0
     if saved is not None:
         update, num_tokens, num_skipped = (saved.state.get(name, 0) for name in ("update", "tokens", "skipped"))
@@ -168,7 +168,7 @@ def setup(
         writer,
         ranks,
         num_sums=len(SUMS),
-        to_means=partial(means, loss=config.loss, has_teacher=teacher is not None),
+        to_means=partial(means, loss=config.loss),
         flops=flops,
         peak=peak and peak * ranks.num_devices,
         num_updates=corpus.num_updates,
@@ -207,7 +207,7 @@ def train(job: Job) -> str | None:
     first_line = job.update + 1  # a sign of life
     (stopping,) = ranks.any(job.stop.asked)
     while job.update < corpus.num_updates and not stopping:
-        # Which sequences the update holds, and both denominators of its loss, are known before anything is computed.
+        # Which sequences the update holds, and the denominators of its loss, are known before anything is computed.
         plan = job.plan = corpus.plan.update(job.update)
         job.watchdog.update = job.update + 1
         lr = learning_rate(config, job.update, corpus.num_updates)
@@ -223,7 +223,7 @@ def train(job: Job) -> str | None:
             # The gradients of all ranks become new weights.
             gradient_norm = engine.step(lr)
         about = {"split": "train", "update": job.update + 1, "epoch": corpus.plan.epoch_of(job.update), "lr": lr}
-        journal.close_update(about | {"tokens": plan.num_tokens, "masked": plan.num_masked}, gradient_norm)
+        journal.close_update(about | dict(zip(COUNTS, plan.counts, strict=True)), gradient_norm)
         job.update, job.num_tokens = job.update + 1, job.num_tokens + plan.num_tokens
 
         # Once in a while, on every rank alike: rank 0 says what is due, and a signal on any rank ends all of them here,
@@ -318,7 +318,7 @@ def validate(job: Job) -> None:
         job.watchdog.restart()
         sums += job.engine.evaluate(batch, teacher_output)
     totals = job.ranks.sum(sums).tolist()  # a sync, once a validation
-    losses = job.journal.to_means(totals, plan.num_tokens, plan.num_masked)
+    losses = job.journal.to_means(totals, plan.counts)
     job.journal.validation({"split": "validation", "update": job.update, **losses})
     job.journal.restart_clock()
 
@@ -385,5 +385,6 @@ def describe(resolved: Resolved) -> dict[str, Any]:
             "sources": meta.preparation.get("sources"),
         },
         "inputs": resolved.inputs,
+        "pooling": asdict(resolved.pooling) if resolved.pooling else None,
         "versions": {"fastdistil": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }

@@ -110,16 +110,18 @@ def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
     E, F = teacher.hidden_size, teacher.ffn_size
     s = resolved.teacher_dtype(device).itemsize
     held = _num_elements(teacher) * s
+    wants_head = int(bool(config.loss.kd))
     if config.teacher.precision == "fp8":  # one byte less an element of the layers' matrices
         held -= teacher.num_layers * (4 * E * E + 2 * E * F)
     token = resolved.token_budget * s
     wanted = {term.wants for term in config.loss.terms}
     # Last hidden states and the head's; what terms want of the layers, and queries, keys and values.
-    handed = token * E * (2 + ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted))
+    layers = ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted)
+    handed = token * E * (1 + wants_head + layers)
     # GELU's input and output; the embeddings, the layer's input, what was attended, and its LayerNorm.
     inference = token * (2 * F + 4 * E)
     if config.teacher.ranks or config.teacher.device == "second":
-        held, inference = teacher.padded_vocab_size * E * s, 0
+        held, inference = teacher.padded_vocab_size * E * s * wants_head, 0
     elif device.type == "cuda" and config.teacher.overlap:
         # A side stream's memory serves no other. Outputs are in the loop's hands, made, and in the making.
         held, inference = held + inference + 2 * handed, 0
@@ -148,19 +150,19 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     kept, again = student.num_layers * layer, 0
     if config.engine.activation_checkpointing:
         kept, again = student.num_layers * token * D, layer
-    head_tokens = N if resolved.teacher else int(config.masking.fraction * N)
+    head_tokens = int(resolved.head_fraction * N)
     kept += (2 * N + 4 * head_tokens) * D * s  # embeddings' sum, last hidden states; four of the head
     # The vocabulary's gradient lies in the flat buffer at stage 0, else it is a tensor of its own in fp32. A CPU has no
     # product of bf16 with an fp32 result.
-    dweight = 4 * V * D * (resolved.zero_stage > 0)
+    dweight = 4 * V * D * (resolved.zero_stage > 0) * config.loss.has_head
     product = V * D * s * (device.type == "cpu" and s == 2)
-    if resolved.teacher is None:  # log-softmax, its gradient and that of the logits
-        loss = 12 * head_tokens * V
-    else:
+    if config.loss.kd:
         chunk = min(N, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
         loss = 2 * chunk * V * s + dweight + product
-        if any(term.wants == "qkv" for term in config.loss.terms):
-            loss = max(loss, relation_bytes(config.loss.relation_heads, resolved.meta.max_length, device.type))
+    else:  # log-softmax, its gradient and that of the logits
+        loss = 12 * head_tokens * V
+    if any(term.wants == "qkv" for term in config.loss.terms):
+        loss = max(loss, relation_bytes(config.loss.relation_heads, resolved.meta.max_length, device.type))
     yield "activations", kept, LOSS_AND_BACKWARD
     yield "activations", again + of_backward + token * F, ("backward",)
     yield "loss", loss, ("loss",)
@@ -170,7 +172,7 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
 def _num_elements(architecture: Architecture) -> int:
     """Parameters as they lie in memory, the vocabulary's padding included."""
     padding = architecture.padded_vocab_size - architecture.vocab_size
-    return architecture.num_parameters + padding * (architecture.hidden_size + 1)
+    return architecture.num_parameters + padding * (architecture.hidden_size + architecture.mlm_head)
 
 
 def require(resolved: Resolved, *, device: torch.device, device_bytes: int) -> Footprint:

@@ -1,19 +1,23 @@
 """The objective of DistilBERT (arXiv 1910.01108; weights confirmed in transformers#2013), and every term beyond it.
 
-For the real tokens R and masked tokens M of a whole update (all ranks, all micro-batches), with temperature T:
+For the real tokens R, masked tokens M and sequences X of a whole update (all ranks, all micro-batches), with
+temperature T:
 
     L = kd     * T^2/|R| * sum_{r in R} KL(softmax(z_t/T) || softmax(z_s/T))
       + mlm    / |M|     * sum_{m in M} CE(z_s, original id)
       + cosine / |R|     * sum_{r in R} (1 - cos(h_s, h_t))
       + hidden / |R|     * sum_{r in R} mean over layers i of (1 - cos(student's output of layer i, teacher's of layer
       m_i)) + queries, keys, values / |R| * sum_{r in R} KL of the relations of a layer's queries, keys and values
+      + embedding / |X|  * sum_{x in X} (1 - cos(e_s, e_t)), or |e_s - e_t|^2
+      + similarity / |X| * sum_{x in X} mean over the others y of its micro-batch of (cos(e_s, f_s) - cos(e_t, f_t))^2
 
-|R| and |M| come from the plan of the update, so each micro-batch contributes its sums divided by them and the parts add
-up exactly: no mean of means, no communication before the backward.
+|R|, |M| and |X| come from the plan of the update, so each micro-batch contributes its sums divided by them and the
+parts add up exactly: no mean of means, no communication before the backward.
 
 A term is a field and an entry of LOSS_TERMS in run/config.py, and here a function of its name. kd and mlm are one fused
 operator (kernels/linear_distill.py), in which logits exist for a chunk of tokens at a time; the others are in
-`terms_of`.
+`terms_of`. Without kd the vocabulary is run on the masked tokens alone, without mlm either not at all: then neither of
+the models has a head.
 
 hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer
          m_i. What it has to make up for is that the layers between m_(i-1) and m_i are gone from its input. So it is
@@ -23,7 +27,12 @@ hidden   m is the map of the initialisation: at the first update student layer i
 queries, keys, values
          The relations of MiniLMv2 (relations.py), of the student's last layer and --loss.relation-layer of the teacher.
 
-Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary.
+embedding, similarity
+         e is the mean of the last hidden states of a sequence, or the first of them, as the teacher's embeddings are
+         made; f is another sequence's. Where the widths differ, `--student.projection` maps the student's hidden states
+         to the teacher's width for every term that compares vectors.
+
+Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary, S sequences.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,14 +48,15 @@ from fastdistil.kernels import linear_distill
 from fastdistil.kernels.attention_backends import resolve_backend, seed_generator
 from fastdistil.model.encoder import KeptOutputs, MaskedLM
 from fastdistil.model.flat import is_flat
-from fastdistil.model.functions import cosine_distance, distillation
-from fastdistil.run.config import LOSS_TERMS, LossConfig
+from fastdistil.model.functions import cosine_distance, distillation, pooled
+from fastdistil.model.sentence import Pooling
+from fastdistil.run.config import COUNTED, LOSS_TERMS, LossConfig
 from fastdistil.run.profile import span
 from fastdistil.training.relations import relation_loss
 
 SUMS = (*(term.name for term in LOSS_TERMS), "agree", "correct")
 """What a micro-batch adds up: unweighted terms (T^2 included), real tokens on which student and teacher agree at top 1,
-and masked tokens that the student gets right (counted without a teacher only). Terms without weight are 0."""
+and masked tokens that the student gets right (counted without kd only). Terms without weight are 0."""
 
 
 class EncoderOutputs(NamedTuple):
@@ -72,14 +82,24 @@ class EncoderOutputs(NamedTuple):
         return (self.hidden_ND, *self.layers, *self.qkv)
 
 
-class TeacherOutput(NamedTuple):
-    """What the teacher hands over for one micro-batch; E is its width. Never logits: those are 40 times larger."""
+class VocabularyInputs(NamedTuple):
+    """What logits are made of; E is the width."""
 
-    encoder: EncoderOutputs
     transformed_NE: Tensor
-    """Input of the vocabulary matrix."""
     weight_VE: Tensor
     bias_V: Tensor
+
+
+class TeacherOutput(NamedTuple):
+    """What the teacher hands over for one micro-batch. Never logits: those are 40 times larger than hidden states."""
+
+    encoder: EncoderOutputs
+    vocabulary: VocabularyInputs | None = None
+    """None of a teacher whose head is not run."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that were made for this micro-batch."""
+        return (*self.encoder.tensors(), *(self.vocabulary[:1] if self.vocabulary else ()))
 
 
 def kept_outputs(loss: LossConfig, layers: tuple[int, ...], qkv: int) -> KeptOutputs:
@@ -130,13 +150,46 @@ def last_relation(
     return relation_loss(*pair, *where, num_heads, factor.scale, at_end=factor.at_end)
 
 
+def real_sequences(batch: MicroBatch) -> Tensor:
+    """(S,) bool, which of the layout's sequences are neither padding nor empty; on the device, no sync."""
+    begin_S, end_S = batch.layout.cu_seqlens[:-1], batch.layout.cu_seqlens[1:]
+    return (end_S > begin_S) & (end_S <= batch.num_rows)
+
+
+def embedding_distance(
+    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, pooling: Pooling, l2: bool
+) -> tuple[Tensor, Tensor]:
+    """1 - cos, or the squared distance, of the embeddings of each sequence."""
+    mine_SE, example_SE = (pooled(x.hidden_ND, batch.layout, pooling.mode) for x in (student, teacher))
+    if pooling.normalise or not l2:
+        mine_SE, example_SE = F.normalize(mine_SE, dim=1), F.normalize(example_SE, dim=1)
+    distance_S = (mine_SE - example_SE).square().sum(1)  # of vectors of length 1: twice 1 - cos
+    total = distance_S.masked_fill(~real_sequences(batch), 0.0).sum() * (1.0 if l2 else 0.5)
+    return factor.scale * total, total
+
+
+def similarity_error(
+    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, pooling: Pooling
+) -> tuple[Tensor, Tensor]:
+    """For each sequence the mean over the others of the squared error of their cosine similarity."""
+    real_S = real_sequences(batch)
+    pair_SS = real_S[:, None] & real_S & ~torch.eye(len(real_S), dtype=torch.bool, device=real_S.device)
+    mine_SS, example_SS = (
+        embedding_SE @ embedding_SE.T
+        for embedding_SE in (F.normalize(pooled(x.hidden_ND, batch.layout, pooling.mode)) for x in (student, teacher))
+    )
+    error_SS = (mine_SS - example_SS).square().masked_fill(~pair_SS, 0.0)
+    total = error_SS.sum() / (real_S.sum() - 1).clamp_min(1)
+    return factor.scale * total, total
+
+
 Term = Callable[[EncoderOutputs, EncoderOutputs, MicroBatch, Factor], tuple[Tensor, Tensor]]
 
 
-def terms_of(loss: LossConfig) -> dict[str, Term]:
+def terms_of(loss: LossConfig, pooling: Pooling | None) -> dict[str, Term]:
     """Every term beside the fused two: (student, teacher, micro-batch, factor) -> its part of the loss, which has a
-    gradient, and its sum over real tokens, 0-dim fp32 both."""
-    return {
+    gradient, and its sum, 0-dim fp32 both."""
+    found: dict[str, Term] = {
         "cosine": last_cosine,
         "hidden": hidden_cosine,
         **{
@@ -144,22 +197,31 @@ def terms_of(loss: LossConfig) -> dict[str, Term]:
             for which, name in enumerate(("queries", "keys", "values"))
         },
     }
+    if pooling is not None:
+        l2 = loss.embedding_distance == "l2"
+        found["embedding"] = partial(embedding_distance, pooling=pooling, l2=l2)
+        found["similarity"] = partial(similarity_error, pooling=pooling)
+    return found
 
 
 FUSED = ("kd", "mlm")
-"""Terms of one operator, which are computed with any weight."""
+"""Terms of one operator, which computes mlm with any weight wherever kd has one."""
 
 
 class Objective(nn.Module):
     """The student and its loss as one module: what an engine trains.
 
     The vocabulary matrix is used inside the head's own forward, which is where ZeRO-3 has it gathered.
+
+    Args:
+        pooling: how embeddings are made of hidden states, where a term wants them.
     """
 
-    def __init__(self, student: MaskedLM, loss: LossConfig) -> None:
+    def __init__(self, student: MaskedLM, loss: LossConfig, pooling: Pooling | None = None) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
+        self.terms = terms_of(loss, pooling)
         num_layers = student.architecture.num_layers
         self.kept_outputs = kept_outputs(loss, tuple(range(num_layers)), num_layers - 1)
         self._weights: Tensor | None = None
@@ -170,7 +232,7 @@ class Objective(nn.Module):
         """This micro-batch's part of the update's loss.
 
         Args:
-            batch: packed micro-batch on the module's device, with |R| and |M| of the whole update.
+            batch: packed micro-batch on the module's device, with |R|, |M| and |X| of the whole update.
             teacher: its hidden states for the same masked ids, or what hands them over when the student's forward is
                 done; None: masked LM alone.
 
@@ -182,26 +244,24 @@ class Objective(nn.Module):
             student = self._student_outputs(batch, with_kept=teacher is not None)
         with span("loss"):
             # The weight of every term over its denominator, by numbers that are on the device.
-            weights_T2 = self._weights_on(batch.denominators.device)
-            scales_T = (weights_T2[1:] / batch.denominators).sum(1).float()
-            if teacher is None:
-                loss, sums = self._masked_lm(student.hidden_ND, batch, scales_T)
-            else:
-                output = teacher() if callable(teacher) else teacher
-                loss, sums = self._distillation(student, batch, output, scales_T)
-            nothing = weights_T2[0, 0]
+            weights_T3 = self._weights_on(batch.denominators.device)
+            scales_T = (weights_T3[1:] / batch.denominators).sum(1).float()
+            output = teacher() if callable(teacher) else teacher
+            loss, sums = self._of_vocabulary(student.hidden_ND, batch, output, scales_T)
+            if output is not None:
+                loss = self._beside(loss, sums, student, batch, output.encoder, scales_T)
+            nothing = weights_T3[0, 0]
             return loss, torch.stack([sums.get(name, nothing).detach().float() for name in SUMS])
 
     def _weights_on(self, device: torch.device) -> Tensor:
-        """(1 + terms, 2) fp64: a row of 0, then each term's weight in the column of what its mean is over.
+        """(1 + terms, 3) fp64: a row of 0, then each term's weight in the column of what its mean is over.
 
         Made once. Not a buffer of the module: an engine would round it to bf16.
         """
         if self._weights is None or self._weights.device != device:
-            rows = [[0.0, 0.0]]
+            rows = [[0.0] * len(COUNTED)]
             for term in LOSS_TERMS:
-                weight = self.loss.weight(term)
-                rows.append([weight, 0.0] if term.mean_over == "tokens" else [0.0, weight])
+                rows.append([self.loss.weight(term) * (term.mean_over == what) for what in COUNTED])
             self._weights = torch.tensor(rows, dtype=torch.float64, device=device)
         return self._weights
 
@@ -214,10 +274,48 @@ class Objective(nn.Module):
         hidden_ND, kept = encoder(batch.input_ids, batch.position_ids, batch.layout, batch.dropout_seed, asked)
         return EncoderOutputs.of(hidden_ND, kept, asked)
 
-    def _distillation(
-        self, student: EncoderOutputs, batch: MicroBatch, teacher: TeacherOutput, scales_T: Tensor
+    def _of_vocabulary(
+        self, hidden_ND: Tensor, batch: MicroBatch, teacher: TeacherOutput | None, scales_T: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, index = self.loss, {term.name: i for i, term in enumerate(LOSS_TERMS)}
+        """Loss and sums of the terms that want the masked-LM head."""
+        if teacher is not None and self.loss.kd:
+            assert teacher.vocabulary is not None
+            return self._distillation(hidden_ND, batch, teacher.vocabulary, scales_T)
+        if self.student.head is not None:
+            return self._masked_lm(hidden_ND, batch, scales_T)
+        if teacher is not None:
+            return hidden_ND.new_zeros((), dtype=torch.float32), {}
+        return self._projected(hidden_ND).float().sum() * 0.0, {}  # ZeRO's backward that moves nothing
+
+    def _projected(self, hidden_ND: Tensor) -> Tensor:
+        return hidden_ND if self.student.projection is None else self.student.projection(hidden_ND)
+
+    def _beside(
+        self,
+        loss: Tensor,
+        sums: dict[str, Tensor],
+        student: EncoderOutputs,
+        batch: MicroBatch,
+        teacher: EncoderOutputs,
+        scales_T: Tensor,
+    ) -> Tensor:
+        """The loss with every other term; their sums are put beside the others."""
+        if self.student.projection is not None:
+            vectors = map(self._projected, (student.hidden_ND, *student.layers))
+            student = student._replace(hidden_ND=next(vectors), layers=tuple(vectors))
+        at_end = is_flat(
+            self.student.encoder.word_embeddings.weight
+        )  # as the vocabulary's gradient, see `distillation`
+        for term, scale in zip(LOSS_TERMS, scales_T.unbind(), strict=True):
+            if term.name not in FUSED and self.loss.weight(term):
+                part, sums[term.name] = self.terms[term.name](student, teacher, batch, Factor(scale, at_end))
+                loss = loss + part
+        return loss
+
+    def _distillation(
+        self, hidden_ND: Tensor, batch: MicroBatch, teacher: VocabularyInputs, scales_T: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert tuple(term.name for term in LOSS_TERMS[: len(FUSED)]) == FUSED  # as the operator takes their scales
 
         def fused_terms(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:
             V = len(bias_V)
@@ -230,23 +328,14 @@ class Objective(nn.Module):
                 teacher_bias=teacher.bias_V,
                 labels=batch.labels,
                 num_rows=batch.num_rows,
-                temperature=config.temperature,
-                scales=scales_T[: index["mlm"] + 1],
+                temperature=self.loss.temperature,
+                scales=scales_T[: len(FUSED)],
                 vocab_size=self.student.architecture.vocab_size,
                 chunk_tokens=linear_distill.default_chunk_tokens(V, transformed_ND.dtype, transformed_ND.device),
             )
 
-        assert (index["kd"], index["mlm"]) == (0, 1)  # as the operator takes them
-        loss, fused = self.student.head(student.hidden_ND, fused_terms)
-        kd_sum, mlm_sum, num_agree = fused.unbind()
-        sums = {"kd": kd_sum, "mlm": mlm_sum, "agree": num_agree}
-        at_end = is_flat(self.student.head.weight)  # as the vocabulary's gradient, see `distillation`
-        for term in config.terms:
-            if term.name not in FUSED:
-                factor = Factor(scales_T[index[term.name]], at_end)
-                part, sums[term.name] = terms_of(config)[term.name](student, teacher.encoder, batch, factor)
-                loss = loss + part
-        return loss, sums
+        loss, sums = self.student.head(hidden_ND, fused_terms)
+        return loss, dict(zip((*FUSED, "agree"), sums.unbind(), strict=True))
 
     def _masked_lm(self, hidden_ND: Tensor, batch: MicroBatch, scales_T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # Only the masked rows need logits: 15 % of the head's work.
@@ -257,16 +346,19 @@ class Objective(nn.Module):
         return scales_T[1] * mlm_sum, {"mlm": mlm_sum, "correct": correct}
 
 
-def means(
-    sums: Sequence[float], num_tokens: int, num_masked: int, loss: LossConfig, *, has_teacher: bool
-) -> dict[str, float]:
-    """Reported losses of an update (or a validation) from its SUMS over all ranks, weighted as the objective is."""
+def means(sums: Sequence[float], counts: Sequence[int], loss: LossConfig) -> dict[str, float]:
+    """Reported losses of an update (or a validation) from its SUMS over all ranks, weighted as the objective is.
+
+    `counts` are of what COUNTED names.
+    """
     of = dict(zip(SUMS, sums, strict=True))
-    # The fused terms are computed with any weight, the others only where they have one.
-    reported = [t for t in LOSS_TERMS if (has_teacher and t.name in FUSED) or loss.weight(t)]
-    reported = reported if has_teacher else [t for t in LOSS_TERMS if t.wants == "nothing"]
-    denominators = {"tokens": num_tokens, "masked tokens": num_masked}
-    parts = {term.name: of[term.name] / denominators[term.mean_over] for term in reported}
+    number = dict(zip(COUNTED, counts, strict=True))
+    reported = [t for t in LOSS_TERMS if loss.weight(t) or (loss.kd and t.name in FUSED)]
+    parts = {term.name: of[term.name] / max(1, number[term.mean_over]) for term in reported}
     total = sum(loss.weight(term) * parts[term.name] for term in reported)
-    last = {"agreement": of["agree"] / num_tokens} if has_teacher else {"accuracy": of["correct"] / num_masked}
+    last = {}
+    if loss.kd:
+        last["agreement"] = of["agree"] / number["tokens"]
+    elif loss.mlm:
+        last["accuracy"] = of["correct"] / number["masked tokens"]
     return {"loss": total, **parts, **last}

@@ -21,6 +21,8 @@ Wikipedia, CPU:
     fp8                                             1.4e-2   3.5e-2
     fp32 without the fourth of the layers           3.8e-1
 
+Of a teacher whose head is not run it is the mean of 1 - cos(h_low, h_fp32) of the last hidden states.
+
 The default bound is 0.05: an eighth of what a layer is worth, and small against the nat or so that separates a student
 from its teacher. bf16 is far below it and FP8 passes where it behaves as here. A model that e4m3 does not fit, for its
 outliers or its depth, is refused. All products of a layer share in the drift (qkv alone 3.1e-3, attention_out 2.3e-3,
@@ -126,14 +128,12 @@ def _layer(module: nn.Module) -> EncoderLayer:
 @torch.no_grad()
 def kl_sum(exact: TeacherOutput, low: TeacherOutput, batch: MicroBatch, *, vocab_size: int) -> Tensor:
     """Sum over the real tokens of KL(low || exact), nats, 0-dim fp32; a chunk of the logits at a time."""
+    assert exact.vocabulary is not None
+    assert low.vocabulary is not None
     # `exact` takes the student's place: the operator computes in its dtype, and takes the teacher's logits in theirs.
     return linear_distill_loss(
-        exact.transformed_NE,
-        exact.weight_VE,
-        exact.bias_V,
-        low.transformed_NE,
-        low.weight_VE,
-        low.bias_V,
+        *exact.vocabulary,
+        *low.vocabulary,
         batch.labels,
         temperature=1.0,
         kd_scale=1.0,
@@ -144,29 +144,40 @@ def kl_sum(exact: TeacherOutput, low: TeacherOutput, batch: MicroBatch, *, vocab
 
 
 def require_small_drift(
-    teacher: Teacher | RemoteTeacher, config: TeacherConfig, validation: Iterable[MicroBatch], ranks: Ranks
+    teacher: Teacher | RemoteTeacher,
+    config: TeacherConfig,
+    validation: Iterable[MicroBatch],
+    ranks: Ranks,
+    *,
+    vocab_size: int,
 ) -> None:
     """Measure and log the drift of `teacher`; nothing if it runs in fp32.
 
     Every student rank takes the first micro-batches of its own part of the validation text, and all get the same mean.
     An fp32 teacher is on the device meanwhile. Raises ValueError above config.max_drift.
     """
-    if teacher.head.weight.dtype == torch.float32:
+    if teacher.dtype == torch.float32:
         return
     assert config.path is not None
-    model = load_masked_lm(config.path, need_head=True, vocab_size=teacher.head.vocab_size)
+    has_head = teacher.head is not None
+    model = load_masked_lm(config.path, need_head=has_head, with_head=has_head, vocab_size=vocab_size)
     exact = Teacher(model, device=ranks.device, dtype=torch.float32)
     sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
     for batch, low in outputs(teacher, validation, ranks.device):
-        sums[0] += kl_sum(exact(batch), low, batch, vocab_size=model.head.vocab_size)
+        if has_head:
+            sums[0] += kl_sum(exact(batch), low, batch, vocab_size=vocab_size)
+        else:
+            rows = slice(batch.num_tokens)
+            states = exact(batch).encoder.hidden_ND[rows], low.encoder.hidden_ND[rows].float()
+            sums[0] += (1 - torch.nn.functional.cosine_similarity(*states)).sum()
         sums[1] += batch.num_tokens
     nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a run
     drift, bound = nats / num_tokens, config.max_drift
-    precision = "fp8" if config.precision == "fp8" else "bf16"
-    measured = f"drift {drift:.1e} nats a token from fp32"
+    precision, unit = "fp8" if config.precision == "fp8" else "bf16", "nats a token" if has_head else "1 - cos"
+    measured = f"drift {drift:.1e} {unit} from fp32"
     if not drift <= bound:  # nor NaN
         raise ValueError(
-            f"--teacher.precision {precision} wants a teacher within {bound:.1e} nats a token of itself in fp32, got "
+            f"--teacher.precision {precision} wants a teacher within {bound:.1e} {unit} of itself in fp32, got "
             f"{measured}: "
             f"use --teacher.precision {'bf16 or ' * (precision == 'fp8')}fp32, or a larger --teacher.max-drift"
         )

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
-from fastdistil.model import families, headers
+from fastdistil.model import families, headers, sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record, read_architecture
 from fastdistil.run import folder
 from fastdistil.run.command import gpu_bytes
-from fastdistil.run.config import NO_PATHS, Config, StudentConfig
+from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config, StudentConfig
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,8 @@ class Resolved:
     """Ranks that train."""
     micro_batches_per_update: int
     """Over all ranks, the same for any number of them."""
+    pooling: sentence.Pooling | None = None
+    """How the student's embeddings are made, as the teacher's; None where nobody says and no term wants them."""
     notes: tuple[str, ...]
     """What of the models is not used as it is in their folders, for the log."""
     inputs: dict[str, str | None]
@@ -89,8 +91,9 @@ class Resolved:
 
     @property
     def head_fraction(self) -> float:
-        """Share of the tokens that pass the vocabulary heads: all with a teacher, else the masked ones."""
-        return 1.0 if self.teacher else self.config.masking.fraction
+        """Share of the tokens that pass the vocabulary heads: all with kd, else the masked ones, or none."""
+        loss = self.config.loss
+        return 1.0 if loss.kd else self.config.masking.fraction * loss.has_head
 
     def flops_per_token(self, mean_attended_length: float) -> FlopsPerToken:
         """Of a training step, for tokens that attend to so many on average."""
@@ -146,7 +149,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_own_tokenizer(config.data.shards / "tokenizer", meta)
     notes: list[str] = []
     path = config.teacher.path
-    teacher = _model("--teacher.path", path, meta, notes, need_head=True) if path else None
+    teacher = _model("--teacher.path", path, meta, notes, head=config.loss.kd > 0) if path else None
     record = folder.resumed(config)
     if record and folder.has_checkpoint(config.out) and config.student.init not in NO_PATHS:
         # The checkpoint has its weights, whatever became of those that it started from.
@@ -154,13 +157,14 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     else:
         source_path, source = _source(config, teacher, meta, notes)
         layers = _layers(config.student, teacher, source)
-        student = _student(config.student, len(layers), teacher, source, meta)
+        student = _student(config, len(layers), teacher, source, meta)
     if source is not None and 0 < source.token_types != student.token_types > 0:
         notes.append(
             f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
             "copied, and others start as its row 0, the type of every token"
         )
     _check_widths(config, teacher, student)
+    pooling = _pooling(config, meta, notes)
     if config.batch.token_budget is None:
         budget = token_budget(config, student, _update_tokens(config, meta), world_size - config.teacher.ranks)
         budget = max(budget, -(-meta.max_length // 64) * 64)
@@ -175,6 +179,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         meta=meta,
         world_size=world_size - config.teacher.ranks,
         micro_batches_per_update=_micro_batches(config, meta, world_size - config.teacher.ranks),
+        pooling=pooling,
         notes=tuple(notes),
         inputs={
             "data.shards": meta.digest,
@@ -237,15 +242,21 @@ def _check_losses(config: Config) -> None:
     if distils and teacher.path is None:
         raise ValueError(
             f"recipe {config.recipe} imitates a teacher ({_weights(config)}) and --teacher.path is missing: give a "
-            "Hugging Face folder with a masked-LM head (the mlm recipe trains one), or train without a teacher by the "
-            "mlm recipe"
+            f"Hugging Face folder{' with a masked-LM head (the mlm recipe trains one)' * bool(config.loss.kd)}, or "
+            "train without a teacher by the mlm recipe"
+        )
+    if config.loss.has_head and not config.masking.fraction:
+        raise ValueError(
+            f"--masking.fraction 0 leaves nothing to predict, and {_weights(config)} wants masked tokens: use 0.15, or "
+            "give --loss.kd and --loss.mlm no weight"
         )
     if teacher.path is None and teacher.precision != "auto":
         raise ValueError(f"--teacher.precision {teacher.precision} has no effect without --teacher.path: leave it out")
     if teacher.path is not None and not distils:
         raise ValueError(
             f"--teacher.path has no effect in recipe {config.recipe} with {_weights(config)} alone: leave it out, or "
-            "give --loss.kd, --loss.cosine, --loss.hidden or --loss.values a weight (recipe distilbert does)"
+            f"give one of {' '.join(f'--loss.{t.name}' for t in LOSS_TERMS if t.wants != 'nothing')} a weight (recipe "
+            "distilbert does)"
         )
 
 
@@ -258,10 +269,10 @@ def _check_widths(config: Config, teacher: Architecture | None, student: Archite
         return
     loss, widths = config.loss, (teacher.hidden_size, student.hidden_size)
     for term in loss.terms:
-        if term.same_width and widths[0] != widths[1]:
+        if term.same_width and widths[0] != widths[1] and not student.embedding_size:
             raise ValueError(
                 f"the {term.name} loss compares hidden states of one width, the teacher's is {widths[0]} and the "
-                f"student's {widths[1]}: use --loss.{term.name} 0, or the teacher's width"
+                f"student's {widths[1]}: use --student.projection, --loss.{term.name} 0, or the teacher's width"
             )
     if not any(term.wants == "qkv" for term in loss.terms):
         return
@@ -275,6 +286,36 @@ def _check_widths(config: Config, teacher: Architecture | None, student: Archite
             f"--loss.relation-layer must be a layer of the teacher, from 0 to {teacher.num_layers - 1}, got "
             f"{loss.relation_layer}"
         )
+
+
+def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling | None:
+    """How embeddings are made of hidden states. Raises ValueError where a term wants them and nobody says."""
+    path, asked = config.teacher.path, config.teacher
+    wanted = [f"--loss.{term.name}" for term in config.loss.terms if term.wants == "embedding"]
+    if path is None or (config.loss.has_head and not wanted):
+        return None
+    try:
+        found = sentence.read_pooling(path)
+    except ValueError as error:
+        if asked.pooling is None and wanted:
+            raise ValueError(f"--teacher.path: {error}") from None
+        found = None
+    mode = asked.pooling or (found and found.mode)
+    if mode is None:
+        if not wanted:
+            return None
+        raise ValueError(
+            f"{' and '.join(wanted)} read the embeddings of --teacher.path {path}, which does not say how they are "
+            "made of its hidden states (no modules.json): give --teacher.pooling mean or cls, as its authors do"
+        )
+    longest = found.max_length if found else None
+    if longest is not None and meta.max_length > longest:
+        notes.append(
+            f"--teacher.path {path} embeds texts of up to {longest} tokens, the shards have sequences of up to "
+            f"{meta.max_length}: prepare with --max-length {longest} what it will see"
+        )
+    normalise = asked.normalise if asked.normalise is not None else found is None or found.normalise
+    return sentence.Pooling(mode=mode, normalise=normalise, max_length=longest)
 
 
 def _check_lengths(config: Config, meta: Meta, teacher: Architecture | None, student: Architecture) -> None:
@@ -316,8 +357,15 @@ def _check_own_tokenizer(path: Path, meta: Meta) -> None:
         )
 
 
-def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: bool) -> Architecture:
-    """A model that reads the shards, with their vocabulary. It does only if both mean the same by every id."""
+def _model(
+    option: str, path: Path, meta: Meta, notes: list[str], *, head: bool, need_head: bool | None = None
+) -> Architecture:
+    """A model that reads the shards, with their vocabulary. It does only if both mean the same by every id.
+
+    Args:
+        head: whether its masked-LM head is run.
+        need_head: whether it must have one; None: as `head`.
+    """
     what = f"{option} {path}"
     try:
         model = read_architecture(path)
@@ -349,14 +397,15 @@ def _model(option: str, path: Path, meta: Meta, notes: list[str], *, need_head: 
     if model.pad_id != pad:
         notes.append(f"{what} has the pad_token_id {model.pad_id} in config.json: {pad} is used, as in the shards")
     try:
+        need_head = head if need_head is None else need_head
         contents = headers.match(path, model, headers.read_headers(path), need_head=need_head)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
-    if not contents.has_head:
+    if head and not contents.has_head:
         notes.append(f"{what} has no masked-LM head: it gets a fresh one")
     if contents.left_out:
         notes.append(f"{what}: left out {', '.join(contents.left_out)}")
-    return replace(model, vocab_size=wanted, pad_id=pad)
+    return replace(model, vocab_size=wanted, pad_id=pad, mlm_head=head)
 
 
 def _refuse_other_tokenizer(what: str, path: Path, meta: Meta) -> str:
@@ -394,7 +443,8 @@ def _source(
             f"--student.init must be `teacher`, `random` or a Hugging Face folder, and there is no folder {init}: a "
             "model on the hub is fetched by `hf download NAME --local-dir DIR`"
         )
-    return Path(init), _model("--student.init", Path(init), meta, notes, need_head=False)
+    head = config.loss.has_head
+    return Path(init), _model("--student.init", Path(init), meta, notes, head=head, need_head=False)
 
 
 def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
@@ -441,9 +491,9 @@ def _size(model: Architecture | None, name: str) -> int:
 
 
 def _student(
-    asked: StudentConfig, num_layers: int, teacher: Architecture | None, source: Architecture | None, meta: Meta
+    config: Config, num_layers: int, teacher: Architecture | None, source: Architecture | None, meta: Meta
 ) -> Architecture:
-    model = source or teacher
+    asked, model = config.student, source or teacher
     for name in ("hidden_size", "num_heads", "ffn_size", "max_positions") if source else ():
         value, has = getattr(asked, name), getattr(source, name)
         if value not in (None, has):
@@ -472,6 +522,7 @@ def _student(
         "max_positions": (asked.max_positions, _size(model, "max_positions"), meta.max_length),
     }
     model_type, token_types, layer_norm_eps = _family(asked, teacher, source)
+    other_width = teacher.hidden_size if teacher is not None and teacher.hidden_size != hidden_size else 0
     return Architecture(
         model_type=model_type,
         token_types=token_types,
@@ -483,6 +534,8 @@ def _student(
         **{name: next(size for size in row if size) for name, row in sizes.items()},
         dropout=asked.dropout,
         attention_dropout=asked.attention_dropout,
+        mlm_head=config.loss.has_head,
+        embedding_size=other_width if asked.projection else 0,
     )
 
 

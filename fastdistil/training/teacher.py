@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from fastdistil.run.config import Config
 from fastdistil.run.link import TeacherLink
 from fastdistil.run.profile import span, spanned
 from fastdistil.run.ranks import Ranks
-from fastdistil.training.objective import EncoderOutputs, TeacherOutput
+from fastdistil.training.objective import EncoderOutputs, TeacherOutput, VocabularyInputs
 
 log = logging.getLogger("fastdistil")
 
@@ -54,10 +55,11 @@ class Teacher:
         self.device, self.encoder_device = device, encoder_device or device
         apart = self.encoder_device != device
         # a copy, since its weight is tied to the word embeddings, which go with the encoder
-        self.head = copy.deepcopy(model.head).to(device) if apart else model.head
-        self.model = model.to(self.encoder_device)
+        self.head: Any = copy.deepcopy(model.head).to(device) if apart and model.head is not None else model.head
+        self.model, self.dtype = model.to(self.encoder_device), dtype
         for part in (self.head, self.model):
-            part.to(dtype=dtype).requires_grad_(False).eval()
+            if part is not None:
+                part.to(dtype=dtype).requires_grad_(False).eval()
 
     def __call__(self, batch: MicroBatch) -> TeacherOutput:
         """The teacher's view of the same masked ids; tensors in its dtype. Consumes no random numbers."""
@@ -81,8 +83,10 @@ class Teacher:
 
 
 @torch.no_grad()
-def _output(head: VocabHead, encoder: EncoderOutputs) -> TeacherOutput:
-    return head(encoder.hidden_ND, lambda transformed, weight, bias: TeacherOutput(encoder, transformed, weight, bias))
+def _output(head: VocabHead | None, encoder: EncoderOutputs) -> TeacherOutput:
+    if head is None:
+        return TeacherOutput(encoder)
+    return TeacherOutput(encoder, head(encoder.hidden_ND, VocabularyInputs))
 
 
 class Split(IntEnum):
@@ -96,12 +100,14 @@ class RemoteTeacher:
     """What a student rank keeps of a teacher that has ranks of its own: the head, and a link to the rest."""
 
     def __init__(self, model: MaskedLM, link: TeacherLink, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.head = model.head.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        self.link = link
+        self.head = model.head
+        if self.head is not None:
+            self.head.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        self.link, self.device, self.dtype, self.width = link, device, dtype, model.architecture.hidden_size
 
     def ask(self, split: Split, number: int, num_tokens: int) -> Callable[[], TeacherOutput]:
         """Ask for the hidden states of micro-batch `number` of a split; the result waits for them."""
-        hidden_NE = self.head.weight.new_empty(num_tokens, self.head.weight.shape[1])
+        hidden_NE = torch.empty(num_tokens, self.width, device=self.device, dtype=self.dtype)
         wait = self.link.ask((split, number), hidden_NE)
 
         def answer() -> TeacherOutput:
@@ -165,14 +171,20 @@ def require_knowledge(
 ) -> None:
     """Log the teacher's own masked-LM loss and accuracy on validation text: of `outputs`, from all student ranks.
 
+    Nothing of one whose head is not run.
+
     Raises ValueError where it knows nothing and the student is to learn its distribution, unless --teacher.check is
     warn.
     """
+    if teacher.head is None:
+        return
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # nats, right ones, masked tokens
     for batch, output in outputs(teacher, validation, ranks.device):
         for rows in batch.masked_rows.split(256):  # 31 MB of logits for 30,522 words
             labels = batch.labels.index_select(0, rows)
-            logits = functional.linear(output.transformed_NE.index_select(0, rows), output.weight_VE, output.bias_V)
+            assert output.vocabulary is not None
+            transformed_NE, weight_VE, bias_V = output.vocabulary
+            logits = functional.linear(transformed_NE.index_select(0, rows), weight_VE, bias_V)
             logits = logits[:, : teacher.head.vocab_size].float()
             sums[0] += functional.cross_entropy(logits, labels, reduction="sum")  # a row without a label counts 0
             sums[1] += (logits.argmax(-1) == labels).sum()
@@ -267,8 +279,7 @@ class TeacherPrefetcher:
             student.wait_event(done)
             here, output = pair
             # Without this their memory may be given away while the student still reads it. The teacher's weights stay.
-            made = (*output.encoder.tensors(), output.transformed_NE) if output else ()
-            for tensor in (*here.tensors(), *made):
+            for tensor in (*here.tensors(), *(output.tensors() if output else ())):
                 tensor.record_stream(student)
             return pair
 

@@ -80,7 +80,7 @@ def test_every_field_is_read(tmp_path):
         "layer_norm_eps": 1e-5,
         "pad_token_id": 7,
     }
-    values = ("bert", 101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7)
+    values = ("bert", 101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7, True, 0)
     got = read_architecture(_folder(tmp_path, model_type="bert", **bert))
     assert tuple(getattr(got, name) for name in Architecture.__slots__) == values
     got = read_architecture(_folder(tmp_path, model_type="roberta", **bert))

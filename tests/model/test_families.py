@@ -156,7 +156,14 @@ def test_a_record_that_is_no_architecture_is_refused(record):
 
 @pytest.mark.parametrize("model_type", ["gpt2", None, ["bert"], 3], ids=str)
 def test_an_unknown_family_is_refused(model_type):
-    sizes = {"vocab_size": 9, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "ffn_size": 4, "max_positions": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 9,
+        "hidden_size": 4,
+        "num_layers": 1,
+        "num_heads": 1,
+        "ffn_size": 4,
+        "max_positions": 4,
+    }
     with pytest.raises(ValueError, match=f"model_type must be one of {', '.join(FAMILIES)}, got"):
         Architecture(**sizes, token_types=2, model_type=model_type)
     with pytest.raises(ValueError, match="token_types must be an integer of 1 or more, got 0"):

@@ -43,7 +43,7 @@ def test_every_recipe_says_its_name_and_parses(name):
         (["--loss.kd", "-1"], "must be 0 or more"),
         (["--batch.token-budget", "100"], "multiple of 64"),
         (["--batch.size", "0"], "must be 1 or more"),
-        (["--masking.fraction", "0.9"], "must be in (0, 0.4]"),
+        (["--masking.fraction", "0.9"], "must be in [0, 0.4]"),
         (["--masking.keep", "0.6", "--masking.random", "0.6"], "at most 1 together"),
         (["--optim.duration", "1.5", "--optim.unit", "updates"], "whole number"),
         (["--student.dropout", "1"], "must be in [0, 1)"),

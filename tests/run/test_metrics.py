@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ NAMES = ("loss", "kd")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def to_means(sums: list[float], tokens: int, _masked: int) -> dict[str, float]:
-    return {name: value / tokens for name, value in zip(NAMES, sums, strict=True)}
+def to_means(sums: list[float], counts: Sequence[int]) -> dict[str, float]:
+    return {name: value / counts[0] for name, value in zip(NAMES, sums, strict=True)}
 
 
 def journal(writer: metrics.MetricsWriter | None = None, **changes: object) -> metrics.Journal:
@@ -25,7 +26,7 @@ def journal(writer: metrics.MetricsWriter | None = None, **changes: object) -> m
 
 def update(record: metrics.Journal, number: int, norm: float, sums: tuple[float, float] = (8.0, 4.0)) -> None:
     record.add(torch.tensor(sums))
-    counts = {"split": "train", "update": number, "tokens": 4, "masked": 1}
+    counts = {"split": "train", "update": number, "tokens": 4, "masked": 1, "sequences": 1}
     record.close_update(counts, torch.tensor(norm))
 
 

@@ -142,6 +142,6 @@ def test_without_a_teacher_only_masked_rows_count(folder):
     loss, sums = objective(batches[0], None)
     terms, _ = authors.one_update(folder / "teacher", folder / "student", batches)
     assert loss.item() == pytest.approx(terms["mlm"], rel=1e-5)
-    losses = means(sums.tolist(), update.num_tokens, update.num_masked, config, has_teacher=False)
+    losses = means(sums.tolist(), update.counts, config)
     assert losses["loss"] == losses["mlm"] == pytest.approx(terms["mlm"], rel=1e-5)
     assert 0 <= losses["accuracy"] <= 1

@@ -193,7 +193,7 @@ def test_the_mean_over_two_micro_batches_of_every_rank_is_said(folder, caplog, m
         yield
 
     with caplog.at_level(logging.INFO, "fastdistil"):
-        require_small_drift(low, config(folder), chain(batches, no_more()), ALONE)
+        require_small_drift(low, config(folder), chain(batches, no_more()), ALONE, vocab_size=101)
     (line,) = caplog.messages
     mean = 1.5 * nats / (3 * num_tokens)
     said = f"teacher in bf16: drift {mean:.1e} nats a token from fp32, bound 5.0e-02"
@@ -208,16 +208,16 @@ def test_beyond_the_bound_is_refused(folder):
         "use --teacher.precision fp32, or a larger --teacher.max-drift"
     )
     with pytest.raises(ValueError, match=message):
-        require_small_drift(low, config(folder, max_drift=1e-8), batches, ALONE)
+        require_small_drift(low, config(folder, max_drift=1e-8), batches, ALONE, vocab_size=101)
     with torch.no_grad():
         low.head.bias[3] = float("nan")
     with pytest.raises(ValueError, match="got drift nan"):
-        require_small_drift(low, config(folder), batches, ALONE)
+        require_small_drift(low, config(folder), batches, ALONE, vocab_size=101)
 
 
 def test_fp32_is_not_measured(folder, caplog):
     with caplog.at_level(logging.INFO, "fastdistil"):
-        require_small_drift(make_teacher(folder), TeacherConfig(), [], ALONE)
+        require_small_drift(make_teacher(folder), TeacherConfig(), [], ALONE, vocab_size=101)
     assert not caplog.messages
 
 
@@ -234,8 +234,8 @@ def test_a_remote_teacher_is_asked(folder, caplog):
     link: Any = SimpleNamespace(ask=ask)
     remote = RemoteTeacher(model, link, device=DEVICE, dtype=torch.bfloat16)
     with caplog.at_level(logging.INFO, "fastdistil"):
-        require_small_drift(low, config(folder), batches, ALONE)
-        require_small_drift(remote, config(folder), batches, ALONE)
+        require_small_drift(low, config(folder), batches, ALONE, vocab_size=101)
+        require_small_drift(remote, config(folder), batches, ALONE, vocab_size=101)
     assert asked == [(Split.VALIDATION, 0), (Split.VALIDATION, 1)]
     assert caplog.messages[0] == caplog.messages[1]
 

@@ -19,7 +19,7 @@ from fastdistil.model.weights import load_masked_lm
 from fastdistil.run.config import BatchConfig, Config, DataConfig, LossConfig, TeacherConfig
 from fastdistil.run.link import TeacherLink
 from fastdistil.run.ranks import Ranks, init_ranks
-from fastdistil.training.objective import EncoderOutputs, Objective, TeacherOutput
+from fastdistil.training.objective import EncoderOutputs, Objective, TeacherOutput, VocabularyInputs
 from fastdistil.training.preflight import resolve
 from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher, serve
 from tests.support import forked
@@ -30,12 +30,8 @@ from tests.workers import together_worker
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and their allocator exist on a GPU only")
 
 
-def tensors_in(output: TeacherOutput) -> tuple[torch.Tensor, ...]:
-    return (*output.encoder.tensors(), *output[1:])
-
-
 def equal(a: TeacherOutput, b: TeacherOutput) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(tensors_in(a), tensors_in(b), strict=True))
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 def test_on_a_cpu_the_teacher_precedes(folder, caplog):
@@ -127,7 +123,7 @@ class FakeTeacher(Teacher):
         assert far is not self.cuda.default[self.encoder_device]
         self.began[batch.sequences] = self.cuda.work("teacher", batch, self.device)
         hidden_NE, *others = torch.ones(4, 1, 1).unbind()
-        return TeacherOutput(EncoderOutputs(hidden_NE), *others)
+        return TeacherOutput(EncoderOutputs(hidden_NE), VocabularyInputs(*others))
 
 
 @pytest.mark.parametrize("encoder_index", [0, 1])
@@ -157,7 +153,7 @@ def test_streams_wait_for_each_other_and_for_no_more(folder, monkeypatch, encode
             batch.dropout_seed,
         ]
         read += [batch.layout.cu_seqlens, batch.layout.tiles]
-        read += [*output.encoder.tensors(), output.transformed_NE] if output else []
+        read += output.tensors() if output else []
         assert {id(t) for t in read} <= cuda.recorded, "trap 14"
         if teacher and k + 1 < len(ids):
             students = {w for w in teacher.began[ids[k + 1]] if w[0] == "student"}

@@ -10,6 +10,7 @@ import transformers
 
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import KeptOutputs
+from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import LOSS_TERMS, LossConfig
 from fastdistil.training import relations
 from fastdistil.training.objective import FUSED, SUMS, Objective, kept_outputs, terms_of
@@ -19,6 +20,7 @@ from tests.support.launch import options
 from tests.support.updates import CPU, DEVICE, LAYERS, make_batches, make_student, make_teacher, one_update
 from tests.workers import engine_worker
 
+POOLING = Pooling(mode="mean", normalise=True, max_length=None)
 HIDDEN = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, hidden=3.0, relation_heads=2)
 VALUES = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, values=3.0, relation_heads=2)
 RELATIONS = ("queries", "keys", "values")
@@ -27,11 +29,11 @@ MINILM = replace(VALUES, queries=1.5, keys=0.7, relation_layer=2)  # not the las
 
 def test_every_term_has_one_home():
     """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in terms_of."""
-    settings = {"temperature", "relation_heads", "relation_layer"}
+    settings = {"temperature", "relation_heads", "relation_layer", "embedding_distance"}
     names = {term.name for term in LOSS_TERMS}
     assert len(names) == len(LOSS_TERMS)
     assert {field.name for field in fields(LossConfig)} == names | settings
-    assert terms_of(LossConfig()).keys() == names - set(FUSED)
+    assert terms_of(LossConfig(), POOLING).keys() == names - set(FUSED)
     assert (*(term.name for term in LOSS_TERMS), "agree", "correct") == SUMS
     for term in LOSS_TERMS:
         weights: dict[str, Any] = {name: 3.0 * (name == term.name) for name in names}

@@ -70,7 +70,7 @@ def gradients(
         for batch in batches[accumulation * ranks.rank :][:accumulation]:
             sums += engine.forward_backward(batch, teacher(batch))
         totals = ranks.sum(sums).tolist()
-        reported = means(totals, update.num_tokens, update.num_masked, loss, has_teacher=True)
+        reported = means(totals, update.counts, loss)
         found[stage] = reported, _full_gradients(engine)
     return found
 
@@ -131,7 +131,8 @@ class Job:
                 met.append((number, batch.sequences))
                 output = self.teacher(batch)
                 if u in (spoilt or {}) and ranks.rank == ranks.world_size - 1 and k == len(mine) - 1:
-                    output.transformed_NE[3, 5] = (spoilt or {})[u]
+                    assert output.vocabulary is not None
+                    output.vocabulary.transformed_NE[3, 5] = (spoilt or {})[u]
                 sums += self.engine.forward_backward(batch, output)
             norm = float(self.engine.step(1e-3))
             numbers = dict(zip((*SUMS, "norm"), (*ranks.sum(sums).tolist(), norm), strict=True))

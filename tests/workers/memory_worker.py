@@ -16,7 +16,7 @@ from fastdistil.data.batches import NO_LABEL, MicroBatch
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.run.config import BatchConfig, Config, EngineConfig, TeacherConfig
+from fastdistil.run.config import BatchConfig, Config, EngineConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import make_engine
 from fastdistil.training.objective import Objective
@@ -44,6 +44,7 @@ class Case:
             config=Config(
                 batch=BatchConfig(token_budget=self.tokens),
                 teacher=TeacherConfig(path=FOLDER if self.teacher else None, overlap=False),
+                loss=LossConfig() if self.teacher else LossConfig(kd=0.0, cosine=0.0),
                 engine=EngineConfig(device=cast(Any, self.device), **self.engine),
             ),
             teacher=self.teacher,
@@ -73,7 +74,7 @@ class Case:
             labels=labels,
             masked_rows=rows,
             num_rows=torch.tensor(real, dtype=torch.int32),
-            denominators=torch.tensor([real, len(rows)], dtype=torch.float64),
+            denominators=torch.tensor([real, len(rows), real // self.length], dtype=torch.float64),
             dropout_seed=torch.tensor(0),
             generator_seed=0,
             lengths=lengths,
