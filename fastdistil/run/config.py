@@ -285,6 +285,12 @@ class LossConfig(_Section):
     similarity: Annotated[float, AT_LEAST_0] = 0.0
     """Beyond the paper: weight of the squared error of the cosine similarities of the embeddings of all pairs of
     sequences of a micro-batch; widths may differ."""
+    nested_layers: tuple[int, ...] = ()
+    """Make the student several in one: its first so many layers are held to the teacher's embeddings, too, by the terms
+    above, and `export --layers` takes them."""
+    nested_dimensions: tuple[int, ...] = ()
+    """Likewise the first so many dimensions of its embeddings (Matryoshka), by --loss.similarity; `export --dimensions`
+    takes them."""
 
     def _check_together(self) -> None:
         if not self.terms:

@@ -30,7 +30,9 @@ queries, keys, values
 embedding, similarity
          e is the mean of the last hidden states of a sequence, or the first of them, as the teacher's embeddings are
          made; f is another sequence's. Where the widths differ, `--student.projection` maps the student's hidden states
-         to the teacher's width for every term that compares vectors.
+         to the teacher's width for every term that compares vectors. With `--loss.nested-layers` a term is the mean over
+         the student and its nested ones, which end after fewer layers; with `--loss.nested-dimensions` the similarity is
+         also that of the first dimensions of each, always with the teacher's of all (Matryoshka, arXiv 2205.13147).
 
 Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary, S sequences.
 """
@@ -77,8 +79,11 @@ class EncoderOutputs(NamedTuple):
         qkv = () if asked.qkv is None else kept[-1].chunk(3, 1)
         return cls(hidden_ND, kept[:num_layers], qkv)
 
+    nested: tuple[Tensor, ...] = ()
+    """(N, D) last hidden states of the student's nested students; among its layers, if these are wanted."""
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
+        """All of them, of a teacher."""
         return (self.hidden_ND, *self.layers, *self.qkv)
 
 
@@ -160,25 +165,33 @@ def embedding_distance(
     student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, pooling: Pooling, l2: bool
 ) -> tuple[Tensor, Tensor]:
     """1 - cos, or the squared distance, of the embeddings of each sequence."""
-    mine_SE, example_SE = (pooled(x.hidden_ND, batch.layout, pooling.mode) for x in (student, teacher))
+    states = teacher.hidden_ND, student.hidden_ND, *student.nested
+    example_SE, *mine = (pooled(x_ND, batch.layout, pooling.mode) for x_ND in states)
     if pooling.normalise or not l2:
-        mine_SE, example_SE = F.normalize(mine_SE, dim=1), F.normalize(example_SE, dim=1)
-    distance_S = (mine_SE - example_SE).square().sum(1)  # of vectors of length 1: twice 1 - cos
+        example_SE, *mine = (F.normalize(x_SE) for x_SE in (example_SE, *mine))
+    distance_S = torch.stack([(x_SE - example_SE).square().sum(1) for x_SE in mine]).mean(0)
+    # Of vectors of length 1 the squared distance is twice 1 - cos.
     total = distance_S.masked_fill(~real_sequences(batch), 0.0).sum() * (1.0 if l2 else 0.5)
     return factor.scale * total, total
 
 
 def similarity_error(
-    student: EncoderOutputs, teacher: EncoderOutputs, batch: MicroBatch, factor: Factor, *, pooling: Pooling
+    student: EncoderOutputs,
+    teacher: EncoderOutputs,
+    batch: MicroBatch,
+    factor: Factor,
+    *,
+    pooling: Pooling,
+    dimensions: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """For each sequence the mean over the others of the squared error of their cosine similarity."""
     real_S = real_sequences(batch)
     pair_SS = real_S[:, None] & real_S & ~torch.eye(len(real_S), dtype=torch.bool, device=real_S.device)
-    mine_SS, example_SS = (
-        embedding_SE @ embedding_SE.T
-        for embedding_SE in (F.normalize(pooled(x.hidden_ND, batch.layout, pooling.mode)) for x in (student, teacher))
-    )
-    error_SS = (mine_SS - example_SS).square().masked_fill(~pair_SS, 0.0)
+    states = teacher.hidden_ND, student.hidden_ND, *student.nested
+    example_SE, *mine = (pooled(x_ND, batch.layout, pooling.mode) for x_ND in states)
+    cuts = [x_SE[:, :width] for x_SE in mine for width in (None, *dimensions)]
+    example_SS, *similarities = (x_SE @ x_SE.T for x_SE in map(F.normalize, (example_SE, *cuts)))
+    error_SS = torch.stack([(x_SS - example_SS).square() for x_SS in similarities]).mean(0).masked_fill(~pair_SS, 0.0)
     total = error_SS.sum() / (real_S.sum() - 1).clamp_min(1)
     return factor.scale * total, total
 
@@ -200,7 +213,7 @@ def terms_of(loss: LossConfig, pooling: Pooling | None) -> dict[str, Term]:
     if pooling is not None:
         l2 = loss.embedding_distance == "l2"
         found["embedding"] = partial(embedding_distance, pooling=pooling, l2=l2)
-        found["similarity"] = partial(similarity_error, pooling=pooling)
+        found["similarity"] = partial(similarity_error, pooling=pooling, dimensions=loss.nested_dimensions)
     return found
 
 
@@ -223,7 +236,9 @@ class Objective(nn.Module):
         self.loss = loss
         self.terms = terms_of(loss, pooling)
         num_layers = student.architecture.num_layers
-        self.kept_outputs = kept_outputs(loss, tuple(range(num_layers)), num_layers - 1)
+        kept = kept_outputs(loss, tuple(range(num_layers)), num_layers - 1)
+        nested = tuple(n - 1 for n in loss.nested_layers)
+        self.kept_outputs = kept._replace(layers=tuple(dict.fromkeys((*kept.layers, *nested))))
         self._weights: Tensor | None = None
 
     def forward(
@@ -272,7 +287,9 @@ class Objective(nn.Module):
             seed_generator(device, batch.generator_seed)  # from which the attention of others takes its dropout
         asked = self.kept_outputs if with_kept else KeptOutputs()
         hidden_ND, kept = encoder(batch.input_ids, batch.position_ids, batch.layout, batch.dropout_seed, asked)
-        return EncoderOutputs.of(hidden_ND, kept, asked)
+        outputs = EncoderOutputs.of(hidden_ND, kept, asked)
+        nested = self.loss.nested_layers if with_kept else ()
+        return outputs._replace(nested=tuple(outputs.layers[asked.layers.index(n - 1)] for n in nested))
 
     def _of_vocabulary(
         self, hidden_ND: Tensor, batch: MicroBatch, teacher: TeacherOutput | None, scales_T: Tensor
@@ -301,11 +318,10 @@ class Objective(nn.Module):
     ) -> Tensor:
         """The loss with every other term; their sums are put beside the others."""
         if self.student.projection is not None:
-            vectors = map(self._projected, (student.hidden_ND, *student.layers))
-            student = student._replace(hidden_ND=next(vectors), layers=tuple(vectors))
-        at_end = is_flat(
-            self.student.encoder.word_embeddings.weight
-        )  # as the vocabulary's gradient, see `distillation`
+            vectors = {name: tuple(map(self._projected, getattr(student, name))) for name in ("layers", "nested")}
+            student = student._replace(hidden_ND=self._projected(student.hidden_ND), **vectors)
+        # As the vocabulary's gradient, see `distillation`.
+        at_end = is_flat(self.student.encoder.word_embeddings.weight)
         for term, scale in zip(LOSS_TERMS, scales_T.unbind(), strict=True):
             if term.name not in FUSED and self.loss.weight(term):
                 part, sums[term.name] = self.terms[term.name](student, teacher, batch, Factor(scale, at_end))

@@ -164,6 +164,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
             "copied, and others start as its row 0, the type of every token"
         )
     _check_widths(config, teacher, student)
+    _check_nested(config, student)
     pooling = _pooling(config, meta, notes)
     if config.batch.token_budget is None:
         budget = token_budget(config, student, _update_tokens(config, meta), world_size - config.teacher.ranks)
@@ -286,6 +287,23 @@ def _check_widths(config: Config, teacher: Architecture | None, student: Archite
             f"--loss.relation-layer must be a layer of the teacher, from 0 to {teacher.num_layers - 1}, got "
             f"{loss.relation_layer}"
         )
+
+
+def _check_nested(config: Config, student: Architecture) -> None:
+    """Students within the student."""
+    loss, width = config.loss, student.embedding_size or student.hidden_size
+    nested = {
+        "layers": (loss.nested_layers, student.num_layers, loss.embedding or loss.similarity, "--loss.embedding"),
+        "dimensions": (loss.nested_dimensions, width, loss.similarity, "--loss.similarity"),
+    }
+    for name, (asked, whole, weight, option) in nested.items():
+        if asked and not weight:
+            raise ValueError(f"--loss.nested-{name} has no effect without {option}: give that a weight, e.g. 1")
+        if not all(1 <= n < whole for n in asked):
+            raise ValueError(
+                f"--loss.nested-{name} must be fewer than the student's {whole}, and 1 or more, got "
+                f"{' '.join(map(str, asked))}"
+            )
 
 
 def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling | None:

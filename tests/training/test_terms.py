@@ -29,7 +29,14 @@ MINILM = replace(VALUES, queries=1.5, keys=0.7, relation_layer=2)  # not the las
 
 def test_every_term_has_one_home():
     """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in terms_of."""
-    settings = {"temperature", "relation_heads", "relation_layer", "embedding_distance"}
+    settings = {
+        "temperature",
+        "relation_heads",
+        "relation_layer",
+        "embedding_distance",
+        "nested_layers",
+        "nested_dimensions",
+    }
     names = {term.name for term in LOSS_TERMS}
     assert len(names) == len(LOSS_TERMS)
     assert {field.name for field in fields(LossConfig)} == names | settings
