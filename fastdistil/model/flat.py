@@ -32,6 +32,10 @@ class Slot:
     """Nothing was written to the gradient in this update yet: what it holds counts for nothing."""
 
 
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def is_flat(parameter: Tensor) -> bool:
     """Whether it is a slice of a flat buffer, into which its gradient is written."""
     return getattr(parameter, "slot", None) is not None
@@ -69,7 +73,7 @@ def to_autograd(parameter: Tensor, gradient: Tensor) -> Tensor | None:
 
 class FlatParameters:
     """Moves the parameters of `module` into one buffer: first what is decayed, then biases and LayerNorm, then what is
-    not trained.
+    not trained; in each the encoder's before the head's, as the modules lie.
 
     Args:
         dtype: of the arithmetic, fp32 or bf16.
@@ -96,9 +100,9 @@ class FlatParameters:
         for group in groups:
             for name, p in group:
                 self.places[name] = end, p.shape
-                end += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+                end += _aligned(p.numel())
             ends.append(end)
-        self.decayed, self.trained, total = ends
+        _, self.trained, total = ends
         device = named[0][1].device
         self.masters = torch.zeros(total, device=device)
         self.copies = self.masters if dtype == torch.float32 else torch.empty_like(self.masters, dtype=dtype)
@@ -119,9 +123,11 @@ class FlatParameters:
         begin, shape = self.places[name]
         return flat[begin : begin + shape.numel()].view(shape)
 
-    def groups(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a flat tensor belongs to decayed parameters, and to other trained ones."""
-        return flat[: self.decayed], flat[self.decayed : self.trained]
+    def span(self, names: list[str]) -> slice:
+        """Where a flat tensor holds these parameters, which lie side by side; the gap behind the last one included."""
+        places = sorted((self.places[name] for name in names), key=lambda place: place[0])
+        begin, (last, shape) = places[0][0], places[-1]
+        return slice(begin, last + _aligned(shape.numel()))
 
     def cast(self) -> None:
         """Make the copies anew, after the masters changed."""

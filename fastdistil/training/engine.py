@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -48,16 +48,42 @@ def learning_rate(config: Config, update: int, num_updates: int) -> float:
     return config.optim.lr * (num_updates - update) / max(1, num_updates - warmup)
 
 
-def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; biases and LayerNorm (all one-dimensional) are not decayed."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return adamw([p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1], config)
+class Group(NamedTuple):
+    """Trained parameters that the optimiser treats alike."""
+
+    names: list[str]
+    weight_decay: float
+    rate: float
+    """Their learning rate, as a multiple of the update's."""
 
 
-def adamw(decayed: list[Tensor], others: list[Tensor], config: Config) -> torch.optim.AdamW:
-    """AdamW over two groups of tensors, of which the first is decayed."""
-    groups = [{"params": decayed, "weight_decay": config.optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=True)
+def groups_of(student: nn.Module, config: Config) -> list[Group]:
+    """The groups of the optimiser, decayed ones first: biases and LayerNorm (all one-dimensional) are not decayed.
+
+    Where the encoder has a rate of its own, in each what lies outside of it comes second, as in model/flat.py.
+    """
+    optim = config.optim
+    names: dict[tuple[bool, bool], list[str]] = {}
+    for name, p in _trained(student).items():
+        outside = optim.encoder_lr is not None and not name.startswith("encoder.")
+        names.setdefault((p.ndim <= 1, outside), []).append(name)
+    rate = 1.0 if optim.encoder_lr is None else optim.encoder_lr / optim.lr
+    return [
+        Group(found, 0.0 if flat else optim.weight_decay, 1.0 if outside else rate)
+        for (flat, outside), found in sorted(names.items())
+    ]
+
+
+def make_optimizer(student: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of a student."""
+    trained = _trained(student)
+    return adamw([(group, [trained[name] for name in group.names]) for group in groups_of(student, config)], config)
+
+
+def adamw(groups: list[tuple[Group, list[Any]]], config: Config) -> torch.optim.AdamW:
+    """AdamW over groups of parameters, each with the tensors that hold them."""
+    options = [{"params": tensors, "weight_decay": g.weight_decay, "rate": g.rate} for g, tensors in groups]
+    return torch.optim.AdamW(options, lr=0.0, betas=config.optim.betas, eps=config.optim.eps, fused=True)
 
 
 class Bf16Compute(nn.Module):
@@ -103,7 +129,7 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 
 def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
 
 
 class PlainEngine:
@@ -121,13 +147,13 @@ class PlainEngine:
         ranks.broadcast_tensor(self.flat.masters)  # equal already, unless the machines draw random weights differently
         self.flat.cast()
         self.moments = {name: torch.zeros_like(self.flat.gradient) for name in MOMENTS}
-        groups = {name: self.flat.groups(x) for name, x in self.moments.items()}
-        decayed, others = self.flat.groups(self.flat.masters)
-        self.optimizer = adamw([decayed], [others], config)
+        places = [(group, self.flat.span(group.names)) for group in groups_of(objective.student, config)]
+        self.optimizer = adamw([(group, [self.flat.masters[place]]) for group, place in places], config)
         count_on = ranks.device if on_cuda else "cpu"
-        for i, (part, gradient) in enumerate(zip((decayed, others), self.flat.groups(self.flat.gradient), strict=True)):
-            part.grad = gradient
-            of_part = {name: group[i] for name, group in groups.items()}
+        for (_, place), options in zip(places, self.optimizer.param_groups, strict=True):
+            (part,) = options["params"]
+            part.grad = self.flat.gradient[place]
+            of_part = {name: moment[place] for name, moment in self.moments.items()}
             self.optimizer.state[part] = {"step": torch.tensor(0.0, device=count_on)} | of_part
         self.clip_norm = config.optim.clip_norm
         self.description = "plain engine" + (f" on {ranks.world_size} ranks" if ranks.world_size > 1 else "")
@@ -220,7 +246,7 @@ class DeepSpeedEngine:
         bf16 = dtype == torch.bfloat16
         for p in objective.parameters() if bf16 else ():
             p.grad_dtype = torch.float32  # gradients are handed over as the products made them
-        self.optimizer = make_optimizer(objective, config)
+        self.optimizer = make_optimizer(objective.student, config)
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self.optimizer,
@@ -322,8 +348,8 @@ class DeepSpeedEngine:
     def _link_moments(self) -> bool:
         """Whether the optimiser has moments yet; then `safe_get_full_optimizer_state` finds them.
 
-        Stages 1 and 2 link parameters and moments once, after stepping the first of our two parameter groups, and never
-        find those of the second (0.19.8). So they are linked again.
+        Stages 1 and 2 link parameters and moments once, after stepping the first of our parameter groups, and never find
+        those of the others (0.19.8). So they are linked again.
         """
         stepped = any("exp_avg" in s for s in self.optimizer.state.values())
         if stepped and self.stage in (1, 2):

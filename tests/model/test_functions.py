@@ -126,9 +126,11 @@ def test_the_flat_buffer_holds_every_parameter_once_and_apart():
     places = sorted((begin, begin + shape.numel()) for begin, shape in flat.places.values())
     assert all(end <= begin for (_, end), (begin, _) in pairwise(places))
     assert all(begin % 64 == 0 for begin, _ in places)
-    decayed, others = flat.groups(flat.masters)
+    names = [[n for n, p in student.named_parameters() if (p.ndim > 1) == decayed] for decayed in (True, False)]
+    decayed, others = (flat.masters[flat.span(group)] for group in names)
     assert sum(p.numel() for p in student.parameters() if p.ndim > 1) <= decayed.numel()
     assert len(others) < len(decayed)
+    assert decayed.numel() + others.numel() == flat.masters.numel()
 
 
 def test_what_is_not_trained_lies_at_the_end_without_a_gradient():

@@ -9,9 +9,11 @@ import transformers
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run.config import Config, LossConfig, OptimConfig
-from fastdistil.training.engine import Bf16Compute, learning_rate, make_optimizer
+from fastdistil.run.ranks import Ranks
+from fastdistil.training.engine import Bf16Compute, PlainEngine, learning_rate, make_optimizer
+from fastdistil.training.objective import Objective
 from tests.support import authors, forked, toy
-from tests.support.updates import CPU, make_batches, make_student, one_update
+from tests.support.updates import CPU, make_batches, make_student, make_teacher, one_update
 from tests.workers import engine_worker
 
 
@@ -79,6 +81,35 @@ def test_biases_and_layernorm_are_not_decayed():
     names = {id(p): n for n, p in model.named_parameters()}
     assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in free["params"])
     assert not any("norm" in names[id(p)] for p in decayed["params"])
+
+
+def test_an_encoder_with_a_rate_of_its_own():
+    """Both rates follow one schedule; everything outside the encoder has --optim.lr, the tied table the encoder's."""
+    model = MaskedLM(toy.architecture())
+    optimizer = make_optimizer(model, Config(optim=OptimConfig(lr=1e-3, encoder_lr=1e-4, weight_decay=0.1)))
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {
+        names[id(p)]: (group["rate"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found.keys() == {*names.values()}
+    for name, p in model.named_parameters():
+        rate = 0.1 if name.startswith("encoder.") else 1.0
+        assert found[name] == pytest.approx((rate, 0.1 if p.ndim > 1 else 0.0)), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_encoder_of_rate_0_stays_as_it_is(folder, precision):
+    config = Config(optim=OptimConfig(encoder_lr=0.0))
+    objective = Objective(make_student(folder, "student", CPU), config.loss).train()
+    before = {name: p.clone() for name, p in objective.student.named_parameters()}
+    engine = PlainEngine(objective, config, Ranks(0, 1, CPU), engine_worker.DTYPES[precision])
+    _, (batch,) = make_batches(folder, 1, CPU)
+    engine.forward_backward(batch, make_teacher(folder, CPU, dtype=engine_worker.DTYPES[precision])(batch))
+    engine.step(1e-3)
+    for name, p in objective.student.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("encoder."), name
 
 
 def test_bf16_arithmetic_accumulates_in_fp32():

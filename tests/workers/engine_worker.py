@@ -34,10 +34,14 @@ def make_engine(
     loss: LossConfig | None = None,
     attention: Any = "auto",
 ) -> Engine:
-    """An engine in training mode, with clipping and decay; `accumulation` micro-batches a rank in an update."""
+    """An engine in training mode, with clipping and decay; `accumulation` micro-batches a rank in an update.
+
+    In bf16 the encoder has a rate of its own.
+    """
+    encoder_lr = 1e-4 if precision == "bf16" else None
     config = Config(
         loss=loss or LossConfig(),
-        optim=OptimConfig(clip_norm=1.0, weight_decay=0.01),
+        optim=OptimConfig(clip_norm=1.0, weight_decay=0.01, encoder_lr=encoder_lr),
         engine=EngineConfig(bucket_elements=10_000),
     )
     model = make_student(root, student, CPU)
