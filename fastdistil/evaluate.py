@@ -1,8 +1,10 @@
-"""Command: fine-tune an encoder on tasks and score it, as a user of the model would: by transformers.
+"""Command: score encoders, as a user of the model would: by their embeddings, or fine-tuned on tasks.
 
+    python -m fastdistil.evaluate student/ --reference teacher/ --task sts:stsb pairs:mrpc few-shot:sst2 --data glue/
     python -m fastdistil.evaluate student/ --task sst2 cola mrpc --data glue/
 
-Every task is learnt once a seed; a task's score is the median over the seeds. The results are written to a JSON file
+By embeddings (evaluation/zero_shot.py) it takes seconds, and models stand side by side. Fine-tuned, by transformers,
+every task is learnt once a seed, and its score is the median over the seeds; the results are written to a JSON file
 after every seed, and the same command goes on where it stopped. torch is imported after the command line was checked.
 """
 
@@ -18,7 +20,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import fastdistil
-from fastdistil.evaluation import tasks
+from fastdistil.data import sources
+from fastdistil.data.readers import Options
+from fastdistil.evaluation import tasks, zero_shot
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
@@ -29,19 +33,34 @@ log = logging.getLogger("fastdistil.evaluate")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """Fine-tune an encoder on tasks and score it."""
+    """Score encoders by their embeddings, or fine-tune one on tasks and score it."""
 
-    model: tyro.conf.Positional[str] = ""
-    """Hugging Face folder of an encoder, e.g. an export, or its name on the hub. --dry-run needs none."""
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Hugging Face folder of an encoder, e.g. an export, or its name on the hub; by embeddings also several.
+    --dry-run needs none."""
     task: tuple[str, ...]
-    """cola sst2 mrpc stsb qqp mnli qnli rte wnli imdb squad squad2, `glue` for those of GLUE that --data holds,
-    or `table` for any labelled texts."""
+    """By embeddings: sts (texts and a score), pairs (texts and 0 or 1), retrieval (queries and texts, or documents),
+    few-shot (labelled texts); sts:NAME for the folder NAME of --data. Fine-tuned: cola sst2 mrpc stsb qqp mnli qnli
+    rte wnli imdb squad squad2, `glue` for those of GLUE that --data holds, or `table` for any labelled texts."""
     data: str
-    """Folder of the files (Parquet, TSV, CSV or JSON), of one task or with a folder for each; or hf:NAME[:CONFIG]."""
+    """Folder of the files (Parquet, TSV, CSV or JSON), of one task or with a folder for each; hf:NAME[:CONFIG];
+    by embeddings also a file, for retrieval also documents in files of text."""
     text_columns: tuple[str, ...] = ()
-    """Of task table: one column, or two for pairs."""
+    """One column, or two for pairs; of task table, and by embeddings where the names are others than the usual."""
     label_column: str | None = None
-    """Of task table."""
+    """Likewise."""
+    reference: str | None = None
+    """By embeddings: the model, e.g. the teacher, of whose score the others' is given in %."""
+    split: str | None = None
+    """By embeddings. None: validation, or test, or train, the first that there is."""
+    pooling: Literal["mean", "cls"] | None = None
+    """By embeddings, of models whose folders say nothing. None: mean."""
+    max_examples: int | None = None
+    """By embeddings: the first so many rows only."""
+    shots: int = 16
+    """Of few-shot: examples of each class."""
+    draws: int = 20
+    """Of few-shot: how often they are drawn."""
     seeds: int = 3
     """How often each task is learnt."""
     first_seed: int = 1
@@ -49,7 +68,7 @@ class EvaluateConfig:
     teacher: str | None = None
     """Distil a second time: folder of a model fine-tuned on the task, or of an encoder to be fine-tuned first."""
     out: Path | None = None
-    """JSON file of the results. None: evaluation.json in the model's folder."""
+    """JSON file of the results. None: evaluation.json in the folder of the model; by embeddings, none."""
     save: Path | None = None
     """Keep the model of the last seed in SAVE/TASK."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -63,17 +82,55 @@ class EvaluateConfig:
             raise ValueError(
                 f"--seeds must be 1 or more and --first-seed 0 or more, got {self.seeds} and {self.first_seed}"
             )
-        unknown = set(self.task) - tasks.TASKS.keys() - {"glue", "table"}
+        kinds = [task.partition(":")[0] for task in self.task if task.partition(":")[0] in zero_shot.KINDS]
+        others = [task for task in self.task if task.partition(":")[0] not in zero_shot.KINDS]
+        unknown = set(others) - tasks.TASKS.keys() - {"glue", "table"}
         if unknown or not self.task:
-            raise ValueError(f"--task {' '.join(sorted(unknown))}: wanted some of glue table {' '.join(tasks.TASKS)}")
+            known = " ".join((*zero_shot.KINDS, "glue", "table", *tasks.TASKS))
+            raise ValueError(f"--task {' '.join(sorted(unknown))}: wanted some of {known}")
+        if not self.models and not self.dry_run:
+            raise ValueError("wanted a model: give its folder, or its name on the hub")
+        for path in (*self.models, *filter(None, (self.reference,))):
+            folder.require_model(Path(path))
+        if kinds and others:
+            raise ValueError(
+                f"--task {' '.join(self.task)}: what is scored by embeddings and what is fine-tuned want a command each"
+            )
+        if kinds:
+            self._check_embeddings(kinds)
+        else:
+            self._check_fine_tuning()
+
+    def _check_embeddings(self, kinds: list[str]) -> None:
+        for name, given, instead in (("teacher", self.teacher, "use --reference"), ("save", self.save, "leave it out")):
+            if given is not None:
+                raise ValueError(f"--{name} is of tasks that are fine-tuned on: {instead}")
+        for name, least in (("shots", 1), ("draws", 2), ("max_examples", 2)):
+            if (getattr(self, name) or least) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
+        for kind in kinds:
+            zero_shot.KINDS[kind].check_columns(kind, self.text_columns, self.label_column)
+        if not self.data.startswith("hf:") and not Path(self.data).exists():
+            raise ValueError(f"--data {self.data} does not exist: give a file, a folder or hf:NAME")
+
+    def _check_fine_tuning(self) -> None:
         is_table = "table" in self.task
         if is_table != (self.label_column is not None) or is_table != bool(self.text_columns):
             raise ValueError("--task table wants --text-columns and --label-column; other tasks have their own")
-        if not self.model and not self.dry_run:
-            raise ValueError("wanted a model: give its folder, or its name on the hub")
-        folder.require_model(Path(self.model))
+        if len(self.models) > 1 or self.reference is not None:
+            raise ValueError("models stand side by side by embeddings alone: fine-tune one after another")
         if not self.data.startswith("hf:") and not Path(self.data).is_dir():
             raise ValueError(f"--data {self.data} is not a folder: give the one of the tasks' files, or hf:NAME")
+
+    @property
+    def model(self) -> str:
+        """The one that is fine-tuned; "" where none was given."""
+        return self.models[0] if self.models else ""
+
+    @property
+    def by_embeddings(self) -> bool:
+        """Whether nothing is fine-tuned."""
+        return self.task[0].partition(":")[0] in zero_shot.KINDS
 
 
 @command
@@ -82,6 +139,9 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     config = options.parse(EvaluateConfig, args, "evaluate")
+    if config.by_embeddings:
+        score_embeddings(config)
+        return 0
     asked = chosen_tasks(config)
     tasks.require_packages(asked.values())
     results = None if config.dry_run else Results(result_file(config), config)
@@ -101,6 +161,67 @@ def main(args: list[str] | None = None) -> int:
     print(table(results.record))
     print(f"\n{results.path}")
     return 0
+
+
+def score_embeddings(config: EvaluateConfig) -> None:
+    """Print what the embeddings of each model are worth on each table; with --out keep it."""
+    tasks.require_packages((), "sentence-transformers")
+    from fastdistil.evaluation import finetune  # torch and transformers: some seconds
+
+    finetune.quiet()
+    tables = {name: read_table(config, name) for name in config.task}
+    if config.dry_run:
+        for name, found in tables.items():
+            print(zero_shot.describe(name, len(found), found.split))
+        return
+    # The reference comes first, since the others' shares are of its scores.
+    records: list[dict[str, Any]] = []
+    reference: dict[str, zero_shot.Score] = {}
+    for path in dict.fromkeys((*filter(None, (config.reference,)), *config.models)):
+        encoder = zero_shot.load_encoder(path, config.pooling, config.settings.max_length, device_of(config))
+        log.info("%s: pooling %s, up to %s tokens", path, encoder.pooling, encoder.model.max_seq_length)
+        for name, found in tables.items():
+            begin = time.perf_counter()
+            score = zero_shot.score(name.partition(":")[0], encoder, found, shots=config.shots, draws=config.draws)
+            about = {"task": name, "model": path, "split": found.split, "num_rows": len(found)}
+            took = {"seconds": time.perf_counter() - begin, "pooling": encoder.pooling}
+            records.append(about | score.record(reference.get(name)) | took)
+            if path == config.reference:
+                reference[name] = score
+    for name in tables:
+        print(zero_shot.text_of([record for record in records if record["task"] == name]))
+    if config.out is not None:
+        write_json(config.out, {"data": config.data, "reference": config.reference, "scores": records})
+        print(config.out)
+
+
+def read_table(config: EvaluateConfig, task: str) -> zero_shot.Table:
+    """The table of a task that is scored by embeddings, or what documents make of one. Raises ValueError or OSError."""
+    kind, _, name = task.partition(":")
+    name = name or kind
+    if kind == "retrieval" and not zero_shot.is_table(config.data):
+        inside = Path(config.data) / name
+        path = inside if inside.exists() else config.data
+        found = sources.resolve((str(path),), Options(text_field=(*config.text_columns, "text")[0]))
+        documents = (document for source in found for document in source.documents())
+        return zero_shot.made_pairs(documents, config.data, config.max_examples)
+    return zero_shot.load(
+        kind,
+        name,
+        config.data,
+        text_columns=config.text_columns,
+        label_column=config.label_column,
+        split=config.split,
+        max_examples=config.max_examples,
+    )
+
+
+def device_of(config: EvaluateConfig) -> str:
+    """Where models run."""
+    import torch
+
+    wants_cuda = config.device == "auto" and torch.cuda.is_available()
+    return "cuda" if wants_cuda or config.device == "cuda" else "cpu"
 
 
 def chosen_tasks(config: EvaluateConfig) -> dict[str, tasks.Task]:
@@ -176,8 +297,7 @@ def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: in
 
     from fastdistil.evaluation import finetune, squad
 
-    wants_cuda = config.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if wants_cuda or config.device == "cuda" else "cpu")
+    device = torch.device(device_of(config))
 
     # The examples become token ids once for all seeds.
     settings, task = config.settings, data.task

@@ -262,3 +262,91 @@ def test_help_and_mistakes_are_quick():
             subprocess.run([sys.executable, "-m", "fastdistil.evaluate", *words], capture_output=True)
             times.append(time.perf_counter() - begin)
         assert min(times) < 2.0  # torch alone takes longer; 0.3 s on a quiet machine
+
+
+# ---------------------------------------------------------------------------------------------------------- embeddings
+@pytest.fixture(scope="module")
+def similar(tmp_path_factory):
+    """A folder with the tables sts, mrpc (pairs) and sst2 (few-shot), and documents.txt."""
+    root = tmp_path_factory.mktemp("similar")
+    rng = random.Random(2)
+    rows = []
+    for score in range(30):
+        left = [f"w{rng.randrange(60)}" for _ in range(10)]
+        right = [*left[: score // 3], *(f"w{rng.randrange(60)}" for _ in range(5))]
+        rows.append((" ".join(left), " ".join(right), score))
+    for name, of_label in (("sts", float), ("mrpc", lambda score: int(score > 15))):
+        (root / name).mkdir()
+        lines = [f"{left}\t{right}\t{of_label(score)}" for left, right, score in rows]
+        (root / name / "train.tsv").write_text("sentence1\tsentence2\tlabel\n" + "\n".join(lines) + "\n")
+    make_task(root / "sst2", count=60)
+    (root / "documents.txt").write_text("\n\n".join(f"{left}. {right}." for left, right, _ in rows) + "\n")
+    return root
+
+
+def test_models_stand_side_by_side_by_their_embeddings(folders, similar, tmp_path, capsys):
+    other = make_encoder(tmp_path / "other", seed=1, initializer_range=0.3)
+    words = [str(other), "--reference", str(folders[0]), "--task", "sts", "pairs:mrpc", "few-shot:sst2"]
+    out = tmp_path / "scores.json"
+    assert evaluate.main([*words, "--data", str(similar), "--draws", "4", "--shots", "3", "--out", str(out)]) == 0
+    scores = json.loads(out.read_text())["scores"]
+    assert [(s["model"], s["task"], s["num_rows"], s["split"]) for s in scores] == [
+        (str(model), task, rows, split)
+        for model in (folders[0], other)
+        for task, rows, split in (
+            ("sts", 30, "train"),
+            ("pairs:mrpc", 30, "train"),
+            ("few-shot:sst2", 60, "validation"),
+        )
+    ]
+    for first, second in zip(scores[:3], scores[3:], strict=True):
+        assert "of_reference" not in first
+        (theirs, *_), (ours, *_) = first["metrics"].values(), second["metrics"].values()
+        assert second["of_reference"] == pytest.approx(100 * ours / theirs)
+        assert second["interval"][0] <= ours <= second["interval"][1]
+    text = capsys.readouterr().out
+    assert "sts: 30 pairs, split train" in text
+    assert f"{scores[3]['of_reference']:.1f} %" in text
+    assert not (other / "evaluation.json").exists()
+
+
+def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "rows.jsonl").write_text(
+        "".join(json.dumps({"body": f"w{i}. w{i} w9."}) + "\n" for i in range(9))
+    )
+    found = []
+    for source, more in ((similar / "documents.txt", []), (tmp_path / "rows", ["--text-columns", "body"])):
+        out = tmp_path / "scores.json"
+        words = [str(folders[0]), "--task", "retrieval", "--data", str(source), *more, "--out", str(out)]
+        assert evaluate.main(words) == 0
+        found.append(json.loads(out.read_text())["scores"][0]["num_rows"])
+    assert found == [30, 9]
+    assert "recall@10" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_would_be_scored(similar, capsys):
+    assert evaluate.main(["--task", "sts", "pairs:mrpc", "--data", str(similar), "--dry-run"]) == 0
+    assert capsys.readouterr().out == "sts: 30 pairs, split train\npairs:mrpc: 30 pairs, split train\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--task", "sts", "sst2"], "want a command each"),
+        (["--task", "similar"], "--task similar: wanted some of sts pairs retrieval few-shot glue"),
+        (["--task", "sts", "--data", "nowhere"], "--data nowhere does not exist"),
+        (["--task", "sts", "--teacher", "x"], "--teacher is of tasks that are fine-tuned on: use --reference"),
+        (["--task", "sts", "--text-columns", "a"], "--task sts wants 2 --text-columns, got a"),
+        (["--task", "sts", "--text-columns", "a", "b"], "wants --text-columns and --label-column together"),
+        (["--task", "retrieval", "--label-column", "b"], "--task retrieval has no label"),
+        (["--task", "few-shot", "--draws", "1"], "--draws must be 2 or more, got 1"),
+        (["--task", "sts", "--split", "test"], "no split test of sts"),
+        (["--task", "sst2", "--reference", "x"], "by embeddings alone"),
+        (["--task", "pairs"], "holds no table"),
+    ],
+)
+def test_mistakes_of_tasks_by_embeddings(folders, similar, capsys, words, message):
+    given = [str(folders[0]), "--data", str(similar), *words]
+    assert evaluate.main(given) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -25,6 +25,7 @@ MAY_IMPORT = {
 }
 USES = {
     "transformers": {"evaluation/finetune", "evaluate", "efficiency"},
+    "sentence_transformers": {"evaluation/zero_shot"},
     "deepspeed": {"training/engine"},
     "torch.distributed": {"run/ranks", "run/link", "training/engine"},
 }

@@ -166,9 +166,10 @@ class TaskData:
         return f"{len(self.train):,} / {len(self.validation):,} examples{names}"
 
 
-def require_packages(tasks: Iterable[Task]) -> None:
-    """Raises ValueError where a package that fine-tunes or scores these tasks is not installed."""
+def require_packages(tasks: Iterable[Task] = (), *others: str) -> None:
+    """Raises ValueError where a package that fine-tunes or scores these tasks, or one of `others`, is not installed."""
     wanted = PACKAGES | ({"torchmetrics": "torchmetrics"} if any(task.spans for task in tasks) else {})
+    wanted |= {package.replace("-", "_"): package for package in others}
     missing = [pip for module, pip in wanted.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ValueError(f"evaluation wants packages that are not installed: pip install {' '.join(missing)}")
@@ -186,10 +187,10 @@ def load(name: str, task: Task, source: str) -> TaskData:
         tables = {split: rows_of(paths) for split, paths in split_files(name, source).items()}
     held_out = "validation" if "validation" in tables else "test"
     (train_texts, train_labels, names), (texts, labels, _) = (
-        _labelled(tables[split], task, f"{source}: {split} of {name}") for split in ("train", held_out)
+        labelled(tables[split], task, f"{source}: {split} of {name}") for split in ("train", held_out)
     )
     if task.regression:
-        numbers = {label: _number(label, f"{source}: {name}") for label in (*train_labels, *labels)}
+        numbers = {label: number(label, f"{source}: {name}") for label in (*train_labels, *labels)}
         classes = ()
         if len({numbers[label] for label in labels}) < 2:
             raise ValueError(
@@ -245,6 +246,20 @@ def score(task: Task, predicted: Any, labels: Any) -> dict[str, float]:
 
 def split_files(name: str, source: str) -> dict[str, list[Path]]:
     """{split: files} of the task in D/NAME, or in D. Raises ValueError unless there are training files and others."""
+    folder, found = files_by_split(name, source)
+    if "train" not in found or len(found) < 2:
+        raise ValueError(
+            f"{folder} does not hold {name}: wanted train and validation (or dev, or test) files, of "
+            f"{' '.join(READERS)}, got {' '.join(f.name for f in sorted(folder.iterdir())[:8]) or 'nothing'}"
+        )
+    return found
+
+
+def files_by_split(name: str, source: str) -> tuple[Path, dict[str, list[Path]]]:
+    """D/NAME, or D where there is none, and {split: files} of what it holds.
+
+    Raises ValueError where there is no such folder, or where a split is there in several formats.
+    """
     folder = Path(source)
     folder = folder / name if (folder / name).is_dir() else folder
     if not folder.is_dir():
@@ -260,12 +275,7 @@ def split_files(name: str, source: str) -> dict[str, list[Path]]:
             raise ValueError(f"{folder} holds {split} in several formats: keep one")
         if of_split:
             found[split] = of_split
-    if "train" not in found or len(found) < 2:
-        raise ValueError(
-            f"{folder} does not hold {name}: wanted train and validation (or dev, or test) files, of "
-            f"{' '.join(READERS)}, got {' '.join(f.name for f in sorted(folder.iterdir())[:8]) or 'nothing'}"
-        )
-    return found
+    return folder, found
 
 
 def rows_of(files: list[Path]) -> Any:
@@ -317,16 +327,31 @@ def hub_tables(source: str) -> dict[str, Any]:
     return {name.removesuffix("_matched"): datasets.load_dataset(path, config, split=name) for name in wanted}
 
 
-def _labelled(table: Any, task: Task, where: str) -> tuple[tuple[list[str], ...], list[str], list[str]]:
+def columns_of(table: Any, known: tuple[tuple[str, ...], ...], where: str) -> tuple[str, ...]:
+    """The first of the known sets of columns that the table has. Raises ValueError where it has none."""
+    columns = next((columns for columns in known if set(columns) <= set(table.column_names)), None)
+    if columns is None:
+        wanted = " or ".join(", ".join(columns) for columns in known)
+        raise ValueError(f"{where}: wanted the columns {wanted}, got {', '.join(table.column_names)}")
+    return columns
+
+
+def texts_of(table: Any, name: str, where: str) -> list[str]:
+    """A column of texts, "" where there is none. Raises ValueError where no row has any."""
+    column = [_text(value, f"{where}: the column {name}") for value in table[name]]
+    if not any(map(str.strip, column)):
+        raise ValueError(f"{where}: the column {name} has no text in any row: give the column that has")
+    if num_empty := column.count(""):
+        log.info("%s: %d of %d rows have nothing in the column %s", where, num_empty, len(column), name)
+    return column
+
+
+def labelled(table: Any, task: Task, where: str) -> tuple[tuple[list[str], ...], list[str], list[str]]:
     """(texts, labels) of the rows that have a label, and what the file calls its classes 0, 1, ... if it says so.
 
     Raises ValueError where there are none.
     """
-    columns = next((columns for columns in task.columns if set(columns) <= set(table.column_names)), None)
-    if columns is None:
-        wanted = " or ".join(", ".join(columns) for columns in task.columns)
-        raise ValueError(f"{where}: wanted the columns {wanted}, got {', '.join(table.column_names)}")
-    *of_texts, of_label = columns
+    *of_texts, of_label = columns_of(table, task.columns, where)
     names = getattr(table.features[of_label], "names", None) or []
     labels = [_label(value, names, f"{where}: the column {of_label}") for value in table[of_label]]
     rows = [i for i, label in enumerate(labels) if label is not None]
@@ -344,12 +369,7 @@ def _labelled(table: Any, task: Task, where: str) -> tuple[tuple[list[str], ...]
     if len(rows) < len(labels):
         log.info("%s: %d of %d rows have no label and are left out", where, len(labels) - len(rows), len(labels))
     kept = table.select(rows)
-    texts = tuple([_text(value, f"{where}: the column {name}") for value in kept[name]] for name in of_texts)
-    for name, column in zip(of_texts, texts, strict=True):
-        if not any(map(str.strip, column)):
-            raise ValueError(f"{where}: the column {name} has no text in any row: give the column that has")
-        if num_empty := column.count(""):
-            log.info("%s: %d of %d rows have nothing in the column %s", where, num_empty, len(column), name)
+    texts = tuple(texts_of(kept, name, where) for name in of_texts)
     return texts, [label for label in labels if label is not None], names
 
 
@@ -392,12 +412,12 @@ def _as_number(label: str) -> float:
     return float(label) if re.fullmatch(r"-?\d+(\.\d+)?", label) else math.nan
 
 
-def _number(label: str, where: str) -> float:
+def number(label: str, where: str) -> float:
     """The target of a regression. ValueError where it is none, or infinite."""
     try:
-        number = float(label)
+        found = float(label)
     except ValueError:
-        number = math.inf
-    if not math.isfinite(number):
+        found = math.inf
+    if not math.isfinite(found):
         raise ValueError(f"{where} is a regression, got the label {label!r}: wanted a number")
-    return number
+    return found
