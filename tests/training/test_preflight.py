@@ -109,6 +109,15 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
             {"student": {"init": "random", "hidden_size": 16, "num_heads": 2}},
             r"cosine loss compares hidden states of one width, the teacher's is 32 and the student's 16",
         ),
+        ({"loss": {"nested_layers": (1,)}}, r"--loss.nested-layers has no effect without --loss.embedding"),
+        (
+            {"loss": {"similarity": 1.0, "nested_layers": (2,)}, "teacher": {"pooling": "mean"}},
+            r"--loss.nested-layers must be fewer than the student's 2, and 1 or more, got 2",
+        ),
+        (
+            {"loss": {"embedding": 1.0, "nested_dimensions": (8,)}, "teacher": {"pooling": "mean"}},
+            r"--loss.nested-dimensions has no effect without --loss.similarity",
+        ),
         ({"student": {"init": "random", "layers": (0,)}}, r"--student.layers has no effect with --student.init random"),
         (
             {"student": {"init": "random", "max_positions": 20}},
