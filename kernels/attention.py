@@ -620,7 +620,8 @@ def attention(
     if seed is None or dropout_p == 0:
         seed, dropout_p = None, 0.0
     dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
-    chosen = resolve_backend(backend, device, dropout_p=dropout_p, dtype=dtype)
+    training = torch.is_grad_enabled() and qkv_N3HD.requires_grad
+    chosen = resolve_backend(backend, device, dropout_p=dropout_p, training=training, dtype=dtype)
     check_heads(chosen, qkv_N3HD.shape[3], device)
     if chosen != "fused":
         return OTHERS[chosen](qkv_N3HD, layout, dropout_p)

@@ -50,7 +50,7 @@ class Fastest(NamedTuple):
     forward: ResolvedBackend
     """Without dropout: teachers, evaluation."""
     training: ResolvedBackend
-    """With dropout, forward and backward."""
+    """Forward and backward, with dropout or without."""
 
 
 # By compute capability; fp32 has fused alone. Nothing has been measured yet. To fill it in: the stage `kernels` of the
@@ -260,12 +260,20 @@ def capturable(backend: ResolvedBackend) -> str | None:
 
 
 def resolve_backend(
-    backend: AttentionBackend, device: torch.device | str, *, dropout_p: float = 0.0, dtype: torch.dtype | None = None
+    backend: AttentionBackend,
+    device: torch.device | str,
+    *,
+    dropout_p: float = 0.0,
+    training: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ResolvedBackend:
     """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
 
     auto is what FASTEST holds on CUDA. On the CPU it is sdpa without dropout and fused with dropout: PyTorch's flash
-    kernel for CPUs has none, so that sdpa then writes whole score matrices and draws a number for each element. Time of
+    kernel for CPUs has none, so that sdpa then writes whole score matrices and draws a number for each element. Its
+    backward in bf16 is slow, too: one thread of a Xeon with AMX, 4,096 tokens, 12 heads of 32, forward and backward
+    without dropout, sdpa over fused, fp32 and bf16: 0.92 and 1.47 for lengths of 130 to 256, 0.97 and 3.7 for those of
+    sentences (24 on average). So a backward in bf16 is fused as well. Time of
     sdpa over that of fused on two threads of a quiet AVX-512 machine, 12 heads of 32 / of 64, fp32, at 1,024 tokens and
     in brackets at 4,096 (bf16: 0.8 to 1.3 times these ratios):
 
@@ -274,17 +282,21 @@ def resolve_backend(
         all 512             0.76 / 0.71 (0.58 / 0.70)    1.99 / 1.89 (3.18 / 2.48)
         like Wikipedia's    0.58 / 0.73 (0.59 / 0.74)    1.90 / 1.63 (2.40 / 2.03)
 
+    Args:
+        training: whether a backward follows; None: where there is dropout.
+
     Raises:
         ValueError: if the backend is unknown, or cannot serve the device or, where it is given, the dtype.
     """
     device = torch.device(device)
+    training = dropout_p > 0 if training is None else training
     if backend == "auto":
         if device.type == "cpu":
-            return "sdpa" if dropout_p == 0 else "fused"
+            return "fused" if dropout_p > 0 or (training and dtype == torch.bfloat16) else "sdpa"
         if device.type != "cuda" or dtype == torch.float32:
             return "fused"
         fastest = FASTEST[architecture(device)]
-        return fastest.forward if dropout_p == 0 else fastest.training
+        return fastest.training if training else fastest.forward
     if backend not in ("fused", *OTHERS):
         raise ValueError(
             f"attention wants backend auto, fused, sdpa, torch-flash, cudnn or flash-attn, got {backend!r}"

@@ -209,7 +209,8 @@ class Encoder(nn.Module):
     def _backend(self, hidden_ND: Tensor, dropout_seed: Tensor | None) -> ResolvedBackend:
         """What serves the attention of this micro-batch."""
         dropout_p = 0.0 if dropout_seed is None else self.attention_dropout
-        return resolve_backend(self.attention_backend, hidden_ND.device, dropout_p=dropout_p, dtype=hidden_ND.dtype)
+        on = {"device": hidden_ND.device, "dtype": hidden_ND.dtype}
+        return resolve_backend(self.attention_backend, **on, dropout_p=dropout_p, training=self.training)
 
     def embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
         """Input of the first layer, (N, D). The definition, as EncoderLayer.forward is."""

@@ -151,11 +151,12 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
 
 def _attention_backends(resolved: Resolved, device: torch.device) -> Iterator[str]:
     asked = resolved.config.engine.attention
-    models = {"student": (resolved.student.attention_dropout, resolved.dtype(device))}
+    models = {"student": (resolved.student.attention_dropout, resolved.dtype(device), True)}
     if resolved.teacher:
-        models["teacher"] = 0.0, resolved.teacher_dtype(device)
-    for name, (dropout_p, dtype) in models.items():
-        yield f"{resolve_backend(asked, device, dropout_p=dropout_p, dtype=dtype)} ({name})"
+        models["teacher"] = 0.0, resolved.teacher_dtype(device), False
+    for name, (dropout_p, dtype, training) in models.items():
+        backend = resolve_backend(asked, device, dropout_p=dropout_p, training=training, dtype=dtype)
+        yield f"{backend} ({name})"
 
 
 def _name(dtype: torch.dtype) -> str:

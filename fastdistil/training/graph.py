@@ -50,6 +50,7 @@ def reason(engine: Engine, teacher: Teacher | RemoteTeacher | None, resolved: Re
         config.engine.attention,
         engine.ranks.device,
         dropout_p=resolved.student.attention_dropout,
+        training=True,
         dtype=resolved.dtype(engine.ranks.device),
     )
     reasons = {

@@ -139,7 +139,7 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     # input and output; in fp32 the log-sum-exp of the attention, means and deviations.
     layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
     dropout_p, of_backward = student.attention_dropout, 0
-    backend = resolve_backend(config.engine.attention, device, dropout_p=dropout_p, dtype=dtype)
+    backend = resolve_backend(config.engine.attention, device, dropout_p=dropout_p, training=True, dtype=dtype)
     if backend == "fused" and device.type == "cuda" and dropout_p:
         layer += 8 * N * student.num_heads  # the keys of the masks
     if backend in ("sdpa", "cudnn"):

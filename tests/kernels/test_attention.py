@@ -477,6 +477,8 @@ def test_auto():
     assert resolve_backend("auto", torch.device("cuda:1"), dropout_p=0.1) == "fused"
     assert resolve_backend("auto", "cpu") == "sdpa"
     assert resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
+    assert resolve_backend("auto", "cpu", training=True, dtype=torch.float32) == "sdpa"
+    assert resolve_backend("auto", "cpu", training=True, dtype=torch.bfloat16) == "fused"
     for backend in ("fused", "sdpa"):
         assert resolve_backend(backend, "cpu") == backend
 
