@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastdistil.data import tokenizer
-from fastdistil.data.sequences import SHORTEST, encode_in_order, split_document
+from fastdistil.data.sequences import SHORTEST, SHORTEST_SENTENCE, Cut, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
 from fastdistil.model.sentence import read_max_length
 from fastdistil.run import files, options
@@ -66,6 +66,9 @@ class PrepareConfig:
     max_length: int | None = None
     """Longest sequence in tokens, [CLS] and [SEP] included; longer documents are split. None: what the model in the
     tokenizer's folder reads of a text, if that is of sentence-transformers and says so; else 512."""
+    cut: Cut = "length"
+    """Where a document is cut: where --max-length is reached, as masked-LM training wants it; at every sentence and end
+    of line, too; mixed: every other document at sentences, for recipe embed and models that read texts of any length."""
     text_field: str = "text"
     """Field or column that holds the text, of JSONL, tables and data sets; inside others by its path: content.text."""
     documents: Literal["auto", "line", "paragraph", "file"] = "auto"
@@ -133,7 +136,7 @@ def prepare(config: PrepareConfig) -> None:
     preparation = {
         "sources": [source.record() for source in sources],
         "tokenizer": tokenizer.spec_record(spec),
-        **{name: getattr(config, name) for name in ("text_field", "cased", "shard_tokens", *STRICT)},
+        **{name: getattr(config, name) for name in ("cut", "text_field", "cased", "shard_tokens", *STRICT)},
         "max_length": _longest(config, spec),
     }
     _refuse_foreign_folder(config.out)
@@ -182,6 +185,7 @@ def _open_folder(config: PrepareConfig, preparation: dict[str, Any]) -> dict[str
         there, shards = found.get("preparation"), found.get("shards")
         if not isinstance(there, dict) or not isinstance(shards, list):
             raise ValueError(f"{path} is damaged: begin anew with --overwrite")
+        there = {"cut": "length", **there}  # older preparations knew no other
         strict = {key for key in STRICT if there.get(key, STRICT[key]) == STRICT[key]}
         differ = [key for key in preparation if there.get(key) != preparation[key] and key not in strict]
         if not differ and path.name == META_FILE:
@@ -281,6 +285,7 @@ def _write_shards(
             workers=config.workers,
             tokenizer_folder=out / "tokenizer",
             max_length=progress["preparation"]["max_length"],
+            cut=config.cut,
         )
         while True:
             with shard_format.ShardWriter(out, shard_format.shard_name(len(shards)), dtype) as writer:
@@ -368,8 +373,9 @@ def _finish(
         for name in ("num_documents", "text_bytes", "dropped_short", "dropped_unknown", "bad_records")
     }
     if not shards:
+        shortest = SHORTEST if preparation["cut"] == "length" else SHORTEST_SENTENCE
         raise ValueError(
-            f"no sequence of {SHORTEST} or more tokens in {totals['num_documents']} documents: "
+            f"no sequence of {shortest} or more tokens in {totals['num_documents']} documents: "
             f"{totals['dropped_short']} sequences are shorter, {totals['dropped_unknown']} are half or more unknown "
             f"to the tokenizer, {totals['bad_records']} records were skipped; {_cause_of_loss(totals, sources)}"
         )

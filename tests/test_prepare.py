@@ -133,6 +133,24 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole():
     assert tokens[~np.isin(tokens, (101, 102))].tolist() == whole[: len(tokens) - 2 * len(lengths)]
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("One is here. Two is there! Is three?  Four", ["One is here.", "Two is there!", "Is three?", "Four"]),
+        ("A heading\n\nIt has v1.2, e.g. this one. 9 more.", ["A heading", "It has v1.2, e.g. this one.", "9 more."]),
+        ('He said: "No." "Yes." (Perhaps.)', ['He said: "No." "Yes." (Perhaps.)']),
+        ("\nÉtait-ce Zürich? Älter.\n", ["Était-ce Zürich?", "Älter."]),
+        ("第一句。第二句！", ["第一句。", "第二句！"]),
+    ],
+)
+def test_sentences(text, wanted):
+    tokens, lengths, *_ = SequenceBuilder(MINILM, 128, "sentences").build([b"", text.encode(), b" "])
+    encoded = [tokenizer.load(MINILM).encode(sentence).ids for sentence in wanted]
+    kept = [ids for ids in encoded if len(ids) >= 5]
+    assert len(kept) >= len(wanted) - 1
+    assert np.split(tokens, np.cumsum(lengths)[:-1]) == [pytest.approx(ids) for ids in kept]
+
+
 def test_the_shards_are_the_text(corpus, prepared):
     read = Shards(prepared)
     assert len(read.meta.shards) > 2
@@ -403,6 +421,37 @@ def test_what_was_prepared_before_text_was_looked_at_is_still_the_same(tmp_path,
     assert "is prepared already with these arguments" in caplog.text
     with pytest.raises(ValueError, match=r"\(sources differ"):
         small(tmp_path / "a.txt", documents="paragraph")
+
+
+def test_mixed_cuts_every_other_document_at_sentences():
+    document = f"The first begins. {WORDS}. Is it so? It is as it was before.".encode()  # nothing in it is too short
+    whole, parts, mixed = (
+        SequenceBuilder(MINILM, 128, cut).build([document] * 4) for cut in ("length", "sentences", "mixed")
+    )
+    once_whole, once_parts = len(whole.tokens) // 4, len(parts.tokens) // 4
+    assert once_whole != once_parts
+    assert mixed.tokens.tolist() == [*parts.tokens[:once_parts], *whole.tokens[:once_whole]] * 2
+
+
+def test_cut_at_sentences(tmp_path, small, caplog):
+    text = "\n".join(f"The {number} begins. {WORDS}. Is it {number}? No." for number in range(60))
+    (tmp_path / "a.txt").write_text(text)
+    small(tmp_path / "a.txt", cut="sentences", documents="file", max_length=16)
+    read = Shards(tmp_path / "out")
+    alone = SequenceBuilder(MINILM, 16, "sentences").build([text.encode()])
+    parts = np.split(alone.tokens, np.cumsum(alone.lengths)[:-1])
+    assert [read.sequence(i).tolist() for i in range(len(read))] == [part.tolist() for part in parts]
+    # "No." is short, and what the tokenizer makes of the longer sentences is cut as documents are.
+    assert (read.meta.dropped_short, read.lengths.max()) == (60, 16)
+    # A folder of before the option was cut at lengths.
+    with pytest.raises(ValueError, match=r"\(cut differ"):
+        small(tmp_path / "a.txt", documents="file", max_length=16)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    del meta["preparation"]["cut"]
+    (tmp_path / "out" / "meta.json").write_text(json.dumps(meta))
+    caplog.set_level(logging.INFO)
+    small(tmp_path / "a.txt", documents="file", max_length=16)
+    assert "is prepared already with these arguments" in caplog.text
 
 
 @pytest.mark.parametrize(
