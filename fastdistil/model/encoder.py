@@ -314,5 +314,5 @@ def _drop_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, _me
 
 
 def _restore_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if f"{prefix}encoder.word_embeddings.weight" in state:
+    if module.head is not None and f"{prefix}encoder.word_embeddings.weight" in state:
         state[f"{prefix}head.weight"] = state[f"{prefix}encoder.word_embeddings.weight"]

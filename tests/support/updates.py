@@ -12,6 +12,7 @@ from fastdistil.data.shards import Shards
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.sentence import Pooling
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher
 from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
@@ -55,16 +56,28 @@ def write_students(root: Path) -> None:
         )
 
 
-def make_student(root: Path, name: str = "student", device: torch.device = DEVICE) -> MaskedLM:
-    """One of `write_students`."""
-    return load_masked_lm(root / name, need_head=True).to(device)
+def make_student(
+    root: Path, name: str = "student", device: torch.device = DEVICE, *, loss: LossConfig | None = None
+) -> MaskedLM:
+    """One of `write_students`, with the head that `loss` wants, and with the projection where it compares widths."""
+    loss = loss or LossConfig()
+    student, width = (
+        load_masked_lm(root / name, need_head=True, with_head=loss.has_head),
+        toy.architecture().hidden_size,
+    )
+    if student.architecture.hidden_size != width and any(term.same_width for term in loss.terms):
+        projecting = toy.steep(replace(student.architecture, embedding_size=width), seed=6)
+        projecting.load_state_dict(projecting.state_dict() | student.state_dict())
+        student = projecting
+    return student.to(device)
 
 
 def make_teacher(
     root: Path, device: torch.device = DEVICE, *, loss: LossConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> Teacher:
-    """The toy teacher, which hands over what `loss` wants."""
-    model, loss = load_masked_lm(root / "teacher", need_head=True), loss or LossConfig()
+    """The toy teacher, which hands over what `loss` wants: it has a head for --loss.kd alone."""
+    loss = loss or LossConfig()
+    model = load_masked_lm(root / "teacher", need_head=True, with_head=bool(loss.kd))
     qkv = model.architecture.num_layers - 1 if loss.relation_layer is None else loss.relation_layer
     return Teacher(model, device=device, dtype=dtype, kept_outputs=kept_outputs(loss, LAYERS, qkv))
 
@@ -80,11 +93,18 @@ def make_batches(
 
 
 def one_update(
-    root: Path, name: str, micro_batches: int, loss: LossConfig, *, dtype: torch.dtype = torch.float32
+    root: Path,
+    name: str,
+    micro_batches: int,
+    loss: LossConfig,
+    *,
+    pooling: Pooling | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, float], Gradients]:
     """(reported losses, gradients) of an update of a student, from a teacher in `dtype`."""
     update, batches = make_batches(root, micro_batches)
-    objective, teacher = Objective(make_student(root, name), loss), make_teacher(root, loss=loss, dtype=dtype)
+    objective = Objective(make_student(root, name, loss=loss), loss, pooling)
+    teacher = make_teacher(root, loss=loss, dtype=dtype)
     sums, total = torch.zeros(len(SUMS), device=DEVICE), 0.0
     for batch in batches:
         part, more = objective(batch, teacher(batch))
@@ -97,5 +117,14 @@ def one_update(
 
 def gradients_of(student: MaskedLM) -> Gradients:
     """Of every trained parameter."""
-    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    return hugging_face_state(found, student.architecture)
+    return by_their_names({name: p.grad for name, p in student.named_parameters() if p.grad is not None}, student)
+
+
+def by_their_names(gradients: Gradients, student: MaskedLM) -> Gradients:
+    """The names of Hugging Face, which has none for a projection; of a head that the student has not gradients of 0."""
+    whole = replace(student.architecture, mlm_head=True, embedding_size=0)
+    projection = {name: g for name, g in gradients.items() if name.startswith("projection.")}
+    found = {name: g for name, g in gradients.items() if name not in projection}
+    if student.head is None:
+        found = {name: torch.zeros_like(p) for name, p in MaskedLM(whole).named_parameters()} | found
+    return hugging_face_state(found, whole) | projection

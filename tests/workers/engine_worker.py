@@ -10,14 +10,14 @@ import torch
 import torch.distributed as torch_dist
 
 from fastdistil.data.shards import Shards
-from fastdistil.model.weights import hugging_face_state
+from fastdistil.model.sentence import Pooling
 from fastdistil.run import checkpoint
 from fastdistil.run.config import Config, EngineConfig, LossConfig, OptimConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import DeepSpeedEngine, Engine, PlainEngine
 from fastdistil.training.objective import SUMS, Objective, means
 from tests.support import toy
-from tests.support.updates import CPU, make_batches, make_student, make_teacher
+from tests.support.updates import CPU, by_their_names, make_batches, make_student, make_teacher
 
 SEED = 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,6 +32,7 @@ def make_engine(
     precision: str,
     accumulation: int,
     loss: LossConfig | None = None,
+    pooling: Pooling | None = None,
     attention: Any = "auto",
 ) -> Engine:
     """An engine in training mode, with clipping and decay; `accumulation` micro-batches a rank in an update.
@@ -44,9 +45,9 @@ def make_engine(
         optim=OptimConfig(clip_norm=1.0, weight_decay=0.01, encoder_lr=encoder_lr),
         engine=EngineConfig(bucket_elements=10_000),
     )
-    model = make_student(root, student, CPU)
+    model = make_student(root, student, CPU, loss=loss)
     model.encoder.attention_backend = attention
-    objective, dtype = Objective(model, config.loss).train(), DTYPES[precision]
+    objective, dtype = Objective(model, config.loss, pooling).train(), DTYPES[precision]
     if stage == 0:
         return PlainEngine(objective, config, ranks, dtype)
     return DeepSpeedEngine(objective, config, ranks, dtype, stage=stage, accumulation=accumulation)
@@ -60,6 +61,7 @@ def gradients(
     stages: Sequence[int],
     micro_batches: int,
     loss: LossConfig | None = None,
+    pooling: Pooling | None = None,
 ) -> dict[int, Any]:
     """{stage: (reported losses, gradients)} of an update, as updates.one_update has them of one process."""
     loss, found = loss or LossConfig(), {}
@@ -68,7 +70,14 @@ def gradients(
     teacher = make_teacher(root, CPU, loss=loss, dtype=DTYPES[precision])
     for stage in stages:
         engine = make_engine(
-            ranks, root, student, stage=stage, precision=precision, accumulation=accumulation, loss=loss
+            ranks,
+            root,
+            student,
+            stage=stage,
+            precision=precision,
+            accumulation=accumulation,
+            loss=loss,
+            pooling=pooling,
         )
         sums = torch.zeros(len(SUMS))
         for batch in batches[accumulation * ranks.rank :][:accumulation]:
@@ -88,7 +97,7 @@ def _full_gradients(engine: Engine) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
         full = {n: safe_get_full_grad(p) for n, p in model.named_parameters()}
-    return hugging_face_state({n: g.float() for n, g in full.items() if g is not None}, model.architecture)
+    return by_their_names({n: g.float() for n, g in full.items() if g is not None}, model)
 
 
 class Job:
