@@ -66,9 +66,10 @@ class PrepareConfig:
     max_length: int | None = None
     """Longest sequence in tokens, [CLS] and [SEP] included; longer documents are split. None: what the model in the
     tokenizer's folder reads of a text, if that is of sentence-transformers and says so; else 512."""
-    cut: Cut = "length"
+    cut: Cut | None = None
     """Where a document is cut: where --max-length is reached, as masked-LM training wants it; at every sentence and end
-    of line, too; mixed: every other document at sentences, for recipe embed and models that read texts of any length."""
+    of line, too; mixed: every other document at sentences, for recipe embed and models that read texts of any length.
+    None: length, but mixed where also --max-length is left to a model of sentence-transformers."""
     text_field: str = "text"
     """Field or column that holds the text, of JSONL, tables and data sets; inside others by its path: content.text."""
     documents: Literal["auto", "line", "paragraph", "file"] = "auto"
@@ -136,8 +137,8 @@ def prepare(config: PrepareConfig) -> None:
     preparation = {
         "sources": [source.record() for source in sources],
         "tokenizer": tokenizer.spec_record(spec),
-        **{name: getattr(config, name) for name in ("cut", "text_field", "cased", "shard_tokens", *STRICT)},
-        "max_length": _longest(config, spec),
+        **{name: getattr(config, name) for name in ("text_field", "cased", "shard_tokens", *STRICT)},
+        **_pieces(config, spec),
     }
     _refuse_foreign_folder(config.out)
     with files.Lock(config.out / LOCK_FILE, f"--out {config.out}"):
@@ -150,17 +151,18 @@ def prepare(config: PrepareConfig) -> None:
         _finish(config, sources, preparation, shards, texts, counts)
 
 
-def _longest(config: PrepareConfig, spec: tokenizer.Spec) -> int:
-    """--max-length, or what stands for it. Raises ValueError where the model says nothing usable."""
-    if config.max_length is not None:
-        return config.max_length
-    reads = read_max_length(spec) if isinstance(spec, Path) and spec.is_dir() else None
+def _pieces(config: PrepareConfig, spec: tokenizer.Spec) -> dict[str, Any]:
+    """--max-length and --cut, or what stands for them. Raises ValueError where the model says nothing usable."""
+    asked = config.max_length
+    reads = read_max_length(spec) if asked is None and isinstance(spec, Path) and spec.is_dir() else None
     if reads is None:
-        return LONGEST
+        return {"max_length": asked or LONGEST, "cut": config.cut or "length"}
     if reads < SHORTEST:
         raise ValueError(f"{spec} reads {reads} tokens of a text: wanted {SHORTEST} or more: give --max-length")
     LOG.info(f"sequences of up to {reads} tokens, as many as the model in {spec} reads of a text (--max-length)")
-    return reads
+    if config.cut is None:
+        LOG.info("every other document is cut at sentences, as such a model reads short texts, too (--cut)")
+    return {"max_length": reads, "cut": config.cut or "mixed"}
 
 
 def _refuse_foreign_folder(out: Path) -> None:
@@ -285,7 +287,7 @@ def _write_shards(
             workers=config.workers,
             tokenizer_folder=out / "tokenizer",
             max_length=progress["preparation"]["max_length"],
-            cut=config.cut,
+            cut=progress["preparation"]["cut"],
         )
         while True:
             with shard_format.ShardWriter(out, shard_format.shard_name(len(shards)), dtype) as writer:

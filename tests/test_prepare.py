@@ -308,7 +308,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BATCH_BYTES", 2**14)
 
     def prepared(source, out="out", **options):
-        options = {"tokenizer": str(MINILM), "workers": 1, "shard_tokens": 2000, **options}
+        options = {"tokenizer": str(MINILM), "workers": 1, "shard_tokens": 2000, "cut": "length", **options}
         run(PrepareConfig(sources=(str(source),), out=tmp_path / out, **options))
         return Shards(tmp_path / out).meta
 
@@ -512,8 +512,14 @@ def test_texts_are_cut_as_the_model_of_the_tokenizer_reads_them(tmp_path):
     assert f"sequences of up to 256 tokens, as many as the model in {MINILM} reads" in log
     meta = json.loads((out / "meta.json").read_text())
     assert (Shards(out).lengths.max(), meta["max_length"], meta["preparation"]["max_length"]) == (256, 256, 256)
-    assert "is prepared already" in prepare(corpus, "--tokenizer", MINILM, "--out", out, "--max-length", 256)
-    assert "(max_length differ" in prepare(corpus, "--tokenizer", MINILM, "--out", out, "--max-length", 512, ok=False)
+    assert "every other document is cut at sentences" in log
+    assert meta["preparation"]["cut"] == "mixed"
+    same = ("--max-length", 256, "--cut", "mixed")
+    assert "is prepared already" in prepare(corpus, "--tokenizer", MINILM, "--out", out, *same)
+    assert "(cut differ" in prepare(corpus, "--tokenizer", MINILM, "--out", out, "--max-length", 256, ok=False)
+    assert "(max_length differ" in prepare(
+        corpus, "--tokenizer", MINILM, "--out", out, "--max-length", 512, "--cut", "mixed", ok=False
+    )
 
     words = tmp_path / "words"
     words.mkdir()
@@ -573,6 +579,8 @@ def test_strange_documents(tmp_path):
 def test_nothing_to_keep(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     log = prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", ok=False)
+    assert "no sequence of 5 or more tokens" in log
+    log = prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", "--cut", "length", ok=False)
     assert "no sequence of 12 or more tokens" in log
 
 
