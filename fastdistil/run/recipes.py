@@ -70,15 +70,19 @@ def minilm() -> Config:
 
 
 def embed() -> Config:
-    """An embedding model with fewer layers: hidden states and embeddings of a sentence encoder; no head, no masks."""
+    """An embedding model with fewer layers: hidden states and embeddings of a sentence encoder; no head, no masks.
+
+    Many small updates and no dropout were best for students of minutes (docs/study.md); a cluster wants larger ones.
+    """
     return replace(
         distilbert(),
         recipe="embed",
         out=Path("runs/embed"),
-        batch=BatchConfig(size=8192, unit="tokens", token_budget=4096),
+        batch=BatchConfig(size=4096, unit="tokens", token_budget=2048),
         student=StudentConfig(fold_token_types=True, projection=True, dropout=0.0, attention_dropout=0.0),
         loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, hidden=1.0, embedding=1.0),
         masking=MaskingConfig(fraction=0.0),
+        optim=OptimConfig(duration=1),
     )
 
 
