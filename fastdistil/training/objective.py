@@ -265,7 +265,7 @@ class Objective(nn.Module):
             loss, sums = self._of_vocabulary(student.hidden_ND, batch, output, scales_T)
             if output is not None:
                 loss = self._beside(loss, sums, student, batch, output.encoder, scales_T)
-            nothing = weights_T3[0, 0]
+            nothing = weights_T3[0, 0].float()  # one launch for all that have no weight
             return loss, torch.stack([sums.get(name, nothing).detach().float() for name in SUMS])
 
     def _weights_on(self, device: torch.device) -> Tensor:
