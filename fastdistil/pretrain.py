@@ -69,7 +69,7 @@ def run(resolved: Resolved, here: Launched) -> int:
     with ranks.together(with_teachers=True):
         needed = memory.check(resolved, ranks, local_world_size=here.local_world_size)
         corpus = load_corpus(resolved, rank=here.rank, world_size=here.world_size)
-        models = load_models(resolved, ranks)
+        models = load_models(resolved, ranks, corpus)
         teacher, inputs = models.teacher, resolved.inputs | models.digests
     require_same(ranks, inputs)
     resolved = replace(resolved, inputs=inputs)

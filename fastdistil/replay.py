@@ -84,7 +84,7 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     corpus = load_corpus(resolved, rank=0, world_size=1)
     if not 1 <= asked.update <= corpus.num_updates:
         raise ValueError(f"--update must be in [1, {corpus.num_updates}], got {asked.update}")
-    models = load_models(resolved, ranks)
+    models = load_models(resolved, ranks, corpus)
     folder.check(config, models.digests)
     teacher, student = models.teacher, models.student
     assert not isinstance(teacher, RemoteTeacher)  # no ranks are set aside

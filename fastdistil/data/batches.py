@@ -157,6 +157,16 @@ class Collator:
         self.sequence_step = usual_most(np.ones_like(lengths), lengths, token_budget)
         self.tile_step = usual_most(-(-lengths // TILE_ROWS), lengths, token_budget)
 
+    def label_frequencies(self) -> NDArray[np.float64]:
+        """(V,) about how often each token is a label, above 0, sum 1: its count times the weight it is drawn with.
+
+        What does not occur counts as once, and what is never drawn as the rarest of the others. Drawing without
+        replacement makes frequent tokens labels a little more often than this.
+        """
+        found = np.maximum(self.shards.counts, 1) * self.weights
+        found[found == 0] = found[found > 0].min()
+        return found / found.sum()
+
     def __call__(self, plan: MicroBatchPlan) -> MicroBatch:
         # The real tokens, in the order of the plan, masked.
         real = [self.shards.sequence(int(i)) for i in plan.sequences]

@@ -156,6 +156,15 @@ def student_from_teacher(
     return student
 
 
+@torch.no_grad()
+def start_head(model: MaskedLM, frequencies_V: Tensor) -> None:
+    """Have a fresh MLM head begin with what is known: which word embeddings a hidden state is similar to, on top of how
+    often each token is a label. Its dense layer becomes the identity, its bias the logarithm of `frequencies_V`."""
+    assert model.head is not None
+    torch.nn.init.eye_(model.head.dense.weight)
+    model.head.bias[: len(frequencies_V)] = frequencies_V.log()
+
+
 def hugging_face_config(architecture: Architecture) -> dict[str, Any]:
     """The content of config.json for the exported model."""
     family = architecture.family

@@ -335,7 +335,8 @@ class OptimConfig(_Section):
     lr: Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)] = 5e-4
     """Highest learning rate, reached at the end of the warm-up."""
     encoder_lr: Annotated[float | None, BELOW_1] = None
-    """That of the encoder, word embeddings included. None: --optim.lr."""
+    """That of the encoder, word embeddings included. None: --optim.lr; 0.3 of it where an encoder goes on training
+    without a teacher and its head is fresh."""
     betas: Annotated[tuple[float, float], BOTH_BELOW_1] = (0.9, 0.98)
     """Decay of the two moments."""
     eps: Annotated[float, ABOVE_0] = 1e-6

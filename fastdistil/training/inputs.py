@@ -18,7 +18,7 @@ from fastdistil.data.shards import Shards
 from fastdistil.kernels.attention import check_heads
 from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.model.encoder import Encoder, MaskedLM
-from fastdistil.model.weights import load_masked_lm, student_from_teacher
+from fastdistil.model.weights import load_masked_lm, start_head, student_from_teacher
 from fastdistil.run.config import Config
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.objective import kept_outputs
@@ -127,8 +127,8 @@ class Models:
     """Of the models that were read, by the options that name them."""
 
 
-def load_models(resolved: Resolved, ranks: Ranks) -> Models:
-    """Read teacher and student.
+def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
+    """Read teacher and student. A fresh head begins with the frequencies of the corpus.
 
     Raises ValueError where a folder does not hold what its config.json says, e.g. no MLM head, and where the attention
     backend or FP8 is asked for and cannot be had.
@@ -151,6 +151,8 @@ def load_models(resolved: Resolved, ranks: Ranks) -> Models:
     if source is not None and source is not teacher:
         digests["student.init"] = digest(source)
     student = _student(resolved, source, generator)
+    if resolved.fresh_head:
+        start_head(student, torch.from_numpy(corpus.collator.label_frequencies()))
     student.encoder.activation_checkpointing = config.engine.activation_checkpointing
     for model in (student, teacher):
         if model is not None:

@@ -20,6 +20,9 @@ from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config, StudentConfig
 if TYPE_CHECKING:
     import torch
 
+ENCODER_SHARE = 0.3
+"""Of the head's learning rate, for a pretrained encoder whose head is fresh. 20 updates of 8,192 tokens of all-MiniLM-L6:
+at 1 it keeps 95 % of its zero-shot STS-B, at 0.3 99 %, at 0.1 all; masked-LM loss 8.46, 8.95, 9.34."""
 H100_BYTES = 80 * 2**30  # of the GPU that is meant where a dry run has none
 
 
@@ -33,6 +36,8 @@ class Resolved:
     """The model that the student takes its weights from; None for random ones."""
     layers: tuple[int, ...]
     """Which layers of that model; empty for random weights."""
+    fresh_head: bool = False
+    """Whether that model has no masked-LM head, and the student gets one."""
     student: Architecture
     meta: Meta
     """Of the training shards."""
@@ -165,6 +170,9 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
             f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
             "copied, and others start as its row 0, the type of every token"
         )
+    fresh_head = student.mlm_head and source_path is not None and not _has_head(source_path)
+    if fresh_head and teacher is None and config.optim.encoder_lr is None and not record:
+        config = _with_encoder_lr(config, notes)
     _check_widths(config, teacher, student)
     _check_nested(config, student)
     pooling = _pooling(config, meta, notes)
@@ -178,6 +186,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         teacher=teacher,
         source_path=source_path,
         layers=layers if source else (),
+        fresh_head=fresh_head,
         student=student,
         meta=meta,
         world_size=world_size - config.teacher.ranks,
@@ -426,6 +435,20 @@ def _model(
     if contents.left_out:
         notes.append(f"{what}: left out {', '.join(contents.left_out)}")
     return replace(model, vocab_size=wanted, pad_id=pad, mlm_head=head)
+
+
+def _has_head(path: Path) -> bool:
+    return headers.match(path, read_architecture(path), headers.read_headers(path), need_head=False).has_head
+
+
+def _with_encoder_lr(config: Config, notes: list[str]) -> Config:
+    """With the rate of an encoder that knows something under a head that does not yet."""
+    optim = replace(config.optim, encoder_lr=ENCODER_SHARE * config.optim.lr)
+    notes.append(
+        f"the encoder, which knows more than its fresh head, trains at {optim.encoder_lr:g} and the head at "
+        f"{optim.lr:g}: --optim.encoder-lr chooses another rate"
+    )
+    return replace(config, optim=optim)
 
 
 def _refuse_other_tokenizer(what: str, path: Path, meta: Meta) -> str:

@@ -212,6 +212,28 @@ def test_masking_weights_are_zero_for_special_tokens_and_finite_for_unseen_ones(
     assert weights.tolist() == [1.0, 0.0, 1.0, 1.0, 0.25]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_label_frequencies_are_about_those_of_the_labels(shards, smoothing):
+    """Of a text of 96 words, the most frequent 96 times as frequent as the rarest: a quarter of the distance from
+    knowing nothing at most, in nats a label. Special tokens are never labels, and count as the rarest."""
+    p = 1 / np.arange(1, 97)
+    ids = np.random.default_rng(0).choice(np.arange(5, 101), 40_000, p=p / p.sum())
+    collator = toy.make_collator(shards)
+    collator.shards.counts = np.bincount(ids, minlength=101)
+    collator.weights = masking_weights(collator.shards.counts, [*range(5)], smoothing)
+    found = collator.label_frequencies()
+    assert found.sum() == pytest.approx(1)
+    assert (found[:5] == found.min()).all()
+    labels = np.zeros(101)
+    for i, part in enumerate(ids.reshape(-1, 1000)):
+        plan = MicroBatchPlan(np.empty(0, np.int64), ("test", i))
+        _, chosen = mask(part, plan, weights=collator.weights, mask_id=4, masking=MaskingConfig())
+        labels += np.bincount(part[chosen], minlength=101)
+    seen = labels[5:] / labels.sum()
+    entropy = -(seen * np.log(seen)).sum()
+    assert -(seen * np.log(found[5:])).sum() - entropy < (math.log(96) - entropy) / 4
+
+
 def test_masks_differ_between_epochs(shards):
     """Dynamic masking: a sequence met again is masked anew."""
     plan, collator = toy.make_plan(shards.lengths, micro_batches=1), toy.make_collator(shards)

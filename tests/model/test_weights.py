@@ -1,6 +1,7 @@
 """Hugging Face folders in and out, and a student from its teacher: nothing missing, nothing guessed."""
 
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -11,8 +12,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fastdistil.export import write_hugging_face_folder
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.model.weights import hugging_face_config, hugging_face_state, load_masked_lm, student_from_teacher
+from fastdistil.model.weights import (
+    hugging_face_config,
+    hugging_face_state,
+    load_masked_lm,
+    start_head,
+    student_from_teacher,
+)
+from tests.support import toy
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 from tests.support.toy import student_of
 
@@ -98,6 +107,26 @@ def test_no_head_names_the_mlm_recipe(tmp_path):
     a, b, c = (load_masked_lm(folder, need_head=False, generator=g).head.dense.weight for g in generators)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_a_started_head_knows_the_frequencies_at_once():
+    """Its loss is their entropy, as far below ln(V) as that says; what else it has is the identity."""
+    model = MaskedLM(toy.architecture()).eval()
+    size = model.architecture.vocab_size
+    p = 1 / torch.arange(1.0, size + 1, dtype=torch.float64)
+    p /= p.sum()
+    start_head(model, p)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(p, 4000, replacement=True, generator=generator)
+    ids = torch.randint(size, (4000,), generator=generator)
+    with torch.no_grad():
+        logits = model(ids, torch.arange(40).repeat(100), sequence_layout([40] * 100))
+    loss, entropy = torch.nn.functional.cross_entropy(logits, labels).item(), -(p * p.log()).sum().item()
+    assert loss == pytest.approx(entropy, abs=0.05)
+    assert loss < math.log(size) - 0.5
+    assert model.head is not None
+    assert torch.equal(model.head.dense.weight, torch.eye(32))
+    assert not model.head.bias[size:].any()  # the padding of the vocabulary
 
 
 @pytest.mark.parametrize(

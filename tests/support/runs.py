@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdistil.run import checkpoint
@@ -55,6 +55,13 @@ def make_inputs(root: Path) -> Path:
     """`root`, which now has the folders shards and teacher."""
     toy.make_teacher(root / "teacher", toy.make_shards(root / "shards"))
     return root
+
+
+def take_head_away(folder: Path) -> None:
+    """Leave the encoder in a Hugging Face folder of a BERT, and nothing on it."""
+    path = folder / "model.safetensors"
+    state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("cls.")}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def arguments(root: Path, out: Path, **changes: object) -> list[str]:

@@ -146,7 +146,7 @@ def test_a_run_on_a_cpu_is_refused(root, tmp_path):
     )
     resolved = resolve(config, world_size=1, by_torchrun=False)
     with pytest.raises(ValueError, match=r"--teacher.precision fp8 wants a GPU .* got the CPU"):
-        inputs.load_models(resolved, Ranks(0, 1, CPU))
+        inputs.load_models(resolved, Ranks(0, 1, CPU), inputs.load_corpus(resolved, rank=0, world_size=1))
 
 
 # --- drift

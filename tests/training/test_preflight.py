@@ -14,6 +14,7 @@ from fastdistil.run import config as c
 from fastdistil.run import recipes
 from fastdistil.training import preflight
 from fastdistil.training.preflight import resolve, spread
+from tests.support import runs
 
 
 @pytest.fixture
@@ -225,6 +226,24 @@ def test_mlm_goes_on_from_a_folder_with_all_its_layers_and_token_types(root):
     r = resolve(replace(mlm, student=c.StudentConfig(init=str(root / "teacher"))), world_size=1)
     assert r.layers == (0, 1, 2, 3)
     assert r.student == read_architecture(root / "teacher")
+    assert not r.fresh_head
+    assert r.config.optim.encoder_lr is None
+
+
+def test_an_encoder_whose_head_is_fresh_trains_at_a_share_of_the_rate(root):
+    """By mlm, unless a rate was given; where there is a teacher to learn from, everything has one rate."""
+    runs.take_head_away(root / "teacher")
+    init = {"student": c.StudentConfig(init=str(root / "teacher")), "batch": c.BatchConfig(size=20, token_budget=256)}
+    mlm = replace(recipes.mlm(), out=root / "run", data=c.DataConfig(shards=root / "shards"), **init)
+    r = resolve(mlm, world_size=1)
+    assert r.fresh_head
+    assert r.config.optim.encoder_lr == preflight.ENCODER_SHARE * mlm.optim.lr
+    assert any("--optim.encoder-lr" in note for note in r.notes)
+    assert resolve(replace(mlm, optim=c.OptimConfig(encoder_lr=0.5)), world_size=1).config.optim.encoder_lr == 0.5
+    hidden = {"loss": {"kd": 0.0, "hidden": 1.0}, "student": {"init": str(root / "teacher"), "num_layers": 4}}
+    r = resolve(config(root, **hidden), world_size=1)
+    assert r.fresh_head
+    assert r.config.optim.encoder_lr is None
 
 
 class TestVocabularies:
