@@ -1,22 +1,24 @@
 """A run becomes a folder that Hugging Face loads: `python -m fastdistil.export RUN --out DIR`.
 
-The folder holds config.json, model.safetensors (fp32), the tokenizer's files and a model card. It appears under its
-name only when it is whole. torch is imported after the command line and the run have been checked.
+The folder holds config.json, model.safetensors (fp32), the tokenizer's files and a model card; where the student
+learned embeddings, also what sentence-transformers reads. It appears under its name only when it is whole. torch is
+imported after the command line and the run have been checked.
 """
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
 from fastdistil import __version__
 from fastdistil.data import tokenizer
 from fastdistil.model.architecture import Architecture, from_record
+from fastdistil.model.sentence import DENSE, Pooling, write_modules
 from fastdistil.run import files, folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, flatten
@@ -26,6 +28,47 @@ if TYPE_CHECKING:
 
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
 """What of a run's configuration its model card shows: what shaped the weights, no paths."""
+
+
+class _Use(NamedTuple):
+    """What a kind of export is for."""
+
+    library: str
+    task: str
+    """The hub's pipeline_tag."""
+    load: str
+    """What loads it; {} stands for its name in quotes."""
+    snippet: str
+    """The card's example; {} stands for its name in quotes."""
+
+
+_FILL_MASK = _Use(
+    "transformers",
+    "fill-mask",
+    "AutoModelForMaskedLM.from_pretrained({})",
+    """from transformers import pipeline
+
+fill_mask = pipeline("fill-mask", model={})""",
+)
+_HIDDEN_STATES = _Use(
+    "transformers",
+    "feature-extraction",
+    "AutoModel.from_pretrained({})",
+    """from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained({0}), AutoModel.from_pretrained({0})
+states = model(**tokenizer("The river is quiet.", return_tensors="pt")).last_hidden_state""",
+)
+_EMBEDDINGS = _Use(
+    "sentence-transformers",
+    "sentence-similarity",
+    "SentenceTransformer({})",
+    """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({})
+embeddings = model.encode(["The river is quiet.", "Still waters.", "A loud street."])
+print(model.similarity(embeddings, embeddings))""",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +81,10 @@ class ExportConfig:
     """Folder to write; it must not exist, or be empty."""
     checkpoint: int | None = None
     """Export the checkpoint made after this many updates. None: the newest."""
+    layers: int | None = None
+    """Export the first of the student's layers alone: of a run with --loss.nested-layers, one of these numbers."""
+    dimensions: int | None = None
+    """Cut the embeddings to their first numbers: of a run with --loss.nested-dimensions, one of these."""
     overwrite: bool = False
     """Replace --out if it holds an earlier export."""
 
@@ -57,6 +104,8 @@ def export(config: ExportConfig) -> str:
     record = folder.read(config.run)
     student = _architecture(config.run, record, "student")
     teacher = _architecture(config.run, record, "teacher") if record.get("teacher") else None
+    pooling = _pooling(config.run, record)
+    exported = _cut(config, record, student)
     if not (config.run / "tokenizer").is_dir():
         raise ValueError(f"{config.run} is not a whole run: wanted its tokenizer in {config.run / 'tokenizer'}")
     _check_out(config.out, overwrite=config.overwrite)
@@ -67,23 +116,23 @@ def export(config: ExportConfig) -> str:
     state, progress = checkpoint.load_weights(config.run, config.checkpoint)
     metrics = _last_metrics(config.run / "metrics.jsonl", progress["update"])
     with _replacing(config.out) as part:
-        write_hugging_face_folder(state, student, config.run / "tokenizer", part)
+        write_hugging_face_folder(_first(state, student, exported), exported, config.run / "tokenizer", part, pooling)
         try:
-            card = model_card(config.out.name, record, student, teacher, progress, metrics)
+            card = model_card(config.out.name, record, exported, teacher, progress, metrics, pooling)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config.run / 'config.json'} does not describe a run: {error!r}") from error
         files.write_text(part / "README.md", card)
     return (
-        f"{config.out}: {student.family.masked_lm}, {student.num_parameters:,} parameters, after update "
+        f"{config.out}: {_class_name(exported)}, {exported.num_parameters:,} parameters, after update "
         f"{progress['update']:,}{_skipped(progress)}; load it with "
-        f"AutoModelForMaskedLM.from_pretrained({str(config.out)!r})"
+        f"{_use(exported, pooling).load.format(repr(str(config.out)))}"
     )
 
 
 def write_hugging_face_folder(
-    state: "Mapping[str, Tensor]", architecture: Architecture, words: Path, out: Path
+    state: "Mapping[str, Tensor]", architecture: Architecture, words: Path, out: Path, pooling: Pooling | None = None
 ) -> None:
-    """Writes model and tokenizer into the existing folder `out`.
+    """Writes model and tokenizer into the existing folder `out`; with a pooling also what sentence-transformers reads.
 
     `state` holds our names; its dtype is kept. transformers, 4 and 5, loads the model with no missing and no unexpected
     key, and the tokenizer, that of the folder `words`, to the same ids, with the inputs that the model takes. Raises
@@ -94,6 +143,53 @@ def write_hugging_face_folder(
     tables = {"max_positions": architecture.max_positions, "token_types": architecture.token_types}
     tokenizer.export(words, out, **tables)
     write_model(state, architecture, out)
+    if pooling is not None:
+        write_modules(out, pooling, architecture)
+
+
+def _pooling(run: Path, record: dict[str, Any]) -> Pooling | None:
+    """How the student's hidden states become embeddings; None of a run that knows of none."""
+    try:
+        return Pooling(**record["pooling"]) if record.get("pooling") else None
+    except TypeError as error:
+        raise ValueError(f"{run / 'config.json'} does not describe a pooling: {error}") from None
+
+
+def _cut(config: ExportConfig, record: dict[str, Any], student: Architecture) -> Architecture:
+    """What of the student is exported. Raises ValueError for a part that was not trained to be a model by itself."""
+    whole = {"layers": student.num_layers, "dimensions": student.embedding_size or student.hidden_size}
+    trained = flatten(record["config"])
+    for name, all_of_it in whole.items():
+        asked, offered = getattr(config, name), [*(trained.get(f"loss.nested_{name}") or ()), all_of_it]
+        if asked is not None and asked not in offered:
+            raise ValueError(
+                f"--{name} must be one of {', '.join(map(str, sorted({*offered})))}, which this run trained to be used "
+                f"alone, got {asked}: give one of these, or train with --loss.nested-{name} {asked}"
+            )
+    embedding_size = student.embedding_size
+    if config.dimensions not in (None, whole["dimensions"]):
+        embedding_size = config.dimensions
+    return replace(student, num_layers=config.layers or student.num_layers, embedding_size=embedding_size)
+
+
+def _first(state: "Mapping[str, Tensor]", student: Architecture, part: Architecture) -> "dict[str, Tensor]":
+    """The weights of the first layers, and a projection to the first dimensions where the embeddings are cut.
+
+    sentence-transformers' truncate_dim would cut after the embeddings have got the length 1, and old releases do not
+    read it.
+    """
+    import torch
+
+    left_out = tuple(f"encoder.layers.{i}." for i in range(part.num_layers, student.num_layers))
+    first = {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
+    if part.embedding_size != student.embedding_size:
+        projection = state.get("projection.weight", torch.eye(student.hidden_size))
+        first["projection.weight"] = projection[: part.embedding_size]
+    return first
+
+
+def _class_name(student: Architecture) -> str:
+    return student.family.masked_lm if student.mlm_head else student.family.encoder
 
 
 def _architecture(run: Path, record: dict[str, Any], role: str) -> Architecture:
@@ -151,18 +247,22 @@ def model_card(
     teacher: Architecture | None,
     progress: dict[str, Any],
     metrics: dict[str, dict[str, Any]],
+    pooling: Pooling | None = None,
 ) -> str:
     """The README.md of the exported folder: what the model is, how it was trained, how to load it.
 
-    `record` is the run's config.json, `progress` the state of the exported checkpoint, `metrics` the last record of
-    each split. Raises AttributeError, KeyError, TypeError or ValueError where `record` is not what a run writes.
+    `record` is the run's config.json, `student` what of its student is exported, `progress` the state of the exported
+    checkpoint, `metrics` the last record of each split, `pooling` that of a student of embeddings.
+    Raises AttributeError, KeyError, TypeError or ValueError where `record` is not what a run writes.
     """
     config, data = record["config"], record.get("data") or {}
     teacher_path = (config.get("teacher") or {}).get("path")
+    teacher_name = _hub_name(Path(teacher_path)) or Path(teacher_path).name if teacher and teacher_path else None
     facts = {
         "recipe": f"`{config.get('recipe', 'unknown')}`",
         "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
-        "teacher": f"`{Path(teacher_path).name}`, {_sizes(teacher)}" if teacher and teacher_path else "none",
+        **_about_embeddings(record, student, pooling),
+        "teacher": f"`{teacher_name}`, {_sizes(teacher)}" if teacher and teacher_name else "none",
         "updates": f"{progress['update']:,}{_skipped(progress)}",
         "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
         "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
@@ -171,30 +271,26 @@ def model_card(
         "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
         "exported by": f"fastdistil {__version__}",
     }
+    titles = {term.name: term.title for term in LOSS_TERMS}
     measured = [
-        (split, key, "not finite" if value is None else f"{value:.4g}")
+        (split, key, "not finite" if value is None else f"{value:.4g}", titles.get(key, ""))
         for split, values in metrics.items()
         for key, value in values.items()
         if isinstance(value, float | None) and not key.endswith(("_per_s", "mfu"))
     ]
     settings = flatten({key: config[key] for key in _CARD_SECTIONS if key in config})
     settings.pop("student.init", None)  # may be a path; the teacher's row says what it was
+    use = _use(student, pooling)
     return f"""---
 # license: yours to choose; those of the teacher and of the data may bind you
-library_name: transformers
-pipeline_tag: fill-mask
-tags:
-- fastdistil
-- {"knowledge-distillation" if teacher else "masked-language-modeling"}
+{_metadata(teacher_path if teacher else None, use)}
 ---
 # {name}
 
-{_introduction(student.family.masked_lm, distilled=teacher is not None)}
+{_introduction(_class_name(student), use, distilled=teacher is not None)}
 
 ```python
-from transformers import pipeline
-
-fill_mask = pipeline("fill-mask", model="{name}")
+{use.snippet.format(repr(name))}
 ```
 
 ## Training
@@ -203,7 +299,8 @@ fill_mask = pipeline("fill-mask", model="{name}")
 ## Losses
 {_losses(config.get("loss") or {}, distilled=teacher is not None)}
 
-{_table(("split", "measure", "value"), measured) if measured else "No metrics were recorded."}
+{_table(("split", "measure", "value", ""), measured) if measured else "No metrics were recorded."}
+{"" if student == from_record(record["student"]) else "These figures are of the whole student."}
 
 ## Settings
 {_table(("setting", "value"), ((k, f"`{json.dumps(v)}`") for k, v in settings.items()))}
@@ -215,7 +312,51 @@ def _skipped(progress: dict[str, Any]) -> str:
     return f" ({skipped:,} of them skipped: their gradients were not finite)" if skipped else ""
 
 
-def _introduction(class_name: str, *, distilled: bool) -> str:
+def _use(student: Architecture, pooling: Pooling | None) -> _Use:
+    return _EMBEDDINGS if pooling else _FILL_MASK if student.mlm_head else _HIDDEN_STATES
+
+
+def _metadata(teacher: str | None, use: _Use) -> str:
+    """What the hub reads of a card, without the lines around it."""
+    tags = ["fastdistil", "knowledge-distillation" if teacher else "masked-language-modeling"]
+    tags += ["sentence-transformers", "feature-extraction"] if use is _EMBEDDINGS else []
+    base = _hub_name(Path(teacher)) if teacher else None
+    lines = [f"library_name: {use.library}", f"pipeline_tag: {use.task}", *([f"base_model: {base}"] if base else [])]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
+
+
+def _hub_name(folder: Path) -> str | None:
+    """The name on the hub of a model that lies in the hub's cache; None of any other folder, which says none."""
+    names = [part.removeprefix("models--") for part in folder.parts if part.startswith("models--")]
+    return names[-1].replace("--", "/") if names else None
+
+
+def _about_embeddings(record: dict[str, Any], student: Architecture, pooling: Pooling | None) -> dict[str, str]:
+    """Rows of the card about what the student's embeddings are, and about what of the student this is."""
+    rows = {}
+    if pooling is not None:
+        state = "mean of the last hidden states" if pooling.mode == "mean" else "last hidden state of the first token"
+        dense = f", times the {student.embedding_size} rows of {DENSE}" if student.embedding_size else ""
+        reads = min(pooling.max_length or student.max_positions, student.max_positions)
+        length = ", scaled to length 1" if pooling.normalise else ""
+        rows["embedding"] = f"{state}{dense}{length}; of a text its first {reads} tokens are read"
+    whole = from_record(record["student"])
+    if student.num_layers < whole.num_layers:
+        rows["layers"] = f"the first {student.num_layers} of {whole.num_layers}, trained to be a model by themselves"
+    size = whole.embedding_size or whole.hidden_size
+    if student.embedding_size and student.embedding_size < size:
+        rows["dimensions"] = f"the first {student.embedding_size} of {size}, trained to be used alone (Matryoshka)"
+    return rows
+
+
+def _introduction(class_name: str, use: _Use, *, distilled: bool) -> str:
+    if use is _EMBEDDINGS:
+        return (
+            f"A `{class_name}` that was distilled from a larger encoder to give its embeddings of texts. "
+            "transformers' `AutoModel` loads the same folder; the table says what to make of its hidden states."
+        )
+    if use is _HIDDEN_STATES:
+        return f"A `{class_name}`, without a head, that was distilled from a larger encoder to give its hidden states."
     if not distilled:
         return f"A `{class_name}` pre-trained by masked language modelling, without a teacher."
     return (

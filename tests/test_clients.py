@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer
+from torch.nn import functional
 
 from fastdistil.data import tokenizer
 from fastdistil.export import write_hugging_face_folder
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.sentence import Pooling
 from tests.support import clients
 from tests.support.launch import ROOT
 from tests.support.vocabularies import KINDS, PAIRS, TEXTS
@@ -22,6 +26,13 @@ from tests.support.vocabularies import KINDS, PAIRS, TEXTS
 OLD = Path(sys.prefix) / "transformers-4.57"
 FAMILIES = {"distilbert": 0, "bert": 2, "bert-one-type": 1}
 """Students -> rows of their token-type table; the kinds of WordPiece take turns."""
+EMBEDDERS = {
+    "bert": (0, Pooling(mode="mean", normalise=True, max_length=24)),
+    "bert-cased": (0, Pooling(mode="cls", normalise=False, max_length=None)),
+    "bert-accents": (12, Pooling(mode="cls", normalise=True, max_length=24)),
+    "roberta": (24, Pooling(mode="mean", normalise=True, max_length=512)),
+}
+"""Kind of tokenizer -> width of a projection, and the pooling, of a student of embeddings on it."""
 
 
 def student(kind: str, words: Path) -> Architecture:
@@ -58,8 +69,28 @@ def exports(tmp_path_factory) -> Path:
     return root
 
 
+def embedder(kind: str, words: Path) -> MaskedLM:
+    architecture = replace(student(kind, words), mlm_head=False, embedding_size=EMBEDDERS[kind][0])
+    model = MaskedLM(architecture, generator=torch.Generator().manual_seed(6)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(5.0)  # so that tokens and positions show
+    return model
+
+
 @pytest.fixture(scope="module")
-def old(exports) -> dict:
+def embedders(exports) -> Path:
+    """KIND, the export of a student of embeddings."""
+    root = exports / "embedders"
+    for kind, (_, pooling) in EMBEDDERS.items():
+        words, out = exports / "shards" / kind, root / f"{kind}-embeddings"
+        out.mkdir(parents=True)
+        model = embedder(kind, words)
+        write_hugging_face_folder(model.state_dict(), model.architecture, words, out, pooling)
+    return root
+
+
+@pytest.fixture(scope="module")
+def old(exports, embedders) -> dict:
     """What transformers 4.57 and its clients say of all exports: one process, for importing them takes seconds."""
     if not (OLD / "transformers").is_dir():
         pytest.fail(
@@ -70,6 +101,7 @@ def old(exports) -> dict:
     command = [sys.executable, "-m", "tests.support.clients", str(out)]
     path = {"PYTHONPATH": f"{OLD}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     folders = [str(exports / "exports" / kind) for kind in ["bert", "roberta", *(set(KINDS) - {"bert", "roberta"})]]
+    folders += map(str, embedders.iterdir())
     done = subprocess.run([*command, *folders], env=os.environ | path, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "told.json").read_text())
@@ -127,6 +159,34 @@ def test_sentence_transformers(exports, old, kind):
             states = encoder(torch.tensor([shards.encode(text).ids])).last_hidden_state[0]
         torch.testing.assert_close(torch.tensor(embedding), states.mean(0), rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.tensor(before), states.mean(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EMBEDDERS)
+@pytest.mark.parametrize("release", ["6", "5.7"])
+def test_an_export_of_embeddings(exports, embedders, kind, release, request):
+    """Ours, of the model that was exported: encoder, pooling, projection, length."""
+    folder, words = embedders / f"{kind}-embeddings", exports / "shards" / kind
+    found = clients.embeddings(folder) if release == "6" else request.getfixturevalue("old")["embedders"][folder.name]
+    model, (size, pooling) = embedder(kind, words), EMBEDDERS[kind]
+    read = min(pooling.max_length or 96, 96)
+    tokens, sep = Tokenizer.from_file(str(words / "tokenizer.json")), tokenizer.special_ids(words)["sep"]
+    for text, got in zip(clients.LONG_TEXTS, found["embeddings"], strict=True):
+        ids = tokens.encode(text).ids
+        ids = torch.tensor(ids if len(ids) <= read else [*ids[: read - 1], sep])
+        with torch.no_grad():
+            states = model.encoder(ids, torch.arange(len(ids)), sequence_layout([len(ids)], "cpu"))
+        wanted = states.mean(0) if pooling.mode == "mean" else states[0]
+        if size:
+            assert model.projection is not None
+            wanted = model.projection.weight.detach() @ wanted
+        wanted = functional.normalize(wanted, dim=0) if pooling.normalise else wanted
+        torch.testing.assert_close(torch.tensor(got), wanted, rtol=1e-5, atol=1e-5)
+    dense, normalize = ["Dense"] * bool(size), ["Normalize"] * pooling.normalise
+    assert found["modules"] == ["Transformer", "Pooling", *dense, *normalize]
+    assert (found["max_length"], found["similarity"], found["other_keys"]) == (read, "cosine", {})
+    assert found["class"] == model.architecture.family.encoder
+    named = json.loads((folder / "config.json").read_text())["architectures"]
+    assert named == [found["class"]]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -5,16 +5,20 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from torch.nn import functional
 
 from fastdistil.export import ExportConfig, export
+from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.encoder import KeptOutputs, MaskedLM
 from fastdistil.run import checkpoint
 from fastdistil.run.config import to_json
 from fastdistil.run.recipes import distilbert, mlm
@@ -43,6 +47,22 @@ def run(tmp_path):
     return _make_run(tmp_path / "run")
 
 
+@pytest.fixture
+def embedder(tmp_path):
+    """A run folder of a student of embeddings, with a BERT's token types, every layer random; and its model."""
+    run = _make_run(tmp_path / "run")
+    student = replace(TEACHER, num_layers=3, mlm_head=False)
+    model = MaskedLM(student, generator=torch.Generator().manual_seed(7)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(5.0)
+    _save(run, model.state_dict(), {"update": 10, "tokens": 10_000})
+    config = json.loads((run / "config.json").read_text())["config"]
+    config["loss"] |= {"kd": 0.0, "mlm": 0.0, "embedding": 2.0, "nested_layers": [1, 2], "nested_dimensions": [4, 8]}
+    _break(run, config=config, student=asdict(student), pooling={"mode": "mean", "normalise": True, "max_length": 30})
+    (run / "metrics.jsonl").write_text('{"split": "validation", "update": 10, "embedding": 0.0123}')
+    return run, model
+
+
 def _make_run(folder: Path, recipe=distilbert, teacher: Architecture | None = TEACHER) -> Path:
     (folder / "tokenizer").mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
@@ -66,12 +86,12 @@ def _make_run(folder: Path, recipe=distilbert, teacher: Architecture | None = TE
     lines = "\n".join(json.dumps(record) for record in METRICS)
     (folder / "metrics.jsonl").write_text(lines + '\n{"split": "tra')  # killed while writing
     for update in (5, 10):
-        _save(folder, _model(update), {"update": update, "tokens": update * 1000})
+        _save(folder, _model(update).state_dict(), {"update": update, "tokens": update * 1000})
     return folder
 
 
-def _save(run: Path, model: MaskedLM, state: dict) -> None:
-    checkpoint.save(run, {f"weight.{k}": v for k, v in model.state_dict().items()}, state, keep=2)
+def _save(run: Path, weights: dict[str, torch.Tensor], state: dict) -> None:
+    checkpoint.save(run, {f"weight.{k}": v for k, v in weights.items()}, state, keep=2)
 
 
 def _command(*args):
@@ -141,6 +161,111 @@ def test_model_card_names_the_terms_that_count(run, tmp_path):
         "\n2.0 x cross-entropy of the masked tokens + 0.5 x (1 - cos) of the outputs of every layer "
         "+ 3.0 x KL of the value relations (MiniLMv2).\n"
     ) in card
+
+
+TEXTS = ["A river runs through the old town.", "Streets.", "the quiet river " * 30]
+
+
+def _embeddings(model: MaskedLM, layers: int, dimensions: int) -> torch.Tensor:
+    """Of TEXTS: the means over at most 30 tokens of what so many layers give, cut, and then scaled to length 1."""
+    tokens = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
+    tokens.no_padding()
+    tokens.enable_truncation(30)
+    means = []
+    for text in TEXTS:
+        ids = torch.tensor(tokens.encode(text).ids)
+        kept = KeptOutputs(layers=(layers - 1,))
+        with torch.no_grad():
+            _, (hidden,) = model.encoder(ids, torch.arange(len(ids)), sequence_layout([len(ids)], "cpu"), None, kept)
+        means.append(hidden.mean(0))
+    return functional.normalize(torch.stack(means)[:, :dimensions])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(("layers", "dimensions"), [(None, None), (2, None), (None, 4), (1, 8), (3, 12)])
+def test_embeddings_and_the_first_layers_and_dimensions_of_them(embedder, tmp_path, layers, dimensions, projected):
+    run, model = embedder
+    wanted = _embeddings(model, layers or 3, dimensions or 12)
+    if projected:
+        matrix = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+        _save(run, model.state_dict() | {"projection.weight": matrix}, {"update": 11})
+        _break(run, student=asdict(replace(model.architecture, embedding_size=12)))
+        wanted = functional.normalize((_embeddings(model, layers or 3, 12) @ matrix.T)[:, :dimensions])
+    out = tmp_path / "out"
+    line = export(ExportConfig(run=run, out=out, layers=layers, dimensions=dimensions))
+    assert "BertModel, " in line
+    assert line.endswith(f"load it with SentenceTransformer({str(out)!r})")
+    theirs = SentenceTransformer(str(out), device="cpu")
+    torch.testing.assert_close(theirs.encode(TEXTS, convert_to_tensor=True), wanted, rtol=0, atol=1e-5)
+    cut = dimensions not in (None, 12)
+    assert (out / "2_Dense").is_dir() == (cut or projected)
+    bare, info = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in info), info
+    assert bare.config.num_hidden_layers == (layers or 3)
+    card = (out / "README.md").read_text()
+    assert ("| layers | the first" in card, "| dimensions | the first" in card) == (layers in (1, 2), cut)
+
+
+def test_the_card_of_embeddings(embedder, tmp_path):
+    run, _ = embedder
+    config = json.loads((run / "config.json").read_text())["config"]
+    config["teacher"]["path"] = "/cache/models--sentence-transformers--all-MiniLM-L6-v2/snapshots/0a1b"
+    _break(run, config=config)
+    export(ExportConfig(run=run, out=tmp_path / "student", layers=2, dimensions=4))
+    card = (tmp_path / "student" / "README.md").read_text()
+    for wanted in (
+        "library_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
+        "base_model: sentence-transformers/all-MiniLM-L6-v2\n",
+        "- sentence-transformers\n",
+        "model = SentenceTransformer('student')",
+        "| embedding | mean of the last hidden states, times the 4 rows of 2_Dense, scaled to length 1; of a text its "
+        "first 30 tokens are read |",
+        "| layers | the first 2 of 3, trained to be a model by themselves |",
+        "| dimensions | the first 4 of 12, trained to be used alone (Matryoshka) |",
+        "| teacher | `sentence-transformers/all-MiniLM-L6-v2`, 4 layers",
+        "| validation | embedding | 0.0123 | distance of the pooled embeddings, a sequence |",
+        "figures are of the whole student",
+        "1.0 x (1 - cos) of the last hidden states + 2.0 x cosine distance of the pooled embeddings.",
+    ):
+        assert wanted in card
+    example = card.split("```python\n")[1].split("```")[0].replace("'student'", repr(str(tmp_path / "student")))
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_hidden_states_alone(embedder, tmp_path):
+    """A run without head that knows of no pooling."""
+    run, model = embedder
+    _break(run, pooling=None)
+    line = export(ExportConfig(run=run, out=tmp_path / "out"))
+    assert line.endswith(f"load it with AutoModel.from_pretrained({str(tmp_path / 'out')!r})")
+    assert not (tmp_path / "out" / "modules.json").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction\ntags:" in card
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    ids, positions, layout = packed([7, 3], 30522)
+    hidden, _ = one_by_one(theirs.eval(), ids, [7, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder(ids, positions, layout), hidden, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"layers": 4}, "--layers must be one of 1, 2, 3, which this run trained to be used alone, got 4: give one of"),
+        ({"layers": 0}, "got 0: give one of these, or train with --loss.nested-layers 0"),
+        ({"dimensions": 6}, "--dimensions must be one of 4, 8, 12, .* or train with --loss.nested-dimensions 6"),
+    ],
+)
+def test_parts_that_were_not_trained(embedder, tmp_path, asked, message):
+    run, _ = embedder
+    with pytest.raises(ValueError, match=message):
+        export(ExportConfig(run=run, out=tmp_path / "out", **asked))
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_a_run_that_trained_none(run, tmp_path):
+    with pytest.raises(ValueError, match="--layers must be one of 2, which this run"):
+        export(ExportConfig(run=run, out=tmp_path / "out", layers=1))
 
 
 def test_a_run_of_an_older_version(run, tmp_path):
@@ -215,6 +340,7 @@ def _break(run, **changes):
         (lambda run: (run / "config.json").write_text("{"), "not a run's configuration"),
         (lambda run: _break(run, student={"vocab_size": 3}), "does not describe a student"),
         (lambda run: _break(run, teacher={"colour": 3}), "does not describe a teacher"),
+        (lambda run: _break(run, pooling={"mode": "mean"}), "does not describe a pooling"),
         (lambda run: shutil.rmtree(run / "tokenizer"), "not a whole run: wanted its tokenizer in"),
         (lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint"),
         (
@@ -251,7 +377,7 @@ def test_errors_come_before_torch(tmp_path):
 def test_the_card_of_a_run_that_met_nan_says_so(run, tmp_path):
     """JSON has null for what was not finite; a row that is left out would look like a loss that nobody measured."""
     state = {"update": 12, "tokens": 12_000, "skipped": 3}
-    _save(run, _model(12), state)
+    _save(run, _model(12).state_dict(), state)
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"split": "validation", "update": 12, "kd": None, "agreement": 0.5}) + "\n")
     export(ExportConfig(run=run, out=tmp_path / "student"))

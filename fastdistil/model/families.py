@@ -30,6 +30,8 @@ class Family:
     """What people call it, for messages."""
     masked_lm: str
     """The class of transformers that computes encoder and MLM head."""
+    pooler: str = "pooler.dense"
+    """A layer over the first token's state that AutoModel's class has and we have not; empty without one."""
     students: dict[bool, str]
     """A student's family by whether it has token types; empty where students are of their teacher's family."""
 
@@ -56,6 +58,11 @@ class Family:
     """Our module of the MLM head -> theirs. `head` itself holds the bias; its weight is the word embeddings."""
     decoder: str
     """Where old files hold the decoder, a second copy of the word embeddings and perhaps of the bias."""
+
+    @property
+    def encoder(self) -> str:
+        """The class of transformers that computes the encoder alone."""
+        return self.masked_lm.replace("ForMaskedLM", "Model")
 
     def tensor_names(self, num_layers: int, *, with_head: bool = True) -> dict[str, tuple[str, ...]]:
         """Key of our state dict -> the keys in the weights file that it is stacked from, for the whole model."""
@@ -134,6 +141,7 @@ _BERT = Family(
 _DISTILBERT = Family(
     title="DistilBERT",
     masked_lm="DistilBertForMaskedLM",
+    pooler="",
     students=_BERT.students,
     fields={
         "vocab_size": "vocab_size",

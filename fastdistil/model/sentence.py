@@ -1,4 +1,4 @@
-"""How a sentence-transformers folder makes one embedding of a text: read from its files. Standard library only.
+"""How a sentence-transformers folder makes one embedding of a text: its files, read and written. Standard library only.
 
 modules.json lists what stands behind the encoder: a pooling, and perhaps a normalisation. Of the poolings we compute
 the two of today's models, mean and CLS. Whatever else would change an embedding is refused, so that no student learns
@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+from fastdistil.model.architecture import Architecture
 from fastdistil.run import files
 
 MODULES = "modules.json"
+DENSE = "2_Dense"
+"""Where the projection of an export lies."""
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -70,6 +73,43 @@ def read_max_length(folder: Path) -> int | None:
     Raises ValueError where a file is damaged.
     """
     return None if _root(folder)[0] is None else _max_length(folder)
+
+
+def write_modules(out: Path, pooling: Pooling, architecture: Architecture) -> None:
+    """Writes what makes the existing Hugging Face folder `out` one of sentence-transformers; no tensors.
+
+    In the words of its release 2, which every later release reads. Raises OSError where the disk is full.
+    """
+    kinds = ["Transformer", "Pooling"]
+    kinds += ["Dense"] if architecture.embedding_size else []
+    kinds += ["Normalize"] if pooling.normalise else []
+    path = [f"{i}_{kind}" if i else "" for i, kind in enumerate(kinds)]  # the encoder is the folder itself
+    modules = [
+        {"idx": i, "name": str(i), "path": path[i], "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    files.write_json(out / MODULES, modules)
+    width, longest = architecture.hidden_size, architecture.max_positions
+    flags = {flag: mode == pooling.mode for flag, mode in list(_FLAGS.items())[:4]}  # those that release 2 knows
+    settings = {
+        f"{path[1]}/config.json": {"word_embedding_dimension": width, **flags},
+        "sentence_bert_config.json": {"max_seq_length": min(pooling.max_length or longest, longest)},
+        "config_sentence_transformers.json": {
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+    if architecture.embedding_size:
+        settings[f"{DENSE}/config.json"] = {
+            "in_features": width,
+            "out_features": architecture.embedding_size,
+            "bias": False,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+    for name, record in settings.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        files.write_json(out / name, record)
 
 
 def _root(folder: Path) -> tuple[Path | None, str]:

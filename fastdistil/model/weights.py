@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdistil.model import headers
+from fastdistil.model import headers, sentence
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture, read_architecture
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import files
@@ -26,6 +26,8 @@ _VOCAB_ROWS = ("encoder.word_embeddings.weight", "head.bias")
 """Tensors of our state dict whose rows are padded."""
 _POSITIONS = "encoder.position_embeddings.weight"
 """The tensor whose table has unused rows in some families."""
+_PROJECTION = "projection.weight"
+"""The tensor that lies in a file of its own, which transformers does not read and sentence-transformers does."""
 _TOKEN_TYPES = "encoder.token_type_embeddings.weight"
 """The tensor of which only row 0 is used here."""
 
@@ -171,7 +173,7 @@ def hugging_face_config(architecture: Architecture) -> dict[str, Any]:
     sizes = {name: getattr(architecture, field) for field, name in family.fields.items()}
     sizes[family.fields["max_positions"]] += architecture.unused_positions
     return {
-        "architectures": [family.masked_lm],
+        "architectures": [family.masked_lm if architecture.mlm_head else family.encoder],
         "model_type": architecture.model_type,
         "dtype": "float32",
         "initializer_range": INITIALIZER_RANGE,
@@ -185,29 +187,47 @@ def hugging_face_config(architecture: Architecture) -> dict[str, Any]:
 def hugging_face_state(state: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
     """Our state dict under Hugging Face's names: q, k and v apart, no vocabulary padding, unused positions as zeros.
 
-    Every tensor owns its memory and the tied decoder weight appears once, as the word embeddings: safetensors refuses
-    aliases, and transformers ties the decoder again when it loads. Raises ValueError where `state` has other keys.
+    Without MLM head they are those of AutoModel's class, as its own save_pretrained writes them. A projection is left
+    out, which no class of transformers has. Every tensor owns its memory and the tied decoder weight appears once, as
+    the word embeddings: safetensors refuses aliases, and transformers ties the decoder again when it loads. Raises
+    ValueError where `state` has other keys.
     """
-    names = architecture.family.tensor_names(architecture.num_layers)
-    headers.refuse_other_keys("these are not the weights of this architecture", set(names), state)
-    result = {}
+    family, width = architecture.family, architecture.hidden_size
+    names = family.tensor_names(architecture.num_layers, with_head=architecture.mlm_head)
+    wanted = {*names, _PROJECTION} if architecture.embedding_size else {*names}
+    headers.refuse_other_keys("these are not the weights of this architecture", wanted, state)
+    result, above = {}, "" if architecture.mlm_head else family.prefix
     for ours, theirs in names.items():
         tensor = state[ours][: architecture.vocab_size] if ours in _VOCAB_ROWS else state[ours]
         if ours == _POSITIONS:
             tensor = F.pad(tensor, (0, 0, architecture.unused_positions, 0))
         for name, part in zip(theirs, tensor.chunk(len(theirs)), strict=True):
-            result[name] = part.detach().clone(memory_format=torch.contiguous_format)
+            result[name.removeprefix(above)] = part.detach().clone(memory_format=torch.contiguous_format)
+    if family.pooler and not architecture.mlm_head:
+        # Zeros instead of the random numbers that transformers would draw: what nothing trained is not to look trained.
+        zeros = state[_POSITIONS].new_zeros(width + 1, width)
+        result |= {f"{family.pooler}.weight": zeros[:width].clone(), f"{family.pooler}.bias": zeros[width].clone()}
     return result
 
 
 def write_model(state: Mapping[str, Tensor], architecture: Architecture, out: str | Path) -> None:
-    """Writes config.json and model.safetensors into the existing folder `out`.
+    """Writes config.json and model.safetensors into the existing folder `out`; a projection into a folder in it.
 
-    `state` holds our names; its dtype is kept. transformers' AutoModelForMaskedLM loads the result with no missing and
-    no unexpected key. Raises ValueError where `state` is not whole, OSError where the disk is full.
+    `state` holds our names; its dtype is kept. transformers' AutoModelForMaskedLM, or AutoModel where there is no MLM
+    head, loads the result with no missing and no unexpected key. Raises ValueError where `state` is not whole, OSError
+    where the disk is full.
     """
-    files.write_json(Path(out) / "config.json", hugging_face_config(architecture))
-    tensors, path = hugging_face_state(state, architecture), Path(out) / "model.safetensors"
+    out = Path(out)
+    tensors = hugging_face_state(state, architecture)
+    files.write_json(out / "config.json", hugging_face_config(architecture))
+    _write_safetensors(tensors, out / "model.safetensors")
+    if architecture.embedding_size:
+        (out / sentence.DENSE).mkdir(exist_ok=True)
+        projection = state[_PROJECTION].detach().clone(memory_format=torch.contiguous_format)
+        _write_safetensors({"linear.weight": projection}, out / sentence.DENSE / "model.safetensors")
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses a file without it
     except SafetensorError as error:  # its own type on a full disk

@@ -3,13 +3,20 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
+from torch.nn import functional
 
-from fastdistil.model.sentence import Pooling, read_pooling
+from fastdistil.kernels.layout import sequence_layout
+from fastdistil.model.architecture import Architecture
+from fastdistil.model.sentence import Pooling, read_max_length, read_pooling, write_modules
+from fastdistil.model.weights import load_masked_lm
 from tests.support.models import MINILM
 
 MEAN = Pooling(mode="mean", normalise=True, max_length=256)
@@ -46,9 +53,45 @@ def test_a_model_of_todays_release(tmp_path):
     assert read_pooling(tmp_path) == Pooling(mode="cls", normalise=True, max_length=model.max_seq_length)
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_embeddings_of_a_real_teacher(mode):
+    """sentence-transformers' and ours of the same folder: our encoder on one packed micro-batch, pooled, normalised."""
+    texts = ["A river runs through the old town.", "Ein Fluss.", "the quiet river " * 200]
+    theirs = SentenceTransformer(str(MINILM), device="cpu")
+    theirs[1].pooling_mode = mode
+    pooling, model = read_pooling(MINILM), load_masked_lm(MINILM, need_head=False, with_head=False).eval()
+    assert pooling == MEAN
+    tokens = Tokenizer.from_file(str(MINILM / "tokenizer.json"))
+    tokens.no_padding()
+    tokens.enable_truncation(256)
+    ids = [encoding.ids for encoding in tokens.encode_batch(texts)]
+    lengths = [len(sequence) for sequence in ids]
+    assert lengths[-1] == 256
+    flat = torch.tensor([token for sequence in ids for token in sequence])
+    with torch.no_grad():
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        hidden = model.encoder(flat, positions, sequence_layout(lengths, "cpu")).split(lengths)
+    ours = torch.stack([states.mean(0) if mode == "mean" else states[0] for states in hidden])
+    wanted = theirs.encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(functional.normalize(ours), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_folder_that_says_nothing(folder):
     (folder / "modules.json").unlink()
     assert read_pooling(folder) is None
+    assert read_max_length(folder) is None
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_what_is_written_is_read(tmp_path, mode, normalise):
+    sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 8, "num_layers": 1, "num_heads": 2, "ffn_size": 8}
+    architecture = Architecture(**sizes, max_positions=128, token_types=2, mlm_head=False)
+    pooling = Pooling(mode=mode, normalise=normalise, max_length=100)
+    write_modules(tmp_path, pooling, architecture)
+    assert read_pooling(tmp_path) == pooling
+    write_modules(tmp_path, replace(pooling, max_length=None), architecture)
+    assert read_pooling(tmp_path) == replace(pooling, max_length=128)
 
 
 def test_cls_without_normalisation_or_length(folder):

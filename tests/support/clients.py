@@ -15,6 +15,9 @@ import transformers
 
 from tests.support.vocabularies import PAIRS, TEXTS
 
+LONG_TEXTS = [*TEXTS[:4], "the river " * 200]
+"""The last is longer than any model here reads."""
+
 
 def ask(folder: Path) -> dict[str, Any]:
     """Ids, the answers of the model card's pipeline, and logits of the model on what the tokenizer makes."""
@@ -47,6 +50,22 @@ def embed(folder: Path) -> list[list[float]]:
     return SentenceTransformer(str(folder), device="cpu").encode(TEXTS[:3]).tolist()
 
 
+def embeddings(folder: Path) -> dict[str, Any]:
+    """What an export of embeddings is to sentence-transformers, and whether AutoModel wants other tensors."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    _, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
+    return {
+        "embeddings": model.encode(LONG_TEXTS).tolist(),
+        "max_length": model.max_seq_length,
+        "modules": [type(module).__name__ for module in model],
+        "similarity": model.similarity_fn_name,
+        "other_keys": {key: sorted(map(str, names)) for key, names in info.items() if names},
+        "class": type(model[0].auto_model).__name__,
+    }
+
+
 def onnx_error(folder: Path, out: Path) -> float:
     """The largest difference between the logits of optimum's ONNX export and the model's own."""
     import onnxruntime  # pyright: ignore[reportMissingImports]
@@ -66,8 +85,10 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     folders = [Path(name) for name in sys.argv[2:]]
+    embedders = {folder.name: embeddings(folder) for folder in folders if (folder / "modules.json").is_file()}
+    folders = [folder for folder in folders if folder.name not in embedders]
     exported = {folder.name: onnx_error(folder, Path(sys.argv[1], folder.name)) for folder in folders[:2]}
     embedded = {folder.name: embed(folder) for folder in folders[:2]}
     told = {folder.name: ask(folder) for folder in folders}
-    record = {"told": told, "onnx": exported, "embedded": embedded}
+    record = {"told": told, "onnx": exported, "embedded": embedded, "embedders": embedders}
     Path(sys.argv[1], "told.json").write_text(json.dumps(record))
