@@ -6,6 +6,7 @@ imported after the command line and the run have been checked.
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class _Use(NamedTuple):
     """What loads it; {} stands for its name in quotes."""
     snippet: str
     """The card's example; {} stands for its name in quotes."""
+    score: str
+    """Arguments of evaluate; {} stands for the teacher."""
 
 
 _FILL_MASK = _Use(
@@ -49,6 +52,7 @@ _FILL_MASK = _Use(
     """from transformers import pipeline
 
 fill_mask = pipeline("fill-mask", model={})""",
+    "--task glue --data GLUE",
 )
 _HIDDEN_STATES = _Use(
     "transformers",
@@ -58,6 +62,7 @@ _HIDDEN_STATES = _Use(
 
 tokenizer, model = AutoTokenizer.from_pretrained({0}), AutoModel.from_pretrained({0})
 states = model(**tokenizer("The river is quiet.", return_tensors="pt")).last_hidden_state""",
+    "{}--task sts --data PAIRS",
 )
 _EMBEDDINGS = _Use(
     "sentence-transformers",
@@ -68,6 +73,7 @@ _EMBEDDINGS = _Use(
 model = SentenceTransformer({})
 embeddings = model.encode(["The river is quiet.", "Still waters.", "A loud street."])
 print(model.similarity(embeddings, embeddings))""",
+    "{}--task sts --data PAIRS",
 )
 
 
@@ -97,7 +103,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def export(config: ExportConfig) -> str:
-    """Writes the folder and returns one line about it.
+    """Writes the folder and returns two lines: what it is and how to load it, and how to see what the student kept.
 
     Raises ValueError or OSError where the run cannot be exported or --out not be used; --out is then unchanged.
     """
@@ -122,10 +128,13 @@ def export(config: ExportConfig) -> str:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config.run / 'config.json'} does not describe a run: {error!r}") from error
         files.write_text(part / "README.md", card)
+    use, teacher_path = _use(exported, pooling), flatten(record["config"]).get("teacher.path")
+    reference = f"--reference {shlex.quote(teacher_path)} " if teacher_path else ""
     return (
         f"{config.out}: {_class_name(exported)}, {exported.num_parameters:,} parameters, after update "
         f"{progress['update']:,}{_skipped(progress)}; load it with "
-        f"{_use(exported, pooling).load.format(repr(str(config.out)))}"
+        f"{use.load.format(repr(str(config.out)))}\n"
+        f"what it kept: python -m fastdistil.evaluate {shlex.quote(str(config.out))} {use.score.format(reference)}"
     )
 
 

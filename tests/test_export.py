@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch.nn import functional
@@ -194,7 +195,10 @@ def test_embeddings_and_the_first_layers_and_dimensions_of_them(embedder, tmp_pa
     out = tmp_path / "out"
     line = export(ExportConfig(run=run, out=out, layers=layers, dimensions=dimensions))
     assert "BertModel, " in line
-    assert line.endswith(f"load it with SentenceTransformer({str(out)!r})")
+    loading, scoring = line.split("\n")
+    assert loading.endswith(f"load it with SentenceTransformer({str(out)!r})")
+    reference = "--reference /data/someone/models/tiny-bert"
+    assert scoring == f"what it kept: python -m fastdistil.evaluate {out} {reference} --task sts --data PAIRS"
     theirs = SentenceTransformer(str(out), device="cpu")
     torch.testing.assert_close(theirs.encode(TEXTS, convert_to_tensor=True), wanted, rtol=0, atol=1e-5)
     cut = dimensions not in (None, 12)
@@ -214,9 +218,6 @@ def test_the_card_of_embeddings(embedder, tmp_path):
     export(ExportConfig(run=run, out=tmp_path / "student", layers=2, dimensions=4))
     card = (tmp_path / "student" / "README.md").read_text()
     for wanted in (
-        "library_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-        "base_model: sentence-transformers/all-MiniLM-L6-v2\n",
-        "- sentence-transformers\n",
         "model = SentenceTransformer('student')",
         "| embedding | mean of the last hidden states, times the 4 rows of 2_Dense, scaled to length 1; of a text its "
         "first 30 tokens are read |",
@@ -228,6 +229,10 @@ def test_the_card_of_embeddings(embedder, tmp_path):
         "1.0 x (1 - cos) of the last hidden states + 2.0 x cosine distance of the pooled embeddings.",
     ):
         assert wanted in card
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
+    assert data.tags == ["fastdistil", "knowledge-distillation", "sentence-transformers", "feature-extraction"]
     example = card.split("```python\n")[1].split("```")[0].replace("'student'", repr(str(tmp_path / "student")))
     exec(compile(example, "README.md", "exec"), {})
 
@@ -237,10 +242,14 @@ def test_hidden_states_alone(embedder, tmp_path):
     run, model = embedder
     _break(run, pooling=None)
     line = export(ExportConfig(run=run, out=tmp_path / "out"))
-    assert line.endswith(f"load it with AutoModel.from_pretrained({str(tmp_path / 'out')!r})")
+    assert f"load it with AutoModel.from_pretrained({str(tmp_path / 'out')!r})\n" in line
     assert not (tmp_path / "out" / "modules.json").exists()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "pipeline_tag: feature-extraction\ntags:" in card
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": ["fastdistil", "knowledge-distillation"],
+    }
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "out")
     ids, positions, layout = packed([7, 3], 30522)
     hidden, _ = one_by_one(theirs.eval(), ids, [7, 3])
