@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
 """What of a run's configuration its model card shows: what shaped the weights, no paths."""
 
+_OF_THE_WHOLE = "These figures are of the whole run, not of this part of its student alone."
+
 
 class _Use(NamedTuple):
     """What a kind of export is for."""
@@ -309,7 +311,7 @@ def model_card(
 {_losses(config.get("loss") or {}, distilled=teacher is not None)}
 
 {_table(("split", "measure", "value", ""), measured) if measured else "No metrics were recorded."}
-{"" if student == from_record(record["student"]) else "These figures are of the whole student."}
+{_OF_THE_WHOLE if student != from_record(record["student"]) else ""}
 
 ## Settings
 {_table(("setting", "value"), ((k, f"`{json.dumps(v)}`") for k, v in settings.items()))}
