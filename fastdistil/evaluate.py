@@ -10,6 +10,7 @@ after every seed, and the same command goes on where it stopped. torch is import
 
 import logging
 import math
+import re
 import statistics
 import sys
 import time
@@ -26,9 +27,12 @@ from fastdistil.evaluation import tasks, zero_shot
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
-from fastdistil.run.files import read_json, write_json
+from fastdistil.run.files import read_json, write_json, write_text
 
 log = logging.getLogger("fastdistil.evaluate")
+
+SECTION = "## What it kept"
+"""Of a model card."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +55,8 @@ class EvaluateConfig:
     """Likewise."""
     reference: str | None = None
     """By embeddings: the model, e.g. the teacher, of whose score the others' is given in %."""
+    card: bool = False
+    """By embeddings: put the scores into the README.md of each model that is a folder with one, the reference apart."""
     split: str | None = None
     """By embeddings. None: validation, or test, or train, the first that there is."""
     pooling: Literal["mean", "cls"] | None = None
@@ -193,6 +199,30 @@ def score_embeddings(config: EvaluateConfig) -> None:
     if config.out is not None:
         write_json(config.out, {"data": config.data, "reference": config.reference, "scores": records})
         print(config.out)
+    for path in config.models if config.card else ():
+        put_into_card(Path(path) / "README.md", [record for record in records if record["model"] == path], config)
+
+
+def put_into_card(card: Path, records: list[dict[str, Any]], config: EvaluateConfig) -> None:
+    """Replace or add the section "What it kept" of a model card."""
+    if not card.is_file():
+        log.warning("%s is not there: the scores are not kept in it", card)
+        return
+    reference = f" `{Path(config.reference).name}`" if config.reference else ""
+    lines = [SECTION, "", f"| scored by embeddings, x 100 | score (95 %) | of{reference or ' a reference'} (95 %) |"]
+    lines.append("| --- | --- | --- |")
+    for record in records:
+        (name, value), *_ = record["metrics"].items()
+        low, high = record["interval"]
+        kept = "not measured"
+        if "of_reference" in record:
+            kept = "{:.1f} % ({:.1f} to {:.1f})".format(record["of_reference"], *record["of_reference_interval"])
+        what = f"{record['task']}, {name}, {record['num_rows']:,} rows"
+        lines.append(f"| {what} | {value:.1f} ({low:.1f} to {high:.1f}) | {kept} |")
+    before, _, after = card.read_text(encoding="utf-8").partition(SECTION)
+    rest = re.search("^## ", after, re.MULTILINE)
+    kept_after = after[rest.start() :] if rest else ""
+    write_text(card, "\n".join([before.rstrip(), "", *lines, "", kept_after]).rstrip() + "\n")
 
 
 def read_table(config: EvaluateConfig, task: str) -> zero_shot.Table:

@@ -64,7 +64,7 @@ _HIDDEN_STATES = _Use(
 
 tokenizer, model = AutoTokenizer.from_pretrained({0}), AutoModel.from_pretrained({0})
 states = model(**tokenizer("The river is quiet.", return_tensors="pt")).last_hidden_state""",
-    "{}--task sts --data PAIRS",
+    "{}--task sts --data PAIRS --card",
 )
 _EMBEDDINGS = _Use(
     "sentence-transformers",
@@ -75,7 +75,7 @@ _EMBEDDINGS = _Use(
 model = SentenceTransformer({})
 embeddings = model.encode(["The river is quiet.", "Still waters.", "A loud street."])
 print(model.similarity(embeddings, embeddings))""",
-    "{}--task sts --data PAIRS",
+    "{}--task sts --data PAIRS --card",
 )
 
 

@@ -310,6 +310,22 @@ def test_models_stand_side_by_side_by_their_embeddings(folders, similar, tmp_pat
     assert not (other / "evaluation.json").exists()
 
 
+def test_the_card_says_what_was_kept(folders, similar, tmp_path, caplog):
+    other = make_encoder(tmp_path / "other", seed=1, initializer_range=0.3)
+    words = [str(other), "--reference", str(folders[0]), "--task", "sts", "--data", str(similar), "--card"]
+    assert evaluate.main(words) == 0
+    assert "README.md is not there" in caplog.text
+    before = "---\nlicense: mit\n---\n# other\n\n## What it kept\n\nold\n\n## Training\nlong\n"
+    (other / "README.md").write_text(before)
+    for _ in range(2):  # a second time in its place
+        assert evaluate.main(words) == 0
+        text = (other / "README.md").read_text()
+        assert "old" not in text
+        assert text.startswith("---\nlicense: mit\n---\n# other\n\n## What it kept\n")
+        assert text.endswith("\n\n## Training\nlong\n")
+        assert text.count("| sts, spearman, 30 rows | ") == text.count(f"of `{folders[0].name}` (95 %)") == 1
+
+
 def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "rows.jsonl").write_text(
