@@ -187,8 +187,10 @@ class _Layer(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, doutput_ND: Tensor, dhanded_N3D: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, doutput_ND: Tensor | None, dhanded_N3D: Tensor | None = None) -> tuple[Tensor | None, ...]:
         hidden_ND, seed, *tensors = ctx.saved_tensors
+        if doutput_ND is None:  # terms that read queries, keys or values of the last layer alone
+            doutput_ND = torch.zeros_like(hidden_ND)
         call = ctx.call._replace(seed=seed)
         leaves = [other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)]
         kept: Any = pytree.tree_unflatten(leaves, ctx.skeleton)

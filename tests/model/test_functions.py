@@ -85,6 +85,24 @@ def test_functions_are_the_modules(dtype, changes, loss):
         assert (found[name] - gradient).norm() <= 2 * own + 1e-3 * gradient.norm(), name
 
 
+def test_a_last_output_that_no_term_reads():
+    """The relations of the last layer alone: what lies behind its attention has gradient 0."""
+
+    def of_values(student: MaskedLM, *given: object) -> Tensor:
+        _, kept = student.encoder(*given, KeptOutputs((), qkv=1))
+        return kept[-1].float().square().mean()  # type: ignore[return-value]
+
+    ours, modules = model(), model()
+    modules.run_by_modules()
+    _, found = gradients(ours, of_values)
+    _, wanted = gradients(modules, of_values)
+    assert "encoder.layers.0.ffn_out.weight" in wanted
+    assert "encoder.layers.1.ffn_out.weight" not in wanted
+    error, name = worst_error({n: found.pop(n) for n in wanted}, wanted)
+    assert error < 1e-5, name
+    assert all(not g.any() for g in found.values())
+
+
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
 @pytest.mark.parametrize("loss", [of_logits, of_every_output])
 def test_checkpointing_changes_no_bit(loss, backend):
