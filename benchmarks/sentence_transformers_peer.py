@@ -6,13 +6,15 @@
 Layer reduction and a loss on the embeddings, after their examples/training/distillation/model_distillation.py: layers
 of the teacher are kept, the teacher's embeddings of all texts are computed once, and the student is trained towards
 them: learning rate 1e-4, 64 texts a batch, warm-up over a tenth. Needs accelerate (sentence-transformers[train]), which
-no extra of ours brings. It reads the texts of the trainer's plan in the order
-of the plan, as text; both products are made in bf16 by autocast, the weights are fp32. What is printed are the seconds
-of everything between the loaded model and the trained one, the teacher's embeddings included.
+no extra of ours brings. It reads sequences of the trainer's shards in such a random order, as text; products are made
+in bf16 by autocast, the weights are fp32. One thing is kinder to it than its documentation: a batch holds texts of
+about one length, since of a batch of sentences and chunks of 256 most would be padding (--shuffled). What is printed
+are the seconds of everything between the loaded model and the trained one, the teacher's embeddings included.
 """
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +27,16 @@ from fastdistil.data.plan import Plan
 from fastdistil.data.shards import Shards
 
 
-def load(folder: str, pooling: str | None) -> SentenceTransformer:
+def load(folder: str, pooling: Any) -> Any:
     """The model of a folder; `pooling` where the folder does not say it."""
     if pooling is None:
         return SentenceTransformer(folder, device="cpu")
-    encoder = Transformer(folder)
+    encoder: Any = Transformer(folder)
     modules = [encoder, Pooling(encoder.get_word_embedding_dimension(), pooling), Normalize()]
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def texts_of(folder: str, tokenizer, tokens: int, seed: int) -> list[str]:
+def texts_of(folder: str, tokenizer: Any, tokens: int, seed: int) -> list[str]:
     """The first sequences of the trainer's plan, `tokens` together, decoded."""
     shards = Shards(folder)
     plan = Plan(shards.lengths, seed=seed, token_budget=4096, micro_batches_per_update=1, mask_fraction=0.0)
@@ -46,6 +48,13 @@ def texts_of(folder: str, tokenizer, tokens: int, seed: int) -> list[str]:
     return tokenizer.batch_decode([shards.sequence(i).tolist() for i in found], skip_special_tokens=True)
 
 
+def batches_of_one_length(texts: list[str], size: int, seed: int) -> list[list[int]]:
+    """Indices of batches in random order; the texts of each are neighbours by length."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return [batches[i] for i in np.random.default_rng(seed).permutation(len(batches))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--teacher", required=True, help="folder of a sentence-transformers model")
@@ -55,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--loss", choices=("mse", "l2", "cosine"), default="mse", help="distance of EmbedDistillLoss")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--shuffled", action="store_true", help="batches of texts of any length")
     parser.add_argument("--seed", type=int, default=56)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -68,7 +78,9 @@ def main() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         embeddings = teacher.encode(texts, batch_size=64, show_progress_bar=False, convert_to_numpy=False)
     labels = np.stack([e.float().numpy() for e in embeddings])
-    trainer = SentenceTransformerTrainer(
+    batches = batches_of_one_length(texts, 64, args.seed)
+    sampler: Any = "batch_sampler" if args.shuffled else lambda *_, **__: batches
+    trainer: Any = SentenceTransformerTrainer(
         model=student,
         args=SentenceTransformerTrainingArguments(
             args.out,
@@ -80,6 +92,8 @@ def main() -> None:
             use_cpu=True,
             seed=args.seed,
             save_strategy="no",
+            disable_tqdm=True,
+            batch_sampler=sampler,
             report_to="none",
         ),
         train_dataset=Dataset.from_dict({"sentence": texts, "label": labels.tolist()}),
@@ -88,7 +102,8 @@ def main() -> None:
     trainer.train()
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     student.save_pretrained(args.out)
-    print(f"{len(texts):,} texts, {trainer.state.global_step} updates, {seconds:.0f} s, {cpu_seconds:.0f} of CPU, {args.out}")
+    took = f"{seconds:.0f} s, {cpu_seconds:.0f} of CPU"
+    print(f"{len(texts):,} texts, {trainer.state.global_step} updates, {took}, {args.out}")
 
 
 if __name__ == "__main__":
