@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdistil.model.architecture import Architecture
+from fastdistil.run.config import LossConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import memory
 from tests.support import forked
@@ -30,6 +31,7 @@ def model(num_layers: int, width: int, **changes) -> Architecture:
 
 
 MINILM = Case(student=model(2, 256), teacher=model(3, 256, model_type="bert", token_types=2), tokens=1024)
+MINILM_V2 = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, queries=1.0, keys=1.0, values=1.0, relation_heads=8)
 DEEP = replace(MINILM, student=model(8, 128), teacher=model(2, 128), tokens=2048)
 ALONE = {
     "fp32": MINILM,
@@ -39,6 +41,9 @@ ALONE = {
     "no dropout": replace(MINILM, student=model(2, 256, dropout=0.0, attention_dropout=0.0)),
     "deep": DEEP,
     "checkpointing": replace(DEEP, engine={"activation_checkpointing": True}),
+    "relations": replace(MINILM, loss=MINILM_V2),
+        MINILM, tokens=2048, length=1024, loss=MINILM_V2, student=LONG, teacher=LONG
+    ),
     "no teacher": replace(MINILM, teacher=None, tokens=2048),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "BERT's vocabulary": Case(

@@ -19,7 +19,7 @@ from fastdistil.model.encoder import MaskedLM
 from fastdistil.run.config import BatchConfig, Config, EngineConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import make_engine
-from fastdistil.training.objective import Objective
+from fastdistil.training.objective import Objective, kept_outputs
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import Teacher
 
@@ -38,6 +38,7 @@ class Case:
     ranks: int = 1
     device: str = "cpu"
     engine: dict[str, Any] = field(default_factory=dict)
+    loss: LossConfig = field(default_factory=LossConfig)
 
     def resolved(self) -> Resolved:
         return Resolved(
@@ -46,6 +47,7 @@ class Case:
                 teacher=TeacherConfig(path=FOLDER if self.teacher else None, overlap=False),
                 loss=LossConfig() if self.teacher else LossConfig(kd=0.0, cosine=0.0),
                 engine=EngineConfig(device=cast(Any, self.device), **self.engine),
+                loss=self.loss,
             ),
             teacher=self.teacher,
             source_path=None,
@@ -92,7 +94,8 @@ def updates(case: Case, ranks: Ranks) -> None:
     if case.teacher is not None:
         model = MaskedLM(case.teacher)
         model.encoder.attention_backend = settings.attention
-        teacher = Teacher(model, device=ranks.device, dtype=resolved.teacher_dtype(ranks.device))
+        kept = kept_outputs(case.loss, (), resolved.relation_layer)
+        teacher = Teacher(model, device=ranks.device, dtype=resolved.teacher_dtype(ranks.device), kept_outputs=kept)
     student = MaskedLM(case.student)
     student.encoder.activation_checkpointing = settings.activation_checkpointing
     student.encoder.attention_backend = settings.attention
