@@ -3,6 +3,7 @@
     python -m benchmarks.step                    MiniLM size on a CPU, BERT-base size on a GPU; sequences of one length
     python -m benchmarks.step --shards wiki      the packed micro-batches of prepared text
     python -m benchmarks.step --precision bf16
+    python -m benchmarks.step --kd-rows masked   what it gains that the KL is of the masked rows alone
 
 A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and
 AdamW. The peers get the same sequences with the same masks, sorted by length and padded to the longest of each batch,
@@ -30,12 +31,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -145,8 +147,8 @@ def made_again(args: argparse.Namespace, num_workers: int) -> Iterator[MicroBatc
 
 class Ours:
     """The trainer's own parts; `compile_mode` is torch.compile's for both encoders, `graph` --engine.graph, `overlap`
-    --teacher.overlap, `fp8_teacher` --teacher.precision fp8. With `num_workers` that many processes make the
-    micro-batches meanwhile."""
+    --teacher.overlap, `fp8_teacher` --teacher.precision fp8, `kd_rows` --loss.kd-rows. With `num_workers` that many
+    processes make the micro-batches meanwhile."""
 
     def __init__(
         self,
@@ -156,9 +158,11 @@ class Ours:
         graph: bool = True,
         overlap: bool = True,
         fp8_teacher: bool = False,
+        kd_rows: Literal["all", "masked"] = "all",
         num_workers: int = 0,
     ) -> None:
         config, dtype = recipes.distilbert(), DTYPES[args.precision]
+        config = replace(config, loss=replace(config.loss, kd_rows=kd_rows))
         # before the first tensor, or no memory comes in large pages
         ranks = init_ranks(DEVICE, timeout_s=config.engine.timeout_s, threads=None)
         self.batches = make_batches(args)
@@ -201,8 +205,15 @@ class HuggingFace:
     """transformers' models and PyTorch's losses, under torch.compile or not, or with Liger's fused linear losses."""
 
     def __init__(
-        self, args: argparse.Namespace, *, compiled: bool = False, liger: bool = False, keep_memory: bool = False
+        self,
+        args: argparse.Namespace,
+        *,
+        compiled: bool = False,
+        liger: bool = False,
+        keep_memory: bool = False,
+        restrict_ce_to_mask: bool = False,
     ) -> None:
+        self.restrict_ce_to_mask = restrict_ce_to_mask
         if keep_memory:
             keep_freed_memory()
         teacher, student = models(args.size)
@@ -270,6 +281,9 @@ class HuggingFace:
             F.log_softmax(s_logits.float() / 2, dim=-1), F.softmax(t_logits.float() / 2, dim=-1), reduction="none"
         ).sum(-1)
         mlm = F.cross_entropy(s_logits.float(), labels, reduction="sum")
+        if self.restrict_ce_to_mask:  # as the authors' code does it: of logits of all rows
+            masked = ((5 * 4 * kd)[labels >= 0].sum() + 2 * mlm) / self.num_masked
+            return masked + real_sum(_cosine(s_hidden, t_hidden)) / self.num_tokens
         return real_sum(5 * 4 * kd + _cosine(s_hidden, t_hidden)) / self.num_tokens + 2 * mlm / self.num_masked
 
     def _liger_loss(self, ids: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
@@ -332,6 +346,7 @@ def _hugging_face(model: MaskedLM) -> Any:
 
 
 FP8, LIGER = f"{OURS}, FP8 teacher", "HF + Liger"
+MASKED = ", masked rows"
 MEMORY_KEPT = ("HF eager, memory kept", "HF compiled, memory kept")
 PROVIDERS: dict[str, Callable[..., Any]] = {
     OURS: Ours,
@@ -344,11 +359,14 @@ PROVIDERS: dict[str, Callable[..., Any]] = {
     MEMORY_KEPT[0]: partial(HuggingFace, keep_memory=True),
     MEMORY_KEPT[1]: partial(HuggingFace, compiled=True, keep_memory=True),
     LIGER: partial(HuggingFace, liger=True),
+    OURS + MASKED: partial(Ours, kd_rows="masked"),
+    "HF eager" + MASKED: partial(HuggingFace, restrict_ce_to_mask=True),
 }
 COMPILED = "HF torch.compile"
 ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", "HF eager", COMPILED, *MEMORY_KEPT)
 ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, COMPILED, LIGER)
 """What is worth a GPU's minutes: the step, what its graph and FP8 are worth, the two fastest ways to do without us."""
+OF_MASKED = (OURS, OURS + MASKED, "HF eager" + MASKED)
 
 
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
@@ -425,6 +443,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=int, help="micro-batches a round; more of them give the peers less padding to sort out"
     )
+    parser.add_argument("--kd-rows", choices=("all", "masked"), default="all", help="masked: both, in turn")
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
     parser.add_argument("--only", help="part of the names of the providers to run, of all there are; keeps no results")
     parser.add_argument(
@@ -520,8 +539,9 @@ def measure(names: Sequence[str], args: argparse.Namespace, losses: dict[str, fl
 
 
 def require_agreement(name: str, losses: dict[str, float], precision: str) -> None:
-    """Raises RuntimeError where a provider's loss without dropout is not that of the first but for rounding."""
-    first, reference = next(iter(losses.items()))
+    """Raises RuntimeError where a provider's loss without dropout is not the first's of its rows but for rounding."""
+    same = {other: loss for other, loss in losses.items() if other.endswith(MASKED) == name.endswith(MASKED)}
+    first, reference = next(iter(same.items()))
     tolerance = 5e-3 if precision == "bf16" else 1e-5
     if name == FP8:  # another teacher in the last digits: what precision.py bounds
         tolerance *= 10
@@ -572,16 +592,27 @@ def main() -> int:
     batches = make_batches(args)
     num_tokens = sum(b.num_tokens for b in batches)
     attended = sum(n * n for b in batches for n in b.real_lengths) / num_tokens
+    share = sum(b.num_masked for b in batches) / num_tokens
+    all_rows, masked = (
+        flops_per_token(*architectures(args.size), attended, head_fraction=f).total for f in (1.0, share)
+    )
     del batches
-    flops = flops_per_token(*architectures(args.size), attended).total
     ceiling, source = peak_flops(torch.device(DEVICE), DTYPES[args.precision])
     text = "packed text" if args.shards else f"sequences of {args.length}"
     what = f"{args.size} {args.precision}, {args.batches} x {args.tokens:,} tokens, {text}"
+    of_masked = args.kd_rows == "masked"
+    if of_masked:
+        what += ", all and masked rows"
+        print(
+            f"FLOPs a token: {all_rows / 1e6:,.1f} M of all rows, {all_rows / masked:.2f} x those of masked rows alone"
+        )
     print(
-        f"{what}; {device_name()}; MFU of {flops / 1e6:,.1f} MFLOP a token "
+        f"{what}; {device_name()}; MFU of {all_rows / 1e6:,.1f} MFLOP a token "
         f"against {(ceiling or 0) / 1e9:,.0f} GFLOP/s ({source})"
     )
-    names = [n for n in PROVIDERS if args.only in n] if args.only else ON_GPU if DEVICE == "cuda" else ON_CPU
+    names = OF_MASKED if of_masked else ON_GPU if DEVICE == "cuda" else ON_CPU
+    if args.only:
+        names = [n for n in PROVIDERS if args.only in n]
     print(" " * 26 + "".join(title.rjust(width) for title, _, width, _ in COLUMNS), flush=True)
     rows: dict[str, Row] = {}
     losses: dict[str, float] = {}
@@ -590,11 +621,13 @@ def main() -> int:
         found = measure(group, args, losses)
         ours = found.seconds.get(OURS, ours)
         for name in group:
+            flops = masked if name.endswith(MASKED) else all_rows
             given = {"num_tokens": num_tokens, "flops": flops, "ceiling": ceiling}
             rows[name] = found.failed.get(name) or row_of(name, found, ours, **given)
             print(line_of(name, rows[name]), flush=True)
         if not args.only:
-            keep("step", what, {"providers": rows, "peak_flops": ceiling}, folder=args.results)
+            record = {"providers": rows, "peak_flops": ceiling, "flops_per_token": {"all": all_rows, "masked": masked}}
+            keep("step", what, record, folder=args.results)
     print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in losses.items()))
     disagree = any("without dropout" in row.get("error", "") for row in rows.values())
     return int(disagree or "error" in rows.get(OURS, {}))

@@ -10,7 +10,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.model.sentence import DENSE, Pooling, write_modules
 from fastdistil.run import files, folder, options
 from fastdistil.run.command import command, leave
-from fastdistil.run.config import LOSS_TERMS, flatten
+from fastdistil.run.config import LOSS_TERMS, LossConfig, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -380,6 +380,7 @@ def _losses(loss: dict[str, Any], *, distilled: bool) -> str:
     if not distilled:
         return "Cross-entropy of the masked tokens."
     weighed = [(loss.get(term.name), term.formula) for term in LOSS_TERMS]
+    loss = asdict(LossConfig()) | loss  # of a run that is older than an option
     return " + ".join(f"{weight} x {formula.format_map(loss)}" for weight, formula in weighed if weight) + "."
 
 

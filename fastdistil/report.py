@@ -19,7 +19,7 @@ from fastdistil.model.architecture import from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run import options
 from fastdistil.run.command import command, leave
-from fastdistil.run.config import LOSS_TERMS, flatten
+from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT, flatten
 from fastdistil.run.files import read_json, read_json_lines, write_text
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ LOSSES = {
     "loss": "loss, all terms weighted",
     **{term.name: term.title for term in LOSS_TERMS},
     "agreement": "top-1 agreement with the teacher",
+    "masked_agreement": MASKED_AGREEMENT,
     "accuracy": "accuracy on masked tokens",
 }
 MOST_POINTS = 200

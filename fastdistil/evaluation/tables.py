@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from fastdistil.evaluation import plots
-from fastdistil.run.config import LOSS_TERMS
+from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT
 from fastdistil.run.files import write_text
 
 Frame = Any
@@ -114,7 +114,8 @@ def _pretraining(study: dict[str, Any]) -> Iterable[str]:
     yield "Losses on held-out text at the end, unweighted: mean over seeds (standard deviation).\n"
     runs = list(study["runs"].values())
     ends = pd.DataFrame([run["validations"][-1] for run in runs])
-    measures = MEASURES | {t.name: t.title for t in LOSS_TERMS if t.name in ends and t.name not in MEASURES}
+    titles = {term.name: term.title for term in LOSS_TERMS} | {"masked_agreement": MASKED_AGREEMENT}
+    measures = MEASURES | {name: title for name, title in titles.items() if name in ends and name not in MEASURES}
     # A loss that was not finite is null in metrics.jsonl: missing here, like one that was not measured.
     figures_of = ends.reindex(columns=list(measures)).astype(float)
     by_variant: Frame = figures_of.groupby([run["variant"] for run in runs])

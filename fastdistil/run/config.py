@@ -175,6 +175,10 @@ class StudentConfig(_Section):
             _check(len(self.layers) == self.num_layers, self, "layers", f"{self.num_layers} numbers")
 
 
+Counted = Literal["tokens", "masked tokens", "sequences"]
+"""What of an update is counted, and a term may be a mean over."""
+
+
 class LossTerm(NamedTuple):
     """What the whole program knows of one term of the loss.
 
@@ -187,8 +191,8 @@ class LossTerm(NamedTuple):
     """What the report calls it, with its unit."""
     formula: str
     """What the model card multiplies by the weight; may name fields of LossConfig in braces."""
-    mean_over: Literal["tokens", "masked tokens", "sequences"] = "tokens"
-    """What the sum over a whole update is divided by."""
+    mean_over: Counted = "tokens"
+    """What the sum over a whole update is divided by, unless LossConfig.mean_over says otherwise."""
     wants: Literal["nothing", "logits", "last hidden states", "layers", "qkv", "embedding"] = "last hidden states"
     """What the teacher hands over for it: layers are the outputs of the imitated layers, qkv the queries, keys and
     values of the attention of one layer, the embedding is pooled from the last hidden states."""
@@ -200,7 +204,7 @@ LOSS_TERMS = (
     LossTerm(
         "kd",
         title="KD: T²KL to the teacher, nats a token",
-        formula="T² KL(teacher, student) at temperature {temperature} over all tokens",
+        formula="T² KL(teacher, student) at temperature {temperature} over {kd_rows} tokens",
         wants="logits",
     ),
     LossTerm(
@@ -248,8 +252,9 @@ LOSS_TERMS = (
         wants="embedding",
     ),
 )
-COUNTED = ("tokens", "masked tokens", "sequences")
-"""What of an update is counted, and a term may be a mean over; in this order wherever they are numbers."""
+MASKED_AGREEMENT = "top-1 agreement with the teacher on masked tokens"
+COUNTED: tuple[Counted, ...] = get_args(Counted)
+"""In this order wherever they are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,7 +262,11 @@ class LossConfig(_Section):
     """L = kd * T^2 * KL + mlm * cross-entropy + cosine * (1 - cos), each a mean over the whole update."""
 
     kd: Annotated[float, AT_LEAST_0] = 5.0
-    """Weight of the temperature-KL to the teacher, over every real token. Without a teacher it has no effect."""
+    """Weight of the temperature-KL to the teacher, over the tokens of --loss.kd-rows. Without a teacher it has no
+    effect."""
+    kd_rows: Literal["all", "masked"] = "all"
+    """Tokens that this KL is a mean over. masked: those that are predicted alone (the authors' restrict_ce_to_mask),
+    and the vocabularies of both models are run on no others."""
     mlm: Annotated[float, AT_LEAST_0] = 2.0
     """Weight of the masked-LM cross-entropy, over the masked tokens."""
     cosine: Annotated[float, AT_LEAST_0] = 1.0
@@ -299,6 +308,10 @@ class LossConfig(_Section):
     def weight(self, term: LossTerm) -> float:
         """What `term` is multiplied by."""
         return getattr(self, term.name)
+
+    def mean_over(self, term: LossTerm) -> Counted:
+        """What the sum of `term` over a whole update is divided by: one of COUNTED."""
+        return "masked tokens" if term.name == "kd" and self.kd_rows == "masked" else term.mean_over
 
     @property
     def has_head(self) -> bool:

@@ -242,7 +242,7 @@ class Journal:
 
 def progress_line(record: dict[str, Any], *, num_updates: int, seconds_left: float) -> str:
     """One line for a person: where the run is, how well and how fast it goes, when it ends."""
-    names = ("loss", *(term.name for term in LOSS_TERMS), "agreement", "accuracy")
+    names = ("loss", *(term.name for term in LOSS_TERMS), "agreement", "masked_agreement", "accuracy")
     losses = "  ".join(f"{n} {record[n]:.4g}" for n in names if n in record)
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     speed = f"{record['tokens_per_s']:,.0f} tokens/s{mfu}"

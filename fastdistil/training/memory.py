@@ -157,7 +157,7 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     dweight = 4 * V * D * (resolved.zero_stage > 0) * config.loss.has_head
     product = V * D * s * (device.type == "cpu" and s == 2)
     if config.loss.kd:
-        chunk = min(N, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
+        chunk = min(head_tokens, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
         loss = 2 * chunk * V * s + dweight + product
     else:  # log-softmax, its gradient and that of the logits
         loss = 12 * head_tokens * V

@@ -3,7 +3,7 @@
 For the real tokens R, masked tokens M and sequences X of a whole update (all ranks, all micro-batches), with
 temperature T:
 
-    L = kd     * T^2/|R| * sum_{r in R} KL(softmax(z_t/T) || softmax(z_s/T))
+    L = kd     * T^2/|R| * sum_{r in R} KL(softmax(z_t/T) || softmax(z_s/T)), of M with --loss.kd-rows masked
       + mlm    / |M|     * sum_{m in M} CE(z_s, original id)
       + cosine / |R|     * sum_{r in R} (1 - cos(h_s, h_t))
       + hidden / |R|     * sum_{r in R} mean over layers i of (1 - cos(student's output of layer i, teacher's of layer
@@ -17,7 +17,7 @@ parts add up exactly: no mean of means, no communication before the backward.
 A term is a field and an entry of LOSS_TERMS in run/config.py, and here a function of its name. kd and mlm are one fused
 operator (kernels/linear_distill.py), in which logits exist for a chunk of tokens at a time; the others are in
 `terms_of`. Without kd the vocabulary is run on the masked tokens alone, without mlm either not at all: then neither of
-the models has a head.
+the models has a head. With `--loss.kd-rows masked` that operator gets the masked tokens alone.
 
 hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer
          m_i. What it has to make up for is that the layers between m_(i-1) and m_i are gone from its input. So it is
@@ -30,9 +30,10 @@ queries, keys, values
 embedding, similarity
          e is the mean of the last hidden states of a sequence, or the first of them, as the teacher's embeddings are
          made; f is another sequence's. Where the widths differ, `--student.projection` maps the student's hidden states
-         to the teacher's width for every term that compares vectors. With `--loss.nested-layers` a term is the mean over
-         the student and its nested ones, which end after fewer layers; with `--loss.nested-dimensions` the similarity is
-         also that of the first dimensions of each, always with the teacher's of all (Matryoshka, arXiv 2205.13147).
+         to the teacher's width for every term that compares vectors. With `--loss.nested-layers` a term is the mean
+         over the student and its nested ones, which end after fewer layers; with `--loss.nested-dimensions` the
+         similarity is also that of the first dimensions of each, always with the teacher's of all (Matryoshka, arXiv
+         2205.13147).
 
 Shapes: N tokens of the micro-batch, D and E widths of student and teacher, V vocabulary, S sequences.
 """
@@ -57,8 +58,8 @@ from fastdistil.run.profile import span
 from fastdistil.training.relations import relation_loss
 
 SUMS = (*(term.name for term in LOSS_TERMS), "agree", "correct")
-"""What a micro-batch adds up: unweighted terms (T^2 included), real tokens on which student and teacher agree at top 1,
-and masked tokens that the student gets right (counted without kd only). Terms without weight are 0."""
+"""What a micro-batch adds up: unweighted terms (T^2 included), tokens of --loss.kd-rows on which student and teacher
+agree at top 1, and masked tokens that the student gets right (counted without kd only). Terms without weight are 0."""
 
 
 class EncoderOutputs(NamedTuple):
@@ -276,7 +277,7 @@ class Objective(nn.Module):
         if self._weights is None or self._weights.device != device:
             rows = [[0.0] * len(COUNTED)]
             for term in LOSS_TERMS:
-                rows.append([self.loss.weight(term) * (term.mean_over == what) for what in COUNTED])
+                rows.append([self.loss.weight(term) * (self.loss.mean_over(term) == what) for what in COUNTED])
             self._weights = torch.tensor(rows, dtype=torch.float64, device=device)
         return self._weights
 
@@ -301,8 +302,8 @@ class Objective(nn.Module):
             return self._distillation(hidden_ND, batch, teacher.vocabulary, scales_T)
         if self.student.head is not None:
             return self._masked_lm(hidden_ND, batch, scales_T)
-        if teacher is not None:
-            return hidden_ND.new_zeros((), dtype=torch.float32), {}
+        if teacher is not None:  # a zero of the hidden states, whose gradient the last layer gets from no relation
+            return hidden_ND[:0].float().sum(), {}
         return self._projected(hidden_ND).float().sum() * 0.0, {}  # ZeRO's backward that moves nothing
 
     def _projected(self, hidden_ND: Tensor) -> Tensor:
@@ -334,17 +335,24 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert tuple(term.name for term in LOSS_TERMS[: len(FUSED)]) == FUSED  # as the operator takes their scales
 
+        transformed_NE, labels, num_rows = teacher.transformed_NE, batch.labels, batch.num_rows
+        if self.loss.kd_rows == "masked":
+            hidden_ND, transformed_NE, labels = (
+                x.index_select(0, batch.masked_rows) for x in (hidden_ND, transformed_NE, labels)
+            )
+            num_rows = (labels >= 0).sum(dtype=torch.int32)  # what fills them up is at their end
+
         def fused_terms(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:
             V = len(bias_V)
             return distillation(
                 transformed_ND,
                 weight_VD,
                 bias_V,
-                teacher=teacher.transformed_NE,
+                teacher=transformed_NE,
                 teacher_weight=teacher.weight_VE,
                 teacher_bias=teacher.bias_V,
-                labels=batch.labels,
-                num_rows=batch.num_rows,
+                labels=labels,
+                num_rows=num_rows,
                 temperature=self.loss.temperature,
                 scales=scales_T[: len(FUSED)],
                 vocab_size=self.student.architecture.vocab_size,
@@ -371,10 +379,12 @@ def means(sums: Sequence[float], counts: Sequence[int], loss: LossConfig) -> dic
     of = dict(zip(SUMS, sums, strict=True))
     number = dict(zip(COUNTED, counts, strict=True))
     reported = [t for t in LOSS_TERMS if loss.weight(t) or (loss.kd and t.name in FUSED)]
-    parts = {term.name: of[term.name] / max(1, number[term.mean_over]) for term in reported}
+    parts = {term.name: of[term.name] / max(1, number[loss.mean_over(term)]) for term in reported}
     total = sum(loss.weight(term) * parts[term.name] for term in reported)
     last = {}
-    if loss.kd:
+    if loss.kd and loss.kd_rows == "masked":
+        last["masked_agreement"] = of["agree"] / max(1, number["masked tokens"])
+    elif loss.kd:
         last["agreement"] = of["agree"] / number["tokens"]
     elif loss.mlm:
         last["accuracy"] = of["correct"] / number["masked tokens"]

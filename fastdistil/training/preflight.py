@@ -96,9 +96,9 @@ class Resolved:
 
     @property
     def head_fraction(self) -> float:
-        """Share of the tokens that pass the vocabulary heads: all with kd, else the masked ones, or none."""
+        """Share of the tokens that pass the vocabulary: all with kd on all rows, else the masked ones, or none."""
         loss = self.config.loss
-        return 1.0 if loss.kd else self.config.masking.fraction * loss.has_head
+        return 1.0 if loss.kd and loss.kd_rows == "all" else self.config.masking.fraction * loss.has_head
 
     def flops_per_token(self, mean_attended_length: float) -> FlopsPerToken:
         """Of a training step, for tokens that attend to so many on average."""
@@ -245,6 +245,10 @@ def _check_losses(config: Config) -> None:
         raise ValueError(
             f"--teacher.ranks {teacher.ranks} sends last hidden states alone, and {' and '.join(beyond)} want more: "
             "leave out the one or the others"
+        )
+    if config.loss.kd_rows != "all" and not config.loss.kd:
+        raise ValueError(
+            f"--loss.kd-rows {config.loss.kd_rows} has no effect: give --loss.kd a weight, or leave it out"
         )
     if config.loss.relation_layer is not None and not any(term.wants == "qkv" for term in terms):
         raise ValueError(

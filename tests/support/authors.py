@@ -36,8 +36,12 @@ def one_update(
     *,
     temperature: float = 2.0,
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
+    restrict_ce_to_mask: bool = False,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """(unweighted kd, mlm and cosine of the update; gradient of the weighted sum by Hugging Face name), in fp64."""
+    """(unweighted kd, mlm and cosine of the update; gradient of the weighted sum by Hugging Face name), in fp64.
+
+    restrict_ce_to_mask: the authors' flag, kd is the mean over the predicted tokens alone.
+    """
     load: Any = transformers.AutoModelForMaskedLM.from_pretrained
     teacher = load(teacher_folder, attn_implementation="eager").double().eval()
     student = load(student_folder, attn_implementation="eager").double().eval()
@@ -48,13 +52,15 @@ def one_update(
         s = student(input_ids=ids, output_hidden_states=True)
         log_q = F.log_softmax(s.logits[0] / temperature, dim=-1)
         p = F.softmax(t.logits[0] / temperature, dim=-1)
-        kd.append(F.kl_div(log_q, p, reduction="sum") * temperature**2)
+        rows = labels >= 0 if restrict_ce_to_mask else torch.ones_like(labels, dtype=torch.bool)
+        kd.append(F.kl_div(log_q[rows], p[rows], reduction="sum") * temperature**2)
         mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))
         h_s, h_t = s.hidden_states[-1][0], t.hidden_states[-1][0]
         cosine.append(F.cosine_embedding_loss(h_s, h_t, torch.ones(len(labels)), reduction="sum"))
         real += len(labels)
         masked += int((labels >= 0).sum())
-    terms = [torch.stack(kd).sum() / real, torch.stack(mlm).sum() / masked, torch.stack(cosine).sum() / real]
+    kd_rows = masked if restrict_ce_to_mask else real
+    terms = [torch.stack(kd).sum() / kd_rows, torch.stack(mlm).sum() / masked, torch.stack(cosine).sum() / real]
     loss = torch.stack([w * t for w, t in zip(weights, terms, strict=True)]).sum()
     loss.backward()
     gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}

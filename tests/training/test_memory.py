@@ -42,8 +42,7 @@ ALONE = {
     "deep": DEEP,
     "checkpointing": replace(DEEP, engine={"activation_checkpointing": True}),
     "relations": replace(MINILM, loss=MINILM_V2),
-        MINILM, tokens=2048, length=1024, loss=MINILM_V2, student=LONG, teacher=LONG
-    ),
+    "KL of masked rows": replace(MINILM, loss=LossConfig(kd_rows="masked")),
     "no teacher": replace(MINILM, teacher=None, tokens=2048),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "BERT's vocabulary": Case(

@@ -25,6 +25,37 @@ def test_one_update_equals_the_authors(folder, micro_batches, temperature):
     assert error < 1e-4, where
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_kl_of_the_masked_rows_alone_equals_the_authors(folder, micro_batches):
+    """Their restrict_ce_to_mask; rows that fill a micro-batch up count for nothing."""
+    _, batches = make_batches(folder, micro_batches)
+    assert any(len(b.masked_rows) > b.num_masked for b in batches)
+    terms, exact = authors.one_update(folder / "teacher", folder / "student", batches, restrict_ce_to_mask=True)
+    losses, gradients = one_update(folder, "student", micro_batches, LossConfig(kd_rows="masked"))
+    for name, value in terms.items():
+        assert losses[name] == pytest.approx(value, rel=1e-4), name
+    error, where = authors.worst_relative_error(gradients, exact)
+    assert error < 1e-4, where
+    every_row, _ = one_update(folder, "student", micro_batches, LossConfig())
+    assert every_row["mlm"] == pytest.approx(losses["mlm"], rel=1e-6)
+    assert abs(every_row["kd"] / losses["kd"] - 1) > 1e-3
+    assert "agreement" not in losses
+    assert "masked_agreement" not in every_row
+
+
+def test_agreement_on_masked_rows_is_their_share(folder):
+    """Of a student that is the teacher every one, whatever fills the rows up."""
+    model = load_masked_lm(folder / "teacher", need_head=True).eval().to(DEVICE)
+    config = LossConfig(kd_rows="masked")
+    update, batches = make_batches(folder, 4)
+    teacher, sums = make_teacher(folder), torch.zeros(len(SUMS), device=DEVICE)
+    for batch in batches:
+        sums += Objective(model, config)(batch, teacher(batch))[1]
+    reported = means(sums.tolist(), update.counts, config)
+    assert reported["masked_agreement"] == 1
+    assert reported["kd"] == pytest.approx(0, abs=1e-6)
+
+
 def test_micro_batches_add_up_to_one_update_not_to_a_mean_of_means(folder):
     """Trap 3, the other way round: dividing each micro-batch by its own counts gives another gradient."""
     _, batches = make_batches(folder, 4)

@@ -31,6 +31,7 @@ def test_every_term_has_one_home():
     """A weight in LossConfig, an entry of LOSS_TERMS and, unless the fused operator has it, a function in terms_of."""
     settings = {
         "temperature",
+        "kd_rows",
         "relation_heads",
         "relation_layer",
         "embedding_distance",
@@ -192,6 +193,21 @@ def test_without_the_losses_nothing_is_kept(folder):
     assert output.encoder.tensors() == (output.encoder.hidden_ND,)
 
 
+def test_relations_alone_need_no_head(folder):
+    """Nor anything of the last layer behind its queries, keys and values, whose gradient is 0."""
+    _, batches = make_batches(folder, 1)
+    config = replace(MINILM, mlm=0.0)
+    output, found = make_teacher(folder, loss=config)(batches[0]), []
+    for heads in (MINILM, config):
+        student = make_student(folder, "narrow", loss=heads)
+        loss, _ = Objective(student, config)(batches[0], output)
+        loss.backward()
+        found.append({n: p.grad for n, p in student.encoder.named_parameters() if p.grad is not None})
+    assert all(torch.allclose(x, found[1][n], rtol=1e-6, atol=1e-12) for n, x in found[0].items())
+    assert found[1]["layers.1.qkv.weight"].any()
+    assert not found[1]["layers.1.ffn_in.weight"].any()
+
+
 def test_activation_checkpointing_changes_nothing(folder):
     config = replace(MINILM, hidden=1.0)
     _, batches = make_batches(folder, 1)
@@ -206,14 +222,23 @@ def test_activation_checkpointing_changes_nothing(folder):
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-def test_every_engine_on_two_ranks_gives_the_gradient_of_one_process(folder):
+ON_TWO_RANKS = {
+    "MiniLMv2 and hidden": replace(MINILM, hidden=2.0),
+    "relations alone, no head": replace(MINILM, mlm=0.0),
+    "KL of masked rows": LossConfig(kd_rows="masked"),
+}
+
+
+@pytest.mark.parametrize("loss", ON_TWO_RANKS.values(), ids=list(ON_TWO_RANKS))
+def test_every_engine_on_two_ranks_gives_the_gradient_of_one_process(folder, loss):
     """Three micro-batches, so that one rank has an empty one: under ZeRO-3 it still takes part in every gathering."""
-    loss, stages = replace(MINILM, hidden=2.0), (0, 1, 3)
+    stages = (0, 1, 3)
     losses, exact = one_update(folder, "same", 3, loss)
+    exact = {name: gradient for name, gradient in exact.items() if gradient.any()}  # not of what has no part in it
     results, *_ = forked.call(engine_worker.gradients, folder, "same", "fp32", stages, 3, loss, ranks=2)
     for stage in stages:
         found, gradients = results[stage]
-        for name in ("hidden", *RELATIONS):
+        for name in losses:
             assert found[name] == pytest.approx(losses[name], rel=1e-5), stage
         error, where = authors.worst_relative_error(gradients, exact)
         assert error < 1e-4, (stage, where)
@@ -269,6 +294,7 @@ def test_minilm_trains_a_narrower_student_with_other_heads(root, tmp_path):
             "minilm --loss.relation-heads 4 --loss.relation-layer 4",
             "--loss.relation-layer must be a layer of the teacher, from 0 to 3, got 4",
         ),
+        ("distilbert --loss.kd 0 --loss.kd-rows masked", "--loss.kd-rows masked has no effect"),
         ("distilbert --loss.relation-layer 1", "--loss.relation-layer 1 has no effect"),
         (
             "hidden_cosine --student.init random --student.hidden-size 24 --student.num-heads 3 --loss.cosine 0",

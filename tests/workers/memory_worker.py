@@ -45,9 +45,8 @@ class Case:
             config=Config(
                 batch=BatchConfig(token_budget=self.tokens),
                 teacher=TeacherConfig(path=FOLDER if self.teacher else None, overlap=False),
-                loss=LossConfig() if self.teacher else LossConfig(kd=0.0, cosine=0.0),
+                loss=self.loss if self.teacher else LossConfig(kd=0.0, cosine=0.0),
                 engine=EngineConfig(device=cast(Any, self.device), **self.engine),
-                loss=self.loss,
             ),
             teacher=self.teacher,
             source_path=None,
