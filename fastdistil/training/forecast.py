@@ -46,7 +46,7 @@ def report(resolved: Resolved) -> str:
 
 
 def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
-    """Teacher and student: their sizes, and what they are made from."""
+    """Teacher and student: their sizes, and what they are made from; what an embedding is."""
     layers = f"layers {' '.join(map(str, resolved.layers))} of {resolved.source_path}" if resolved.layers else ""
     start = "random weights" if resolved.config.student.init == "random" else "its checkpoint"
     origins = {
@@ -57,6 +57,11 @@ def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
         if model is not None:
             sizes = f"{model.num_layers} layers, {model.hidden_size} wide"
             yield name, f"{model.num_parameters:,} parameters ({sizes}) from {origin}"
+    if pooling := resolved.pooling:
+        states = {"mean": "mean of the last hidden states", "cls": "last hidden state of the first token"}
+        length = ", scaled to length 1" * pooling.normalise
+        texts = f", of texts of up to {pooling.max_length} tokens" if pooling.max_length else ""
+        yield "embeddings", f"{states[pooling.mode]}{length}{texts}"
 
 
 def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:

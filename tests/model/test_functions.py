@@ -1,7 +1,8 @@
 """One autograd function a layer computes what the modules of encoder.py say, and puts gradients where they belong."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastdistil.kernels.layout import SequenceLayout, sequence_layout
 from fastdistil.model.encoder import KeptOutputs, MaskedLM
 from fastdistil.model.flat import FlatParameters
+from fastdistil.model.functions import pooled
 from tests.support import toy
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*reduced precision")]
@@ -20,6 +22,7 @@ SEED = 2**40 + 7
 STUDENT = {"model_type": "distilbert", "token_types": 0, "num_layers": 2}
 BERT = {"model_type": "bert", "token_types": 2}
 DRY = {"dropout": 0.0, "attention_dropout": 0.0}
+PROJECTING = {"mlm_head": False, "embedding_size": 24}
 Loss = Callable[[MaskedLM, Tensor, Tensor, SequenceLayout, Tensor], Tensor]
 
 
@@ -64,8 +67,18 @@ def worst_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[fl
     return max(((found[n] - g).norm().item() / max(g.norm().item(), 1e-20), n) for n, g in wanted.items())
 
 
-@pytest.mark.parametrize("loss", [of_logits, of_every_output])
-@pytest.mark.parametrize("changes", [{}, BERT, DRY], ids=["student", "bert", "dry"])
+def of_projected(student: MaskedLM, *given: object) -> Tensor:
+    """A loss of every layer's output by one projection."""
+    hidden, kept = student.encoder(*given, KeptOutputs((0, 1)))
+    assert student.projection is not None
+    return sum(student.projection(x).float().square().mean() for x in (hidden, *kept))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss"),
+    [*product(({}, BERT, DRY), (of_logits, of_every_output)), (PROJECTING, of_projected)],
+    ids=lambda x: x.__name__ if callable(x) else "-".join(x) or "student",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_functions_are_the_modules(dtype, changes, loss):
     """Value and gradients, with dropout; the modules' own error in bf16 is the measure of the functions'."""
@@ -116,17 +129,18 @@ def test_checkpointing_changes_no_bit(loss, backend):
     assert all(torch.equal(x, found[1][1][n]) for n, x in found[0][1].items())
 
 
+@pytest.mark.parametrize(("changes", "loss"), [({}, of_every_output), (PROJECTING, of_projected)])
 @pytest.mark.parametrize("zeroed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_gradients_of_micro_batches_add_up_in_the_flat_buffer(dtype, zeroed):
+def test_gradients_of_micro_batches_add_up_in_the_flat_buffer(dtype, zeroed, changes, loss):
     """In fp32 what autograd adds up; in bf16 closer to the fp32 gradient than a sum of rounded ones."""
-    student, apart = model(), model()
+    student, apart = model(**changes), model(**changes)
     flat = FlatParameters(student, dtype, zeroed=zeroed)
-    gradients(student, of_every_output, 3)
+    gradients(student, loss, 3)
     flat.complete()
     flat.clear()  # the next update begins anew
-    losses, found = gradients(student, of_every_output, 0, 1, 2)
-    apart_losses, wanted = gradients(apart, of_every_output, 0, 1, 2)
+    losses, found = gradients(student, loss, 0, 1, 2)
+    apart_losses, wanted = gradients(apart, loss, 0, 1, 2)
     assert losses == pytest.approx(apart_losses, rel=1e-6 if dtype == torch.float32 else 1e-2)
     error, name = worst_error(found, wanted)
     assert error < (1e-5 if dtype == torch.float32 else 0.05), name
@@ -184,3 +198,49 @@ def test_the_copies_follow_the_masters_once_they_are_cast():
     assert not torch.equal(flat.copies, flat.masters.bfloat16())
     flat.cast()
     assert torch.equal(flat.copies, flat.masters.bfloat16())
+
+
+def pooled_once(mode: str, hidden: Tensor, layout: SequenceLayout, of_pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings, and the gradient of the hidden states for that of the embeddings."""
+    hidden = hidden.detach().requires_grad_()
+    embeddings = pooled(hidden, layout, mode)
+    (embeddings * of_pooled).sum().backward()
+    assert hidden.grad is not None
+    return embeddings.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("lengths", [(1,), (3, 1, 200, 17), (64, 64)], ids=str)
+def test_pooled_is_a_loop_over_sequences(lengths, dtype, mode):
+    """Empty sequences at the end of a layout are 0; twice the same bits; without a device that could say how many."""
+    layout = sequence_layout(lengths, DEVICE, sequence_step=8)
+    num_sequences = len(layout.cu_seqlens) - 1
+    assert num_sequences == 8 > len(lengths)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(sum(lengths), 24, generator=generator).to(DEVICE, dtype)
+    of_pooled = torch.randn(num_sequences, 24, generator=generator).to(DEVICE)
+    exact = hidden.double().requires_grad_()
+    wanted = torch.stack([x.mean(0) if mode == "mean" else x[0] for x in exact.split(lengths)])
+    (wanted * of_pooled[: len(lengths)]).sum().backward()
+    assert exact.grad is not None
+
+    embeddings, gradient = pooled_once(mode, hidden, layout, of_pooled)
+    assert (embeddings.dtype, gradient.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(embeddings[: len(lengths)].double(), wanted.detach(), rtol=0, atol=1e-6)
+    assert not embeddings[len(lengths) :].any()
+    torch.testing.assert_close(gradient, exact.grad.to(dtype))
+    again = pooled_once(mode, hidden, layout, of_pooled)
+    assert torch.equal(embeddings, again[0])
+    assert torch.equal(gradient, again[1])
+
+    found = pooled_once(mode, hidden.to("meta"), layout.to("meta"), of_pooled.to("meta"))  # no values, nothing to read
+    assert [x.shape for x in found] == [embeddings.shape, hidden.shape]
+
+
+def test_an_empty_first_sequence_takes_no_row():
+    """As in a micro-batch of padding alone."""
+    layout = replace(sequence_layout([4], DEVICE), cu_seqlens=torch.tensor([0, 0, 4, 4], dtype=torch.int32).to(DEVICE))
+    hidden = torch.arange(8.0, device=DEVICE).reshape(4, 2)
+    for mode, row in (("mean", [3.0, 4.0]), ("cls", [0.0, 1.0])):
+        assert pooled(hidden, layout, mode).tolist() == [[0.0, 0.0], row, [0.0, 0.0]]

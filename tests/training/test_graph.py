@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastdistil.data.batches import MicroBatch
 from fastdistil.data.shards import Shards
+from fastdistil.model.sentence import Pooling
 from fastdistil.run import profile
-from fastdistil.run.config import Config
+from fastdistil.run.config import Config, LossConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import graph
 from fastdistil.training.engine import PlainEngine
@@ -28,6 +29,8 @@ from tests.support.updates import CPU, make_student, make_teacher
 from tests.workers.memory_worker import Case
 
 MILLISECONDS = {False: 2.0, True: 1.0}
+POOLING = Pooling(mode="mean", normalise=True, max_length=None)
+EMBED = LossConfig(kd=0.0, mlm=0.0, cosine=0.0, hidden=1.0, embedding=1.0, similarity=1.0)
 
 
 class Replayed:
@@ -65,13 +68,14 @@ def recorded(monkeypatch):
     return seen
 
 
-def trainer(folder, *, teacher: bool = True) -> tuple[PlainEngine, Any]:
+def trainer(folder, *, teacher: bool = True, loss: LossConfig | None = None) -> tuple[PlainEngine, Any]:
     """An engine of a student with dropout, whose gradient is cleared as on a GPU, and its teacher."""
-    engine = PlainEngine(Objective(make_student(folder, "dropping", CPU), Config().loss).train(), Config(),
-                         Ranks(0, 1, CPU), torch.float32)  # fmt: skip
+    loss = loss or LossConfig()
+    objective = Objective(make_student(folder, "dropping", CPU, loss=loss), loss, POOLING).train()
+    engine = PlainEngine(objective, Config(), Ranks(0, 1, CPU), torch.float32)
     engine.flat.zeroed = True
     engine.flat.clear()
-    frozen = make_teacher(folder, CPU)
+    frozen = make_teacher(folder, CPU, loss=loss)
     for model in (engine.objective.student, frozen.model):
         model.encoder.attention_backend = "fused"  # as on a GPU: PyTorch's own reads the lengths on the host
     return engine, frozen if teacher else None
@@ -95,10 +99,12 @@ def numbers(engine: PlainEngine, run: Callable[[MicroBatch], Tensor], given: lis
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("with_teacher", [False, True])
-def test_replays_give_the_numbers_of_the_engine(folder, recorded, with_teacher, overlap):
+@pytest.mark.parametrize(
+    ("with_teacher", "loss"), [(False, None), (True, None), (True, EMBED)], ids=["alone", "distilbert", "embed"]
+)
+def test_replays_give_the_numbers_of_the_engine(folder, recorded, with_teacher, loss, overlap):
     """Of micro-batches that differ in text, layout, denominators and dropout, bit for bit, over two updates."""
-    engine, teacher = trainer(folder, teacher=with_teacher)
+    engine, teacher = trainer(folder, teacher=with_teacher, loss=loss)
     given = batches(folder)
     assert len({b.dropout_seed.item() for b in given}) == len({tuple(b.denominators.tolist()) for b in given}) == 3
     wanted = numbers(engine, lambda b: engine.forward_backward(b, teacher(b) if teacher else None), given)
