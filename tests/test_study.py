@@ -85,6 +85,40 @@ def test_every_step_is_done_and_measured(finished):
     assert teacher["num_parameters"] > measured["efficiency"]["models"][1]["num_parameters"]
 
 
+def test_embeddings_are_scored_beside_the_teacher_and_tasks_beside_them(folders, tmp_path):
+    shards, teacher, data = folders
+    out = tmp_path / "study"
+    mixed = tmp_path / "data"
+    shutil.copytree(data, mixed)
+    (mixed / "sts").mkdir()
+    texts = [" ".join(f"w{i + j}" for j in range(6)) for i in range(20)]
+    lines = "".join(f"{text}\t{texts[i - i % 2]}\t{5 * (i % 2 == 0)}\n" for i, text in enumerate(texts))
+    (mixed / "sts" / "train.tsv").write_text("sentence1\tsentence2\tscore\n" + lines)
+    words = command((shards, teacher, mixed), out, options=f"{OPTIONS} --teacher.pooling mean", points=None, tasks=None)
+    launch.run("fastdistil.study", *words, "--tasks", "sts", "cola", "--variants", "embed", "pooled", timeout_s=400)
+    measured = json.loads((out / "study.json").read_text())
+    assert measured["complete"] == "2 of 2 pre-trainings, 6 of 6 evaluations"
+    assert measured["scores"]["embed-1"].keys() == {"sts", "cola"}
+    kept = json.loads((out / "embeddings" / "pooled-1.json").read_text())["scores"]
+    assert [row["model"] for row in kept] == [str(teacher), str(out / "models" / "pooled-1")]
+    assert measured["scores"]["pooled-1"]["sts"] == pytest.approx(kept[1]["metrics"]["spearman"] / 100)
+    assert measured["scores"]["teacher-1"]["sts"] == pytest.approx(kept[0]["metrics"]["spearman"] / 100)
+    assert measured["shares"]["pooled-1"]["sts"]["of_reference"] == kept[1]["of_reference"]
+    text = (out / "study.md").read_text()
+    assert "## What is kept: sts" in text
+    assert f"| {kept[1]['of_reference']:.2f} % |" in text
+
+
+def test_the_rows_follow_from_the_teacher(folders, tmp_path):
+    """One without a masked-LM head cannot teach the paper's objective."""
+    import transformers
+
+    teacher = folders[1]
+    assert study.default_variants(None) == study.default_variants(teacher) == tuple(study.PAPER)
+    transformers.AutoModel.from_pretrained(teacher).save_pretrained(tmp_path)
+    assert study.default_variants(tmp_path) == tuple(study.EMBED)
+
+
 def test_variants_see_the_same_text_with_other_losses(finished):
     out, _ = finished
     configs = {
@@ -216,7 +250,7 @@ def test_what_evaluate_would_refuse_is_refused_before_anything_is_trained(folder
     ("changes", "message"),
     [
         ({"seeds": 0}, "--seeds must be 1 or more, got 0"),
-        ({"variants": "no-kd"}, "--variants must be distilbert and others"),
+        ({"variants": "no-kid"}, "--variants must be some of distilbert no-kd"),
         ({"data": "nowhere"}, "--data nowhere is not a folder"),
         ({"teacher": "nowhere"}, "wanted config.json in nowhere"),
         ({"shards": "nowhere"}, "nowhere/meta.json does not exist"),

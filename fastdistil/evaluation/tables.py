@@ -26,6 +26,13 @@ TITLES = {
     "no-cosine": "without cosine",
     "random-init": "all terms, random initialisation",
     "no-teacher": "no teacher: MLM alone, random initialisation",
+    "embed": "embed: hidden states of every layer + embedding",
+    "hidden": "hidden states of every layer alone",
+    "pooled": "embedding alone",
+    "last-layer": "hidden states of the last layer alone",
+    "similarity": "embed + similarities among embeddings",
+    "relations": "value relations",
+    "minilmv2": "query, key and value relations (MiniLMv2)",
 }
 PUBLISHED = {"no-kd": -2.96, "no-mlm": -0.31, "no-cosine": -1.46, "random-init": -3.69}
 """Change of the GLUE score in the paper (table 4), where the student is DistilBERT."""
@@ -40,6 +47,7 @@ def write(out: Path, study: dict[str, Any]) -> None:
         "# Study\n",
         f"{study['complete']}.\n" if study["complete"] else "",
         *_scores(study, scores),
+        *_embeddings(study, scores),
         *_ablation(study, scores),
         *_pretraining(study),
         *_efficiency(study),
@@ -58,7 +66,7 @@ def scores_by_seed(study: dict[str, Any]) -> Frame:
 
 
 def _models(study: dict[str, Any]) -> list[str]:
-    return ["teacher", *(v for v in TITLES if v in study["settings"]["variants"])]
+    return ["teacher", *study["settings"]["variants"]]
 
 
 def _scores(study: dict[str, Any], scores: Frame) -> Iterable[str]:
@@ -67,11 +75,8 @@ def _scores(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     if not tasks:
         return
     yield "## Scores\n"
-    examples = (
-        f"{task} ({' and '.join(found['metrics'])}, {found['num_train']:,} / {found['num_validation']:,} examples)"
-        for task, found in tasks.items()
-    )
-    yield f"Median over seeds (lowest to highest), x 100, on the validation sets of {', '.join(examples)}.\n"
+    examples = (f"{task} ({' and '.join(found['metrics'])}, {_amount(found)})" for task, found in tasks.items())
+    yield f"Median over seeds (lowest to highest), x 100, on {', '.join(examples)}.\n"
     by_model = scores.groupby("model")
     median, low, high = by_model.median(), by_model.min(), by_model.max()
     score = median.mean(axis=1, skipna=False)
@@ -84,15 +89,52 @@ def _scores(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     yield _table(("", "score", *tasks, "of the teacher"), rows)
 
 
+def _amount(about: dict[str, Any]) -> str:
+    if not about["num_train"]:
+        return f"by embeddings alone, {about['num_validation']:,} rows"
+    return f"fine-tuned on {about['num_train']:,} examples, {about['num_validation']:,} held out"
+
+
+def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
+    """For each task that is scored by embeddings: what of the teacher each student has kept, with its interval."""
+    shares, seeds = study.get("shares", {}), range(1, study["settings"]["seeds"] + 1)
+    for task in (task for task, about in study["tasks"].items() if not about["num_train"]):
+        yield f"## What is kept: {task}\n"
+        yield (
+            "Median over seeds; the 95 % intervals are the first seed's, by bootstrap over the rows of the task, "
+            "paired with the teacher. Tokens/s are medians of the runs.\n"
+        )
+        rows = []
+        for model in _models(study):
+            own = {seed: shares.get(f"{model}-{seed}", {}).get(task, {}) for seed in seeds}
+            first, runs = own[1], [r for r in study["runs"].values() if r["variant"] == model]
+            kept = pd.Series([found["of_reference"] for found in own.values() if "of_reference" in found], dtype=float)
+            ends = kept.min(), kept.max()
+            cells = [
+                _cell("{:.2f}", scores.loc[model][task].median()),
+                _ends(first.get("interval")),
+                _cell("{:.2f} %", kept.median(), " ({:.2f} to {:.2f})", *(ends if len(kept) > 1 else (math.nan,))),
+                _ends(first.get("of_reference_interval")),
+                _cell("{:,.0f}", pd.Series([r["tokens"] for r in runs], dtype=float).median()),
+                _cell("{:,.0f}", pd.Series([r.get("tokens_per_s") for r in runs], dtype=float).median()),
+            ]
+            rows.append((TITLES[model], *cells))
+        yield _table(("", "score", "95 %", "of the teacher (seeds)", "95 % of that", "tokens", "tokens/s"), rows)
+
+
+def _ends(interval: list[float] | None) -> str:
+    return "-" if interval is None else "{:.2f} to {:.2f}".format(*interval)
+
+
 def _ablation(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     """The paper's table 4: change of the score against the student with all terms."""
     scores = scores.assign(score=scores.mean(axis=1))
-    base = scores.loc["distilbert"]
+    base = scores.loc[_models(study)[1]]
     if base["score"].isna().all():
         return
     yield "## Ablation\n"
     yield (
-        "Change against the student with all terms: the mean over seeds of the difference of two models of one seed, "
+        "Change against the first student: the mean over seeds of the difference of two models of one seed, "
         "which saw the same sequences with the same masks, with its 95 % interval (Student's t). "
         "Outside the noise: the interval leaves out 0.\n"
     )

@@ -71,6 +71,27 @@ def test_scores_are_medians_and_their_mean(written):
     assert student == ["76.0", "81.0 (80.0 to 85.0)", "71.0 (70.0 to 72.0)", "88.4%"]
 
 
+def test_what_embeddings_keep_has_its_interval(tmp_path):
+    study = copy.deepcopy(STUDY)
+    study["tasks"] = {"sts": {"metrics": ["spearman"], "num_train": 0, "num_validation": 1500}}
+    study["scores"] = {"teacher-1": {"sts": 0.8}, "distilbert-1": {"sts": 0.76}, "distilbert-2": {"sts": 0.78}}
+    share = {"interval": [74.1, 77.9], "of_reference": 95.0, "of_reference_interval": [94.0, 96.0]}
+    study["shares"] = {
+        "teacher-1": {"sts": {"interval": [79.0, 81.0]}},
+        "distilbert-1": {"sts": share},
+        "distilbert-2": {"sts": share | {"of_reference": 97.5}},
+    }
+    for seed in (1, 2, 3):
+        study["runs"][f"distilbert-{seed}"]["tokens_per_s"] = 1000 * seed
+    tables.write(tmp_path, study)
+    text = (tmp_path / "study.md").read_text()
+    assert "sts (spearman, by embeddings alone, 1,500 rows)" in text
+    row = cells(text, tables.TITLES["distilbert"], "What is kept: sts")
+    assert row == ["77.00", "74.10 to 77.90", "96.25 % (95.00 to 97.50)", "94.00 to 96.00", "1,000,000", "2,000"]
+    assert cells(text, "teacher", "What is kept: sts") == ["80.00", "79.00 to 81.00", "-", "-", "-", "-"]
+    assert cells(text, tables.TITLES["no-kd"], "What is kept: sts")[:4] == ["-"] * 4
+
+
 def test_the_ablation_pairs_models_of_one_seed(written):
     text = (written / "study.md").read_text()
     row = cells(text, tables.TITLES["no-kd"], "Ablation")
