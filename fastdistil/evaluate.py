@@ -180,6 +180,8 @@ def score_embeddings(config: EvaluateConfig) -> None:
         for name, found in tables.items():
             print(zero_shot.describe(name, len(found), found.split))
         return
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
     # The reference comes first, since the others' shares are of its scores.
     records: list[dict[str, Any]] = []
     reference: dict[str, zero_shot.Score] = {}
@@ -337,7 +339,7 @@ def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: in
         tokenizer.padding_side = "right"  # else as the model was trained: XLNet reads its last token as the summary
     train = encode(tokenizer, data.train[: settings.max_train_examples], length)
     validation = encode(tokenizer, data.validation, length)
-    about = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}
+    about: dict[str, Any] = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}
     missing = missing_seeds(config, name, results)
     for seed in missing:
         # The encoder is fine-tuned anew with each seed, after its teacher where there is one.
@@ -348,6 +350,8 @@ def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: in
             teacher = finetune.task_teacher(config.teacher, tokenizer, data, train, settings, seed, device)
         model = finetune.load_model(config.model, data, settings, seed=seed)
         if seed == missing[0]:
+            about["lr"] = finetune.learning_rate(model, settings)
+            log.info("%s: learning rate %g%s", name, about["lr"], "" if settings.lr else ", by the model's size (--lr)")
             for examples in (train, validation):
                 finetune.require_readable(model, config.model, examples.longest())
                 if teacher is not None:
@@ -390,7 +394,10 @@ def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The paper's table, scores x 100: the model's medians with their range, and the published rows for its tasks."""
+    """The paper's table, scores x 100: the model's medians with their range, and the published rows for its tasks.
+
+    Below stands what each was trained on, since a score is of a model and of its examples.
+    """
     import pandas as pd
 
     # A column a task with the scores of its seeds; then a column a model with its score on each task.
@@ -409,7 +416,18 @@ def table(record: dict[str, Any]) -> str:
     cells = cells.T
     if len(found) > 1:
         cells.insert(0, "score", medians.mean().map("{:.1f}".format))
-    return cells.to_string()
+    epochs = record["settings"]["epochs"]
+    lines = [
+        f"{model}: {epochs} epochs of {_amounts({name: task['num_train'] for name, task in found.items()})} examples"
+    ]
+    if published and all(published):
+        whole = _amounts({name: tasks.TASKS[name].num_published for name in found})
+        lines.append(f"published: the whole training sets, {whole} examples, epochs not stated (arXiv 1910.01108)")
+    return "\n".join((cells.to_string(), *lines))
+
+
+def _amounts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastdistil import evaluate
-from fastdistil.evaluation import finetune, tasks
+from fastdistil.evaluation import finetune, progress, tasks
 from fastdistil.evaluation.tasks import Settings
 from tests.support import models
 from tests.support.encoders import WORDS, make_encoder
@@ -73,6 +74,35 @@ def test_a_task_is_learnt_and_scored(folders, scored, tmp_path, capsys):
     assert f"{100 * found['median']:.1f}" in text
     assert "92.7" in text  # BERT-base's, as published
     assert "91.3" in text
+    assert f"{folders[0].name}: 3 epochs of sst2 240 examples\n" in text
+    assert "published: the whole training sets, sst2 67,349 examples, epochs not stated" in text
+    assert found["lr"] == 3e-3
+
+
+def test_the_rate_follows_from_the_size_unless_given():
+    import transformers
+
+    rates = [
+        finetune.learning_rate(model, Settings())
+        for config in (
+            transformers.BertConfig(hidden_size=768, num_hidden_layers=12),
+            transformers.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+            transformers.BertConfig(hidden_size=384, num_hidden_layers=6),
+            transformers.DistilBertConfig(dim=384, n_layers=3),
+        )
+        for model in [SimpleNamespace(config=config)]
+    ]
+    assert rates == [5e-5, 3e-5, 1e-4, 1e-4]
+    assert finetune.learning_rate(SimpleNamespace(config=transformers.BertConfig()), Settings(lr=1e-3)) == 1e-3
+
+
+def test_where_no_terminal_is_a_dated_line_says_how_far_it_has_come(monkeypatch, caplog):
+    times = iter([0.0, 1.0, 10.0, 31.0, 40.0, 70.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
+    caplog.set_level("INFO", "fastdistil.evaluate")
+    assert list(progress.progress("abcde", 5, "sst2, seed 1")) == list("abcde")
+    assert caplog.messages == ["sst2, seed 1: 2 of 5, about 46 s left", "sst2, seed 1: 4 of 5, about 18 s left"]
 
 
 def test_labels_of_no_meaning_are_not_learnt(folders, tmp_path):
@@ -287,7 +317,7 @@ def similar(tmp_path_factory):
 def test_models_stand_side_by_side_by_their_embeddings(folders, similar, tmp_path, capsys):
     other = make_encoder(tmp_path / "other", seed=1, initializer_range=0.3)
     words = [str(other), "--reference", str(folders[0]), "--task", "sts", "pairs:mrpc", "few-shot:sst2"]
-    out = tmp_path / "scores.json"
+    out = tmp_path / "new" / "scores.json"
     assert evaluate.main([*words, "--data", str(similar), "--draws", "4", "--shots", "3", "--out", str(out)]) == 0
     scores = json.loads(out.read_text())["scores"]
     assert [(s["model"], s["task"], s["num_rows"], s["split"]) for s in scores] == [

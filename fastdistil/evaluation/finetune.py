@@ -8,7 +8,6 @@ Shapes: B examples of a batch, L tokens of its longest, C classes.
 
 import inspect
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from fastdistil.evaluation import tasks
+from fastdistil.evaluation.progress import progress
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.kernels.distill import distill_loss
 from fastdistil.run.command import Failed
@@ -226,6 +225,16 @@ def loss_of(logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, sett
     ).loss
 
 
+def learning_rate(model: Any, settings: Settings) -> float:
+    """--lr, else by the size of the model: 5e-5 for BERT-base, more where it is smaller.
+
+    5e-5 x (12 x 768 / (layers x width))^0.5, to one digit.
+    """
+    config = model.config
+    size = (getattr(config, "num_hidden_layers", None) or 12) * (getattr(config, "hidden_size", None) or 768)
+    return settings.lr or float(f"{5e-5 * (12 * 768 / size) ** 0.5:.0e}")
+
+
 def fine_tune(
     model: Any,
     train: Encoded,
@@ -252,7 +261,7 @@ def fine_tune(
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate(model, settings), fused=True)
     updates = settings.epochs * math.ceil(len(train.lengths) / settings.batch_size)
     warmup = math.ceil(settings.warmup * updates)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -262,7 +271,7 @@ def fine_tune(
     # An epoch takes every example once. The losses are added up on the device, so that no update waits for the host.
     total = torch.zeros((), device=device)
     epochs = (rows for _ in range(settings.epochs) for rows in shuffled(train.lengths, settings.batch_size, rng))
-    for rows in tqdm(epochs, total=updates, desc=title, disable=not sys.stderr.isatty()):
+    for rows in progress(epochs, updates, title):
         inputs, labels_B = train.batch(rows, device)
         with autocast(device):
             logits_BC = forward(model, inputs)

@@ -21,7 +21,7 @@ def progress(items: Iterable[T], total: int, title: str) -> Iterator[T]:
     begin = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= EVERY_S:
+        if done and now - last >= EVERY_S:
             last = now
             log.info("%s: %d of %d, about %.0f s left", title, done, total, (now - begin) / done * (total - done))
         yield item

@@ -32,6 +32,8 @@ class Task:
     """Questions, each answered by a piece of a passage (squad.py)."""
     published: tuple[float, float] | None = None
     """BERT-base and DistilBERT in the paper (arXiv 1910.01108, tables 1 and 2), x 100."""
+    num_published: int = 0
+    """Examples that these were fine-tuned on: the whole training set."""
 
 
 SENTENCE = ("sentence", "label")
@@ -39,31 +41,38 @@ SENTENCES = ("sentence1", "sentence2", "label")
 COLA_COLUMNS = ("source", "label", "star", "sentence")
 """Of CoLA's own files, which have no header."""
 TASKS: dict[str, Task] = {
-    "cola": Task(columns=(SENTENCE,), metrics=("matthews",), published=(56.3, 51.3)),
-    "sst2": Task(columns=(SENTENCE,), published=(92.7, 91.3)),
+    "cola": Task(columns=(SENTENCE,), metrics=("matthews",), published=(56.3, 51.3), num_published=8_551),
+    "sst2": Task(columns=(SENTENCE,), published=(92.7, 91.3), num_published=67_349),
     "mrpc": Task(
-        columns=(SENTENCES, ("#1 String", "#2 String", "Quality")), metrics=("accuracy", "f1"), published=(88.6, 87.5)
+        columns=(SENTENCES, ("#1 String", "#2 String", "Quality")),
+        metrics=("accuracy", "f1"),
+        published=(88.6, 87.5),
+        num_published=3_668,
     ),
     "stsb": Task(
         columns=(SENTENCES, ("sentence1", "sentence2", "score")),
         metrics=("pearson", "spearman"),
         regression=True,
         published=(89.0, 86.9),
+        num_published=5_749,
     ),
     "qqp": Task(
         columns=(("question1", "question2", "label"), ("question1", "question2", "is_duplicate")),
         metrics=("accuracy", "f1"),
         published=(89.6, 88.5),
+        num_published=363_846,
     ),
     "mnli": Task(
-        columns=(("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label")), published=(86.7, 82.2)
+        columns=(("premise", "hypothesis", "label"), ("sentence1", "sentence2", "gold_label")),
+        published=(86.7, 82.2),
+        num_published=392_702,
     ),
-    "qnli": Task(columns=(("question", "sentence", "label"),), published=(91.8, 89.2)),
-    "rte": Task(columns=(SENTENCES,), published=(69.3, 59.9)),
-    "wnli": Task(columns=(SENTENCES,), published=(53.5, 56.3)),
-    "imdb": Task(columns=(("text", "label"),), published=(93.46, 92.82)),
+    "qnli": Task(columns=(("question", "sentence", "label"),), published=(91.8, 89.2), num_published=104_743),
+    "rte": Task(columns=(SENTENCES,), published=(69.3, 59.9), num_published=2_490),
+    "wnli": Task(columns=(SENTENCES,), published=(53.5, 56.3), num_published=635),
+    "imdb": Task(columns=(("text", "label"),), published=(93.46, 92.82), num_published=25_000),
     # Published: the mean of EM 81.2 and F1 88.5, and that of 77.7 and 85.8.
-    "squad": Task(metrics=("exact_match", "f1"), spans=True, published=(84.85, 81.75)),
+    "squad": Task(metrics=("exact_match", "f1"), spans=True, published=(84.85, 81.75), num_published=87_599),
     "squad2": Task(metrics=("exact_match", "f1"), spans=True),
 }
 
@@ -104,8 +113,8 @@ class Settings:
     """Passes over the training examples."""
     batch_size: int = 32
     """Examples an update."""
-    lr: float = 5e-5
-    """Highest learning rate."""
+    lr: float | None = None
+    """Highest learning rate. None: by the model's size, 5e-5 for BERT-base and more for a smaller one."""
     warmup: float = 0.06
     """Share of the updates over which the rate rises; then it falls to zero, linearly."""
     weight_decay: float = 0.0
@@ -129,7 +138,7 @@ class Settings:
             ("max_length", self.max_length is None or self.max_length >= 8, "8 or more"),
             ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
             ("kd", 0 <= self.kd <= 1, "in [0, 1]"),
-            ("lr", 0 < self.lr < 1, "in (0, 1)"),
+            ("lr", self.lr is None or 0 < self.lr < 1, "in (0, 1)"),
             ("dropout", self.dropout is None or 0 <= self.dropout < 1, "in [0, 1)"),
         ):
             if not is_right:
