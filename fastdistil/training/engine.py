@@ -348,8 +348,8 @@ class DeepSpeedEngine:
     def _link_moments(self) -> bool:
         """Whether the optimiser has moments yet; then `safe_get_full_optimizer_state` finds them.
 
-        Stages 1 and 2 link parameters and moments once, after stepping the first of our parameter groups, and never find
-        those of the others (0.19.8). So they are linked again.
+        Stages 1 and 2 link parameters and moments once, after stepping the first of our parameter groups, and never
+        find those of the others (0.19.8). So they are linked again.
         """
         stepped = any("exp_avg" in s for s in self.optimizer.state.values())
         if stepped and self.stage in (1, 2):
