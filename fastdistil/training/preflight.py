@@ -501,8 +501,8 @@ def _source(
 def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
     """`num_layers` of `num_source` layers, evenly from first to last: (6, 12) -> 0 2 4 7 9 11, as the authors took.
 
-    In the middle between two it is the later one: layers 0 3 5 of all-MiniLM-L6-v2 are a better start than 0 2 5, by 1.7
-    points of STS-B (docs/study.md).
+    In the middle between two it is the later one: layers 0 3 5 of all-MiniLM-L6-v2 are a better start than 0 2 5, by
+    1.7 points of STS-B (docs/study.md).
     """
     if num_layers == 1:
         return (0,)
