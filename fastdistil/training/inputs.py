@@ -141,8 +141,8 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
                 check_heads(backend, model.hidden_size // model.num_heads, ranks.device)
     path = config.teacher.path
     generator = torch.Generator().manual_seed(seed_of(config.seed, "student"))
-    # A head where a term wants one of the student, whose first weights may be the teacher's.
-    with_head = {"with_head": config.loss.has_head, "vocab_size": resolved.meta.vocab_size}
+    # A head where the student has one, whose first weights may be the teacher's.
+    with_head = {"with_head": resolved.student.mlm_head, "vocab_size": resolved.meta.vocab_size}
     teacher = load_masked_lm(path, need_head=bool(config.loss.kd), **with_head) if path else None
     source = teacher if resolved.source_path else None
     if resolved.source_path and config.student.init != "teacher":

@@ -173,12 +173,12 @@ def require_small_drift(
         sums[1] += batch.num_tokens
     nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a run
     drift, bound = nats / num_tokens, config.max_drift
-    precision, unit = "fp8" if config.precision == "fp8" else "bf16", "nats a token" if has_head else "1 - cos"
+    precision, unit = "fp8" if config.precision == "fp8" else "bf16", "nats a token" if has_head else "(1 - cos)"
     measured = f"drift {drift:.1e} {unit} from fp32"
     if not drift <= bound:  # nor NaN
         raise ValueError(
             f"--teacher.precision {precision} wants a teacher within {bound:.1e} {unit} of itself in fp32, got "
-            f"{measured}: "
-            f"use --teacher.precision {'bf16 or ' * (precision == 'fp8')}fp32, or a larger --teacher.max-drift"
+            f"{measured}: use --teacher.precision {'bf16 or ' * (precision == 'fp8')}fp32, or a larger "
+            "--teacher.max-drift"
         )
     log.info("teacher in %s: %s, bound %.1e", precision, measured, bound)

@@ -7,7 +7,7 @@ got and what to do. Whatever follows from that alone, and later rooms need, is a
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
@@ -153,10 +153,8 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         source_path, source, layers, student = None, None, (), from_record(record["student"])
     else:
         source_path, source = _source(config, teacher, meta, notes)
-        # A run that has begun keeps its layers, whatever would be chosen today.
-        begun = record.get("layers") if record and folder.has_checkpoint(config.out) else None
-        layers = tuple(begun) if begun and source else _layers(config.student, teacher, source)
-        student = _student(config, len(layers), teacher, source, meta)
+        begun = record if record and folder.has_checkpoint(config.out) else {}
+        layers, student = _layers_and_student(config, begun, teacher, source, meta)
     if source is not None and 0 < source.token_types != student.token_types > 0:
         notes.append(
             f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
@@ -192,6 +190,19 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     )
     folder.check(config, resolved.inputs)
     return resolved
+
+
+def _layers_and_student(
+    config: Config, begun: dict[str, Any], teacher: Architecture | None, source: Architecture | None, meta: Meta
+) -> tuple[tuple[int, ...], Architecture]:
+    """A run that has begun keeps its layers, whatever would be chosen today, and its head.
+
+    Older versions built one whatever the weights.
+    """
+    kept = tuple(begun.get("layers") or ()) if source else ()
+    layers = kept or _layers(config.student, teacher, source)
+    student = _student(config, len(layers), teacher, source, meta)
+    return layers, replace(student, mlm_head=from_record(begun["student"]).mlm_head) if begun else student
 
 
 def _ranks_meant(config: Config, world_size: int) -> int:
@@ -333,7 +344,7 @@ def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling |
         return None
     try:
         found = sentence.read_pooling(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if asked.pooling is None and wanted:
             raise ValueError(f"--teacher.path: {error}") from None
         found = None

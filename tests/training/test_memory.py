@@ -44,6 +44,12 @@ ALONE = {
     "relations": replace(MINILM, loss=MINILM_V2),
     "KL of masked rows": replace(MINILM, loss=LossConfig(kd_rows="masked")),
     "no teacher": replace(MINILM, teacher=None, tokens=2048),
+    "embed": Case(
+        student=model(2, 256, mlm_head=False, dropout=0.0, attention_dropout=0.0),
+        teacher=model(4, 256, model_type="bert", token_types=2, mlm_head=False),
+        tokens=2048,
+        loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, hidden=1.0, embedding=1.0),
+    ),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "BERT's vocabulary": Case(
         student=model(2, 384, vocab_size=30522), teacher=model(2, 384, vocab_size=30522), tokens=1024

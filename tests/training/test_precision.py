@@ -14,7 +14,7 @@ from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.encoder import Encoder
 from fastdistil.model.weights import load_masked_lm
-from fastdistil.run.config import Config, DataConfig, TeacherConfig
+from fastdistil.run.config import Config, DataConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import inputs
 from fastdistil.training.precision import Fp8Linear, kl_sum, quantise_encoder, require_fp8, require_small_drift
@@ -213,6 +213,24 @@ def test_beyond_the_bound_is_refused(folder):
         low.head.bias[3] = float("nan")
     with pytest.raises(ValueError, match="got drift nan"):
         require_small_drift(low, config(folder), batches, ALONE, vocab_size=101)
+
+
+def test_without_a_head_hidden_states_are_compared(folder, caplog):
+    loss = LossConfig(kd=0.0, mlm=0.0, cosine=1.0)
+    _, batches = make_batches(folder, 2)
+    low, exact = (make_teacher(folder, loss=loss, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert low.head is None
+    mine, its = (torch.cat([t.hidden(b)[: b.num_tokens].double() for b in batches]) for t in (low, exact))
+    wanted = (1 - F.cosine_similarity(mine, its)).mean().item()
+    with caplog.at_level(logging.INFO, "fastdistil"):
+        require_small_drift(low, config(folder), batches, ALONE, vocab_size=101)
+    (line,) = caplog.messages
+    drift = float(line.split("drift ")[1].split()[0])
+    assert drift == pytest.approx(wanted, rel=0.06)  # as many digits are said
+    assert drift > 1e-6
+    assert line.endswith(" (1 - cos) from fp32, bound 5.0e-02")
+    with pytest.raises(ValueError, match=r"wants a teacher within 1.0e-08 \(1 - cos\) of itself in fp32"):
+        require_small_drift(low, config(folder, max_drift=1e-8), batches, ALONE, vocab_size=101)
 
 
 def test_fp32_is_not_measured(folder, caplog):

@@ -16,11 +16,12 @@ from fastdistil.data.batches import NO_LABEL, MicroBatch
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import BatchConfig, Config, EngineConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import make_engine
 from fastdistil.training.objective import Objective, kept_outputs
-from fastdistil.training.preflight import Resolved
+from fastdistil.training.preflight import Resolved, spread
 from fastdistil.training.teacher import Teacher
 
 FOLDER = Path("unused")
@@ -50,7 +51,7 @@ class Case:
             ),
             teacher=self.teacher,
             source_path=None,
-            layers=(),
+            layers=spread(self.student.num_layers, self.teacher.num_layers) if self.teacher else (),
             student=self.student,
             meta=cast(Any, SimpleNamespace(max_length=self.length)),
             world_size=self.ranks,
@@ -93,12 +94,12 @@ def updates(case: Case, ranks: Ranks) -> None:
     if case.teacher is not None:
         model = MaskedLM(case.teacher)
         model.encoder.attention_backend = settings.attention
-        kept = kept_outputs(case.loss, (), resolved.relation_layer)
+        kept = kept_outputs(resolved.config.loss, resolved.imitated_layers, resolved.relation_layer)
         teacher = Teacher(model, device=ranks.device, dtype=resolved.teacher_dtype(ranks.device), kept_outputs=kept)
     student = MaskedLM(case.student)
     student.encoder.activation_checkpointing = settings.activation_checkpointing
     student.encoder.attention_backend = settings.attention
-    objective = Objective(student, resolved.config.loss)
+    objective = Objective(student, resolved.config.loss, Pooling(mode="mean", normalise=True, max_length=None))
     engine = make_engine(objective, resolved, ranks)
     objective.train()
     batch, output = case.micro_batch(ranks.device), None
