@@ -20,11 +20,16 @@ LEFT_OUT = {"test", "tests", "testing", "site-packages"}
 """Docstrings of tests say little, in many variations; what is in site-packages is not Python's own."""
 
 
-def write(path: Path) -> None:
-    """Write the documents of all packages that are installed as JSONL, unless the file is there. About ten seconds."""
+def write(path: Path, *packages: str) -> None:
+    """Write the documents of those packages that are installed as JSONL, unless the file is there.
+
+    Without packages those of PACKAGES, which takes about ten seconds.
+    """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in documents(*PACKAGES)))
+        files.write_text(
+            path, "".join(json.dumps({"text": text}) + "\n" for text in documents(*(packages or PACKAGES)))
+        )
 
 
 def documents(*packages: str) -> list[str]:
