@@ -42,8 +42,8 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (7530, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
-    "evaluation": (1590, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
+    "core": (8300, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
+    "evaluation": (2160, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (2860, ("kernels", "../csrc")),
 }
 MOST_FILES = 13  # in a folder of the product
