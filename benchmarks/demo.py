@@ -149,7 +149,8 @@ def halve(out: Path) -> bool:
     run("fastdistil.efficiency", teacher, *models, "--out", out / "efficiency.json")
     scores = json.loads((out / "retrieval.json").read_text())["scores"]
     sizes = {model["path"]: model for model in json.loads((out / "efficiency.json").read_text())["models"]}
-    print(f"\n{'':<34}{'parameters':>12}{'MB':>7}{'ms a text':>11}{'recall@1':>10}{'MRR':>7}  of the teacher's MRR")
+    columns = f"{'parameters':>12}{'MB':>7}{'ms a text':>11}{'recall@1':>10}{'MRR':>7}"
+    print(f"\n{'':<34}{columns}  of the teacher's MRR")
     for score in scores:
         size, found = sizes[score["model"]], score["metrics"]
         share = score.get("of_reference", 100.0)
