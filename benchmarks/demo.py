@@ -157,7 +157,8 @@ def halve(out: Path) -> bool:
         interval = "{:.1f} to {:.1f} %".format(*score["of_reference_interval"]) if "of_reference" in score else ""
         print(
             f"{TITLES[Path(score['model']).name]:<34}{size['num_parameters']:>12,}{size['bytes'] / 1e6:>7.1f}"
-            f"{size['cpu']['latency_ms']:>11.2f}{found['recall@1']:>10.1f}{found['mrr']:>7.1f}{share:>7.1f} % {interval}"
+            f"{size['cpu']['latency_ms']:>11.2f}{found['recall@1']:>10.1f}{found['mrr']:>7.1f}"
+            f"{share:>7.1f} % {interval}".rstrip()
         )
     print(f"\nload one: SentenceTransformer({str(out / 'half')!r})")
     mrr = {Path(score["model"]).name: score["metrics"]["mrr"] for score in scores}
