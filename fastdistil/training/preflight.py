@@ -202,7 +202,7 @@ def _layers_and_student(
     kept = tuple(begun.get("layers") or ()) if source else ()
     layers = kept or _layers(config.student, teacher, source)
     student = _student(config, len(layers), teacher, source, meta)
-    return layers, replace(student, mlm_head=from_record(begun["student"]).mlm_head) if begun else student
+    return layers, replace(student, mlm_head=begun["student"].get("mlm_head", True)) if begun else student
 
 
 def _ranks_meant(config: Config, world_size: int) -> int:
