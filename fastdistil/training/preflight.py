@@ -5,6 +5,7 @@ got and what to do. Whatever follows from that alone, and later rooms need, is a
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +183,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         world_size=world_size - config.teacher.ranks,
         micro_batches_per_update=_micro_batches(config, meta, world_size - config.teacher.ranks),
         pooling=pooling,
-        notes=tuple(notes),
+        notes=(*notes, *_without_effect(config, student)),
         inputs={
             "data.shards": meta.digest,
             "data.validation": read_meta(config.data.validation).digest if config.data.validation else None,
@@ -334,6 +335,27 @@ def _check_nested(config: Config, student: Architecture) -> None:
                 f"--loss.nested-{name} must be fewer than the student's {whole}, and 1 or more, got "
                 f"{' '.join(map(str, asked))}"
             )
+
+
+def _without_effect(config: Config, student: Architecture) -> Iterator[str]:
+    """A note on each setting that changes nothing here."""
+    loss, teacher = config.loss, config.teacher
+    embeds = not loss.has_head or any(term.wants == "embedding" for term in loss.terms)
+    settings = {
+        "--teacher.pooling": (teacher.pooling is not None and not embeds, "no term reads embeddings"),
+        "--teacher.normalise": (teacher.normalise is not None and not embeds, "no term reads embeddings"),
+        "--loss.embedding-distance": (
+            loss.embedding_distance != "cosine" and not loss.embedding,
+            "--loss.embedding is 0",
+        ),
+        "--student.fold-token-types": (
+            config.student.fold_token_types and student.token_types > 0,
+            "the student has a table of token types of its own",
+        ),
+    }
+    for name, (is_idle, why) in settings.items():
+        if is_idle:
+            yield f"{name} has no effect: {why}"
 
 
 def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling | None:

@@ -330,6 +330,23 @@ class TestVocabularies:
             resolve(config(root, data={"validation": root / "validation"}), world_size=1)
 
 
+def test_what_has_no_effect_is_said(root):
+    idle = {
+        "teacher": {"pooling": "cls", "normalise": False},
+        "loss": {"embedding_distance": "l2"},
+        "student": {"token_types": 2, "fold_token_types": True},
+    }
+    assert resolve(config(root), world_size=1).notes == ()
+    assert [note.partition(" has no effect: ")[0] for note in resolve(config(root, **idle), world_size=1).notes] == [
+        "--teacher.pooling",
+        "--teacher.normalise",
+        "--loss.embedding-distance",
+        "--student.fold-token-types",
+    ]
+    wanted = {"teacher": idle["teacher"], "loss": {"embedding": 1.0, "embedding_distance": "l2"}}
+    assert resolve(config(root, **wanted, student={"fold_token_types": True}), world_size=1).notes == ()
+
+
 class TestRunFolder:
     def test_a_file(self, root):
         (root / "run").write_text("")
