@@ -182,7 +182,7 @@ def _read_squad(folder: Path) -> None:
 
 
 def _read_results(folder: Path) -> None:
-    config = evaluate.EvaluateConfig(model="m", task=("sst2",), data=str(folder))
+    config = evaluate.EvaluateConfig(models=("m",), task=("sst2",), data=str(folder))
     results = evaluate.Results(folder / "evaluation.json", config)
     evaluate.table(results.record)
 
