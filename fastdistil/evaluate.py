@@ -295,7 +295,7 @@ class Results:
             if old["model"] != config.model:
                 differing.append("model")
             for task in old["tasks"].values():  # the numbers that are read again
-                math.fsum([task["median"], *(s["score"] for s in task["seeds"].values())])
+                math.fsum([task["median"], task["num_train"], *(s["score"] for s in task["seeds"].values())])
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
             raise ValueError(f"{path} is no evaluation: give another --out") from None
         if differing:

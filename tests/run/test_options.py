@@ -26,7 +26,7 @@ def answer(*words, kind=None, command=""):
         ([], "pretrain wants a recipe first: distilbert mlm"),
         (["distilbret"], "there is no recipe distilbret: did you mean distilbert?"),
         (["hiden-cosine", "--seed", "3"], "there is no recipe hiden-cosine: did you mean hidden_cosine?"),
-        (["xyzzy"], "there is no recipe xyzzy: there are distilbert mlm quickstart"),
+        (["xyzzy"], "there is no recipe xyzzy: there are distilbert mlm embed quickstart"),
         (
             ["--seed", "3", "mlm", "--out", "a b"],
             "recipe comes first: python -m fastdistil.pretrain mlm --seed 3 --out 'a b'",

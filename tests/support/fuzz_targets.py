@@ -225,7 +225,7 @@ def make(root: Path) -> dict[str, Target]:
     paragraph = {"context": "w1 w2 w3", "qas": [question, question]}
     write("squad/train.json", {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]})
     settings = asdict(tasks.Settings()) | {"data": str(root / "results"), "teacher": None}
-    scores = {"sst2": {"seeds": {"1": {"score": 0.5}, "2": {"score": 0.7}}, "median": 0.6}}
+    scores = {"sst2": {"seeds": {"1": {"score": 0.5}, "2": {"score": 0.7}}, "median": 0.6, "num_train": 9}}
     write("results/evaluation.json", {"model": "m", "settings": settings, "tasks": scores})
     shard = shards.read_meta(root / "shards").shards[0]
     entry = {"shard": asdict(shard), "text": asdict(prepare.ShardText(num_batches=1, text_sha256="x"))}
