@@ -29,6 +29,7 @@ RECIPES = {
 }
 COMMON = (
     "--optim.unit updates --optim.lr 2e-3 --batch.size 2048 --batch.unit tokens --batch.token-budget 2048 "
+    "--student.dropout 0 --student.attention-dropout 0 "  # half the time on a CPU, and nothing is seen twice
     "--data.validation-sequences 512 --log.every 40 --log.validate-every 1000 --log.checkpoint-every 1000 --resume auto"
 )
 EMBED = (
