@@ -302,7 +302,9 @@ class Objective(nn.Module):
             return self._distillation(hidden_ND, batch, teacher.vocabulary, scales_T)
         if self.student.head is not None:
             return self._masked_lm(hidden_ND, batch, scales_T)
-        if teacher is not None:  # a zero of the hidden states, whose gradient the last layer gets from no relation
+        if teacher is not None and any(term.wants != "qkv" for term in self.loss.terms):
+            return hidden_ND.new_zeros((), dtype=torch.float32), {}
+        if teacher is not None:  # relations lie below the last layer's output, which so gets a gradient of 0
             return hidden_ND[:0].float().sum(), {}
         return self._projected(hidden_ND).float().sum() * 0.0, {}  # ZeRO's backward that moves nothing
 

@@ -369,6 +369,8 @@ def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling |
     except (ValueError, OSError) as error:
         if asked.pooling is None and wanted:
             raise ValueError(f"--teacher.path: {error}") from None
+        instead = f"--teacher.pooling {asked.pooling} stands instead" if asked.pooling else "the student has no pooling"
+        notes.append(f"--teacher.path: {error}; {instead}")
         found = None
     mode = asked.pooling or (found and found.mode)
     if mode is None:
