@@ -59,9 +59,9 @@ from fastdistil.run.ranks import init_ranks, keep_freed_memory
 from fastdistil.training.engine import PlainEngine
 from fastdistil.training.graph import Step
 from fastdistil.training.inputs import compile_encoder
+from fastdistil.training.models import spread
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.precision import quantise_encoder, require_fp8
-from fastdistil.training.preflight import spread
 from fastdistil.training.teacher import Teacher, TeacherPrefetcher
 
 Row = dict[str, Any]  # of the table, or {"error": what a provider died of}

@@ -32,6 +32,8 @@ LOSSES = {
     "masked_agreement": MASKED_AGREEMENT,
     "accuracy": "accuracy on masked tokens",
 }
+VALIDATED = {f"validation {title}": key for key, title in LOSSES.items()}
+"""Rows of the summary and what they are called in metrics.jsonl."""
 MOST_POINTS = 200
 """Of a training curve: a longer one is drawn as means over equal stretches of updates."""
 
@@ -122,9 +124,10 @@ def _render(template: Any, runs: list[Run]) -> str:
 
 
 def summary(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Rows of (what, a cell for each run)."""
+    """Rows of (what, a cell for each run); of the measures of held-out text those that some run has."""
     facts = [_facts(run) for run in runs]
-    return [(what, [of_run[what] for of_run in facts]) for what in facts[0]]
+    has = {"loss"}.union(*(line for run in runs for line in run.validation[-1:]))
+    return [(what, [of_run[what] for of_run in facts]) for what in facts[0] if VALIDATED.get(what, "loss") in has]
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -143,7 +146,7 @@ def _facts(run: Run) -> dict[str, str]:
         "tokens/s, median": _cell("{:,.0f}", speed.median()),
         "MFU, median": _cell("{:.1%}", mfu.median()),
         "training time": _duration((tokens / speed).sum(min_count=1)),
-        **{f"validation {title}": _cell("{:.4f}", last.get(key)) for key, title in LOSSES.items()},
+        **{row: _cell("{:.4f}", last.get(key)) for row, key in VALIDATED.items()},
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) or "-",
     }
 

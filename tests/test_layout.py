@@ -33,7 +33,14 @@ WITHOUT_TORCH = (
     *sorted(COMMANDS),
     *(f"run.{name}" for name in ("config", "recipes", "options", "command", "folder", "files")),
     *(f"data.{name}" for name in ("readers", "sources", "tokenizer", "sequences", "shards")),
-    *("model.architecture", "model.families", "model.headers", "model.sentence", "training.preflight"),
+    *(
+        "model.architecture",
+        "model.families",
+        "model.headers",
+        "model.sentence",
+        "training.models",
+        "training.preflight",
+    ),
 )
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "kernels" not in p.parts)
 KERNELS = sorted(ROOT.glob("kernels/*.py"))

@@ -230,11 +230,11 @@ LOSS_TERMS = (
     *(
         LossTerm(
             name,
-            title=f"KL of the {name[:-1]} relations (MiniLMv2), nats a token",
-            formula=f"KL of the {name[:-1]} relations (MiniLMv2)",
+            title=f"KL of the {one} relations (MiniLMv2), nats a token",
+            formula=f"KL of the {one} relations (MiniLMv2)",
             wants="qkv",
         )
-        for name in ("queries", "keys", "values")
+        for name, one in (("queries", "query"), ("keys", "key"), ("values", "value"))
     ),
     LossTerm(
         "embedding",

@@ -8,15 +8,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
-from fastdistil.model import families, headers, sentence
-from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record, read_architecture
+from fastdistil.model import sentence
+from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
 from fastdistil.run import folder
 from fastdistil.run.command import gpu_bytes
-from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config, StudentConfig
+from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
+from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
 
 if TYPE_CHECKING:
     import torch
@@ -147,21 +148,21 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_own_tokenizer(config.data.shards / "tokenizer", meta)
     notes: list[str] = []
     path = config.teacher.path
-    teacher = _model("--teacher.path", path, meta, notes, head=config.loss.kd > 0) if path else None
+    teacher = read_model("--teacher.path", path, meta, notes, head=config.loss.kd > 0) if path else None
     record = folder.resumed(config)
     if record and folder.has_checkpoint(config.out) and config.student.init not in NO_PATHS:
         # The checkpoint has its weights, whatever became of those that it started from.
         source_path, source, layers, student = None, None, (), from_record(record["student"])
     else:
-        source_path, source = _source(config, teacher, meta, notes)
+        source_path, source = read_source(config, teacher, meta, notes)
         begun = record if record and folder.has_checkpoint(config.out) else {}
-        layers, student = _layers_and_student(config, begun, teacher, source, meta)
+        layers, student = layers_and_student(config, begun, teacher, source, meta)
     if source is not None and 0 < source.token_types != student.token_types > 0:
         notes.append(
             f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
             "copied, and others start as its row 0, the type of every token"
         )
-    fresh_head = student.mlm_head and source_path is not None and not _has_head(source_path)
+    fresh_head = student.mlm_head and source_path is not None and not has_head(source_path)
     if fresh_head and teacher is None and config.optim.encoder_lr is None and not record:
         config = _with_encoder_lr(config, notes)
     _check_widths(config, teacher, student)
@@ -191,19 +192,6 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     )
     folder.check(config, resolved.inputs)
     return resolved
-
-
-def _layers_and_student(
-    config: Config, begun: dict[str, Any], teacher: Architecture | None, source: Architecture | None, meta: Meta
-) -> tuple[tuple[int, ...], Architecture]:
-    """A run that has begun keeps its layers, whatever would be chosen today, and its head.
-
-    Older versions built one whatever the weights.
-    """
-    kept = tuple(begun.get("layers") or ()) if source else ()
-    layers = kept or _layers(config.student, teacher, source)
-    student = _student(config, len(layers), teacher, source, meta)
-    return layers, replace(student, mlm_head=begun["student"].get("mlm_head", True)) if begun else student
 
 
 def _ranks_meant(config: Config, world_size: int) -> int:
@@ -429,61 +417,6 @@ def _check_own_tokenizer(path: Path, meta: Meta) -> None:
         )
 
 
-def _model(
-    option: str, path: Path, meta: Meta, notes: list[str], *, head: bool, need_head: bool | None = None
-) -> Architecture:
-    """A model that reads the shards, with their vocabulary. It does only if both mean the same by every id.
-
-    Args:
-        head: whether its masked-LM head is run.
-        need_head: whether it must have one; None: as `head`.
-    """
-    what = f"{option} {path}"
-    try:
-        model = read_architecture(path)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-    unknown = _refuse_other_tokenizer(what, path, meta)
-    has, wanted, pad = model.vocab_size, meta.vocab_size, meta.special_ids["pad"]
-    if has != wanted and unknown:
-        raise ValueError(
-            f"{what} has a vocabulary of {has}, the shards have {wanted}, and nothing says what its ids mean "
-            f"({unknown}): put the model's tokenizer into its folder"
-        )
-    if has < wanted:
-        raise ValueError(
-            f"{what} has a vocabulary of {has} in config.json, its tokenizer has {wanted} tokens: the ids from {has} "
-            f"on have no weights, so train it with resize_token_embeddings({wanted}), or give the tokenizer it was "
-            "trained with"
-        )
-    if has > wanted:
-        notes.append(
-            f"{what} has {has:,} rows for the {wanted:,} tokens of its tokenizer: the rows after them are left out, "
-            f"and the student has {wanted:,}"
-        )
-    if model.pad_id != pad and model.family.positions_after_pad:
-        raise ValueError(
-            f"{what} has the pad_token_id {model.pad_id} in config.json, the shards pad with {pad}: a "
-            f"{model.family.title} counts its positions from it, so correct the one that is wrong"
-        )
-    if model.pad_id != pad:
-        notes.append(f"{what} has the pad_token_id {model.pad_id} in config.json: {pad} is used, as in the shards")
-    try:
-        need_head = head if need_head is None else need_head
-        contents = headers.match(path, model, headers.read_headers(path), need_head=need_head)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
-    if head and not contents.has_head:
-        notes.append(f"{what} has no masked-LM head: it gets a fresh one")
-    if contents.left_out:
-        notes.append(f"{what}: left out {', '.join(contents.left_out)}")
-    return replace(model, vocab_size=wanted, pad_id=pad, mlm_head=head)
-
-
-def _has_head(path: Path) -> bool:
-    return headers.match(path, read_architecture(path), headers.read_headers(path), need_head=False).has_head
-
-
 def _with_encoder_lr(config: Config, notes: list[str]) -> Config:
     """With the rate of an encoder that knows something under a head that does not yet."""
     optim = replace(config.optim, encoder_lr=ENCODER_SHARE * config.optim.lr)
@@ -492,164 +425,6 @@ def _with_encoder_lr(config: Config, notes: list[str]) -> Config:
         f"{optim.lr:g}: --optim.encoder-lr chooses another rate"
     )
     return replace(config, optim=optim)
-
-
-def _refuse_other_tokenizer(what: str, path: Path, meta: Meta) -> str:
-    """Raises ValueError where the model's tokenizer is not that of the shards. Returns why there is none, or ""."""
-    try:
-        sha256, special_ids = tokenizer.vocabulary_sha256(path), tokenizer.special_ids(path)
-    except FileNotFoundError as error:
-        return str(error)
-    fix = f"prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer {path}`"
-    if sha256 != meta.tokenizer_sha256:
-        raise ValueError(
-            f"{what} has a tokenizer with hash {sha256[:12]} ({len(tokenizer.read_vocabulary(path)):,} tokens), the "
-            f"shards were made with {meta.tokenizer_sha256[:12]} ({meta.vocab_size:,} tokens): {fix}"
-        )
-    if special_ids != meta.special_ids:
-        raise ValueError(f"{what} has the special ids {special_ids}, the shards {meta.special_ids}: {fix}")
-    return ""
-
-
-def _source(
-    config: Config, teacher: Architecture | None, meta: Meta, notes: list[str]
-) -> tuple[Path | None, Architecture | None]:
-    """The model whose weights the student starts from."""
-    init = config.student.init
-    if init == "random":
-        return None, None
-    if init == "teacher":
-        if teacher is None:
-            raise ValueError(
-                "--student.init teacher wants a --teacher.path: without a teacher use `random` or a Hugging Face folder"
-            )
-        return config.teacher.path, teacher
-    if not Path(init).exists():
-        raise ValueError(
-            f"--student.init must be `teacher`, `random` or a Hugging Face folder, and there is no folder {init}: a "
-            "model on the hub is fetched by `hf download NAME --local-dir DIR`"
-        )
-    head = config.loss.has_head
-    return Path(init), _model("--student.init", Path(init), meta, notes, head=head, need_head=False)
-
-
-def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
-    """`num_layers` of `num_source` layers, evenly from first to last: (6, 12) -> 0 2 4 7 9 11, as the authors took.
-
-    In the middle between two it is the later one: layers 0 3 5 of all-MiniLM-L6-v2 are a better start than 0 2 5, by
-    1.7 points of STS-B (docs/study.md).
-    """
-    if num_layers == 1:
-        return (0,)
-    return tuple(math.floor(i * (num_source - 1) / (num_layers - 1) + 0.5) for i in range(num_layers))
-
-
-def _layers(asked: StudentConfig, teacher: Architecture | None, source: Architecture | None) -> tuple[int, ...]:
-    """For each layer of the student the one of its source, or any number where there is none."""
-    model = source or teacher
-    if model is None and None in (asked.num_layers, asked.hidden_size, asked.num_heads):
-        raise ValueError(
-            "a student from nothing needs its size: --student.num-layers, --student.hidden-size and --student.num-heads"
-        )
-    if asked.layers is not None and source is None:
-        raise ValueError(
-            "--student.layers has no effect with --student.init random: leave it out, or use --student.num-layers"
-        )
-    num_layers = asked.num_layers
-    if num_layers is None:  # half of what is distilled, all of what goes on training
-        assert model is not None
-        num_layers = max(1, model.num_layers // 2) if teacher else model.num_layers
-    if source is None:
-        return tuple(range(num_layers))
-    of = f"the model it starts from has {source.num_layers}"
-    if asked.layers is None:
-        if num_layers > source.num_layers:
-            raise ValueError(
-                f"--student.num-layers {num_layers} is too many, {of}: use {source.num_layers} or less, or "
-                "--student.init random"
-            )
-        return spread(num_layers, source.num_layers)
-    if not asked.layers or min(asked.layers) < 0 or max(asked.layers) >= source.num_layers:
-        raise ValueError(
-            f"--student.layers {' '.join(map(str, asked.layers))} must be some of 0 to {source.num_layers - 1}, {of}"
-        )
-    return asked.layers
-
-
-def _size(model: Architecture | None, name: str) -> int:
-    return getattr(model, name) if model is not None else 0
-
-
-def _student(
-    config: Config, num_layers: int, teacher: Architecture | None, source: Architecture | None, meta: Meta
-) -> Architecture:
-    asked, model = config.student, source or teacher
-    for name in ("hidden_size", "num_heads", "ffn_size", "max_positions") if source else ():
-        value, has = getattr(asked, name), getattr(source, name)
-        if value not in (None, has):
-            raise ValueError(
-                f"--student.{name.replace('_', '-')} {value} differs from the {has} of the model it starts from: leave "
-                "it out, or use --student.init random"
-            )
-    hidden_size = asked.hidden_size or _size(model, "hidden_size")
-    same_width = model if model is not None and model.hidden_size == hidden_size else None
-    if model is not None and same_width is None and asked.num_heads is None:
-        raise ValueError(
-            f"--student.hidden-size {hidden_size} differs from the teacher's {model.hidden_size}: give "
-            "--student.num-heads too"
-        )
-    num_heads = asked.num_heads or _size(same_width, "num_heads")
-    if hidden_size % num_heads:
-        divisors = [str(n) for n in range(1, min(hidden_size, 32) + 1) if hidden_size % n == 0]
-        raise ValueError(
-            f"--student.num-heads {num_heads} must divide the student's width {hidden_size}: use one of "
-            f"{', '.join(divisors)}, or another --student.hidden-size"
-        )
-    # A row a size: what was asked for, what the model that it starts from or imitates has, what stands otherwise.
-    sizes = {
-        "num_heads": (num_heads,),
-        "ffn_size": (asked.ffn_size, _size(same_width, "ffn_size"), 4 * hidden_size),
-        "max_positions": (asked.max_positions, _size(model, "max_positions"), meta.max_length),
-    }
-    model_type, token_types, layer_norm_eps = _family(asked, teacher, source)
-    other_width = teacher.hidden_size if teacher is not None and teacher.hidden_size != hidden_size else 0
-    return Architecture(
-        model_type=model_type,
-        token_types=token_types,
-        layer_norm_eps=layer_norm_eps,
-        vocab_size=meta.vocab_size,
-        pad_id=meta.special_ids["pad"],
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        **{name: next(size for size in row if size) for name, row in sizes.items()},
-        dropout=asked.dropout,
-        attention_dropout=asked.attention_dropout,
-        mlm_head=config.loss.has_head,
-        embedding_size=other_width if asked.projection else 0,
-    )
-
-
-def _family(asked: StudentConfig, teacher: Architecture | None, source: Architecture | None) -> tuple[str, int, float]:
-    """(model_type, rows of the token-type table, eps of the LayerNorms) of the student."""
-    model = source or teacher
-    if model is not None and not model.family.students:
-        if asked.token_types is not None:
-            name = model.family.title
-            raise ValueError(
-                f"--student.token-types {asked.token_types} is for students of BERT and DistilBERT: those of a {name} "
-                f"are {name}s, leave it out"
-            )
-        return model.model_type, model.token_types, model.layer_norm_eps
-    token_types = asked.token_types
-    if token_types is None:  # a teacher in the making stays what it was; a student is a DistilBERT
-        token_types = source.token_types if source is not None and teacher is None else 0
-    if token_types and source is not None and not source.token_types:
-        raise ValueError(
-            f"--student.token-types {token_types} wants a model with a token-type table to start from, and it has "
-            "none: leave it out, or use --student.init random"
-        )
-    layer_norm_eps = source.layer_norm_eps if source is not None and token_types else 1e-12
-    return families.find("bert").students[token_types > 0], token_types, layer_norm_eps
 
 
 LEAST_BUDGET, MOST_BUDGET = 16384, 65536

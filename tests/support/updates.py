@@ -15,8 +15,8 @@ from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher
 from fastdistil.run.config import LossConfig
+from fastdistil.training.models import spread
 from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
-from fastdistil.training.preflight import spread
 from fastdistil.training.teacher import Teacher
 from tests.support import precision, toy
 

@@ -13,7 +13,8 @@ from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.run import config as c
 from fastdistil.run import recipes
 from fastdistil.training import preflight
-from fastdistil.training.preflight import resolve, spread
+from fastdistil.training.models import spread
+from fastdistil.training.preflight import resolve
 from tests.support import runs
 
 

@@ -20,8 +20,9 @@ from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import BatchConfig, Config, EngineConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import make_engine
+from fastdistil.training.models import spread
 from fastdistil.training.objective import Objective, kept_outputs
-from fastdistil.training.preflight import Resolved, spread
+from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import Teacher
 
 FOLDER = Path("unused")
