@@ -1,6 +1,6 @@
 """Memory that a run needs on each rank, from shapes alone, before anything is allocated.
 
-`_rows` is a table: a row a thing in memory, with the moments of an update at which it is there. The peak is the moment
+`predict` adds up rows: a row a thing in memory, with the moments of an update at which it is there. The peak is the moment
 with the largest sum:
 
     teacher      the teacher infers, its widest layer beside the hidden states that it handed over before
@@ -29,6 +29,7 @@ from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.kernels.linear_distill import default_chunk_tokens
 from fastdistil.model.architecture import Architecture
 from fastdistil.run.ranks import Ranks
+from fastdistil.training.objective import similarity_bytes
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.relations import relation_bytes
 
@@ -163,6 +164,9 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
         loss = 12 * head_tokens * V
     if any(term.wants == "qkv" for term in config.loss.terms):
         loss = max(loss, relation_bytes(config.loss.relation_heads, resolved.meta.max_length, device.type))
+    if config.loss.similarity:
+        sequences = N * resolved.meta.num_sequences // resolved.meta.num_tokens  # of a micro-batch, on average
+        loss = max(loss, similarity_bytes(config.loss, sequences))
     yield "activations", kept, LOSS_AND_BACKWARD
     yield "activations", again + of_backward + token * F, ("backward",)
     yield "loss", loss, ("loss",)

@@ -197,6 +197,12 @@ def similarity_error(
     return factor.scale * total, total
 
 
+def similarity_bytes(loss: LossConfig, num_sequences: int) -> int:
+    """Memory of `similarity_error` and its backward at their peak: measured, with up to 9 matrices of similarities."""
+    compared = (1 + len(loss.nested_layers)) * (1 + len(loss.nested_dimensions))
+    return (4 * compared + 2) * 4 * num_sequences**2
+
+
 Term = Callable[[EncoderOutputs, EncoderOutputs, MicroBatch, Factor], tuple[Tensor, Tensor]]
 
 

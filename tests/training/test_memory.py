@@ -50,6 +50,13 @@ ALONE = {
         tokens=2048,
         loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, hidden=1.0, embedding=1.0),
     ),
+    "similarities": Case(  # of 2,048 sequences: most of what it needs
+        student=model(2, 64, mlm_head=False, dropout=0.0, attention_dropout=0.0),
+        teacher=model(2, 64, mlm_head=False),
+        tokens=8192,
+        length=4,
+        loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, similarity=1.0, nested_layers=(1,), nested_dimensions=(32,)),
+    ),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "BERT's vocabulary": Case(
         student=model(2, 384, vocab_size=30522), teacher=model(2, 384, vocab_size=30522), tokens=1024
