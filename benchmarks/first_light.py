@@ -583,13 +583,18 @@ class Commands:
             self.teacher.mkdir()
             write_hugging_face_folder(model.state_dict(), sizes, self.shards / "tokenizer", self.teacher)
 
-    def pretrain(self, out: str, updates: int) -> list[object]:
+    def pretrain(self, out: str, updates: int, *, recipe: str = "distilbert") -> list[object]:
         budget = 16384 if self.s.on_gpu else 256
         words = f"--batch.token-budget {budget} --batch.size {4 * budget} --batch.unit tokens --optim.unit updates "
         words += f"--optim.duration {updates} --log.every 2 --log.checkpoint-every 12 --log.validate-every 1000 "
         words += "--data.validation-sequences 64 --teacher.check warn --teacher.max-drift 1"
         places = ("--data.shards", self.shards, "--teacher.path", self.teacher, "--out", self.work / out)
-        return ["fastdistil.pretrain", "distilbert", *places, *words.split()]
+        return ["fastdistil.pretrain", recipe, *places, *words.split()]
+
+    def update(self, name: str, number: int) -> str:
+        """What a log says of an update."""
+        lines = [line for line in self.text(name).splitlines() if f" update {number}/" in line]
+        return lines[0].partition(" ")[2] if lines else ""
 
 
 def told(text: str) -> list[str]:
@@ -615,8 +620,23 @@ def program(s: Setting) -> Any:
     commands.run(
         "export", "fastdistil.export", commands.work / "run", "--out", commands.work / "student", "--overwrite"
     )
-    lines = [line[-150:] for line in commands.text("resumed").splitlines() if "update 80/" in line]
-    return {"first": told(commands.text("run")), "last update": lines[:1], "log": told(commands.text("resumed"))}
+    last = commands.update("resumed", 80)
+    return {"first": told(commands.text("run")), "last update": last, "log": told(commands.text("resumed"))}
+
+
+@stage(90)
+def embed(s: Setting) -> Any:
+    """Twelve updates of an embedding student, and of the terms that nothing else here computes."""
+    commands = Commands(s)
+    commands.prepare()
+    found = {}
+    terms = {"embed": "", "relations": "--loss.similarity 1 --loss.queries 1 --loss.keys 1 --loss.values 1"}
+    for name, weights in terms.items():
+        heads = ["--loss.relation-heads", s.H] * bool(weights)
+        words = [*commands.pretrain(name, 12, recipe="embed"), "--teacher.pooling", "mean", *weights.split(), *heads]
+        commands.run(name, *words)
+        found[name] = {"last update": commands.update(name, 12), "log": told(commands.text(name))}
+    return found
 
 
 @stage(90)
@@ -624,17 +644,16 @@ def zero(s: Setting) -> Any:
     """Three updates of ZeRO 1 and 3 under torchrun, one rank: NCCL, which the default of several GPUs needs."""
     commands = Commands(s)
     commands.prepare()
-    found = {}
+    found, failed = {}, False
     for number in (1, 3):
         torchrun = ("torch.distributed.run", "--nproc-per-node", "1", "-m")
         words = [*commands.pretrain(f"zero{number}", 3), "--engine.zero-stage", number]
         try:
             commands.run(f"zero{number}", *torchrun, *words)
-            lines = [line[-150:] for line in commands.text(f"zero{number}").splitlines() if "update 3/" in line]
-            found[number] = lines[:1]
+            found[number] = commands.update(f"zero{number}", 3)
         except RuntimeError as error:
-            found[number] = str(error)[:300]
-    if any(isinstance(said, str) for said in found.values()):
+            found[number], failed = str(error)[:300], True
+    if failed:
         raise RuntimeError(json.dumps(found))
     return found
 

@@ -70,6 +70,7 @@ def test_every_stage_can_be_rehearsed(tmp_path):
     found = records(tmp_path)
     assert list(found) == list(STAGES)
     assert found["program"]["found"]["last update"]
+    assert all("embedding" in found["embed"]["found"][name]["last update"] for name in ("embed", "relations"))
     assert len(found["zero"]["found"]) == 2
     assert found["tests"]["found"]["status"] == 0
 
