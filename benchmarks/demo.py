@@ -23,9 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
 
 RANDOM = "mlm --student.init random --student.hidden-size 128 --student.num-heads 4"
 RECIPES = {
-    "teacher": f"{RANDOM} --student.num-layers 4 --student.token-types 2 --optim.duration 640",
-    "student": "quickstart --student.copy-transform --optim.duration 240",
-    "baseline": f"{RANDOM} --student.num-layers 2 --optim.duration 240",
+    "teacher": f"{RANDOM} --student.num-layers 4 --student.token-types 2 --optim.duration 400",
+    "student": "quickstart --student.copy-transform --optim.duration 160",
+    "baseline": f"{RANDOM} --student.num-layers 2 --optim.duration 160",
 }
 COMMON = (
     "--optim.unit updates --optim.lr 2e-3 --batch.size 2048 --batch.unit tokens --batch.token-budget 2048 "
@@ -36,7 +36,7 @@ EMBED = (
     "--optim.unit updates --data.validation-sequences 64 --log.every 20 --log.validate-every 1000 "
     "--log.checkpoint-every 1000 --resume auto"
 )
-EMBED_UPDATES = 64
+EMBED_UPDATES = 96
 UNSEEN = ("scipy",)
 """Documentation that nothing is trained on."""
 NUM_QUERIES = 500
@@ -68,6 +68,7 @@ def measure(out: Path) -> dict[str, dict[str, float]]:
     from fastdistil.data.shards import Shards
     from fastdistil.run.config import MaskingConfig
 
+    transformers.utils.logging.disable_progress_bar()
     shards = Shards(out / "shards")
     held_out = np.arange(len(shards) - 512, len(shards))
     plan = validation_plan(held_out, shards.lengths, token_budget=4096, mask_fraction=0.15)

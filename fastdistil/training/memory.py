@@ -1,7 +1,7 @@
 """Memory that a run needs on each rank, from shapes alone, before anything is allocated.
 
-`predict` adds up rows: a row a thing in memory, with the moments of an update at which it is there. The peak is the moment
-with the largest sum:
+`predict` adds up rows: a row a thing in memory, with the moments of an update at which it is there. The peak is the
+moment with the largest sum:
 
     teacher      the teacher infers, its widest layer beside the hidden states that it handed over before
     loss         all that the student keeps for its backward, and the loss's chunks of logits
@@ -165,8 +165,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     if any(term.wants == "qkv" for term in config.loss.terms):
         loss = max(loss, relation_bytes(config.loss.relation_heads, resolved.meta.max_length, device.type))
     if config.loss.similarity:
-        sequences = N * resolved.meta.num_sequences // resolved.meta.num_tokens  # of a micro-batch, on average
-        loss = max(loss, similarity_bytes(config.loss, sequences))
+        S = N * resolved.meta.num_sequences // resolved.meta.num_tokens  # sequences of a micro-batch, on average
+        loss = max(loss, similarity_bytes(config.loss, S))
     yield "activations", kept, LOSS_AND_BACKWARD
     yield "activations", again + of_backward + token * F, ("backward",)
     yield "loss", loss, ("loss",)

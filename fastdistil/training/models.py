@@ -22,8 +22,12 @@ def read_model(
     """A model that reads the shards, with their vocabulary. It does only if both mean the same by every id.
 
     Args:
+        option: what named the folder, for what is said of it.
+        notes: what of the folder is not used as it is there is appended.
         head: whether its masked-LM head is run.
         need_head: whether it must have one; None: as `head`.
+
+    Raises ValueError or FileNotFoundError with what to do.
     """
     what = f"{option} {path}"
     try:
@@ -68,6 +72,7 @@ def read_model(
 
 
 def has_head(path: Path) -> bool:
+    """Whether the weights in a Hugging Face folder have a masked-LM head."""
     return headers.match(path, read_architecture(path), headers.read_headers(path), need_head=False).has_head
 
 
@@ -91,7 +96,10 @@ def _refuse_other_tokenizer(what: str, path: Path, meta: Meta) -> str:
 def read_source(
     config: Config, teacher: Architecture | None, meta: Meta, notes: list[str]
 ) -> tuple[Path | None, Architecture | None]:
-    """The model whose weights the student starts from."""
+    """The model whose weights the student starts from, and its folder; None for random ones.
+
+    Raises ValueError where there is no such model, or it does not read these shards.
+    """
     init = config.student.init
     if init == "random":
         return None, None

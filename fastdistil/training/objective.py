@@ -291,7 +291,7 @@ class Objective(nn.Module):
         encoder, device = self.student.encoder, batch.input_ids.device
         dropout_p = self.student.architecture.attention_dropout
         backend = resolve_backend(encoder.attention_backend, device, dropout_p=dropout_p, training=self.training)
-        if self.training and backend != "fused":
+        if self.training and dropout_p and backend != "fused":
             seed_generator(device, batch.generator_seed)  # from which the attention of others takes its dropout
         asked = self.kept_outputs if with_kept else KeptOutputs()
         hidden_ND, kept = encoder(batch.input_ids, batch.position_ids, batch.layout, batch.dropout_seed, asked)
