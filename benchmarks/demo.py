@@ -23,9 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
 
 RANDOM = "mlm --student.init random --student.hidden-size 128 --student.num-heads 4"
 RECIPES = {
-    "teacher": f"{RANDOM} --student.num-layers 4 --student.token-types 2 --optim.duration 400",
-    "student": "quickstart --student.copy-transform --optim.duration 160",
-    "baseline": f"{RANDOM} --student.num-layers 2 --optim.duration 160",
+    "teacher": f"{RANDOM} --student.num-layers 4 --student.token-types 2 --optim.duration 320",
+    "student": "quickstart --student.copy-transform --optim.duration 128",
+    "baseline": f"{RANDOM} --student.num-layers 2 --optim.duration 128",
 }
 COMMON = (
     "--optim.unit updates --optim.lr 2e-3 --batch.size 2048 --batch.unit tokens --batch.token-budget 2048 "
