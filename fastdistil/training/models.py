@@ -121,9 +121,13 @@ def read_source(
 def layers_and_student(
     config: Config, begun: dict[str, Any], teacher: Architecture | None, source: Architecture | None, meta: Meta
 ) -> tuple[tuple[int, ...], Architecture]:
-    """A run that has begun keeps its layers, whatever would be chosen today, and its head.
+    """For each layer of the student that of its source, and the student itself.
 
-    Older versions built one whatever the weights.
+    A run that has begun keeps its layers, whatever would be chosen today, and its head: older versions built one
+    whatever the weights of the terms.
+
+    Args:
+        begun: what the run folder says of itself; empty for a new run.
     """
     kept = tuple(begun.get("layers") or ()) if source else ()
     layers = kept or _layers(config.student, teacher, source)
