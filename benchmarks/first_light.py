@@ -630,10 +630,9 @@ def embed(s: Setting) -> Any:
     commands = Commands(s)
     commands.prepare()
     found = {}
-    terms = {"embed": "", "relations": "--loss.similarity 1 --loss.queries 1 --loss.keys 1 --loss.values 1"}
-    for name, weights in terms.items():
-        heads = ["--loss.relation-heads", s.H] * bool(weights)
-        words = [*commands.pretrain(name, 12, recipe="embed"), "--teacher.pooling", "mean", *weights.split(), *heads]
+    relations = f"--loss.queries 1 --loss.keys 1 --loss.values 1 --loss.relation-heads {s.H} --loss.similarity 1"
+    for name, terms in (("embed", ""), ("relations", relations)):
+        words = [*commands.pretrain(name, 12, recipe="embed"), "--teacher.pooling", "mean", *terms.split()]
         commands.run(name, *words)
         found[name] = {"last update": commands.update(name, 12), "log": told(commands.text(name))}
     return found

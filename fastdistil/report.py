@@ -127,7 +127,8 @@ def summary(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Rows of (what, a cell for each run); of the measures of held-out text those that some run has."""
     facts = [_facts(run) for run in runs]
     has = {"loss"}.union(*(line for run in runs for line in run.validation[-1:]))
-    return [(what, [of_run[what] for of_run in facts]) for what in facts[0] if VALIDATED.get(what, "loss") in has]
+    rows = [what for what in facts[0] if what not in VALIDATED or VALIDATED[what] in has]
+    return [(what, [of_run[what] for of_run in facts]) for what in rows]
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -198,7 +198,10 @@ def similarity_error(
 
 
 def similarity_bytes(loss: LossConfig, num_sequences: int) -> int:
-    """Memory of `similarity_error` and its backward at their peak: measured, with up to 9 matrices of similarities."""
+    """Memory of `similarity_error` and its backward at their peak: 4 fp32 matrices a student, and 2 more.
+
+    Measured with 3,000 sequences and 1 to 9 students, where first dimensions count as students of their own.
+    """
     compared = (1 + len(loss.nested_layers)) * (1 + len(loss.nested_dimensions))
     return (4 * compared + 2) * 4 * num_sequences**2
 
