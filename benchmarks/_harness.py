@@ -6,6 +6,7 @@ ours alone. `python -m benchmarks._harness` prints one short table of all result
 """
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -32,7 +33,7 @@ def stamp() -> dict[str, str]:
     """What a result depends on besides the code: device, versions, commit."""
     from fastdistil.kernels._backend import CPU_BACKEND
 
-    # Absent from a copy of the tree without its history, as on a GPU machine.
+    # A copy of the tree on a GPU machine is without its history, and told its commit (carry.sh).
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     try:
         import triton
@@ -45,7 +46,7 @@ def stamp() -> dict[str, str]:
         "cpu_backend": CPU_BACKEND,
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

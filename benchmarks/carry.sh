@@ -6,10 +6,11 @@
 #     sh carry/run.sh OUT [--only kernels,step]
 #
 # Triton's cache, which saves some 30 s of compiling: with PREWARM=PYTHON3.12, an environment with the GPU machine's own versions of
-# Python and Triton, kernels are compiled here, without a GPU, and carried along. Keep carry/ out of git (.git/info/exclude).
+# Python and Triton, kernels are compiled here, without a GPU, and carried along; with TILES=1 also those of the stage tiles, which takes
+# some minutes. Keep carry/ out of git (.git/info/exclude).
 set -eu
 python=$1 text=$2 tokenizer=$3
-mkdir -p carry/wheels
+mkdir -p carry/wheels && git describe --always --dirty > carry/commit
 get() {
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d carry/wheels "$@"
@@ -22,17 +23,24 @@ rm -rf carry/text && "$python" -m fastdistil.prepare "$text" --tokenizer "$token
 if [ -n "${PREWARM:-}" ]; then
   rm -rf /tmp/fastdistil-triton && tree=$(mktemp -d)
   git archive HEAD | tar x -C "$tree" # without the C++ kernels, which are built for another torch
-  (cd "$tree" && TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. "$PREWARM" -m benchmarks.prewarm)
+  (cd "$tree" && export TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. && "$PREWARM" -m benchmarks.prewarm &&
+    if [ -n "${TILES:-}" ]; then "$PREWARM" -m benchmarks.tiles --compile > /dev/null; fi)
   rm -rf "$tree"
   tar czf carry/triton.tgz -C /tmp fastdistil-triton # its index names files absolutely
 fi
 cat > carry/run.sh <<'END'
 # See benchmarks/carry.sh.
 set -u
-here=$(cd "$(dirname "$0")" && pwd)
+here=$(cd "$(dirname "$0")" && pwd) out=$1 work=/tmp/first-light
+shift
 python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
 [ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
 export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec python3 -m benchmarks.first_light "$@" --shards "$here"/text
+export COMMIT="$(cat "$here"/commit)"
+timeout --signal=INT "${LIMIT_S:-380}" python3 -m benchmarks.first_light $work "$@" --shards "$here"/text
+status=$?
+cp $work/*.json $work/kernels.txt "$out" # few and small files come back
+tar czf "$out"/logs.tgz -C $work logs stages.jsonl errors.log $(cd $work && ls -d work/*/metrics.jsonl work/*/profile)
+exit $status
 END
 du -sh carry

@@ -3,8 +3,9 @@
     python -m benchmarks.first_light OUT [--only kernels,step] [--shards PREPARED] [--rehearse]        (make gpu)
 
 Stages run in a process of their own, which is ended at a stage's limit or by a broken CUDA context; a fresh one goes on
-with the next stage. So nothing hides behind a failure. Each stage is one short line on stdout, one JSON line of
-OUT/stages.jsonl, and then part of OUT/first_light.DEVICE.json, which holds device, versions and commit as well.
+with the next stage. So nothing hides behind a failure. Those that time something run alone, then the others side by
+side. Each stage is one short line on stdout, one JSON line of OUT/stages.jsonl, and then part of
+OUT/first_light.DEVICE.json, which holds device, versions and commit as well.
 
 --rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared,
 and launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's
@@ -13,6 +14,7 @@ time. What is measured then is rubbish, and is kept nowhere but in OUT.
 
 import argparse
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -22,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +45,8 @@ class Stage(NamedTuple):
     work: Callable[["Setting"], Any]
     limit_s: float
     by_default: bool = True
+    beside: str = ""
+    """The row of stages that it has its place in, beside other rows; "" for one that runs alone."""
 
 
 STAGES: dict[str, Stage] = {}
@@ -49,11 +54,11 @@ START_S = 60.0
 """For so long a process of the stages may say nothing between two of them, and at its start."""
 
 
-def stage(limit_s: float, *, by_default: bool = True) -> Callable[[Callable[["Setting"], Any]], Any]:
+def stage(limit_s: float, *, by_default: bool = True, beside: str = "") -> Callable[[Callable[["Setting"], Any]], Any]:
     """Makes a function of the setting a stage, ended after so many seconds; a rehearsal has three times as many."""
 
     def add(work: Callable[["Setting"], Any]) -> Callable[["Setting"], Any]:
-        STAGES[work.__name__] = Stage(work, limit_s, by_default)
+        STAGES[work.__name__] = Stage(work, limit_s, by_default, beside)
         return work
 
     return add
@@ -280,7 +285,7 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
         )
 
 
-@stage(90)
+@stage(120, beside="operators")
 def correct(s: Setting) -> Any:
     """Relative errors of every operator's value and gradients from its fp32 definition, and whether two runs agree."""
     import torch
@@ -416,6 +421,21 @@ def attention_speeds(s: Setting) -> dict[str, Any]:
     return found
 
 
+@stage(60)
+def tiles(s: Setting) -> Any:
+    """The four fastest blocks of each kernel, and the one in use; all of them are in OUT/tiles.json (tiles.py)."""
+    from benchmarks import tiles
+
+    if not s.on_gpu:
+        return {}  # their sizes are a GPU's
+    found = tiles.measure(lambda call: s.ms(call, 5, recorded=True), s.device)
+    (s.out / "tiles.json").write_text(json.dumps(found, indent=1))
+    return {
+        kernel: {tile: ms for i, (tile, ms) in enumerate(rows.items()) if i < 4 or tile.endswith("*")}
+        for kernel, rows in found.items()
+    }
+
+
 @stage(40)
 def chunks(s: Setting) -> Any:
     """{tokens of a chunk: [ms, TFLOP/s, MiB beside inputs]} of the heads with their loss, forward and backward."""
@@ -453,19 +473,26 @@ def ours(s: Setting, tokens: int, *, batches: int = 1, **changes: Any) -> Any:
     return step.Ours(args, **changes)  # type: ignore[arg-type]
 
 
+WAYS: dict[str, dict[str, bool]] = {
+    "": {},
+    ", launch by launch": {"graph": False},
+    ", launch by launch, teacher first": {"graph": False, "overlap": False},
+}
+
+
 @stage(80)
 def step(s: Setting) -> Any:
     """Whole updates by token budget, as one graph and launch by launch: tokens/s, MFU, host ms, GiB."""
     import torch
 
-    found = {}
+    found: dict[str, Any] = {"graphs": kept_lines("fastdistil", "one CUDA graph")}
     for tokens in (16384, 32768, 65536) if s.on_gpu else (256,):
         count = max(1, 65536 // tokens) if s.on_gpu else 2
-        for graph in (True, False):
+        for name, way in list(WAYS.items())[: 2 if tokens > 16384 else None]:
             if s.on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            trainer = ours(s, tokens, batches=count, graph=graph)
+            trainer = ours(s, tokens, batches=count, **way)
             for _ in range(2):
                 trainer.run()
             ms = s.ms(trainer.run, 6)
@@ -476,7 +503,7 @@ def step(s: Setting) -> Any:
                 trainer.run()
                 hosts.append(1e3 * (time.perf_counter() - begin))
             speed = trainer.num_tokens / ms * 1e3
-            found[f"{tokens}{'' if graph else ', launch by launch'}"] = {
+            found[f"{tokens}{name}"] = {
                 "tokens/s": round(speed),
                 "MFU": round(664e6 * speed / 989e12, 3),
                 "ms an update": ms,
@@ -486,6 +513,19 @@ def step(s: Setting) -> Any:
             }
             del trainer
     return found
+
+
+def kept_lines(logger: str, part: str) -> list[str]:
+    """A list to which every message of a logger with this part is added from here on."""
+    lines: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if part in record.getMessage():
+            lines.append(record.getMessage())
+        return True
+
+    logging.getLogger(logger).addFilter(keep)
+    return lines
 
 
 @stage(40)
@@ -506,11 +546,11 @@ def fp8(s: Setting) -> Any:
 
 @stage(40)
 def profile(s: Setting) -> Any:
-    """Kernels of two micro-batches, launch by launch, by name: OUT/kernels.txt; here the twelve longest."""
+    """Kernels of two micro-batches of 32,768 tokens, one after the other, by name: OUT/kernels.txt; here the longest."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    trainer = ours(s, s.N, graph=False)
+    trainer = ours(s, 2 * s.N, graph=False, overlap=False)
     trainer.run()
     s.sync()
     with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if s.on_gpu else [])]) as seen:
@@ -523,7 +563,7 @@ def profile(s: Setting) -> Any:
     return {
         "ms a micro-batch": round(sum(ms for *_, ms in rows) / 2, 2),
         "launches": sum(count for _, count, _ in rows) / 2,
-        "longest": [(name[:60], count, round(ms, 2)) for name, count, ms in rows[:12]],
+        "longest": [(name[:60], count, round(ms, 2)) for name, count, ms in rows[:14]],
     }
 
 
@@ -556,7 +596,14 @@ class Commands:
         return (self.logs / f"{name}.log").read_text(errors="replace")
 
     def prepare(self) -> None:
-        """Text, if none is given, and a teacher of random weights whose distribution is not flat."""
+        """Text, if none is given, and a teacher of random weights whose distribution is not flat; once, for all rows of
+        stages."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._prepare()
+
+    def _prepare(self) -> None:
         import torch
 
         from benchmarks import docstrings
@@ -565,7 +612,6 @@ class Commands:
         from fastdistil.export import write_hugging_face_folder
         from fastdistil.model.encoder import MaskedLM
 
-        self.work.mkdir(parents=True, exist_ok=True)
         if self.s.shards is None and not (self.shards / "meta.json").is_file():
             docstrings.write(self.work / "docs.jsonl")
             lines = (self.work / "docs.jsonl").read_text().splitlines(keepends=True)
@@ -599,15 +645,22 @@ class Commands:
 
 def told(text: str) -> list[str]:
     """Lines of a log that say what only a device can."""
-    words = ("CUDA graph", "launch by launch", "predicted", "measured", "overlap", "attention:", "profile:", "drift")
+    words = (
+        *("CUDA graph", "launch by launch", "predicted", "measured", "overlap", "attention:", "profile:", "drift"),
+        "WARNING",
+    )
     return [line[:160] for line in text.splitlines() if any(word in line for word in words)][:24]
 
 
-@stage(110)
+@stage(130, beside="program")
 def program(s: Setting) -> Any:
-    """Twelve updates or some more, SIGTERM, resumed with a profile, exported."""
+    """Twelve updates or some more, SIGTERM, resumed with a profile; bit for bit a run in one go; exported, and loaded
+    by transformers."""
+    import transformers
+
     commands = Commands(s)
     commands.prepare()
+    twin = commands.start("twin", *commands.pretrain("twin", 80))
     words = commands.pretrain("run", 80)
     first = commands.start("run", *words)
     while first.poll() is None and "update 12/" not in commands.text("run"):
@@ -617,14 +670,24 @@ def program(s: Setting) -> Any:
     if status != 75:
         raise RuntimeError(f"status {status}, wanted 75: {commands.text('run')[-300:]}")
     commands.run("resumed", *words, "--resume", "auto", "--profile", "70:72")
-    commands.run(
-        "export", "fastdistil.export", commands.work / "run", "--out", commands.work / "student", "--overwrite"
-    )
-    last = commands.update("resumed", 80)
-    return {"first": told(commands.text("run")), "last update": last, "log": told(commands.text("resumed"))}
+    if twin.wait():
+        raise RuntimeError(f"the run in one go: status {twin.returncode}, {commands.text('twin')[-300:]}")
+    weights = []
+    for name in ("run", "twin"):
+        student = commands.work / f"{name}-student"
+        commands.run("export", "fastdistil.export", commands.work / name, "--out", student, "--overwrite")
+        weights.append((student / "model.safetensors").read_bytes())
+    _, loading = transformers.AutoModelForMaskedLM.from_pretrained(student, output_loading_info=True)
+    return {
+        "resumed is the run in one go, bit for bit": weights[0] == weights[1],
+        "transformers misses or does not know": [*loading["missing_keys"], *loading["unexpected_keys"]],
+        "updates": [commands.update("run", 2), commands.update("run", 12), commands.update("resumed", 80)],
+        "first": told(commands.text("run")),
+        "log": told(commands.text("resumed")),
+    }
 
 
-@stage(90)
+@stage(90, beside="others")
 def embed(s: Setting) -> Any:
     """Twelve updates of an embedding student, and of the terms that nothing else here computes."""
     commands = Commands(s)
@@ -638,7 +701,7 @@ def embed(s: Setting) -> Any:
     return found
 
 
-@stage(90)
+@stage(90, beside="others")
 def zero(s: Setting) -> Any:
     """Three updates of ZeRO 1 and 3 under torchrun, one rank: NCCL, which the default of several GPUs needs."""
     commands = Commands(s)
@@ -663,7 +726,7 @@ TESTS = (
 )
 
 
-@stage(150)
+@stage(170, beside="tests")
 def tests(s: Setting) -> Any:
     """The tests that a GPU runs as well, side by side where pytest-xdist is installed; OUT/logs/tests.log."""
     import importlib.util
@@ -751,8 +814,13 @@ class Report:
         if self.path.is_file():  # stages of before, by --only
             self.whole["stages"] = json.loads(self.path.read_text())["stages"]
         self.failed: list[str] = []
+        self.lock = threading.Lock()
 
     def add(self, record: dict[str, Any]) -> None:
+        with self.lock:
+            self._add(record)
+
+    def _add(self, record: dict[str, Any]) -> None:
         name, ok = record["stage"], record["ok"]
         if not ok:
             self.failed.append(name)
@@ -824,7 +892,16 @@ def main(module: str = "benchmarks.first_light") -> int:
     command += ["--shards", str(args.shards.resolve())] if args.shards else []
     command += ["--rehearse"] if args.rehearse else []
     report = Report(args.out, rehearsed=args.rehearse)
-    supervise(asked, command, report, patience=3.0 if args.rehearse else 1.0)
+    rows: dict[str, list[str]] = {"": []}
+    for name in asked:
+        rows.setdefault(STAGES[name].beside, []).append(name)
+    work = partial(supervise, command=command, report=report, patience=3.0 if args.rehearse else 1.0)
+    work(rows.pop(""))
+    beside = [threading.Thread(target=work, args=(row,)) for row in rows.values()]
+    for thread in beside:
+        thread.start()
+    for thread in beside:
+        thread.join()
     print(f"{len(asked) - len(report.failed)} of {len(asked)} stages ok; {report.path}")
     return 1 if report.failed else 0
 

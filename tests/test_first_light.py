@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -68,13 +69,16 @@ def test_every_stage_can_be_rehearsed(tmp_path):
     done = run("benchmarks.first_light", tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout + (tmp_path / "errors.log").read_text()[-2000:]
     found = records(tmp_path)
-    assert list(found) == list(STAGES)
-    assert found["program"]["found"]["last update"]
+    assert found.keys() == STAGES.keys()
+    assert found["program"]["found"]["resumed is the run in one go, bit for bit"] is True
     assert all("embedding" in found["embed"]["found"][name]["last update"] for name in ("embed", "relations"))
     assert len(found["zero"]["found"]) == 2
     assert found["tests"]["found"]["status"] == 0
 
 
 def test_the_stages_of_one_command_fit_its_five_minutes():
-    """Were each to take half of its limit, which is what they are set to."""
-    assert sum(stage.limit_s for stage in STAGES.values() if stage.by_default) / 2 <= 420
+    """Were each to take half of its limit, which is what they are set to, and the rows of stages run side by side."""
+    rows = Counter[str]()
+    for stage in STAGES.values():
+        rows[stage.beside] += stage.limit_s * stage.by_default
+    assert (rows.pop("") + max(rows.values())) / 2 <= 300

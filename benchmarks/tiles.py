@@ -1,0 +1,191 @@
+"""Milliseconds of the blocks that a kernel might work in, on this GPU: what the tables of kernels/ should say.
+
+    python -m benchmarks.tiles [--only attention]       fastest first, the one in use marked
+    python -m benchmarks.tiles --compile                without a GPU: whether they compile, into Triton's cache
+
+Shapes are BERT-base's, 16,384 tokens in sequences of 512. Of a backward in two kernels, one is varied at a time.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from fastdistil.kernels import attention, attention_tiles, distill, gelu, layernorm
+from fastdistil.kernels.attention_tiles import Tile
+from fastdistil.kernels.layout import sequence_layout
+
+N, D, H, L, V = 16384, 768, 12, 512, 30528
+
+
+class Variant(NamedTuple):
+    """One kernel in one block."""
+
+    kernel: str
+    tile: str
+    in_use: bool
+    patch: Callable[[], AbstractContextManager[Any]]
+    """In which the call launches this block."""
+    call: Callable[[], object]
+
+
+def variants(device: torch.device) -> Iterator[Variant]:
+    """All there are to be tried; on meta tensors after no_gpu.pretend()."""
+    yield from _attention(device)
+    yield from _product(device)
+    yield from _layernorm(device)
+    yield from _rows(device)
+
+
+FORWARD = [(128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4), (128, 32, 4), (64, 32, 4)]
+DQ = [(128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4), (64, 128, 4), (128, 64, 4)]
+DKDV = [(64, 64, 4), (32, 64, 4), (64, 128, 8), (32, 128, 8), (64, 128, 4), (128, 64, 4), (32, 128, 4)]
+STAGES = (2, 3)
+
+
+def _attention(device: torch.device) -> Iterator[Variant]:
+    qkv = torch.randn(N, 3, H, D // H, device=device).bfloat16()
+    dout = torch.randn(N, H, D // H, device=device).bfloat16()
+    tiles = sequence_layout([L] * (N // L), tile_step=16).tiles.to(device)
+    seed = torch.tensor(5, device=device)
+    used = attention_tiles.TILES[attention_tiles.architecture(device)][attention_tiles.block_d(D // H)]
+    out, lse, keys = attention._launch_forward(qkv, tiles, seed, 4, 0.1)
+
+    def variant(kernel: str, field: str, tile: Tile, stages: int, call: Callable[[], object]) -> Variant:
+        patched = used._replace(**{field: tile})
+        patch = partial(mock.patch.multiple, attention, tiles_for=lambda _: patched, NUM_STAGES=stages)
+        same = patched == used and stages == attention_tiles.NUM_STAGES
+        name = f"{tile.BLOCK_M} x {tile.BLOCK_N}, {tile.num_warps} warps, {stages} stages"
+        return Variant(kernel, name, same, patch, call)
+
+    def forward(seed: Any, p: float) -> object:
+        return attention._launch_forward(qkv, tiles, seed, 4, p)
+
+    def backward() -> object:
+        return attention._launch_backward(dout, qkv, out, lse, keys, tiles, 0.1, sums=True)
+
+    for stages in STAGES:
+        for shape in FORWARD:
+            tile = Tile(*shape)
+            yield variant("attention forward", "forward", tile, stages, partial(forward, None, 0.0))
+            yield variant("attention forward, dropout", "forward_dropout", tile, stages, partial(forward, seed, 0.1))
+        for shape in DQ:
+            yield variant("attention backward by dq", "dq", Tile(*shape), stages, backward)
+        for shape in DKDV:
+            yield variant("attention backward by dk, dv", "dkdv", Tile(*shape), stages, backward)
+
+
+PRODUCT = [  # rows, columns, depth, warps, stages
+    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 32, 8, 5), (64, 256, 64, 4, 3),
+    (128, 64, 64, 4, 4),
+]  # fmt: skip
+
+
+def _product(device: torch.device) -> Iterator[Variant]:
+    x, weight, second, bias, z = (
+        torch.randn(shape, device=device).bfloat16() for shape in ((N, D), (4 * D, D), (D, 4 * D), (4 * D,), (N, 4 * D))
+    )
+    dbias = torch.zeros(4 * D, device=device)
+    calls = {
+        "GELU product, forward": partial(gelu.linear_gelu_forward, x, weight, bias, False),
+        "GELU product, forward, z kept": partial(gelu.linear_gelu_forward, x, weight, bias, True),
+        "GELU product, backward": partial(gelu.gelu_backward_product, x, second, z, bias, dbias=dbias, accumulate=True),
+    }
+    for rows, columns, depth, warps, stages in PRODUCT:
+        tile = gelu.PRODUCT_TILE | {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
+        tile |= {"num_warps": warps, "num_stages": stages}
+        name = f"{rows} x {columns} x {depth}, {warps} warps, {stages} stages"
+        for kernel, call in calls.items():
+            patch = partial(mock.patch.object, gelu, "PRODUCT_TILE", tile)
+            yield Variant(kernel, name, tile == gelu.PRODUCT_TILE, patch, call)
+    majors = {use: () for use in gelu.OWN_PRODUCT}
+    for kernel, call in calls.items():
+        yield Variant(kernel, "cuBLAS and rows", False, partial(mock.patch.object, gelu, "OWN_PRODUCT", majors), call)
+
+
+NORMS = [(rows, warps, each) for rows in (1, 2, 4) for warps in (4, 8) for each in (16, 32, 64)]
+
+
+def _layernorm(device: torch.device) -> Iterator[Variant]:
+    x, residual, dy = (torch.randn(N, D, device=device).bfloat16() for _ in range(3))
+    weight, bias = (torch.randn(D, device=device).bfloat16() for _ in range(2))
+    seed = torch.tensor(5, device=device)
+    sums = dict(zip(("dweight", "dbias", "dx_sum"), torch.zeros(3, D, device=device), strict=True))
+    used, normal = layernorm.tile(D, 2), layernorm.ROWS_PER_PROGRAM
+    for p, given in ((0.0, None), (0.1, seed)):
+        _, saved = layernorm.forward(x, residual, weight, bias, 1e-12, given, 3, p)
+        calls = {
+            f"LayerNorm forward p={p}": partial(layernorm.forward, x, residual, weight, bias, 1e-12, given, 3, p),
+            f"LayerNorm backward p={p}": partial(
+                layernorm.backward, dy, saved, weight, given, 3, p, **sums, accumulate=True
+            ),
+        }
+        for rows, warps, each in NORMS:
+            tile = used | {"ROWS": rows, "num_warps": warps}
+            for kernel, call in calls.items():
+                patch = partial(mock.patch.multiple, layernorm, tile=lambda *_, t=tile: t, ROWS_PER_PROGRAM=each)
+                name = f"{rows} rows, {warps} warps, {each} rows a program"
+                yield Variant(kernel, name, tile == used and each == normal, patch, call)
+
+
+def _rows(device: torch.device) -> Iterator[Variant]:
+    z, y = (torch.randn(4096, V, device=device).bfloat16() for _ in range(2))
+    labels = torch.full((4096,), -100, device=device)
+    labels[::7] = 7
+    scales = torch.full((2,), 1e-4, device=device)
+    for warps in (4, 8, 16, 32):
+        patch = partial(mock.patch.object, distill, "NUM_WARPS", warps)
+        call = partial(distill.forward, z, y, labels, None, z, 0, 2.0, scales, V - 6)
+        yield Variant("row kernel of 4096", f"{warps} warps", warps == distill.NUM_WARPS, patch, call)
+
+
+def measure(ms: Callable[[Callable[[], object]], float], device: torch.device, only: str = "") -> dict[str, Any]:
+    """{kernel: {tile: milliseconds or what is wrong}}, fastest first, the tile in use marked with a *."""
+    found: dict[str, dict[str, Any]] = {}
+    for kernel, tile, in_use, patch, call in variants(device):
+        if only not in kernel:
+            continue
+        with patch():
+            try:
+                took: Any = ms(call)
+            except Exception as error:  # more shared memory or registers than there are
+                took = f"{type(error).__name__}: {str(error)[:60]}"
+        found.setdefault(kernel, {})[tile + " *" * in_use] = took
+    numbers = {k: {t: x for t, x in rows.items() if not isinstance(x, str)} for k, rows in found.items()}
+    return {
+        kernel: dict(sorted(numbers[kernel].items(), key=lambda row: row[1]))
+        | {tile: x for tile, x in rows.items() if isinstance(x, str)}
+        for kernel, rows in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="part of the names of the kernels to try")
+    parser.add_argument("--compile", action="store_true", help="without a GPU, for sm_90")
+    args = parser.parse_args()
+    if args.compile:
+        from benchmarks.no_gpu import pretend
+
+        pretend()
+        found = measure(lambda call: float(call() is None), torch.device("meta"), args.only)
+    else:
+        from triton.testing import do_bench_cudagraph
+
+        def ms(call: Callable[[], object]) -> float:
+            return round(do_bench_cudagraph(call, rep=10, return_mode="median"), 4)
+
+        found = measure(ms, torch.device("cuda"), args.only)
+    for kernel, rows in found.items():
+        print(kernel)
+        for tile, took in rows.items():
+            print(f"    {tile:<44}{'compiled' if args.compile and not isinstance(took, str) else took}")
+
+
+if __name__ == "__main__":
+    main()
