@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks._harness import results_file, stamp
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "RECORD "
 """Begins the lines by which the process of the stages hands its records over."""
@@ -539,7 +541,7 @@ def fp8(s: Setting) -> Any:
     for quantised in (False, True) if s.on_gpu else (False,):
         trainer = ours(s, s.N, fp8_teacher=quantised)
         batch = trainer.batches[0].to(s.device)
-        found["fp8 ms" if quantised else "bf16 ms"] = s.ms(lambda t=trainer, b=batch: t.teacher(b), 10)
+        found["fp8 ms" if quantised else "bf16 ms"] = s.ms(lambda t=trainer, b=batch: t.teacher(b), 5, recorded=True)
         states.append(trainer.teacher(batch).encoder.hidden_ND)
     return found | {"hidden states differ by": relative_error(states[-1], states[0])}
 
@@ -656,7 +658,9 @@ def told(text: str) -> list[str]:
 def program(s: Setting) -> Any:
     """Twelve updates or some more, SIGTERM, resumed with a profile; bit for bit a run in one go; exported, and loaded
     by transformers."""
+    import torch
     import transformers
+    from safetensors.torch import load_file
 
     commands = Commands(s)
     commands.prepare()
@@ -676,10 +680,14 @@ def program(s: Setting) -> Any:
     for name in ("run", "twin"):
         student = commands.work / f"{name}-student"
         commands.run("export", "fastdistil.export", commands.work / name, "--out", student, "--overwrite")
-        weights.append((student / "model.safetensors").read_bytes())
+        weights.append(load_file(student / "model.safetensors"))
     _, loading = transformers.AutoModelForMaskedLM.from_pretrained(student, output_loading_info=True)
     return {
-        "resumed is the run in one go, bit for bit": weights[0] == weights[1],
+        "resumed differs from the run in one go by": {
+            name: float((x - weights[1][name]).abs().max())
+            for name, x in weights[0].items()
+            if not torch.equal(x, weights[1][name])
+        },
         "transformers misses or does not know": [*loading["missing_keys"], *loading["unexpected_keys"]],
         "updates": [commands.update("run", 2), commands.update("run", 12), commands.update("resumed", 80)],
         "first": told(commands.text("run")),
@@ -737,7 +745,8 @@ def tests(s: Setting) -> Any:
         f"tests/{name}.py" for name in ("model/test_functions", "training/test_objective", "training/test_teacher")
     ]
     beside = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=line", "-m", "triton and not soak"]
+    words = "-v --timeout 60 --timeout-method thread -p no:cacheprovider -p no:benchmark --tb=short -m"
+    options = [*words.split(), "triton and not soak"]
     if not s.on_gpu:
         paths, beside = paths[-3:-2], []
         options += ["-k", "flat"]
@@ -753,14 +762,40 @@ def tests(s: Setting) -> Any:
 
 @stage(240, by_default=False)
 def peers(s: Setting) -> Any:
-    """The whole step beside Hugging Face's (benchmarks/step.py), at the budget of the default; keeps its results."""
+    """The whole step beside Hugging Face's (benchmarks/step.py), on prepared text if there is; keeps its results."""
     commands = Commands(s)
     size = (
-        ["--tokens", "65536", "--batches", "1"] if s.on_gpu else ["--size", "toy", "--tokens", "256", "--length", "64"]
+        ["--tokens", "16384", "--batches", "4"] if s.on_gpu else ["--size", "toy", "--tokens", "256", "--length", "64"]
     )
-    words = ["--rounds", "2", *size, "--results", s.out, *([] if s.on_gpu else ["--only", "fastdistil, launch"])]
+    shards = ["--shards", s.shards] if s.shards and s.on_gpu else []
+    size += shards
+    words = [*size, "--results", s.out, *([] if s.on_gpu else ["--only", "fastdistil, launch"])]
     commands.run("peers", "benchmarks.step", *words)
-    return commands.text("peers").splitlines()[1:9]
+    lines = commands.text("peers").splitlines()[1:10]
+    if s.on_gpu:  # at the default budget of tokens
+        words = ["--tokens", "65536", "--batches", "1", *shards, "--only", "fastdistil", "fastdistil, FP8 teacher"]
+        commands.run("large", "benchmarks.step", *words)
+        lines += commands.text("large").splitlines()[2:4]
+    return lines
+
+
+@stage(150, by_default=False)
+def bench(s: Setting) -> Any:
+    """Operators beside their floors and their peers (benchmarks/bench_*.py); their files go to OUT."""
+    if not s.on_gpu:
+        return []  # on a CPU `make bench` keeps them
+    commands = Commands(s)
+    names = ("attention", "gelu", "layernorm", "distill", "linear_distill", "cosine", "dropout")
+    chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
+    paths = [f"benchmarks/bench_{name}.py" for name in names]
+    status = commands.start("bench", "pytest", *paths, "-q", "-s", "--tb=line", "-k", chosen).wait()
+    commands.start("table", "benchmarks._harness").wait()
+    for name in names:
+        if (path := results_file(name)).is_file():
+            shutil.copy(path, s.out)
+    if status:
+        raise RuntimeError(f"status {status}: {commands.text('bench')[-300:]}")
+    return commands.text("table").splitlines()
 
 
 @contextlib.contextmanager
@@ -805,8 +840,6 @@ class Report:
     """Lines and files of what the stages found."""
 
     def __init__(self, out: Path, *, rehearsed: bool) -> None:
-        from benchmarks._harness import results_file, stamp
-
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.begin = out, time.monotonic()
         self.path = results_file("first_light", out)
