@@ -72,7 +72,7 @@ class Setting:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        self.out, self.shards, self.rehearsed = args.out, args.shards, args.rehearse
+        self.out, self.shards, self.glue, self.rehearsed = args.out, args.shards, args.glue, args.rehearse
         self.on_gpu = not args.rehearse
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         sizes = (16384, 768, 30528, 12, 512) if self.on_gpu else (256, 48, 320, 3, 64)
@@ -760,6 +760,43 @@ def tests(s: Setting) -> Any:
     return found
 
 
+LEARN = "--batch.size 131072 --batch.unit tokens --optim.unit updates --optim.lr 1e-3 --data.validation-sequences 1024 "
+LEARN += "--log.every 20 --log.validate-every 300 --log.checkpoint-every 10000"
+FROM_NOTHING = "mlm --student.init random --student.hidden-size 384 --student.num-heads 12 --student.token-types"
+UPDATES = (1500, 600)
+"""Of a teacher of 6 layers, 384 wide, and of its students with 3 of them, each of 131,072 tokens."""
+
+
+@stage(260, by_default=False)
+def learn(s: Setting) -> Any:
+    """A small encoder that learns from nothing, its half by distillation, and a twin without a teacher; with --glue also
+    fine-tuned on SST-2. Their report: OUT/report.html."""
+    commands = Commands(s)
+    commands.prepare()
+    teacher, student = UPDATES if s.on_gpu else (6, 4)
+    common = [*LEARN.split(), "--data.shards", commands.shards]
+    if not s.on_gpu:
+        common += ["--batch.size", "512", "--batch.token-budget", "256", "--data.validation-sequences", "64"]
+    place = {name: commands.work / f"learn-{name}" for name in ("teacher", "student", "baseline")}
+    recipes = {
+        "teacher": [*f"{FROM_NOTHING} 2 --student.num-layers 6 --optim.duration {teacher}".split()],
+        "student": ["distilbert", "--teacher.path", place["teacher"] / "model", "--optim.duration", student],
+        "baseline": [*f"{FROM_NOTHING} 0 --student.num-layers 3 --optim.duration {student}".split()],
+    }
+    for name, recipe in recipes.items():
+        commands.run(f"learn-{name}", "fastdistil.pretrain", *recipe, *common, "--out", place[name] / "run")
+        commands.run(f"export-{name}", "fastdistil.export", place[name] / "run", "--out", place[name] / "model")
+    commands.run("report", "fastdistil.report", *(p / "run" for p in place.values()), "--out", s.out / "report.html")
+    found = {name: commands.text(f"learn-{name}").splitlines()[-8:] for name in place}
+    if s.glue:
+        words = ("--task", "sst2", "--data", s.glue / "sst2", "--seeds", 2, *(() if s.on_gpu else ("--dry-run",)))
+        scores = {n: commands.start(f"sst2-{n}", "fastdistil.evaluate", p / "model", *words) for n, p in place.items()}
+        for name, process in scores.items():
+            process.wait()
+            found[name] += commands.text(f"sst2-{name}").splitlines()[-3:]
+    return found
+
+
 @stage(240, by_default=False)
 def peers(s: Setting) -> Any:
     """The whole step beside Hugging Face's (benchmarks/step.py), on prepared text if there is; keeps its results."""
@@ -906,6 +943,7 @@ def main(module: str = "benchmarks.first_light") -> int:
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--only", help="stages, separated by commas, of: " + " ".join(STAGES))
     parser.add_argument("--shards", type=Path, help="prepared text; else the documentation of installed packages")
+    parser.add_argument("--glue", type=Path, help="folder of GLUE, for the stage learn")
     parser.add_argument("--rehearse", action="store_true", help="at toy size on a CPU")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -922,7 +960,8 @@ def main(module: str = "benchmarks.first_light") -> int:
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", module, str(args.out)]
-    command += ["--shards", str(args.shards.resolve())] if args.shards else []
+    for name, path in (("--shards", args.shards), ("--glue", args.glue)):
+        command += [name, str(path.resolve())] if path else []
     command += ["--rehearse"] if args.rehearse else []
     report = Report(args.out, rehearsed=args.rehearse)
     rows: dict[str, list[str]] = {"": []}
