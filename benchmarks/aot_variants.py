@@ -265,31 +265,6 @@ def _gelu_variant(dtype: str, *, backward: bool) -> Variant:
     )
 
 
-def _product_variant(dtype: str, *, backward: bool, keep: bool = True) -> Variant:
-    """A GEMM with GELU behind it. `keep`: the forward writes z."""
-    settings = dict(gelu.PRODUCT_TILE)
-    num_warps, num_stages = settings.pop("num_warps"), settings.pop("num_stages")
-    x, absent = f"*{dtype}", {"z_ptr": None} if not keep else {}
-    absent |= {} if backward else {"partial_ptr": None}
-    signature = dict.fromkeys(("a_ptr", "b_ptr", "bias_ptr", "z_ptr", "out_ptr"), x) | {"partial_ptr": "*fp32"}
-    constants = {"BACKWARD": backward} | settings
-    return Variant(
-        name=f"product and gelu {'backward' if backward else 'forward'} {dtype}" + " kept" * (keep and not backward),
-        kernel=gelu._product_kernel,
-        signature=signature
-        | dict.fromkeys(absent, "constexpr")
-        | {"N": "i32", "F": "i32", "K": "i32"}
-        | dict.fromkeys(constants, "constexpr"),
-        constexprs=absent | constants,
-        divisible=("F", "K"),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        archs=(90,),  # where OWN_PRODUCT takes it
-        tensor_cores=True,
-        max_narrow_loads=32,  # the bias, once at the end
-    )
-
-
 def _quantise_variant(dtype: str, width: int, *, gelu: bool) -> Variant:
     settings = fp8_rows.tile(width)
     num_warps = settings.pop("num_warps")
@@ -341,9 +316,6 @@ def variants() -> Iterator[Variant]:
     Other widths have the code of the next one here: the blocks are powers of two.
     """
     yield from _row_variants("bf16", layernorm_widths=(384, 768, 4096))
-    for keep in (False, True):
-        yield _product_variant("bf16", backward=False, keep=keep)
-    yield _product_variant("bf16", backward=True)
     for width in (384, 768, 4096):
         yield _quantise_variant("bf16", width, gelu=False)
         yield _quantise_variant("bf16", width, gelu=True)

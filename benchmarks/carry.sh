@@ -38,7 +38,7 @@ cat > carry/run.sh <<'END'
 set -u
 here=$(cd "$(dirname "$0")" && pwd) out=$1 work=/tmp/first-light
 shift
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
+[ -d /tmp/fastdistil-site ] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
 [ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
 export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export COMMIT="$(cat "$here"/commit)"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from benchmarks import step
 from benchmarks.no_gpu import Launch
@@ -147,6 +148,7 @@ class Recorder(TorchDispatchMode):
         name, arguments = launch.kernel.name, launch.arguments
         moved = 0.0
         for key, x in arguments.items():
+            x = x.base if isinstance(x, TensorDescriptor) else x
             if isinstance(x, Tensor):
                 whole = num_bytes(x) * SHARES.get((name, key), 1.0)
                 rows = arguments["N"] * arguments["D"] * x.element_size() if key in TABLES else whole
@@ -155,8 +157,8 @@ class Recorder(TorchDispatchMode):
         if name in ATTENTION_PRODUCTS:
             flops = ATTENTION_PRODUCTS[name] * 2.0 * self.attended * arguments["H"] * arguments["D"]
         kind = "embeddings" if "embedding" in name else KINDS.get(name.partition(".")[0], "rest")
-        if name == "gelu._product_kernel":
-            kind, flops = "GEMM + GELU", 2.0 * math.prod(arguments["a_ptr"].shape) * arguments["F"]
+        if name == "gelu_product._product_kernel":
+            kind, flops = "GEMM + GELU", 2.0 * math.prod(arguments["a_desc"].base.shape) * arguments["F"]
         self.events.append(Event(part=self.part, kind=kind, name=name, num_bytes=moved, flops=flops))
 
 

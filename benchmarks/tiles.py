@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from fastdistil.kernels import attention, attention_tiles, distill, gelu, layernorm
+from fastdistil.kernels import attention, attention_tiles, distill, layernorm
 from fastdistil.kernels.attention_tiles import Tile
 from fastdistil.kernels.layout import sequence_layout
 
@@ -38,7 +38,6 @@ def variants(device: torch.device) -> Iterator[Variant]:
     """All there are to be tried; on meta tensors after no_gpu.pretend()."""
     for head_dim in (64, 32):
         yield from _attention(device, head_dim)
-    yield from _product(device)
     yield from _layernorm(device)
     yield from _rows(device)
 
@@ -78,35 +77,6 @@ def _attention(device: torch.device, head_dim: int) -> Iterator[Variant]:
         yield from variant("backward by dq", "dq", shape, backward)
     for shape in DKDV:
         yield from variant("backward by dk, dv", "dkdv", shape, backward)
-
-
-PRODUCT = [  # rows, columns, depth, warps, stages
-    (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 32, 8, 5), (64, 256, 64, 4, 3),
-    (128, 64, 64, 4, 4),
-]  # fmt: skip
-
-
-def _product(device: torch.device) -> Iterator[Variant]:
-    x, weight, second, bias, z = (
-        torch.randn(shape, device=device).bfloat16() for shape in ((N, D), (4 * D, D), (D, 4 * D), (4 * D,), (N, 4 * D))
-    )
-    dbias = torch.zeros(4 * D, device=device)
-    calls = {
-        "GELU product, forward": partial(gelu.linear_gelu_forward, x, weight, bias, False),
-        "GELU product, forward, z kept": partial(gelu.linear_gelu_forward, x, weight, bias, True),
-        "GELU product, backward": partial(gelu.gelu_backward_product, x, second, z, bias, dbias=dbias, accumulate=True),
-    }
-    for rows, columns, depth, warps, stages in PRODUCT:
-        tile = gelu.PRODUCT_TILE | {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
-        tile |= {"num_warps": warps, "num_stages": stages}
-        name = f"{rows} x {columns} x {depth}, {warps} warps, {stages} stages"
-        for kernel, call in calls.items():
-            patch = partial(mock.patch.object, gelu, "PRODUCT_TILE", tile)
-            yield Variant(kernel, name, tile == gelu.PRODUCT_TILE, patch, call)
-    majors = {use: () for use in gelu.OWN_PRODUCT}
-    for kernel, call in calls.items():
-        yield Variant(kernel, "cuBLAS and rows", False, partial(mock.patch.object, gelu, "OWN_PRODUCT", majors), call)
 
 
 NORMS = [(rows, each) for rows in (1, 2, 4) for each in (4, 8, 16, 32, 64)]  # at once, and of a program

@@ -10,12 +10,13 @@ which would be one more read, is summed on the way: every program adds up a stri
 the strips (no atomics; 1 % of the traffic in bf16).
 
 In a GEMM of its own the forward spares both passes, but for the write of what the backward wants, and the backward
-the write and the read of dout. `OWN_PRODUCT` says where that is expected to pay.
+the write and the read of dout: gelu_product.py, on the GPUs of `OWN_PRODUCT`.
 
 Shapes: N = rows (tokens), D = width, F = width of the feed-forward layer.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -26,21 +27,13 @@ from torch.nn import functional as F
 from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter
 from .linear import add_column_sum, linear, linear_dx, linear_forward
 
-INTERPRETED = tl.constexpr(INTERPRET)
 INV_SQRT_2PI, MINUS_HALF_LOG2_E = tl.constexpr(0.3989422804014327), tl.constexpr(-0.7213475204444817)
 # 256 columns are a warp of 16-byte loads in bf16 and divide 768, 1,536 and 3,072; 16 rows make 32 elements a thread.
 TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 STRIP = 128  # rows that a program of the backward sums
 
-# Of the product with GELU behind it: 96 KiB of operands and at most 128 registers a thread, so that an SM of sm_90
-# holds two CTAs, and one's epilogue runs beside the other's tensor cores. 256 columns spilled and left room for one.
-PRODUCT_TILE = {"GROUP": 8, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, "num_stages": 3}
-# Which major compute capabilities take it; others take cuBLAS and the kernels of rows. Predicted from machine code,
-# measured by nobody. On sm_90 a tile of depth 768 wants 6,144 cycles of tensor cores, 7,680 of shared memory and 5,100
-# of issue (the backward 6,700). Were 70 to 100 % of that reached, 420 to 590 TFLOP/s, 16,384 x 768 x 3,072 would take
-# 0.13 to 0.18 ms, and the backward 0.14 to 0.19, where cuBLAS at 620 TFLOP/s and rows at 2.2 to 2.8 TB/s take 0.20 to
-# 0.22, and 0.24 to 0.26. An SM of sm_80 holds one CTA, and beside sm_100's tensor cores the epilogue is most of it.
-OWN_PRODUCT: dict[str, tuple[int, ...]] = {"forward": (9,), "forward, z kept": (9,), "backward": ()}
+# Major compute capabilities whose product is gelu_product.py's, which is written for Hopper's tensor cores.
+OWN_PRODUCT: tuple[int, ...] = (9,)
 
 
 def bias_gelu_reference(x_NF: Tensor, bias_F: Tensor) -> Tensor:
@@ -80,7 +73,7 @@ def gelu(z):
 
 
 @triton.jit
-def _gelu_derivative(z):
+def gelu_derivative(z):
     """Phi(z) + z * phi(z) in fp32."""
     tail, exponential = _tail(z)
     return tl.where(z < 0, tail, 1.0 - tail) + z * (INV_SQRT_2PI * exponential)
@@ -112,63 +105,10 @@ def _backward_kernel(
         at = row[:, None] * F + column[None, :]
         z = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dx = dout * _gelu_derivative(z)
+        dx = dout * gelu_derivative(z)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
         dbias += dx
     tl.store(partial_ptr + strip * F + column, tl.sum(dbias, axis=0), mask=column < F)
-
-
-@triton.jit
-def _finish(product, bias_ptr, z_ptr, out_ptr, partial_ptr, tile_row, row, column, N, F, BACKWARD: tl.constexpr):
-    """What follows a product, for these rows and columns of it."""
-    bias = tl.load(bias_ptr + column).to(tl.float32)[None, :]
-    at = row[:, None] * F + column[None, :]
-    live = (row < N)[:, None]
-    if BACKWARD:
-        z = tl.load(z_ptr + at, mask=live, other=0.0).to(tl.float32) + bias
-        out = tl.where(live, product * _gelu_derivative(z), 0.0)
-        tl.store(partial_ptr + tile_row * F + column, tl.sum(out, axis=0))
-    else:
-        if z_ptr is not None:
-            tl.store(z_ptr + at, product.to(z_ptr.dtype.element_ty), mask=live)
-        out = gelu(product + bias)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
-
-
-@triton.jit(do_not_specialize=("N",))
-def _product_kernel(
-    a_ptr, b_ptr, bias_ptr,         # (N, K); (F, K), in the backward (K, F); (F,)
-    z_ptr, out_ptr, partial_ptr,    # (N, F) or None, written, in the backward read; (N, F); (rows of tiles, F) fp32
-    N, F, K,
-    BACKWARD: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """gelu(a @ b.T + bias), in the backward (a @ b) * gelu'(z + bias). K and F are multiples of DEPTH and COLUMNS."""
-    # Tiles are taken in groups of GROUP rows of them, column by column, so that those under way share operands in L2.
-    in_group = GROUP * (F // COLUMNS)
-    first = tl.program_id(0) // in_group * GROUP
-    height = tl.minimum(tl.cdiv(N, ROWS) - first, GROUP)
-    tile_row = (first + tl.program_id(0) % in_group % height).to(tl.int64)
-    row = tile_row * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % in_group // height * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, DEPTH)
-    a_ptr += tl.minimum(row, N - 1)[:, None] * K + k[None, :]  # the last row again, rather than a mask
-    if BACKWARD:
-        b_ptr += k[:, None] * F + column[None, :]
-    else:
-        b_ptr += column[None, :] * K + k[:, None]
-    product = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(0, K, DEPTH):
-        a, b = tl.load(a_ptr), tl.load(b_ptr)
-        if INTERPRETED:  # whose dot takes the bits of bf16 for integers
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        product = tl.dot(a, b, product)
-        a_ptr += DEPTH
-        b_ptr += DEPTH * F if BACKWARD else DEPTH
-    # Half of the columns at a time: the whole tile's z beside it would leave room for one CTA an SM.
-    left, right = tl.split(product.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
-    column = tl.program_id(0) % in_group // height * COLUMNS + tl.arange(0, COLUMNS // 2)
-    _finish(left, bias_ptr, z_ptr, out_ptr, partial_ptr, tile_row, row, column, N, F, BACKWARD)
-    _finish(right, bias_ptr, z_ptr, out_ptr, partial_ptr, tile_row, row, column + COLUMNS // 2, N, F, BACKWARD)
 
 
 def _launch_forward(x: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -197,18 +137,13 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
-def _takes_own_product(use: str, a: Tensor, columns: int) -> bool:
-    fits = a.shape[0] > 0 and a.shape[1] % PRODUCT_TILE["DEPTH"] == columns % PRODUCT_TILE["COLUMNS"] == 0
-    return fits and a.dtype != torch.float32 and _capability(a.device) in OWN_PRODUCT[use]
+def _own_product(a: Tensor, columns: int) -> Any:
+    """gelu_product.py, where it serves a product of `a` (N, K) with so many columns, else None."""
+    if a.device.type not in TRITON_DEVICES or INTERPRET or _capability(a.device) not in OWN_PRODUCT:
+        return None
+    from . import gelu_product  # which other GPUs have no use for
 
-
-def _launch_product(a: Tensor, b: Tensor, bias: Tensor, z: Tensor | None, out: Tensor, partial: Tensor | None) -> None:
-    """The backward's, if it has partial sums."""
-    N, width = out.shape
-    grid = (triton.cdiv(N, PRODUCT_TILE["ROWS"]) * (width // PRODUCT_TILE["COLUMNS"]),)
-    _product_kernel[grid](
-        a, b, bias, z, out, partial, N, width, a.shape[1], partial is not None, **PRODUCT_TILE, **LAUNCH_OPTIONS
-    )
+    return gelu_product if gelu_product.takes(a, columns) else None
 
 
 def linear_gelu_forward(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
@@ -220,10 +155,10 @@ def linear_gelu_forward(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: b
     if x_ND.device.type not in TRITON_DEVICES:
         z = linear_forward(x_ND, weight_FD, bias_F)
         return F.gelu(z), z if keep else None
-    if _takes_own_product("forward, z kept" if keep else "forward", x_ND, weight_FD.shape[0]):
+    if own := _own_product(x_ND, weight_FD.shape[0]):
         out = x_ND.new_empty(x_ND.shape[0], weight_FD.shape[0])
         z = torch.empty_like(out) if keep else None
-        _launch_product(x_ND, weight_FD, bias_F, z, out, None)
+        own.launch(x_ND, weight_FD, bias_F, z, out, None)
         return out, z
     z = x_ND @ weight_FD.t()
     out = torch.empty_like(z) if keep else z
@@ -239,10 +174,10 @@ def gelu_backward_product(
     dbias is where the sum of dz over its rows goes, (F,) fp32 or in the dtype of bias; with `accumulate` it is added to
     what stands there. None: nowhere.
     """
-    if dy_ND.device.type in TRITON_DEVICES and _takes_own_product("backward", dy_ND, weight_DF.shape[1]):
+    if own := _own_product(dy_ND, weight_DF.shape[1]):
         dz = torch.empty_like(z_NF)
-        partial = dz.new_empty((triton.cdiv(dz.shape[0], PRODUCT_TILE["ROWS"]), 1, dz.shape[1]), dtype=torch.float32)
-        _launch_product(dy_ND, weight_DF, bias_F, z_NF, dz, partial)
+        partial = dz.new_empty((triton.cdiv(dz.shape[0], own.SIDE.value), 1, dz.shape[1]), dtype=torch.float32)
+        own.launch(dy_ND, weight_DF, bias_F, z_NF, dz, partial)
         add_column_sums(partial, (dbias,), accumulate)
         return dz
     dout = linear_dx(dy_ND, weight_DF)

@@ -143,18 +143,35 @@ def test_functions_without_autograd(shape, dtype, sums, accumulate):
     check_functions_without_autograd(shape, dtype, sums, accumulate)
 
 
-@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="a Triton kernel")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(130, 64, 128), (1, 128, 256), (1100, 64, 128)], ids=str)
-def test_product_with_gelu_behind_it(monkeypatch, shape, dtype):
-    """Rows below, at and across a tile and a group of eight tiles; on any device, wherever it is used."""
-    everywhere = (module._capability(torch.device(DEVICE)),)
-    monkeypatch.setattr(module, "OWN_PRODUCT", dict.fromkeys(module.OWN_PRODUCT, everywhere))
-    launches = []
-    launch = module._launch_product
-    monkeypatch.setattr(module, "_launch_product", lambda *a: (launches.append(a), launch(*a)))
-    check_functions_without_autograd(shape, dtype, torch.float32, True)
-    assert len(launches) == 3  # forward with and without z, and the backward
+on_hopper = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] not in module.OWN_PRODUCT,
+    reason="for Hopper's tensor cores: Gluon has no interpreter",
+)
+
+
+@on_hopper
+@pytest.mark.parametrize("shape", [(130, 64, 128), (1, 128, 256), (1100, 64, 128), (40000, 768, 3072)], ids=str)
+def test_product_with_gelu_behind_it(shape):
+    """Rows below, at and across a tile and a group of eight tiles, more tiles than programs; nothing behind the end."""
+    N, D, width = shape
+    gen = torch.Generator().manual_seed(0)
+    sizes = ((N, D), (width, D), (width,), (D, width), (N, D))
+    x, weight, bias, second, dy = (torch.randn(s, generator=gen).to(DEVICE, torch.bfloat16) for s in sizes)
+    weight, second = weight * D**-0.5, second * D**-0.5
+    assert module._own_product(x, width)
+    z_exact = x.float() @ weight.float().t()
+    out, z = linear_gelu_forward(x, weight, bias, True)
+    assert torch.equal(linear_gelu_forward(x, weight, bias, False)[0], out)
+    before = (z.float() + bias.float()).requires_grad_()
+    F.gelu(before).backward(dy.float() @ second.float())
+    dbias = torch.full((width,), 0.5, device=DEVICE)
+    dz = gelu_backward_product(dy, second, z, bias, dbias=dbias, accumulate=True)
+    pairs = [(z, z_exact), (out, F.gelu(z_exact + bias.float())), (dz, before.grad), (dbias - 0.5, before.grad.sum(0))]
+    for got, wanted in pairs:
+        assert (got.float() - wanted).norm() < 5e-3 * wanted.norm()
+    again = torch.full((width,), 0.5, device=DEVICE)
+    assert torch.equal(gelu_backward_product(dy, second, z, bias, dbias=again, accumulate=True), dz)
+    assert torch.equal(again, dbias)
 
 
 def check_functions_without_autograd(shape, dtype, sums, accumulate):

@@ -30,7 +30,8 @@ AT_MOST = {
 COMPILATIONS = {80: 27, 90: 30, 100: 29}
 """Of a run that trains and validates with a teacher in bf16 or, from 8.9 on, in FP8."""
 
-READ_NO_ROWS = {"dropout._keys_kernel"}
+READ_NO_ROWS = {"dropout._keys_kernel", "gelu_product._product_kernel"}
+"""Or theirs by TMA."""
 
 
 @pytest.fixture(scope="module")
