@@ -548,7 +548,7 @@ def fp8(s: Setting) -> Any:
 
 @stage(40)
 def profile(s: Setting) -> Any:
-    """Kernels of two micro-batches of 32,768 tokens, one after the other, by name: OUT/kernels.txt; here the longest."""
+    """Kernels of two micro-batches of 32,768 tokens, one by one, by name: OUT/kernels.txt; here the longest."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -681,7 +681,9 @@ def program(s: Setting) -> Any:
         student = commands.work / f"{name}-student"
         commands.run("export", "fastdistil.export", commands.work / name, "--out", student, "--overwrite")
         weights.append(load_file(student / "model.safetensors"))
-    _, loading = transformers.AutoModelForMaskedLM.from_pretrained(student, output_loading_info=True)
+    _, loading = transformers.AutoModelForMaskedLM.from_pretrained(
+        student, output_loading_info=True, trust_remote_code=False
+    )
     return {
         "resumed differs from the run in one go by": {
             name: float((x - weights[1][name]).abs().max())
@@ -769,8 +771,10 @@ UPDATES = (1500, 600)
 
 @stage(260, by_default=False)
 def learn(s: Setting) -> Any:
-    """A small encoder that learns from nothing, its half by distillation, and a twin without a teacher; with --glue also
-    fine-tuned on SST-2. Their report: OUT/report.html."""
+    """A small encoder that learns from nothing, its half by distillation, and a twin without a teacher.
+
+    With --glue also fine-tuned on SST-2. Their report: OUT/report.html.
+    """
     commands = Commands(s)
     commands.prepare()
     teacher, student = UPDATES if s.on_gpu else (6, 4)

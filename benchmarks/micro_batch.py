@@ -157,7 +157,7 @@ class Recorder(TorchDispatchMode):
         if name in ATTENTION_PRODUCTS:
             flops = ATTENTION_PRODUCTS[name] * 2.0 * self.attended * arguments["H"] * arguments["D"]
         kind = "embeddings" if "embedding" in name else KINDS.get(name.partition(".")[0], "rest")
-        if name == "gelu_product._product_kernel":
+        if name == "gelu._product_kernel":
             kind, flops = "GEMM + GELU", 2.0 * math.prod(arguments["a_desc"].base.shape) * arguments["F"]
         self.events.append(Event(part=self.part, kind=kind, name=name, num_bytes=moved, flops=flops))
 

@@ -10,10 +10,10 @@ AdamW. The peers get the same sequences with the same masks, sorted by length an
 scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything
 of a provider is timed, it must agree with the first one on the loss without dropout.
 
-Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. They take turns,
-round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all get
-ready at once, which is what takes the time, but for --apart, whose memory is given back before the next one starts:
-together they may want more than there is.
+Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. They take
+turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all
+get ready at once, which is what takes the time. With --apart the memory of one is given back before the next one
+starts: together they may want more than there is.
 A provider that fails, ours too, is a line of the table. Results are kept whenever a line is printed. On a CPU the
 trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
 which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU

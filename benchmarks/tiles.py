@@ -150,7 +150,8 @@ def main() -> None:
         from triton.testing import do_bench_cudagraph
 
         def ms(call: Callable[[], object]) -> float:
-            return round(do_bench_cudagraph(call, rep=10, return_mode="median"), 4)
+            took: Any = do_bench_cudagraph(call, rep=10, return_mode="median")
+            return round(took, 4)
 
         found = measure(ms, torch.device("cuda"), args.only)
     for kernel, rows in found.items():

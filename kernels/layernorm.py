@@ -291,7 +291,7 @@ def tile(width: int, itemsize: int) -> dict[str, int]:
 
 
 def forward_tile(width: int, itemsize: int, *, dropout: bool) -> dict[str, int]:
-    """Of a forward, which with dropout is faster by half the rows: at width 768 0.037 against 0.049 ms on an H100 SXM."""
+    """Of a forward: with dropout half the rows are faster, at width 768 0.037 against 0.049 ms on an H100 SXM."""
     settings = tile(width, itemsize)
     return settings | {"ROWS": max(1, settings["ROWS"] // 2)} if dropout else settings
 

@@ -158,12 +158,14 @@ def test_product_with_gelu_behind_it(shape):
     sizes = ((N, D), (width, D), (width,), (D, width), (N, D))
     x, weight, bias, second, dy = (torch.randn(s, generator=gen).to(DEVICE, torch.bfloat16) for s in sizes)
     weight, second = weight * D**-0.5, second * D**-0.5
-    assert module._own_product(x, width)
+    assert module._takes_own_product(x, width)
     z_exact = x.float() @ weight.float().t()
     out, z = linear_gelu_forward(x, weight, bias, True)
+    assert z is not None
     assert torch.equal(linear_gelu_forward(x, weight, bias, False)[0], out)
     before = (z.float() + bias.float()).requires_grad_()
     F.gelu(before).backward(dy.float() @ second.float())
+    assert before.grad is not None
     dbias = torch.full((width,), 0.5, device=DEVICE)
     dz = gelu_backward_product(dy, second, z, bias, dbias=dbias, accumulate=True)
     pairs = [(z, z_exact), (out, F.gelu(z_exact + bias.float())), (dz, before.grad), (dbias - 0.5, before.grad.sum(0))]
