@@ -52,9 +52,10 @@ def stamp() -> dict[str, str]:
 
 
 def results_file(benchmark: str, folder: Path = RESULTS) -> Path:
-    """Where results of this device are kept."""
-    device = re.sub(r"[^a-z0-9]+", "-", device_name().lower()) if DEVICE == "cuda" else "cpu"
-    return folder / f"{benchmark}.{device}.json"
+    """Where results of this device are kept: step.h100.json, step.cpu.json."""
+    words = re.findall(r"[a-z0-9]+", device_name().lower())
+    model = next((word for word in words if re.search(r"\d", word)), words[-1])
+    return folder / f"{benchmark}.{model if DEVICE == 'cuda' else 'cpu'}.json"
 
 
 def time_call(call: Callable[[], object]) -> float:
