@@ -297,11 +297,10 @@ def _ahead(row_ptr, at, width, eviction: tl.constexpr):
 
 
 @triton.jit
-def _first_ahead(s_row, t_row, lanes, width, vocab_size, c, state, step: tl.constexpr):
-    """The first pass, each step's loads issued before the arithmetic of the one before it."""
+def _first_ahead(z, y, s_row, t_row, lanes, width, vocab_size, c, state, step: tl.constexpr):
+    """The first pass, each step's loads issued before the arithmetic of the one before it; z and y are the first's."""
     s_total, s_largest, t_total, t_largest = state
     whole = vocab_size // (2 * step) * step
-    z, y = _ahead(s_row, lanes, width, "evict_last"), _ahead(t_row, lanes, width, "evict_last")
     for start in range(0, whole, step):
         at = start + step + lanes
         next_z, next_y = _ahead(s_row, at, width, "evict_last"), _ahead(t_row, at, width, "evict_last")
@@ -354,9 +353,15 @@ def _streamed_kernel(
     step: tl.constexpr = LANES * WORDS
     lanes = tl.arange(0, LANES)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
 
+    # All loads that something waits for, before anything waits.
     end = N
     if num_rows_ptr is not None:
         end = tl.load(num_rows_ptr).to(tl.int32) - first_row
+    label = tl.load(label_ptr + row)
+    slope, mlm_scale = tl.load(scales_ptr) * temperature, tl.load(scales_ptr + 1)
+    first_z, first_y = 0, 0
+    if AHEAD:
+        first_z, first_y = _ahead(s_row, lanes, width, "evict_last"), _ahead(t_row, lanes, width, "evict_last")
     if row >= end:
         if ds_row is not None:
             for start in range(0, width // 2, step):
@@ -364,18 +369,12 @@ def _streamed_kernel(
         _store_row(out_ptr, N, row, 0.0, 0.0, 0.0)
         return
 
-    label = tl.load(label_ptr + row)
-    labelled = label >= 0
-    z_label = _logit(s_row, label, vocab_size)
-    y_label = _logit(t_row, label, vocab_size)
-
     c = LOG2E / temperature
     s_total, t_total = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     s_largest, t_largest = tl.full((LANES,), NO_LOGITS, tl.int32), tl.full((LANES,), NO_LOGITS, tl.int32)
-    first_z, first_y = 0, 0
     if AHEAD:
         s_total, s_largest, t_total, t_largest = _first_ahead(
-            s_row, t_row, lanes, width, vocab_size, c, (s_total, s_largest, t_total, t_largest), step
+            first_z, first_y, s_row, t_row, lanes, width, vocab_size, c, (s_total, s_largest, t_total, t_largest), step
         )
         first_z, first_y = _ahead(s_row, lanes, width, "evict_first"), _ahead(t_row, lanes, width, "evict_first")
     else:
@@ -390,6 +389,9 @@ def _streamed_kernel(
             y = _word(t_row, start + lanes, width, vocab_size, True, "evict_last")
             s_total, s_largest = _include(z, s_total, s_largest, c)
             t_total, t_largest = _include(y, t_total, t_largest, c)
+    # Read before any thread of this CTA writes a gradient over it.
+    labelled = label >= 0
+    z_label, y_label = _logit(s_row, label, vocab_size), _logit(t_row, label, vocab_size)
     if PREFETCH > 0:
         num_bytes = (width * 2 // 16 * PREFETCH // 100) * 16
         _prefetch(s_row + ahead.to(tl.int64) * s_stride, num_bytes, row + ahead < end)
@@ -401,7 +403,6 @@ def _streamed_kernel(
         t_log2 = _streamed_sum(t_row, lanes, t_top, c, width, vocab_size, step)
     tops = _twice(s_top), _twice(t_top)
 
-    slope, mlm_scale = tl.load(scales_ptr) * temperature, tl.load(scales_ptr + 1)
     mlm, s1_log2 = 0.0, 0.0
     if labelled:
         s1_log2 = _streamed_sum(s_row, lanes, s_top, LOG2E, width, vocab_size, step)
@@ -475,8 +476,10 @@ def _held_kernel(
     for i in tl.static_range(SLICES):
         zs += (_held_load(s_ptr + first * s_stride, lanes, i, width, step, first < end),)
         ys += (_held_load(t_ptr + first * t_stride, lanes, i, width, step, first < end),)
+    next_label = tl.load(label_ptr + first, mask=first < end, other=-1)
     for row in range(first, end, programs):
-        label = tl.load(label_ptr + row)
+        label, following = next_label, row + programs
+        next_label = tl.load(label_ptr + following, mask=following < end, other=-1)
         labelled = label >= 0
         z_label = _logit(s_ptr + row * s_stride, label, vocab_size)
         y_label = _logit(t_ptr + row * t_stride, label, vocab_size)
@@ -500,7 +503,6 @@ def _held_kernel(
             mlm = (s1_log2 - z_label * LOG2E) * LN2
 
         sums = _no_sums(LANES)
-        following = row + programs
         s_next, t_next = s_ptr + following * s_stride, t_ptr + following * t_stride
         next_zs, next_ys = (), ()
         for i in tl.static_range(SLICES):
