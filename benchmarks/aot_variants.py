@@ -125,7 +125,7 @@ def _attention_variant(
         signature=signature | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         num_warps=tile.num_warps,
-        num_stages=attention_tiles.NUM_STAGES,
+        num_stages=tile.num_stages,
         archs=(arch,),
         # Heads of 32 and 64, which BERT models have: two warps for each of an SM's four schedulers.
         min_ctas=8 // tile.num_warps if head_dim in (32, 64) and dtype != "fp32" else 1,
@@ -149,7 +149,10 @@ def _layernorm_variant(
     **ones: Any,
 ) -> Variant:
     """`embeddings`: x is the sum of rows of tables, of which `residual` stands for that of types."""
-    settings = layernorm.tile(width, TRITON_DTYPES[dtype])
+    itemsize = TRITON_DTYPES[dtype]
+    settings = layernorm.tile(width, itemsize)
+    if not backward:
+        settings = layernorm.forward_tile(width, itemsize, dropout=dropout)
     x, absent = f"*{dtype}", {}
     signature = {"x_ptr": x, "residual_ptr": x}
     if embeddings:
@@ -189,6 +192,23 @@ def _layernorm_variant(
         min_ctas=1 if width > 2048 else 2,  # 16 warps are half an SM's
         max_narrow_loads=24,  # the seed, and mean, rstd and ids of each row
     )
+
+
+def _run_variants(dtype: str) -> Iterator[Variant]:
+    """Of the gradient of an embedding table."""
+    tile = dict(linear.RUN_TILE)
+    num_warps = tile.pop("num_warps")
+    signature = {
+        "index_ptr": "*i32", "total_ptr": "*fp32", "partial_ptr": "*fp32", "N": "i32", "D": "i32", "padding": "i32",
+        "RUN_ROWS": "constexpr", "COLUMNS": "constexpr",
+    }  # fmt: skip
+    common: dict[str, Any] = {"constexprs": tile, "divisible": ("D",), "num_warps": num_warps, "max_narrow_loads": 64}
+    rows = {"rows_ptr": f"*{dtype}", "index_ptr": "*i32", "order_ptr": "*i64"}
+    yield Variant(
+        name=f"runs {dtype}", kernel=linear._run_sums_kernel, signature=rows | signature,
+        tensor_cores=dtype != "fp32", **common,
+    )  # fmt: skip
+    yield Variant(name="crossing runs", kernel=linear._crossing_runs_kernel, signature=signature, **common)
 
 
 def _strip_sums_variant(dtype: str) -> Variant:
@@ -358,6 +378,7 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     for num_sums in (1, 2, 3):
         yield _column_sums_variant(num_sums=num_sums, out=dtype)
     yield _strip_sums_variant(dtype)
+    yield from _run_variants(dtype)
     for backward in (False, True):
         yield _gelu_variant(dtype, backward=backward)
         for width in layernorm_widths:

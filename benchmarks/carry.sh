@@ -1,7 +1,8 @@
 #!/bin/sh
 # Packs carry/ for a GPU machine that has Python 3.12, torch, triton, transformers, tokenizers, numpy, pyarrow and pytest and no
-# network: sh benchmarks/carry.sh PYTHON TEXT TOKENIZER, about 25 MB. PYTHON is an environment with torch, in which DeepSpeed's wheel
-# is built; TEXT is what fastdistil.prepare takes. Over there, from the root of the repository:
+# network: sh benchmarks/carry.sh PYTHON TOKENIZER TEXT..., 25 MB and more. PYTHON is an environment with torch, in which DeepSpeed's
+# wheel is built; TEXT is what fastdistil.prepare takes. With GLUE=FOLDER, a folder of that is carried too. Over there, from the root
+# of the repository:
 #
 #     sh carry/run.sh OUT [--only kernels,step]
 #
@@ -9,7 +10,8 @@
 # Python and Triton, kernels are compiled here, without a GPU, and carried along; with TILES=1 also those of the stage tiles, which takes
 # some minutes. Keep carry/ out of git (.git/info/exclude).
 set -eu
-python=$1 text=$2 tokenizer=$3
+python=$1 tokenizer=$2
+shift 2
 mkdir -p carry/wheels && git describe --always --dirty > carry/commit
 get() {
   "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
@@ -19,7 +21,10 @@ get tyro docstring-parser typeguard typing-extensions typing-inspection annotate
   pydantic pydantic-core hypothesis sortedcontainers psutil tqdm einops ninja py-cpuinfo msgpack
 "$python" -m pip wheel -q --no-deps -w carry/wheels hjson
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w carry/wheels 'deepspeed>=0.19.8,<0.20'
-rm -rf carry/text && "$python" -m fastdistil.prepare "$text" --tokenizer "$tokenizer" --max-length 512 --out carry/text
+data=$(mktemp -d)
+"$python" -m fastdistil.prepare "$@" --tokenizer "$tokenizer" --max-length 512 --out "$data"/text
+[ -z "${GLUE:-}" ] || cp -rL "$GLUE" "$data"/glue
+tar czf carry/data.tgz -C "$data" . && rm -rf "$data"
 if [ -n "${PREWARM:-}" ]; then
   rm -rf /tmp/fastdistil-triton && tree=$(mktemp -d)
   git archive HEAD | tar x -C "$tree" # without the C++ kernels, which are built for another torch
@@ -37,9 +42,12 @@ python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --tar
 [ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
 export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export COMMIT="$(cat "$here"/commit)"
-timeout --signal=INT "${LIMIT_S:-380}" python3 -m benchmarks.first_light $work "$@" --shards "$here"/text
+mkdir -p /tmp/fastdistil-data && tar xzf "$here"/data.tgz -C /tmp/fastdistil-data
+set -- "$@" --shards /tmp/fastdistil-data/text
+[ ! -d /tmp/fastdistil-data/glue ] || set -- "$@" --glue /tmp/fastdistil-data/glue
+timeout --signal=INT "${LIMIT_S:-380}" python3 -m benchmarks.first_light $work "$@"
 status=$?
-cp $work/*.json $work/kernels.txt "$out" # few and small files come back
+cp $work/*.json $work/*.txt $work/*.html "$out" # few and small files come back
 tar czf "$out"/logs.tgz -C $work logs stages.jsonl errors.log $(cd $work && ls -d work/*/metrics.jsonl work/*/profile)
 exit $status
 END

@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks._harness import results_file, stamp
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "RECORD "
 """Begins the lines by which the process of the stages hands its records over."""
@@ -70,7 +72,7 @@ class Setting:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        self.out, self.shards, self.rehearsed = args.out, args.shards, args.rehearse
+        self.out, self.shards, self.glue, self.rehearsed = args.out, args.shards, args.glue, args.rehearse
         self.on_gpu = not args.rehearse
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         sizes = (16384, 768, 30528, 12, 512) if self.on_gpu else (256, 48, 320, 3, 64)
@@ -539,7 +541,7 @@ def fp8(s: Setting) -> Any:
     for quantised in (False, True) if s.on_gpu else (False,):
         trainer = ours(s, s.N, fp8_teacher=quantised)
         batch = trainer.batches[0].to(s.device)
-        found["fp8 ms" if quantised else "bf16 ms"] = s.ms(lambda t=trainer, b=batch: t.teacher(b), 10)
+        found["fp8 ms" if quantised else "bf16 ms"] = s.ms(lambda t=trainer, b=batch: t.teacher(b), 5, recorded=True)
         states.append(trainer.teacher(batch).encoder.hidden_ND)
     return found | {"hidden states differ by": relative_error(states[-1], states[0])}
 
@@ -656,7 +658,9 @@ def told(text: str) -> list[str]:
 def program(s: Setting) -> Any:
     """Twelve updates or some more, SIGTERM, resumed with a profile; bit for bit a run in one go; exported, and loaded
     by transformers."""
+    import torch
     import transformers
+    from safetensors.torch import load_file
 
     commands = Commands(s)
     commands.prepare()
@@ -676,10 +680,14 @@ def program(s: Setting) -> Any:
     for name in ("run", "twin"):
         student = commands.work / f"{name}-student"
         commands.run("export", "fastdistil.export", commands.work / name, "--out", student, "--overwrite")
-        weights.append((student / "model.safetensors").read_bytes())
+        weights.append(load_file(student / "model.safetensors"))
     _, loading = transformers.AutoModelForMaskedLM.from_pretrained(student, output_loading_info=True)
     return {
-        "resumed is the run in one go, bit for bit": weights[0] == weights[1],
+        "resumed differs from the run in one go by": {
+            name: float((x - weights[1][name]).abs().max())
+            for name, x in weights[0].items()
+            if not torch.equal(x, weights[1][name])
+        },
         "transformers misses or does not know": [*loading["missing_keys"], *loading["unexpected_keys"]],
         "updates": [commands.update("run", 2), commands.update("run", 12), commands.update("resumed", 80)],
         "first": told(commands.text("run")),
@@ -737,7 +745,8 @@ def tests(s: Setting) -> Any:
         f"tests/{name}.py" for name in ("model/test_functions", "training/test_objective", "training/test_teacher")
     ]
     beside = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=line", "-m", "triton and not soak"]
+    words = "-v --timeout 60 --timeout-method thread -p no:cacheprovider -p no:benchmark --tb=short -m"
+    options = [*words.split(), "triton and not soak"]
     if not s.on_gpu:
         paths, beside = paths[-3:-2], []
         options += ["-k", "flat"]
@@ -751,16 +760,79 @@ def tests(s: Setting) -> Any:
     return found
 
 
+LEARN = "--batch.size 131072 --batch.unit tokens --optim.unit updates --optim.lr 1e-3 --data.validation-sequences 1024 "
+LEARN += "--log.every 20 --log.validate-every 300 --log.checkpoint-every 10000"
+FROM_NOTHING = "mlm --student.init random --student.hidden-size 384 --student.num-heads 12 --student.token-types"
+UPDATES = (1500, 600)
+"""Of a teacher of 6 layers, 384 wide, and of its students with 3 of them, each of 131,072 tokens."""
+
+
+@stage(260, by_default=False)
+def learn(s: Setting) -> Any:
+    """A small encoder that learns from nothing, its half by distillation, and a twin without a teacher; with --glue also
+    fine-tuned on SST-2. Their report: OUT/report.html."""
+    commands = Commands(s)
+    commands.prepare()
+    teacher, student = UPDATES if s.on_gpu else (6, 4)
+    common = [*LEARN.split(), "--data.shards", commands.shards]
+    if not s.on_gpu:
+        common += ["--batch.size", "512", "--batch.token-budget", "256", "--data.validation-sequences", "64"]
+    place = {name: commands.work / f"learn-{name}" for name in ("teacher", "student", "baseline")}
+    recipes = {
+        "teacher": [*f"{FROM_NOTHING} 2 --student.num-layers 6 --optim.duration {teacher}".split()],
+        "student": ["distilbert", "--teacher.path", place["teacher"] / "model", "--optim.duration", student],
+        "baseline": [*f"{FROM_NOTHING} 0 --student.num-layers 3 --optim.duration {student}".split()],
+    }
+    for name, recipe in recipes.items():
+        commands.run(f"learn-{name}", "fastdistil.pretrain", *recipe, *common, "--out", place[name] / "run")
+        commands.run(f"export-{name}", "fastdistil.export", place[name] / "run", "--out", place[name] / "model")
+    commands.run("report", "fastdistil.report", *(p / "run" for p in place.values()), "--out", s.out / "report.html")
+    found = {name: commands.text(f"learn-{name}").splitlines()[-8:] for name in place}
+    if s.glue:
+        words = ("--task", "sst2", "--data", s.glue / "sst2", "--seeds", 2, *(() if s.on_gpu else ("--dry-run",)))
+        scores = {n: commands.start(f"sst2-{n}", "fastdistil.evaluate", p / "model", *words) for n, p in place.items()}
+        for name, process in scores.items():
+            process.wait()
+            found[name] += commands.text(f"sst2-{name}").splitlines()[-3:]
+    return found
+
+
 @stage(240, by_default=False)
 def peers(s: Setting) -> Any:
-    """The whole step beside Hugging Face's (benchmarks/step.py), at the budget of the default; keeps its results."""
+    """The whole step beside Hugging Face's (benchmarks/step.py), on prepared text if there is; keeps its results."""
     commands = Commands(s)
     size = (
-        ["--tokens", "65536", "--batches", "1"] if s.on_gpu else ["--size", "toy", "--tokens", "256", "--length", "64"]
+        ["--tokens", "16384", "--batches", "4"] if s.on_gpu else ["--size", "toy", "--tokens", "256", "--length", "64"]
     )
-    words = ["--rounds", "2", *size, "--results", s.out, *([] if s.on_gpu else ["--only", "fastdistil, launch"])]
+    shards = ["--shards", s.shards] if s.shards and s.on_gpu else []
+    size += shards
+    words = [*size, "--results", s.out, *([] if s.on_gpu else ["--only", "fastdistil, launch"])]
     commands.run("peers", "benchmarks.step", *words)
-    return commands.text("peers").splitlines()[1:9]
+    lines = commands.text("peers").splitlines()[1:10]
+    if s.on_gpu:  # at the default budget of tokens
+        words = ["--tokens", "65536", "--batches", "1", *shards, "--only", "fastdistil", "fastdistil, FP8 teacher"]
+        commands.run("large", "benchmarks.step", *words)
+        lines += commands.text("large").splitlines()[2:4]
+    return lines
+
+
+@stage(150, by_default=False)
+def bench(s: Setting) -> Any:
+    """Operators beside their floors and their peers (benchmarks/bench_*.py); their files go to OUT."""
+    if not s.on_gpu:
+        return []  # on a CPU `make bench` keeps them
+    commands = Commands(s)
+    names = ("attention", "gelu", "layernorm", "distill", "linear_distill", "cosine", "dropout")
+    chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
+    paths = [f"benchmarks/bench_{name}.py" for name in names]
+    status = commands.start("bench", "pytest", *paths, "-q", "-s", "--tb=line", "-k", chosen).wait()
+    commands.start("table", "benchmarks._harness").wait()
+    for name in names:
+        if (path := results_file(name)).is_file():
+            shutil.copy(path, s.out)
+    if status:
+        raise RuntimeError(f"status {status}: {commands.text('bench')[-300:]}")
+    return commands.text("table").splitlines()
 
 
 @contextlib.contextmanager
@@ -805,8 +877,6 @@ class Report:
     """Lines and files of what the stages found."""
 
     def __init__(self, out: Path, *, rehearsed: bool) -> None:
-        from benchmarks._harness import results_file, stamp
-
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.begin = out, time.monotonic()
         self.path = results_file("first_light", out)
@@ -873,6 +943,7 @@ def main(module: str = "benchmarks.first_light") -> int:
     parser.add_argument("out", type=Path, help="folder of the results")
     parser.add_argument("--only", help="stages, separated by commas, of: " + " ".join(STAGES))
     parser.add_argument("--shards", type=Path, help="prepared text; else the documentation of installed packages")
+    parser.add_argument("--glue", type=Path, help="folder of GLUE, for the stage learn")
     parser.add_argument("--rehearse", action="store_true", help="at toy size on a CPU")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -889,7 +960,8 @@ def main(module: str = "benchmarks.first_light") -> int:
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", module, str(args.out)]
-    command += ["--shards", str(args.shards.resolve())] if args.shards else []
+    for name, path in (("--shards", args.shards), ("--glue", args.glue)):
+        command += [name, str(path.resolve())] if path else []
     command += ["--rehearse"] if args.rehearse else []
     report = Report(args.out, rehearsed=args.rehearse)
     rows: dict[str, list[str]] = {"": []}

@@ -39,8 +39,7 @@ NOTHING = {
     aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten._unsafe_view,
     aten.lift_fresh, aten.is_same_size, aten.resolve_conj, aten.resolve_neg,
 }  # fmt: skip
-# Of more than 3,072 indices: zeros, arange, a radix sort of 15 bits (5), unique (2), and partial sums (6).
-SEVERAL = {aten.embedding_dense_backward: 15}
+SEVERAL = {aten.sort: 8}  # of int32 by radix: a histogram, sums, four passes, and the indices before and after
 ZEROS = {aten.zeros, aten.new_zeros, aten.zeros_like, aten.zero_}
 FILLS = {aten.fill_, aten.full, aten.full_like, aten.new_full}  # zeros, too, if the value is 0
 # Matrix products, and where their operands are: 2 x elements of the first x columns of the second FLOP.

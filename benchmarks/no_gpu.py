@@ -102,7 +102,6 @@ class Driver:
 # Meta kernels of PyTorch's that exist in Python alone, as far as the trainer calls them; some are wrong in torch 2.11.
 SHAPES: dict[str, Callable[..., Tensor]] = {
     "index_select": lambda x, dim, index: x.new_empty((*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])),
-    "embedding_dense_backward": lambda grad, ids, rows, *_: grad.new_empty(rows, grad.shape[-1]),
     "mm.dtype": lambda a, b, dtype: a.new_empty(a.shape[0], b.shape[1], dtype=dtype),
     "mm.dtype_out": lambda a, b, dtype, *, out: out,
     "addmm.dtype": lambda x, a, b, dtype, **_: a.new_empty(a.shape[0], b.shape[1], dtype=dtype),

@@ -10,9 +10,10 @@ AdamW. The peers get the same sequences with the same masks, sorted by length an
 scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weights with a bf16 teacher. Before anything
 of a provider is timed, it must agree with the first one on the loss without dropout.
 
-Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. On a CPU they
-take turns, round by round, since what else the machine has to do comes and goes. On a GPU, which has nothing else to
-do, each runs alone, and its memory is given back before the next one starts: together they would want all of an H100's.
+Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. They take turns,
+round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all get
+ready at once, which is what takes the time, but for --apart, whose memory is given back before the next one starts:
+together they may want more than there is.
 A provider that fails, ours too, is a line of the table. Results are kept whenever a line is printed. On a CPU the
 trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
 which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
@@ -364,8 +365,8 @@ PROVIDERS: dict[str, Callable[..., Any]] = {
 }
 COMPILED = "HF torch.compile"
 ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", "HF eager", COMPILED, *MEMORY_KEPT)
-ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, COMPILED, LIGER)
-"""What is worth a GPU's minutes: the step, what its graph and FP8 are worth, the two fastest ways to do without us."""
+ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, "HF eager", COMPILED, LIGER)
+"""What is worth a GPU's minutes: the step, what its graph and FP8 are worth, and the ways to do without us."""
 OF_MASKED = (OURS, OURS + MASKED, "HF eager" + MASKED)
 
 
@@ -445,7 +446,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--kd-rows", choices=("all", "masked"), default="all", help="masked: both, in turn")
     parser.add_argument("--rounds", type=int, default=10 if on_gpu else 5)
-    parser.add_argument("--only", help="part of the names of the providers to run, of all there are; keeps no results")
+    parser.add_argument(
+        "--only", nargs="+", help="providers to run, of all there are, or parts of their names; keeps no results"
+    )
+    parser.add_argument("--apart", action="store_true", help="no two providers at once, on a GPU")
     parser.add_argument(
         "--limit-s", type=float, default=180 if on_gpu else 900, help="a provider may take for an answer"
     )
@@ -456,10 +460,9 @@ def arguments() -> argparse.Namespace:
 
 
 class Process:
-    """A provider's process that waits for questions."""
+    """A provider's process that waits for questions, once it is `ready`."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        """Raises RuntimeError with what the provider died of."""
         context = multiprocessing.get_context("spawn")
         self.limit_s = args.limit_s
         self.connection, there = context.Pipe()
@@ -471,7 +474,11 @@ class Process:
         self.process.start()
         os.environ.pop("OMP_WAIT_POLICY", None)
         there.close()
+
+    def ready(self) -> "Process":
+        """Raises RuntimeError with what the provider died of."""
         self.loss, self.padding, self.peak_mib = self._answer()
+        return self
 
     def ask(self, command: str) -> Any:
         """Raises RuntimeError with what the provider died of."""
@@ -522,8 +529,12 @@ def measure(names: Sequence[str], args: argparse.Namespace, losses: dict[str, fl
             if process := found.processes.pop(name, None):
                 process.close()
 
-    for name in names:  # one after the other: compiling takes both time and cores
-        if process := tried(name, partial(Process, name, args)):
+    # On a CPU one after the other: compiling takes both time and cores.
+    starts = {name: partial(Process, name, args) for name in names}
+    if DEVICE == "cuda":
+        starts = {name: partial(lambda process: process, start()) for name, start in starts.items()}
+    for name, start in starts.items():
+        if process := tried(name, lambda start=start: start().ready()):
             found.processes[name] = process
             losses[name] = process.loss
             tried(name, partial(require_agreement, name, losses, args.precision))
@@ -612,12 +623,13 @@ def main() -> int:
     )
     names = OF_MASKED if of_masked else ON_GPU if DEVICE == "cuda" else ON_CPU
     if args.only:
-        names = [n for n in PROVIDERS if args.only in n]
+        names = [n for n in PROVIDERS if any(n == asked for asked in args.only)]
+        names = names or [n for n in PROVIDERS if any(asked in n for asked in args.only)]
     print(" " * 26 + "".join(title.rjust(width) for title, _, width, _ in COLUMNS), flush=True)
     rows: dict[str, Row] = {}
     losses: dict[str, float] = {}
     ours = None
-    for group in [[name] for name in names] if DEVICE == "cuda" else [names]:
+    for group in [[name] for name in names] if args.apart else [names]:
         found = measure(group, args, losses)
         ours = found.seconds.get(OURS, ours)
         for name in group:

@@ -3,7 +3,8 @@
     python -m benchmarks.tiles [--only attention]       fastest first, the one in use marked
     python -m benchmarks.tiles --compile                without a GPU: whether they compile, into Triton's cache
 
-Shapes are BERT-base's, 16,384 tokens in sequences of 512. Of a backward in two kernels, one is varied at a time.
+Shapes are BERT-base's, and of attention also MiniLM's, 16,384 tokens in sequences of 512. Of a backward in two kernels,
+one is varied at a time.
 """
 
 import argparse
@@ -35,7 +36,8 @@ class Variant(NamedTuple):
 
 def variants(device: torch.device) -> Iterator[Variant]:
     """All there are to be tried; on meta tensors after no_gpu.pretend()."""
-    yield from _attention(device)
+    for head_dim in (64, 32):
+        yield from _attention(device, head_dim)
     yield from _product(device)
     yield from _layernorm(device)
     yield from _rows(device)
@@ -47,20 +49,21 @@ DKDV = [(64, 64, 4), (32, 64, 4), (64, 128, 8), (32, 128, 8), (64, 128, 4), (128
 STAGES = (2, 3)
 
 
-def _attention(device: torch.device) -> Iterator[Variant]:
-    qkv = torch.randn(N, 3, H, D // H, device=device).bfloat16()
-    dout = torch.randn(N, H, D // H, device=device).bfloat16()
+def _attention(device: torch.device, head_dim: int) -> Iterator[Variant]:
+    qkv = torch.randn(N, 3, H, head_dim, device=device).bfloat16()
+    dout = torch.randn(N, H, head_dim, device=device).bfloat16()
     tiles = sequence_layout([L] * (N // L), tile_step=16).tiles.to(device)
     seed = torch.tensor(5, device=device)
-    used = attention_tiles.TILES[attention_tiles.architecture(device)][attention_tiles.block_d(D // H)]
+    used = attention_tiles.TILES[attention_tiles.architecture(device)][head_dim]
     out, lse, keys = attention._launch_forward(qkv, tiles, seed, 4, 0.1)
 
-    def variant(kernel: str, field: str, tile: Tile, stages: int, call: Callable[[], object]) -> Variant:
-        patched = used._replace(**{field: tile})
-        patch = partial(mock.patch.multiple, attention, tiles_for=lambda _: patched, NUM_STAGES=stages)
-        same = patched == used and stages == attention_tiles.NUM_STAGES
-        name = f"{tile.BLOCK_M} x {tile.BLOCK_N}, {tile.num_warps} warps, {stages} stages"
-        return Variant(kernel, name, same, patch, call)
+    def variant(kernel: str, field: str, shape: tuple[int, int, int], call: Callable[[], object]) -> Iterator[Variant]:
+        for stages in STAGES:
+            tile = Tile(*shape, stages)
+            patched = used._replace(**{field: tile})
+            patch = partial(mock.patch.object, attention, "tiles_for", lambda _, t=patched: t)
+            name = f"{tile.BLOCK_M} x {tile.BLOCK_N}, {tile.num_warps} warps, {stages} stages"
+            yield Variant(f"attention {head_dim} {kernel}", name, patched == used, patch, call)
 
     def forward(seed: Any, p: float) -> object:
         return attention._launch_forward(qkv, tiles, seed, 4, p)
@@ -68,15 +71,13 @@ def _attention(device: torch.device) -> Iterator[Variant]:
     def backward() -> object:
         return attention._launch_backward(dout, qkv, out, lse, keys, tiles, 0.1, sums=True)
 
-    for stages in STAGES:
-        for shape in FORWARD:
-            tile = Tile(*shape)
-            yield variant("attention forward", "forward", tile, stages, partial(forward, None, 0.0))
-            yield variant("attention forward, dropout", "forward_dropout", tile, stages, partial(forward, seed, 0.1))
-        for shape in DQ:
-            yield variant("attention backward by dq", "dq", Tile(*shape), stages, backward)
-        for shape in DKDV:
-            yield variant("attention backward by dk, dv", "dkdv", Tile(*shape), stages, backward)
+    for shape in FORWARD:
+        yield from variant("forward", "forward", shape, partial(forward, None, 0.0))
+        yield from variant("forward, dropout", "forward_dropout", shape, partial(forward, seed, 0.1))
+    for shape in DQ:
+        yield from variant("backward by dq", "dq", shape, backward)
+    for shape in DKDV:
+        yield from variant("backward by dk, dv", "dkdv", shape, backward)
 
 
 PRODUCT = [  # rows, columns, depth, warps, stages
@@ -108,29 +109,30 @@ def _product(device: torch.device) -> Iterator[Variant]:
         yield Variant(kernel, "cuBLAS and rows", False, partial(mock.patch.object, gelu, "OWN_PRODUCT", majors), call)
 
 
-NORMS = [(rows, warps, each) for rows in (1, 2, 4) for warps in (4, 8) for each in (16, 32, 64)]
+NORMS = [(rows, each) for rows in (1, 2, 4) for each in (4, 8, 16, 32, 64)]  # at once, and of a program
 
 
 def _layernorm(device: torch.device) -> Iterator[Variant]:
-    x, residual, dy = (torch.randn(N, D, device=device).bfloat16() for _ in range(3))
+    x, residual, dy = (torch.randn(4 * N, D, device=device).bfloat16() for _ in range(3))
     weight, bias = (torch.randn(D, device=device).bfloat16() for _ in range(2))
-    seed = torch.tensor(5, device=device)
     sums = dict(zip(("dweight", "dbias", "dx_sum"), torch.zeros(3, D, device=device), strict=True))
-    used, normal = layernorm.tile(D, 2), layernorm.ROWS_PER_PROGRAM
-    for p, given in ((0.0, None), (0.1, seed)):
-        _, saved = layernorm.forward(x, residual, weight, bias, 1e-12, given, 3, p)
-        calls = {
-            f"LayerNorm forward p={p}": partial(layernorm.forward, x, residual, weight, bias, 1e-12, given, 3, p),
-            f"LayerNorm backward p={p}": partial(
-                layernorm.backward, dy, saved, weight, given, 3, p, **sums, accumulate=True
-            ),
-        }
-        for rows, warps, each in NORMS:
-            tile = used | {"ROWS": rows, "num_warps": warps}
-            for kernel, call in calls.items():
-                patch = partial(mock.patch.multiple, layernorm, tile=lambda *_, t=tile: t, ROWS_PER_PROGRAM=each)
-                name = f"{rows} rows, {warps} warps, {each} rows a program"
-                yield Variant(kernel, name, tile == used and each == normal, patch, call)
+    for p, seed in ((0.0, None), (0.1, torch.tensor(5, device=device))):
+        forward = partial(layernorm.forward, x, residual, weight, bias, 1e-12, seed, 3, p)
+        backward = partial(layernorm.backward, dy, forward()[1], weight, seed, 3, p, **sums, accumulate=True)
+        ahead, back = layernorm.forward_tile(D, 2, dropout=seed is not None), layernorm.tile(D, 2)
+        for rows, each in NORMS:
+            name = f"{rows} rows, {each} rows a program"
+            tile = ahead | {"ROWS": rows}
+            patches = {"forward_tile": lambda *_, t=tile, **__: t, "FORWARD_ROWS_PER_PROGRAM": each}
+            patch = partial(mock.patch.multiple, layernorm, **patches)
+            same = tile == ahead and each == layernorm.FORWARD_ROWS_PER_PROGRAM
+            yield Variant(f"LayerNorm of {4 * N} forward p={p}", name, same, patch, forward)
+            tile = back | {"ROWS": rows}
+            patches = {"tile": lambda *_, t=tile: t, "_rows_per_program": lambda *_, e=each: e}
+            patch = partial(mock.patch.multiple, layernorm, **patches)
+            same = tile == back and each == layernorm._rows_per_program(4 * N, rows)
+            if each >= 16:
+                yield Variant(f"LayerNorm of {4 * N} backward p={p}", name, same, patch, backward)
 
 
 def _rows(device: torch.device) -> Iterator[Variant]:

@@ -61,7 +61,7 @@ from .attention_backends import (
     attention_forward_torch,
     resolve_backend,
 )
-from .attention_tiles import MAX_HEAD_DIM, NUM_STAGES, Tile, block_d, tiles_for
+from .attention_tiles import MAX_HEAD_DIM, Tile, block_d, tiles_for
 from .dropout import check_dropout, keep, keep_reference, row_and_column_keys, threshold
 from .layout import TILE_ROWS, SequenceLayout
 from .linear import add_column_sum
@@ -397,7 +397,7 @@ def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor
     H, D = qkv.shape[2:]
     kernel[(tiles.shape[0] * (TILE_ROWS // block_rows) * H,)](
         qkv, tiles, *arguments, H=H, D=D, BLOCK_D=block_d(D), TILE=TILE_ROWS, **constants,
-        num_stages=NUM_STAGES, **tile._asdict(), **LAUNCH_OPTIONS,
+        **tile._asdict(), **LAUNCH_OPTIONS,
     )  # fmt: skip
 
 

@@ -10,6 +10,12 @@ faster as its transpose only, and putting that right costs what was gained.
 
 Other devices and dtypes, and autocast, get PyTorch's own. Gradients of weights and biases are written, or added, to
 where the caller keeps them: on CUDA in fp32 from operands in bf16, unrounded.
+
+An embedding is a linear layer of one-hot rows, whose dweight is a sum of the rows of dout that have one index. Rows
+sorted by index are cut in blocks of RUN_ROWS; a block adds up its runs of one index as a product of 0s and 1s with its
+rows, and adds a run that lies within it to the table. What crosses a border is left to a second launch, one program for
+each run, from its first block on. So there are no atomics, and the same bits come out every time: PyTorch adds the rows
+of tables that are short for the number of tokens, as that of positions is, in any order.
 """
 
 import torch
@@ -18,12 +24,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums
+from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums
+
+INTERPRETED = tl.constexpr(INTERPRET)
 
 # Of a sum of columns: 16 rows of 256 columns are four loads of 16 bytes in flight a thread. At most 64 strips of rows,
 # whose sums are 1 % of what is read at 16,384 rows of bf16: as many on every device, so that the bits are the same.
 STRIP_TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 NUM_STRIPS = 64
+# Of a sum of the rows of an index: 32 sorted rows a block, and as many blocks at once where a run crosses borders.
+RUN_TILE = {"RUN_ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
 
@@ -96,6 +106,84 @@ def add_column_sum(total_F: Tensor, x_NF: Tensor, accumulate: bool) -> None:
     # A sum to another dtype first converts all of x here: sum within the dtype, rounded once.
     rows = x_NF.sum(0)
     total_F.add_(rows) if accumulate else total_F.copy_(rows)
+
+
+@triton.jit(do_not_specialize=["N", "padding"])
+def _run_sums_kernel(
+    rows_ptr, index_ptr, order_ptr,  # (N, D); (N,) int32, sorted; (N,) int64, where the sorted rows stand
+    total_ptr, partial_ptr,          # (V, D); (blocks, 2, D) fp32: what came from the block before, what goes on
+    N, D, padding, RUN_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    first, end = block * RUN_ROWS, tl.minimum((block + 1) * RUN_ROWS, N)
+    at = first + tl.arange(0, RUN_ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    live = (column < D)[None, :]
+    index = tl.load(index_ptr + at, mask=at < N, other=-1)
+    before = tl.load(index_ptr + at - 1, mask=(at > 0) & (at < N), other=-1)
+    order = tl.load(order_ptr + at, mask=at < N, other=0)
+    rows = tl.load(rows_ptr + order[:, None] * D + column[None, :], mask=(at < N)[:, None] & live, other=0.0)
+    same = index[:, None] == tl.load(index_ptr + at, mask=at < N, other=-1)[None, :]
+    if INTERPRETED:  # whose dot takes the bits of bf16 for integers
+        rows = rows.to(tl.float32)
+    sums = tl.dot(same.to(rows.dtype), rows, input_precision="ieee")  # in each row that of its run
+
+    came = index == tl.load(index_ptr + first - 1, mask=first > 0, other=-1)
+    goes_on = index == tl.load(index_ptr + end, mask=end < N, other=-1)
+    begins = ((index != before) | (at == first)) & (at < N)
+    target = total_ptr + index.to(tl.int64)[:, None] * D + column[None, :]
+    whole = (begins & ~came & ~goes_on & (index != padding))[:, None] & live
+    old = tl.load(target, mask=whole, other=0.0).to(tl.float32)
+    tl.store(target, (old + sums).to(total_ptr.dtype.element_ty), mask=whole)
+    partial = partial_ptr + (block * 2 + tl.where(came, 0, 1))[:, None] * D + column[None, :]
+    tl.store(partial, sums, mask=(begins & (came | goes_on))[:, None] & live)
+
+
+@triton.jit(do_not_specialize=["N", "padding"])
+def _crossing_runs_kernel(
+    index_ptr, total_ptr, partial_ptr, N, D, padding, RUN_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The run that begins in a block and goes on in the next ones, if there is one."""
+    block = tl.program_id(0).to(tl.int64)
+    after = (block + 1) * RUN_ROWS  # the first row of the next block
+    index = tl.load(index_ptr + after - 1, mask=after < N, other=-1)
+    goes_on = index == tl.load(index_ptr + after, mask=after < N, other=-2)
+    came = tl.load(index_ptr + block * RUN_ROWS - 1, mask=block > 0, other=-1) == index
+    if goes_on & (came == 0) & (index != padding):
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        live = column < D
+        total = tl.load(partial_ptr + (block * 2 + 1) * D + column, mask=live, other=0.0)
+        while after < N:  # a condition of its own made Triton 3.6 fail
+            row = after + tl.arange(0, RUN_ROWS) * RUN_ROWS  # of each of the blocks its first
+            ours = tl.load(index_ptr + row, mask=row < N, other=-1) == index
+            at = (row // RUN_ROWS * 2 * D)[:, None] + column[None, :]
+            total += tl.sum(tl.load(partial_ptr + at, mask=ours[:, None] & live[None, :], other=0.0), axis=0)
+            after += RUN_ROWS * RUN_ROWS
+            after = tl.where(tl.load(index_ptr + after, mask=after < N, other=-1) == index, after, N)
+        target = total_ptr + index.to(tl.int64) * D + column
+        total += tl.load(target, mask=live, other=0.0).to(tl.float32)
+        tl.store(target, total.to(total_ptr.dtype.element_ty), mask=live)
+
+
+def add_rows(total_VD: Tensor, rows_ND: Tensor, index_N: Tensor, padding: int | None, accumulate: bool) -> None:
+    """total[v] = or, to `accumulate`, += the sum of the rows n of index[n] = v; rows contiguous.
+
+    The gradient of an embedding table. Where Triton serves, summed in fp32 and in one order. Rows of the index
+    `padding` count for nothing.
+    """
+    padding = -1 if padding is None else padding
+    if rows_ND.device.type not in TRITON_DEVICES:
+        found = torch.ops.aten.embedding_dense_backward(rows_ND, index_N, total_VD.shape[0], padding, False)
+        total_VD.add_(found) if accumulate else total_VD.copy_(found)
+        return
+    if not accumulate:
+        total_VD.zero_()
+    (N, D), (run_rows, columns) = rows_ND.shape, (RUN_TILE["RUN_ROWS"], RUN_TILE["COLUMNS"])
+    index, order = torch.sort(index_N.to(torch.int32), stable=True)
+    grid = (triton.cdiv(N, run_rows), triton.cdiv(D, columns))
+    partial = rows_ND.new_empty((grid[0], 2, D), dtype=torch.float32)
+    _run_sums_kernel[grid](rows_ND, index, order, total_VD, partial, N, D, padding, **RUN_TILE, **LAUNCH_OPTIONS)
+    _crossing_runs_kernel[grid](index, total_VD, partial, N, D, padding, **RUN_TILE, **LAUNCH_OPTIONS)
 
 
 @torch.library.custom_op("fastdistil::linear", mutates_args=(), device_types="cpu")

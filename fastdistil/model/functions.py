@@ -98,15 +98,9 @@ def _rows(table: Tensor, dout_ND: Tensor, index_N: Tensor, padding: int | None) 
     """The gradient of an embedding table, whose padding row gets none."""
     if not table.requires_grad:
         return None
-    # PyTorch's, which adds up the rows of one index in one order. It makes a whole table, that is added.
-    found = torch.ops.aten.embedding_dense_backward(
-        dout_ND, index_N, table.shape[0], -1 if padding is None else padding, False
-    )
-    if not is_flat(table):
-        return found
     (dtable,), accumulate = destination(table)
-    dtable.add_(found) if accumulate else dtable.copy_(found)
-    return None
+    linear.add_rows(dtable, dout_ND, index_N, padding, accumulate)
+    return to_autograd(table, dtable)
 
 
 def embeddings(encoder: Encoder, ids_N: Tensor, positions_N: Tensor, seed: Tensor | None) -> Tensor:

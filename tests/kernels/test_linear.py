@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdistil.kernels.linear import add_column_sum, add_product, linear, linear_dx, linear_forward, runs_on_onednn
-from tests.support.precision import DEVICE, FLOOR, assert_no_worse_than_pytorch, compiled, each_dtype
+from fastdistil.kernels.linear import (
+    add_column_sum,
+    add_product,
+    add_rows,
+    linear,
+    linear_dx,
+    linear_forward,
+    runs_on_onednn,
+)
+from tests.support.precision import DEVICE, FLOOR, INTERPRETED, assert_no_worse_than_pytorch, compiled, each_dtype
 
 pytestmark = [pytest.mark.triton]
 
@@ -128,3 +136,52 @@ def test_what_does_not_fit_is_refused():
             linear(*wrong)
     with pytest.raises(ValueError, match="one dtype"):
         linear(x, weight.bfloat16(), bias)
+
+
+TABLES = {
+    "every row another one": lambda n: torch.arange(n),
+    "one row": lambda n: torch.full((n,), 3),
+    "a mask token and rare ones": lambda n: torch.where(torch.arange(n) % 8 < 3, 4, torch.arange(n) * 7 % 61),
+    "positions": lambda n: torch.arange(n) % 29,
+    "runs of a block": lambda n: torch.arange(n) // 32,
+}
+"""Indices of n rows: within a block of sorted rows, over its border, over many of them."""
+
+
+@each_dtype
+@pytest.mark.parametrize("num_rows", [1, 31, 64, 1500])
+@pytest.mark.parametrize("of", TABLES)
+def test_rows_of_an_index_add_up(of, num_rows, dtype):
+    gen = torch.Generator().manual_seed(2)
+    index = TABLES[of](num_rows).to(DEVICE)
+    rows = torch.randn(num_rows, 40, generator=gen).to(DEVICE, dtype)
+    before = torch.randn(num_rows + 64, 40, generator=gen).to(DEVICE)
+    exact = torch.zeros_like(before, dtype=torch.float64).index_add_(0, index, rows.double())
+    # On the CPU PyTorch's table is of the dtype of the rows.
+    ulp = torch.finfo(dtype).eps if DEVICE == "cpu" and not INTERPRETED else torch.finfo(torch.float32).eps
+    most = float(exact.abs().max()) + 1
+    for padding, accumulate in ((None, True), (4, True), (4, False)):
+        expected = exact.clone()
+        if padding is not None:
+            expected[padding] = 0
+        expected += before if accumulate else 0
+        results = []
+        for _ in range(2):
+            total = before.clone()
+            add_rows(total, rows, index, padding, accumulate)
+            results.append(total)
+        assert torch.equal(*results)
+        assert (results[0] - expected).abs().max() <= 64 * ulp * most
+
+
+def test_neighbours_do_not_change_the_sum_of_a_row():
+    """Nor does what the table held: the bits are those of the row's own tokens in their order."""
+    gen = torch.Generator().manual_seed(3)
+    rows = torch.randn(600, 24, generator=gen).to(DEVICE)
+    index = torch.randint(50, (600,), generator=gen).to(DEVICE)
+    whole, alone = torch.zeros(50, 24, device=DEVICE), torch.zeros(50, 24, device=DEVICE)
+    add_rows(whole, rows, index, None, True)
+    add_rows(alone, rows[index == 7], index[index == 7], None, True)
+    torch.testing.assert_close(whole[7], alone[7])
+    assert (alone[:7] == 0).all()
+    assert (alone[8:] == 0).all()
