@@ -8,17 +8,26 @@ With student logits z, teacher logits y, temperature T, p = softmax(y / T), q = 
     d loss / d z = kd_scale * T * (q - p) + mlm_scale * (softmax(z) - onehot(label))
 
 Since sum p = sum q = 1, kd is also T^2 * sum_v (p log(p/q) - p + q), whose every term is >= 0, and exactly 0 where the
-two rows agree. The kernels sum that form and clamp each term's rounding error at 0: identical rows cost exactly 0, and
-no row less. Everything is computed in fp32. The difference q - p is taken before it is rounded to the dtype of the
-logits, in which it would cancel.
+two rows agree. The kernels sum that form, in which an error of a normaliser cancels to first order, and clamp rounding
+errors at 0 (here those of a row, in csrc/ those of each term): identical rows cost exactly 0, and no row less.
+Everything is computed in fp32. The difference q - p is taken before it is rounded to the dtype of the logits, in which
+it would cancel.
 
 Each row is read twice, a pair of BERT rows being 122 KB in bf16: from memory for the two maxima and normalisers, then
 from L2 for loss and gradient. The gradient is written over the student's logits if the caller gives that buffer. That
 makes 6 bytes an element in bf16. Nothing is saved for a backward but the gradient.
 
-Instructions last about as long as the memory. Only the last step of a row is masked, and a row without a label has a
-loop of its own: 133 instructions for eight columns of both models in the first pass and 199 in the second (sm_90),
-where one masked loop for all rows had 160 and 270, 8 of 42 exponentials among them for labels that are not there.
+The first pass sums 2^(c z), c = log2(e) / T, without taking the largest logit off. While c |z| of the largest is below
+64, the sum of fewer than 2^60 columns is finite, and a power lost below 2^-126 is less than 2^-62 of it. The largest
+logits are known at the end of the pass, and only a row beyond that bound is summed again, relative to its largest. An
+online softmax has two more exponentials a step, and every power waits for a maximum.
+
+Instructions last about as long as the memory. A step's logits are loaded while the step before is computed, only the
+last steps of a row are masked, and a row without a label has a loop of its own: 111 instructions for eight columns of
+both models in the first pass and 178 in the second (sm_90). The kernel before this one, an online softmax that clamped
+each term and waited for each load, had 132 and 199: 0.342 ms for 4,096 x 30,528 in bf16 (NVIDIA H100 80GB HBM3), 1.29
+for 16,384 rows. A prototype of this one with packed arithmetic in PTX (102 and 155) took 0.299 and 1.13 ms: 2.66 TB/s.
+This one itself has yet to be measured.
 
 A logit of -inf is a token that a model never says: its probability is 0, and 0 * log 0 = 0. Where the student never
 says what the teacher may say, the KL is inf. A row of nothing but -inf has no distribution: loss and gradient are NaN.
@@ -47,6 +56,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a search for the largest logit begins. Finite, so that the difference of a logit of -inf and it is not NaN.
 NO_LOGIT = tl.constexpr(-1e30)
+# Below it in c * |z| of the largest logit, fp32 holds the sum of 2^(c z) of a row.
+SAFE_POWER = tl.constexpr(64.0)
 
 
 class DistillLoss(NamedTuple):
@@ -95,112 +106,81 @@ def _real_rows(rows: Tensor, num_rows: Tensor | None, first_row: int) -> Tensor:
 
 
 @triton.jit
-def _load_logits(row_ptr, columns, width, vocab_size, eviction: tl.constexpr, MASKED: tl.constexpr):
-    if MASKED:
-        # By the padded width, which keeps loads 16 bytes wide; by the vocabulary only afterwards.
-        z = tl.load(row_ptr + columns, mask=columns < width, other=0.0, eviction_policy=eviction)
-        return tl.where(columns < vocab_size, z.to(tl.float32), float("-inf"))
-    return tl.load(row_ptr + columns, eviction_policy=eviction).to(tl.float32)
+def _load_both(s_row, t_row, columns, width, eviction: tl.constexpr):
+    """Logits as they are in memory: whatever waits for them, a mask among it, is for the next step."""
+    live = columns < width  # the padded width, which keeps loads 16 bytes wide
+    z = tl.load(s_row + columns, mask=live, eviction_policy=eviction)
+    return z, tl.load(t_row + columns, mask=live, eviction_policy=eviction)
 
 
 @triton.jit
-def _include(z, largest, total, c):
-    """One step of an online softmax in each lane, base 2: no lane waits for another one."""
-    new_largest = tl.maximum(largest, tl.max(z, axis=1))
-    powers = tl.exp2((z - new_largest[:, None]) * c)
-    return new_largest, total * tl.exp2((largest - new_largest) * c) + tl.sum(powers, axis=1)
+def _in_vocabulary(z, y, start, lanes, vocab_size, step: tl.constexpr):
+    """In fp32, and -inf outside the vocabulary. Two instructions a column, so only where there are such columns."""
+    z, y = z.to(tl.float32), y.to(tl.float32)
+    if start + step > vocab_size:
+        inside = start + lanes < vocab_size
+        z, y = tl.where(inside, z, float("-inf")), tl.where(inside, y, float("-inf"))
+    return z, y
 
 
 @triton.jit
-def _include_both(s_row, t_row, columns, width, vocab_size, c, state, MASKED: tl.constexpr):
-    s_max, s_total, t_max, t_total = state
-    z = _load_logits(s_row, columns, width, vocab_size, "evict_last", MASKED)
-    y = _load_logits(t_row, columns, width, vocab_size, "evict_last", MASKED)
-    s_max, s_total = _include(z, s_max, s_total, c)
-    t_max, t_total = _include(y, t_max, t_total, c)
-    return s_max, s_total, t_max, t_total
+def _first_pass(next_z, next_y, s_row, t_row, lanes, width, vocab_size, c, step: tl.constexpr):
+    """Of both models the largest logit and the sum of 2^(c z). `next_z` and `next_y` are those of the first step."""
+    s_total = tl.zeros((lanes.shape[0],), tl.float32)
+    s_max = tl.full((lanes.shape[0],), NO_LOGIT, tl.float32)
+    t_total, t_max = s_total, s_max
+    for start in range(0, width, step):
+        z, y = _in_vocabulary(next_z, next_y, start, lanes, vocab_size, step)
+        next_z, next_y = _load_both(s_row, t_row, start + step + lanes, width, "evict_last")
+        s_total += tl.sum(tl.exp2(z * c), axis=1)
+        t_total += tl.sum(tl.exp2(y * c), axis=1)
+        s_max, t_max = tl.maximum(s_max, tl.max(z, axis=1)), tl.maximum(t_max, tl.max(y, axis=1))
+    return tl.max(s_max, axis=0), tl.sum(s_total, axis=0), tl.max(t_max, axis=0), tl.sum(t_total, axis=0)
 
 
 @triton.jit
-def _no_columns(LANES: tl.constexpr):
-    """The state of both online softmaxes before the first column."""
-    largest, total = tl.full((LANES,), NO_LOGIT, tl.float32), tl.zeros((LANES,), tl.float32)
-    return largest, total, largest, total
-
-
-@triton.jit
-def _normalisers(state, c):
-    """Of student and teacher, the largest logit and log2 of the sum of 2^(c (z - largest))."""
-    s_max, s_total, t_max, t_total = state
-    s_top, t_top = tl.max(s_max, axis=0), tl.max(t_max, axis=0)
-    s_log2 = tl.log2(tl.sum(s_total * tl.exp2((s_max - s_top) * c), axis=0))
-    t_log2 = tl.log2(tl.sum(t_total * tl.exp2((t_max - t_top) * c), axis=0))
-    return s_top, s_log2, t_top, t_log2
-
-
-@triton.jit
-def _loss_and_gradient(
-    s_row, t_row, columns, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale, sums,
-    LABELLED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Some columns of a row, read again: their dz in fp32, and the lanes' kd and nearest to a shared top with them."""
-    s_top, s_log2, t_top, t_log2 = normalisers
-    kd, nearest = sums
-    z = _load_logits(s_row, columns, width, vocab_size, "evict_first", MASKED) - s_top
-    y = _load_logits(t_row, columns, width, vocab_size, "evict_first", MASKED) - t_top
-    nearest = tl.maximum(nearest, tl.max(z + y, axis=1))  # 0 where a column is the top of both
-    log2_q, log2_p = z * c - s_log2, y * c - t_log2
-    q, p = tl.exp2(log2_q), tl.exp2(log2_p)
-    # Where p is 0, log p may be -inf, and 0 * inf is NaN. An ordinary maximum would make a loss of 0 of a NaN.
-    term = tl.maximum(tl.where(p == 0.0, 0.0, p * ((log2_p - log2_q) * LN2)) + (q - p), 0.0, tl.PropagateNan.ALL)
-    kd += tl.sum(term, axis=1)
-    dz = slope * (q - p)
-    if LABELLED:
-        q1 = tl.exp2(z * LOG2E - s1_log2)
-        dz += mlm_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
-    return dz, (kd, nearest)
+def _log2_sum(row_ptr, lanes, top, width, vocab_size, c, step: tl.constexpr):
+    """log2 of the sum of 2^(c (z - top)), read from L2."""
+    total = tl.zeros((lanes.shape[0],), tl.float32)
+    for start in range(0, width, step):
+        columns = start + lanes
+        z = tl.load(row_ptr + columns, mask=columns < width, eviction_policy="evict_last").to(tl.float32)
+        z = tl.where(columns < vocab_size, z, float("-inf"))
+        total += tl.sum(tl.exp2((z - top) * c), axis=1)
+    return tl.log2(tl.sum(total, axis=0))
 
 
 @triton.jit
 def _second_pass(
-    s_row, t_row, ds_ptr, ds_offset, lanes, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale,
+    next_z, next_y, s_row, t_row, ds_row, lanes, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale,
     step: tl.constexpr, LABELLED: tl.constexpr,
 ):  # fmt: skip
-    """kd of a row and the nearest to a shared top in each lane; dz goes to memory."""
-    sums = tl.zeros((lanes.shape[0],), tl.float32), tl.full((lanes.shape[0],), NO_LOGIT, tl.float32)
-    whole = vocab_size // step * step
-    if LABELLED:  # seldom: a third loop took more registers than there are (Triton 3.6)
-        whole = 0
-    for start in range(0, whole, step):
-        dz, sums = _loss_and_gradient(
-            s_row, t_row, start + lanes, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale, sums,
-            LABELLED, False,
-        )  # fmt: skip
-        if ds_ptr is not None:
-            tl.store(ds_ptr + ds_offset + start + lanes, dz.to(ds_ptr.dtype.element_ty))
-    for start in range(whole, width, step):
-        dz, sums = _loss_and_gradient(
-            s_row, t_row, start + lanes, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale, sums,
-            LABELLED, True,
-        )  # fmt: skip
-        if ds_ptr is not None:
-            tl.store(ds_ptr + ds_offset + start + lanes, dz.to(ds_ptr.dtype.element_ty), mask=start + lanes < width)
-    return sums
-
-
-@triton.jit
-def _mlm(s_row, lanes, z_label, s_top, width, vocab_size, step: tl.constexpr):
-    """Of the student's softmax at temperature 1, the loss of the label and log2 of the normaliser, read from L2."""
-    total = tl.sum(tl.zeros(lanes.shape, tl.float32), axis=1)
-    whole = vocab_size // step * step
-    for start in range(0, whole, step):
-        z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last", False)
-        total += tl.sum(tl.exp2((z - s_top) * LOG2E), axis=1)
-    for start in range(whole, width, step):
-        z = _load_logits(s_row, start + lanes, width, vocab_size, "evict_last", True)
-        total += tl.sum(tl.exp2((z - s_top) * LOG2E), axis=1)
-    s1_log2 = tl.log2(tl.sum(total, axis=0))
-    return (s1_log2 - (z_label - s_top) * LOG2E) * LN2, s1_log2
+    """KL(p || q) and whether a column is the top of both models; dz goes to memory. The rest as in `_first_pass`."""
+    s_top, s_log2, t_top, t_log2 = normalisers
+    log_ratio = tl.zeros((lanes.shape[0],), tl.float32)
+    rest = log_ratio
+    nearest = tl.full((lanes.shape[0],), NO_LOGIT, tl.float32)
+    for start in range(0, width, step):
+        columns = start + lanes
+        z, y = _in_vocabulary(next_z, next_y, start, lanes, vocab_size, step)
+        next_z, next_y = _load_both(s_row, t_row, columns + step, width, "evict_first")
+        z, y = z - s_top, y - t_top
+        nearest = tl.maximum(nearest, tl.max(z + y, axis=1))  # 0 where a column is the top of both
+        log2_q, log2_p = z * c - s_log2, y * c - t_log2
+        q, p = tl.exp2(log2_q), tl.exp2(log2_p)
+        # Where p is 0, either logarithm may be -inf, and 0 * inf is NaN.
+        log_ratio += tl.sum(p * tl.where(p == 0.0, 0.0, log2_p - log2_q), axis=1)
+        difference = q - p
+        rest += tl.sum(difference, axis=1)
+        if ds_row is not None:
+            dz = slope * difference
+            if LABELLED:
+                q1 = tl.exp2(z * LOG2E - s1_log2)
+                dz += mlm_scale * (q1 - tl.where(columns == label, 1.0, 0.0))
+            tl.store(ds_row + columns, dz.to(ds_row.dtype.element_ty), mask=columns < width)
+    kl = tl.sum(log_ratio, axis=0) * LN2 + tl.sum(rest, axis=0)
+    # An ordinary maximum would make a loss of 0 of a NaN.
+    return tl.maximum(kl, 0.0, tl.PropagateNan.ALL), tl.max(nearest, axis=0) == 0.0
 
 
 @triton.jit
@@ -230,51 +210,55 @@ def _distill_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: N * V passes 2^31 at 70k tokens of BERT vocabulary
     s_row, t_row = s_ptr + row * s_stride, t_ptr + row * t_stride
+    ds_row = None if ds_ptr is None else ds_ptr + row * ds_stride
     step: tl.constexpr = LANES * VECTOR
-    whole = vocab_size // step * step  # columns in steps that need no mask
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
+    # All loads that something waits for, before anything waits.
     real = True
     if num_rows_ptr is not None:
         real = first_row + row < tl.load(num_rows_ptr).to(tl.int64)
+    label = tl.load(label_ptr + row)
+    slope, mlm_scale = tl.load(scales_ptr) * temperature, tl.load(scales_ptr + 1)
+    z, y = _load_both(s_row, t_row, lanes, width, "evict_last")
     if not real:
-        if ds_ptr is not None:
-            _store_zeros(ds_ptr + row * ds_stride, lanes, width, step)
+        if ds_row is not None:
+            _store_zeros(ds_row, lanes, width, step)
         _store_row(out_ptr, N, row, 0.0, 0.0, 0.0)
         return
 
-    label = tl.load(label_ptr + row)
-    labelled = label >= 0
     # Read before any thread of this CTA writes a gradient over it. A label outside the vocabulary makes the loss NaN:
     # raising would cost a synchronisation.
+    labelled = label >= 0
     inside = labelled & (label < vocab_size)
     z_label = tl.load(s_row + label, mask=inside, other=float("nan")).to(tl.float32)
     label = label.to(tl.int32)
 
     c = LOG2E / temperature
-    state = _no_columns(LANES)
-    for start in range(0, whole, step):  # from memory
-        state = _include_both(s_row, t_row, start + lanes, width, vocab_size, c, state, False)
-    for start in range(whole, width, step):
-        state = _include_both(s_row, t_row, start + lanes, width, vocab_size, c, state, True)
-    normalisers = _normalisers(state, c)
+    s_top, s_total, t_top, t_total = _first_pass(z, y, s_row, t_row, lanes, width, vocab_size, c, step)
+    z, y = _load_both(s_row, t_row, lanes, width, "evict_first")
+    # log2 of the sum of 2^(c (z - top)). By a product, in which the rounding of c * top cancels.
+    s_log2, t_log2 = tl.log2(s_total * tl.exp2(-s_top * c)), tl.log2(t_total * tl.exp2(-t_top * c))
+    if tl.maximum(tl.abs(s_top), tl.abs(t_top)) * c >= SAFE_POWER:
+        s_log2 = _log2_sum(s_row, lanes, s_top, width, vocab_size, c, step)
+        t_log2 = _log2_sum(t_row, lanes, t_top, width, vocab_size, c, step)
+    normalisers = s_top, s_log2, t_top, t_log2
 
-    slope, mlm_scale = tl.load(scales_ptr) * temperature, tl.load(scales_ptr + 1)
-    mlm, s1_log2 = 0.0, 0.0
+    mlm = 0.0
     # Two loops: in one, the compiler computes the masked-LM part for every row and throws it away for 85 % of them.
     if labelled:
-        mlm, s1_log2 = _mlm(s_row, lanes, z_label, normalisers[0], width, vocab_size, step)
-        kd, nearest = _second_pass(
-            s_row, t_row, ds_ptr, row * ds_stride, lanes, width, vocab_size, c, normalisers, label, s1_log2, slope,
-            mlm_scale, step, True,
+        s1_log2 = _log2_sum(s_row, lanes, s_top, width, vocab_size, LOG2E, step)
+        mlm = (s1_log2 - (z_label - s_top) * LOG2E) * LN2
+        kl, agree = _second_pass(
+            z, y, s_row, t_row, ds_row, lanes, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale,
+            step, True,
         )  # fmt: skip
     else:
-        kd, nearest = _second_pass(
-            s_row, t_row, ds_ptr, row * ds_stride, lanes, width, vocab_size, c, normalisers, label, s1_log2, slope,
-            mlm_scale, step, False,
+        kl, agree = _second_pass(
+            z, y, s_row, t_row, ds_row, lanes, width, vocab_size, c, normalisers, label, 0.0, slope, mlm_scale,
+            step, False,
         )  # fmt: skip
-    agree = tl.where(tl.max(nearest, axis=0) == 0.0, 1.0, 0.0)
-    _store_row(out_ptr, N, row, temperature * temperature * tl.sum(kd, axis=0), mlm, agree)
+    _store_row(out_ptr, N, row, temperature * temperature * kl, mlm, agree.to(tl.float32))
 
 
 def _launch(
