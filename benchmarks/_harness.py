@@ -33,7 +33,7 @@ def stamp() -> dict[str, str]:
     """What a result depends on besides the code: device, versions, commit."""
     from fastdistil.kernels._backend import CPU_BACKEND
 
-    # A copy of the tree on a GPU machine is without its history, and told its commit (carry.sh).
+    # A copy of the tree on a GPU machine is without its history, or has an older one: it is told its commit (carry.sh).
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     try:
         import triton
@@ -46,7 +46,7 @@ def stamp() -> dict[str, str]:
         "cpu_backend": CPU_BACKEND,
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
+        "commit": os.environ.get("COMMIT") or git.stdout.strip() or "unknown",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

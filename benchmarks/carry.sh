@@ -36,8 +36,7 @@ fi
 cat > carry/run.sh <<'END'
 # See benchmarks/carry.sh.
 set -u
-here=$(cd "$(dirname "$0")" && pwd) out=$1 work=/tmp/first-light
-shift
+here=$(cd "$(dirname "$0")" && pwd)
 [ -d /tmp/fastdistil-site ] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
 [ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
 export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -45,10 +44,6 @@ export COMMIT="$(cat "$here"/commit)"
 mkdir -p /tmp/fastdistil-data && tar xzf "$here"/data.tgz -C /tmp/fastdistil-data
 set -- "$@" --shards /tmp/fastdistil-data/text
 [ ! -d /tmp/fastdistil-data/glue ] || set -- "$@" --glue /tmp/fastdistil-data/glue
-timeout --signal=INT "${LIMIT_S:-380}" python3 -m benchmarks.first_light $work "$@"
-status=$?
-cp $work/*.json $work/*.txt $work/*.html "$out" # few and small files come back
-tar czf "$out"/logs.tgz -C $work logs stages.jsonl errors.log $(cd $work && ls -d work/*/metrics.jsonl work/*/profile)
-exit $status
+exec python3 -m benchmarks.first_light "$@" --scratch /tmp/first-light
 END
 du -sh carry

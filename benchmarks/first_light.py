@@ -5,7 +5,9 @@
 Stages run in a process of their own, which is ended at a stage's limit or by a broken CUDA context; a fresh one goes on
 with the next stage. So nothing hides behind a failure. Those that time something run alone, then the others side by
 side. Each stage is one short line on stdout, one JSON line of OUT/stages.jsonl, and then part of
-OUT/first_light.DEVICE.json, which holds device, versions and commit as well.
+OUT/first_light.DEVICE.json, which holds device, versions and commit as well; logs and curves are packed anew in
+OUT/logs.tgz. So what was found is in OUT, in few and small files, whenever the machine is taken away. What is large,
+runs and models, lies in --scratch.
 
 --rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared,
 and launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's
@@ -24,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import traceback
@@ -72,7 +75,8 @@ class Setting:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        self.out, self.shards, self.glue, self.rehearsed = args.out, args.shards, args.glue, args.rehearse
+        self.out, self.scratch, self.rehearsed = args.out, args.scratch, args.rehearse
+        self.shards, self.glue = args.shards, args.glue
         self.on_gpu = not args.rehearse
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         sizes = (16384, 768, 30528, 12, 512) if self.on_gpu else (256, 48, 320, 3, 64)
@@ -570,10 +574,10 @@ def profile(s: Setting) -> Any:
 
 
 class Commands:
-    """The program's own commands on a small run of OUT/work; what they say goes to OUT/logs."""
+    """The program's own commands on a small run of the scratch folder; what they say goes to its logs."""
 
     def __init__(self, s: Setting) -> None:
-        self.work, self.logs = s.out / "work", s.out / "logs"
+        self.work, self.logs = s.scratch, s.scratch / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         self.environment.pop("TRITON_INTERPRET", None)
@@ -739,7 +743,7 @@ TESTS = (
 
 @stage(170, beside="tests")
 def tests(s: Setting) -> Any:
-    """The tests that a GPU runs as well, side by side where pytest-xdist is installed; OUT/logs/tests.log."""
+    """The tests that a GPU runs as well, side by side where pytest-xdist is installed; logs/tests.log."""
     import importlib.util
 
     commands = Commands(s)
@@ -818,7 +822,7 @@ def peers(s: Setting) -> Any:
 
 @stage(150, by_default=False)
 def bench(s: Setting) -> Any:
-    """Operators beside their floors and their peers (benchmarks/bench_*.py); their files go to OUT."""
+    """Operators beside their floors and their peers (benchmarks/bench_*.py); their files go to the logs."""
     if not s.on_gpu:
         return []  # on a CPU `make bench` keeps them
     commands = Commands(s)
@@ -829,7 +833,7 @@ def bench(s: Setting) -> Any:
     commands.start("table", "benchmarks._harness").wait()
     for name in names:
         if (path := results_file(name)).is_file():
-            shutil.copy(path, s.out)
+            shutil.copy(path, commands.logs)
     if status:
         raise RuntimeError(f"status {status}: {commands.text('bench')[-300:]}")
     return commands.text("table").splitlines()
@@ -876,9 +880,10 @@ def work_through(names: Sequence[str], args: argparse.Namespace) -> None:
 class Report:
     """Lines and files of what the stages found."""
 
-    def __init__(self, out: Path, *, rehearsed: bool) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.begin = out, time.monotonic()
+    def __init__(self, out: Path, scratch: Path, *, rehearsed: bool) -> None:
+        for folder in (out, scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.out, self.scratch, self.begin = out, scratch, time.monotonic()
         self.path = results_file("first_light", out)
         self.whole: dict[str, Any] = stamp() | {"rehearsed": rehearsed, "stages": {}}
         if self.path.is_file():  # stages of before, by --only
@@ -898,6 +903,10 @@ class Report:
             file.write(json.dumps(record) + "\n")
         self.whole["stages"][name] = record
         self.path.write_text(json.dumps(self.whole, indent=1) + "\n")
+        with tarfile.open(self.out / "logs.tgz", "w:gz") as archive:
+            for pattern in ("logs/*", "*/metrics.jsonl", "*/*/metrics.jsonl", "*/profile/table.json"):
+                for path in sorted(self.scratch.glob(pattern)):
+                    archive.add(path, path.relative_to(self.scratch))
         said = json.dumps(record.get("found", record.get("error")))
         passed = time.monotonic() - self.begin
         print(f"[{passed:4.0f} s] {name} {'ok' if ok else 'FAILED'} {record.get('seconds')} s {said[:900]}", flush=True)
@@ -941,6 +950,7 @@ def main(module: str = "benchmarks.first_light") -> int:
     """Exit status 1 where a stage failed. `module` is what a process of the stages is started by."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("--scratch", type=Path, help="folder of runs and models; OUT/work")
     parser.add_argument("--only", help="stages, separated by commas, of: " + " ".join(STAGES))
     parser.add_argument("--shards", type=Path, help="prepared text; else the documentation of installed packages")
     parser.add_argument("--glue", type=Path, help="folder of GLUE, for the stage learn")
@@ -948,6 +958,7 @@ def main(module: str = "benchmarks.first_light") -> int:
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out = args.out.resolve()
+    args.scratch = (args.scratch or args.out / "work").resolve()
     asked = (args.work or args.only or ",".join(n for n, s in STAGES.items() if s.by_default or args.rehearse)).split(
         ","
     )
@@ -959,11 +970,11 @@ def main(module: str = "benchmarks.first_light") -> int:
         return 0
     if args.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", module, str(args.out)]
+    command = [sys.executable, "-m", module, str(args.out), "--scratch", str(args.scratch)]
     for name, path in (("--shards", args.shards), ("--glue", args.glue)):
         command += [name, str(path.resolve())] if path else []
     command += ["--rehearse"] if args.rehearse else []
-    report = Report(args.out, rehearsed=args.rehearse)
+    report = Report(args.out, args.scratch, rehearsed=args.rehearse)
     rows: dict[str, list[str]] = {"": []}
     for name in asked:
         rows.setdefault(STAGES[name].beside, []).append(name)

@@ -12,10 +12,10 @@ as fast as gathered groups on lengths like Wikipedia's (20 sequences), and 0.9 t
 of lengths rounded up to 16, 32 or 64, with a key mask, gain at most 12 % (16, short sequences) and lose up to a factor
 of 2.9 (64, also short ones).
 
-On CUDA none of these but fused has been measured. What their sources say:
+On an H100 fused is the fastest of those tried (docs/gpu.md); flash-attn was not there. What their sources say:
 
 * torch-flash and flash-attn add tiles to one dq, by default in no fixed order. Both are asked for the deterministic
-  kernel, so that a step is the same to the last bit each time. What that costs is unknown until it is measured.
+  kernel, so that a step is the same to the last bit each time.
 * cudnn has no such kernel in PyTorch, nor has sdpa where it chooses cuDNN, or flash attention without
   torch.use_deterministic_algorithms: two runs differ in their last bits.
 * cudnn plans anew for every (sequences, length) that a run has, so it is for texts of few lengths. Its packed form has
@@ -53,9 +53,9 @@ class Fastest(NamedTuple):
     """Forward and backward, with dropout or without."""
 
 
-# By compute capability; fp32 has fused alone. Nothing has been measured yet. To fill it in: the stage `kernels` of the
-# first run on a GPU prints the milliseconds of every backend in both uses. Enter the fastest whose backward is in one
-# order.
+# By compute capability; fp32 has fused alone. 90 was measured, the others were not. To fill them in: the stage
+# `kernels` of benchmarks/first_light.py prints the milliseconds of every backend in both uses. Enter the fastest whose
+# backward is in one order.
 FASTEST: dict[int, Fastest] = {
     80: Fastest("fused", "fused"),
     90: Fastest("fused", "fused"),

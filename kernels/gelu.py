@@ -27,8 +27,8 @@ behind, since a wait for a parity cannot tell them apart; `z_full`, z has arrive
 
 Measured, an H100 SXM, K = 768, F = 3072, against cuBLAS and a kernel of rows in the same run: 16,384 rows 0.134 against
 0.192 ms, with z kept 0.164 against 0.191, backward 0.181 against 0.245; 32,768 rows 0.286, 0.317, 0.386 against 0.373,
-0.365, 0.466. cuBLAS alone took 0.117 for the first. Slower were (docs/gpu.md): a tile that both warpgroups share, b kept
-in shared memory, and plain Triton with pointers, with TMA, with persistent programs.
+0.365, 0.466. cuBLAS alone took 0.117 for the first. Slower were a tile that both warpgroups share, b kept in shared
+memory, and plain Triton with pointers, with TMA, with persistent programs (docs/gpu.md).
 
 Shapes: N = rows (tokens), D = width, K = depth of a product, F = width of the feed-forward layer.
 """

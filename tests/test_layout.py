@@ -51,7 +51,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 BUDGETS = {
     "core": (8300, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (2160, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (2860, ("kernels", "../csrc")),
+    "kernels": (2980, ("kernels", "../csrc")),
 }
 MOST_FILES = 13  # in a folder of the product
 LONGEST_FUNCTION = 60
