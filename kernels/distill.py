@@ -155,7 +155,7 @@ def _second_pass(
     next_z, next_y, s_row, t_row, ds_row, lanes, width, vocab_size, c, normalisers, label, s1_log2, slope, mlm_scale,
     step: tl.constexpr, LABELLED: tl.constexpr,
 ):  # fmt: skip
-    """KL(p || q) and whether a column is the top of both models; dz goes to memory. The rest as in `_first_pass`."""
+    """KL(p || q), and 1 if a column is the top of both models, else 0; dz goes to memory. As in `_first_pass`."""
     s_top, s_log2, t_top, t_log2 = normalisers
     log_ratio = tl.zeros((lanes.shape[0],), tl.float32)
     rest = log_ratio
@@ -180,7 +180,7 @@ def _second_pass(
             tl.store(ds_row + columns, dz.to(ds_row.dtype.element_ty), mask=columns < width)
     kl = tl.sum(log_ratio, axis=0) * LN2 + tl.sum(rest, axis=0)
     # An ordinary maximum would make a loss of 0 of a NaN.
-    return tl.maximum(kl, 0.0, tl.PropagateNan.ALL), tl.max(nearest, axis=0) == 0.0
+    return tl.maximum(kl, 0.0, tl.PropagateNan.ALL), tl.where(tl.max(nearest, axis=0) == 0.0, 1.0, 0.0)
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def _distill_kernel(
     s_top, s_total, t_top, t_total = _first_pass(z, y, s_row, t_row, lanes, width, vocab_size, c, step)
     z, y = _load_both(s_row, t_row, lanes, width, "evict_first")
     # log2 of the sum of 2^(c (z - top)). By a product, in which the rounding of c * top cancels.
-    s_log2, t_log2 = tl.log2(s_total * tl.exp2(-s_top * c)), tl.log2(t_total * tl.exp2(-t_top * c))
+    s_log2, t_log2 = tl.log2(s_total * tl.exp2(0.0 - s_top * c)), tl.log2(t_total * tl.exp2(0.0 - t_top * c))
     if tl.maximum(tl.abs(s_top), tl.abs(t_top)) * c >= SAFE_POWER:
         s_log2 = _log2_sum(s_row, lanes, s_top, width, vocab_size, c, step)
         t_log2 = _log2_sum(t_row, lanes, t_top, width, vocab_size, c, step)
@@ -258,7 +258,7 @@ def _distill_kernel(
             z, y, s_row, t_row, ds_row, lanes, width, vocab_size, c, normalisers, label, 0.0, slope, mlm_scale,
             step, False,
         )  # fmt: skip
-    _store_row(out_ptr, N, row, temperature * temperature * kl, mlm, agree.to(tl.float32))
+    _store_row(out_ptr, N, row, temperature * temperature * kl, mlm, agree)
 
 
 def _launch(
