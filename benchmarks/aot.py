@@ -29,6 +29,8 @@ SHARED_KIB = {80: 164, 89: 100, 90: 228, 100: 228}  # of an SM; the driver takes
 # Instructions whose number says where the time goes, in the whole kernel.
 MIX = {
     "tensor": r"HMMA|HGMMA|UTC\w*MMA",
+    "tma loads": r"UTMALDG",
+    "tma stores": r"UTMASTG",
     "mufu": r"MUFU",
     "shared loads": r"LDSM?",
     "shared stores": r"STSM?",

@@ -333,14 +333,17 @@ def _layout(columns: int) -> Any:
 
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(columns))
+    # Not x.stride(): of a single row that may be any number, and TMA wants multiples of 16 bytes.
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], [rows, columns], _layout(columns))
 
 
-def _takes_own_product(a: Tensor, columns: int) -> bool:
-    """Whether the kernel serves a product of `a` (N, K) with so many columns."""
-    fits = a.shape[0] > 0 and a.shape[1] % DEPTH.value == columns % SIDE.value == 0
+def _takes_own_product(a: Tensor, b: Tensor, columns: int) -> bool:
+    """Whether the kernel serves the product of `a` (N, K) and `b`, which has so many columns."""
+    fits = a.numel() > 0 < columns and a.shape[1] % DEPTH.value == columns % SIDE.value == 0
     there = a.device.type in TRITON_DEVICES and not INTERPRET and _capability(a.device) in OWN_PRODUCT
-    return there and fits and a.dtype == torch.bfloat16
+    if not (there and fits and a.dtype == b.dtype == torch.bfloat16):
+        return False
+    return a.is_contiguous() and b.is_contiguous() and (a.data_ptr() | b.data_ptr()) % 16 == 0  # as TMA reads
 
 
 def _launch_product(a: Tensor, b: Tensor, bias: Tensor, z: Tensor | None, out: Tensor, partial: Tensor | None) -> None:
@@ -365,7 +368,7 @@ def linear_gelu_forward(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: b
     if x_ND.device.type not in TRITON_DEVICES:
         z = linear_forward(x_ND, weight_FD, bias_F)
         return F.gelu(z), z if keep else None
-    if _takes_own_product(x_ND, weight_FD.shape[0]):
+    if _takes_own_product(x_ND, weight_FD, weight_FD.shape[0]):
         out = x_ND.new_empty(x_ND.shape[0], weight_FD.shape[0])
         z = torch.empty_like(out) if keep else None
         _launch_product(x_ND, weight_FD, bias_F, z, out, None)
@@ -384,7 +387,7 @@ def gelu_backward_product(
     dbias is where the sum of dz over its rows goes, (F,) fp32 or in the dtype of bias; with `accumulate` it is added to
     what stands there. None: nowhere.
     """
-    if _takes_own_product(dy_ND, weight_DF.shape[1]):
+    if _takes_own_product(dy_ND, weight_DF, weight_DF.shape[1]):
         dz = torch.empty_like(z_NF)
         partial = dz.new_empty((triton.cdiv(dz.shape[0], SIDE.value), 1, dz.shape[1]), dtype=torch.float32)
         _launch_product(dy_ND, weight_DF, bias_F, z_NF, dz, partial)

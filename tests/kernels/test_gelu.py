@@ -158,7 +158,7 @@ def test_product_with_gelu_behind_it(shape):
     sizes = ((N, D), (width, D), (width,), (D, width), (N, D))
     x, weight, bias, second, dy = (torch.randn(s, generator=gen).to(DEVICE, torch.bfloat16) for s in sizes)
     weight, second = weight * D**-0.5, second * D**-0.5
-    assert module._takes_own_product(x, width)
+    assert module._takes_own_product(x, weight, width)
     z_exact = x.float() @ weight.float().t()
     out, z = linear_gelu_forward(x, weight, bias, True)
     assert z is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import step
+from benchmarks.no_gpu import SHARED_BYTES
 from fastdistil.model.architecture import flops_per_token
 from tests.support.precision import INTERPRETED
 
@@ -64,6 +65,14 @@ def test_what_is_launched_compiles_to_good_code(launched, arch):
     assert [kernel for kernel in kernels if kernel["spills"]] == []
     assert [k for k in kernels if k["widest load"] < 128 and k["name"] not in READ_NO_ROWS] == []
     assert len(kernels) <= COMPILATIONS[arch], sorted(kernel["name"] for kernel in kernels)
+
+
+def test_product_with_gelu_is_fed_and_emptied_by_tma(launched):
+    """On Hopper: forward, forward with z kept, backward; tensor cores, TMA both ways, a CTA's shared memory."""
+    found = [kernel for kernel in launched["90"]["kernels"] if kernel["name"] == "gelu._product_kernel"]
+    assert len(found) >= 3
+    assert all(kernel["mix"][kind] for kernel in found for kind in ("tensor", "tma loads", "tma stores"))
+    assert max(kernel["shared"] for kernel in found) <= SHARED_BYTES[90]
 
 
 def test_the_check_sees_a_spill(launched):

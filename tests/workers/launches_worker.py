@@ -17,10 +17,11 @@ from benchmarks.no_gpu import Kernel, pretend
 
 
 def code_of(kernel: Kernel) -> dict[str, Any]:
-    """Name, spills and bits of the widest load of a compilation."""
+    """Name, spills, bits of the widest load, shared memory and instruction mix of a compilation."""
     report = aot.report(kernel.cubin, kernel.metadata)
     spills = report.num_spills + report.stack_bytes
-    return {"name": kernel.name, "spills": spills, "widest load": report.widest_load}
+    found = {"name": kernel.name, "spills": spills, "widest load": report.widest_load}
+    return found | {"shared": report.shared_bytes, "mix": report.mix}
 
 
 def codes_of(kernels: list[Kernel]) -> list[dict[str, Any]]:
