@@ -739,11 +739,13 @@ TESTS = (
     *("distill", "linear_distill", "cosine", "dropout", "attention", "layernorm", "gelu", "linear", "fp8_rows"),
     "backend",
 )
+TESTS_S = 150
+"""After which the tests are ended, before their stage is."""
 
 
 @stage(170, beside="tests")
 def tests(s: Setting) -> Any:
-    """The tests that a GPU runs as well, side by side where pytest-xdist is installed; logs/tests.log."""
+    """The tests that a GPU runs as well, side by side where pytest-xdist is installed; logs/tests.log, failures.log."""
     import importlib.util
 
     commands = Commands(s)
@@ -753,15 +755,26 @@ def tests(s: Setting) -> Any:
     ]
     beside = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     words = "-v --timeout 60 --timeout-method thread -p no:cacheprovider -p no:benchmark --tb=short -m"
-    options = [*words.split(), "triton and not soak"]
+    options = [*words.split(), "(triton or gpu) and not soak"]
     if not s.on_gpu:
         paths, beside = paths[-3:-2], []
         options += ["-k", "flat"]
+    failures = commands.logs / "failures.log"
+    failures.unlink(missing_ok=True)
+    # Each worker's Inductor would start a process for every core.
+    commands.environment |= {"FAILURES": str(failures), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     process = commands.start("tests", "pytest", *paths, *beside, *options)
-    status = process.wait()
-    lines = commands.text("tests").splitlines()
-    failed = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))][:30]
-    found = {"status": status, "summary": lines[-1:], "failed": failed}
+    try:
+        status: object = process.wait(TESTS_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it sums up
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        status = f"cut off after {TESTS_S} s"
+    # A broken CUDA context fails all that comes after it in its worker: the first of each worker says most.
+    failed = [line[:200] for line in failures.read_text().splitlines()][:30] if failures.exists() else []
+    found = {"status": status, "summary": commands.text("tests").splitlines()[-1:], "failed": failed}
     if status:
         raise RuntimeError(json.dumps(found))
     return found

@@ -15,10 +15,10 @@ if importlib.util.find_spec("hypothesis") is not None:  # the machines that are 
     from hypothesis import settings
 
     # Every run of `make test` tries the same cases. --hypothesis-profile=soak (make soak) draws others each time, and
-    # more of them. A case costs Triton's interpreter up to a second.
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    settings.register_profile("test", derandomize=True, max_examples=5 if interpreted else 50, deadline=None)
-    settings.register_profile("soak", max_examples=100 if interpreted else 1000, deadline=None)
+    # more of them. A case costs Triton's interpreter up to a second; on a GPU most cases are kernels to be compiled.
+    slow = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+    settings.register_profile("test", derandomize=True, max_examples=5 if slow else 50, deadline=None)
+    settings.register_profile("soak", max_examples=100 if slow else 1000, deadline=None)
     settings.load_profile("test")
 
 
@@ -55,6 +55,30 @@ def quiet_two(root, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("quiet-two") / "run"
     return runs.Done(run, forked.run(*runs.arguments(root, run, **runs.TWO), ranks=2).stdout)
+
+
+BROKEN = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure")
+"""Errors of CUDA after which nothing in the process reaches the GPU."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Each failure when it happens, to the end of the file that FAILURES names: a run that is cut off has its reasons.
+
+    It is written by the process that started the others, where there are some. One of these with a broken CUDA context
+    ends, and pytest-xdist starts another: it would fail at all that is left, which workers that are done steal.
+    """
+    if not report.failed:
+        return
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = (crash.message if crash else str(report.longrepr)).strip()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        if any(error in message for error in BROKEN):
+            os._exit(1)
+    elif "FAILURES" in os.environ:
+        worker, first = getattr(report, "worker_id", "-"), message.partition("\n")[0]
+        with open(os.environ["FAILURES"], "a") as log:
+            log.write(f"{worker} {report.nodeid} {report.duration:.1f} s: {first[:300]}\n")
 
 
 def pytest_terminal_summary(terminalreporter):

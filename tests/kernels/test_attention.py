@@ -45,11 +45,11 @@ pytestmark = pytest.mark.triton
 LENGTHS = [[1], [3, 3, 3], [31, 32, 33, 7, 7], [64, 130] if INTERPRETED else [63, 64, 65, 128, 130]]
 
 
-def make_leaves(lengths, dtype=torch.float32, heads=2, width=20, seed=0) -> dict[str, Any]:
+def make_leaves(lengths, dtype=torch.float32, heads=2, width=20, seed=0, device=DEVICE) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(seed)
     qkv = torch.randn(sum(lengths), 3, heads, width, generator=gen)
     weight = torch.randn(sum(lengths), heads, width, generator=gen)
-    return {"qkv_N3HD": qkv.to(DEVICE, dtype).requires_grad_(), "weight_NHD": weight.to(DEVICE, dtype)}
+    return {"qkv_N3HD": qkv.to(device, dtype).requires_grad_(), "weight_NHD": weight.to(device, dtype)}
 
 
 def dropout(dropout_p=0.3, seed=2**62 + 12345, stream=7) -> dict[str, Any]:
@@ -218,7 +218,8 @@ def test_one_key_that_wins_by_far():
         leaves["qkv_N3HD"][69, 1] = 1e4
     out = fused(leaves["qkv_N3HD"], sequence_layout(lengths, DEVICE))
     expected = leaves["qkv_N3HD"][69:, 2].expand_as(out)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    # A GPU does not round the product of score and scale: the one weight is a power of 2 near 1, and divided by itself.
+    torch.testing.assert_close(out, expected, rtol=2.0**-21, atol=0)
 
 
 def test_seed_and_stream_choose_the_mask():
@@ -400,13 +401,17 @@ class Calls(TorchDispatchMode):
 
 
 def on_fake_tensors(backend: Any, lengths: list[int], dropout_p: float) -> list[tuple[str, bool]]:
-    """What a backend for CUDA calls on tensors without data: PyTorch binds the arguments and says shapes and dtypes."""
-    layout = sequence_layout(lengths, DEVICE, sequence_step=4)
+    """What a backend for CUDA calls on tensors without data: PyTorch binds the arguments and says shapes and dtypes.
+
+    On the CPU, wherever this runs: on CUDA the sum of the bias's gradient is a launch of Triton's, which gives the
+    kernel the address 0 for a tensor without data, and after that nothing in the process reaches the GPU.
+    """
+    layout = sequence_layout(lengths, "cpu", sequence_step=4)
     with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
-        leaves = make_leaves(lengths, torch.bfloat16, width=24)
+        leaves = make_leaves(lengths, torch.bfloat16, width=24, device="cpu")
         qkv, dout = leaves["qkv_N3HD"].detach(), leaves["weight_NHD"]
-        dbias = torch.empty(3 * 2 * 24, device=DEVICE)
-        arguments = torch.tensor(5, device=DEVICE), 0, dropout_p, backend
+        dbias = torch.empty(3 * 2 * 24)
+        arguments = torch.tensor(5), 0, dropout_p, backend
         out, saved = attention_module.forward(qkv, layout, *arguments)
         dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=True)
         alone, nothing = attention_module.forward(qkv, layout, *arguments, keep=False)
@@ -474,7 +479,7 @@ def test_the_default_on_cuda_is_read_from_the_table(monkeypatch):
 
 def test_auto():
     assert resolve_backend("auto", "cuda") == "fused"
-    assert resolve_backend("auto", torch.device("cuda:1"), dropout_p=0.1) == "fused"
+    assert resolve_backend("auto", torch.device("cuda:0"), dropout_p=0.1) == "fused"  # one that a GPU machine has
     assert resolve_backend("auto", "cpu") == "sdpa"
     assert resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
     assert resolve_backend("auto", "cpu", training=True, dtype=torch.float32) == "sdpa"

@@ -32,10 +32,13 @@ def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
     return {"student_ND": student.to(DEVICE, dtype).requires_grad_(), "teacher_ND": teacher.to(DEVICE, dtype)}
 
 
-def check(leaves, **options):
-    assert_no_worse_than_pytorch(
-        functools.partial(cosine_loss, **options), functools.partial(cosine_loss_reference, **options), leaves
-    )
+def check(leaves, *, scale: float | torch.Tensor = 1.0, **options):
+    """A gradient is a difference of two vectors, both no longer than t / (|s| |t|)."""
+    student, teacher = (x.detach().double() for x in leaves.values())
+    squares = [x.square().sum(1, keepdim=True) + 1e-12 for x in (student, teacher)]
+    size = (teacher / (squares[0] * squares[1]).sqrt()).abs().max().item() * float(scale)
+    ours, reference = (functools.partial(f, scale=scale, **options) for f in (cosine_loss, cosine_loss_reference))
+    assert_no_worse_than_pytorch(ours, reference, leaves, sizes={"dstudent_ND": size})
 
 
 @each_dtype

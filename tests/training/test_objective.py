@@ -11,6 +11,8 @@ from fastdistil.training.teacher import Teacher
 from tests.support import authors, toy
 from tests.support.updates import DEVICE, gradients_of, make_batches, make_student, make_teacher, one_update
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("temperature", [2.0, 3.0])

@@ -206,6 +206,7 @@ def pinned(batches: list[MicroBatch]) -> list[MicroBatch]:
     return [b.pin_memory() for b in batches]
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_overlap_changes_no_bit_on_a_gpu(folder):
     device = torch.device("cuda", 0)
@@ -223,6 +224,7 @@ def test_overlap_changes_no_bit_on_a_gpu(folder):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("recording", [True, False])
 def test_memory_is_not_given_away_while_the_student_reads(folder, monkeypatch, recording):
