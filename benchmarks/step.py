@@ -12,8 +12,8 @@ of a provider is timed, it must agree with the first one on the loss without dro
 
 Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. They take
 turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all
-get ready at once, which is what takes the time. With --apart the memory of one is given back before the next one
-starts: together they may want more than there is.
+get ready at once, which is what takes the time, but for Hugging Face as it is, which comes last and alone: it holds
+the logits in fp32 many times over. With --apart the memory of every one is given back before the next one starts.
 A provider that fails, ours too, is a line of the table. Results are kept whenever a line is printed. On a CPU the
 trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
 which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
@@ -629,7 +629,9 @@ def main() -> int:
     rows: dict[str, Row] = {}
     losses: dict[str, float] = {}
     ours = None
-    for group in [[name] for name in names] if args.apart else [names]:
+    eager = [name for name in names if DEVICE == "cuda" and name.startswith("HF eager")]
+    together = [name for name in names if name not in eager]
+    for group in [[name] for name in names] if args.apart else filter(None, (together, eager)):
         found = measure(group, args, losses)
         ours = found.seconds.get(OURS, ours)
         for name in group:
