@@ -167,9 +167,10 @@ def main() -> None:
     print(f"{'case':<58}{'ours ms':>9}{'GB/s':>8}{'TFLOP/s':>9}{'floor':>7}  best peer")
     for path in sorted(RESULTS.glob(results_file("*").name)):
         for case, kept in json.loads(path.read_text()).items():
-            rows = {k: row for k, row in kept["providers"].items() if "median_ms" in row}
+            found = kept.get("providers", {}) if isinstance(kept, dict) else {}
+            rows = {k: row for k, row in found.items() if "median_ms" in row}
             if OURS not in rows:
-                continue  # step and data print tables of their own
+                continue  # step, data and first_light print tables of their own
             ours, floor = rows[OURS], rows.get("floor")
             peers = {k: v for k, v in rows.items() if k != "floor" and not k.startswith(OURS)}
             best = min(peers, key=lambda k: peers[k]["median_ms"], default=None)
