@@ -46,7 +46,7 @@ def stamp() -> dict[str, str]:
         "cpu_backend": CPU_BACKEND,
         "torch": torch.__version__,
         "triton": triton_version,
-        "commit": os.environ.get("COMMIT") or git.stdout.strip() or "unknown",
+        "commit": os.environ.get("FASTDISTIL_COMMIT") or git.stdout.strip() or "unknown",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

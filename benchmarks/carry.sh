@@ -40,7 +40,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ -d /tmp/fastdistil-site ] || python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/fastdistil-site "$here"/wheels/*.whl
 [ -f "$here"/triton.tgz ] && tar xzf "$here"/triton.tgz -C /tmp
 export PYTHONPATH=$PWD:/tmp/fastdistil-site TRITON_CACHE_DIR=/tmp/fastdistil-triton HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export COMMIT="$(cat "$here"/commit)"
+export FASTDISTIL_COMMIT="$(cat "$here"/commit)"
 mkdir -p /tmp/fastdistil-data && tar xzf "$here"/data.tgz -C /tmp/fastdistil-data
 set -- "$@" --shards /tmp/fastdistil-data/text
 [ ! -d /tmp/fastdistil-data/glue ] || set -- "$@" --glue /tmp/fastdistil-data/glue

@@ -120,8 +120,9 @@ def pretend(arch: int = 90) -> Driver:
     assert not _backend.INTERPRET, "TRITON_INTERPRET=1 compiles nothing"
     driver = Driver(arch)
     triton.runtime.driver.set_active(driver)  # type: ignore[arg-type]
+    # All are imported before one is changed: they register operators for the devices that they import.
     names = sorted(path.stem for path in Path(_backend.__file__).parent.glob("*.py"))
-    for module in [importlib.import_module(f"fastdistil.kernels.{name}") for name in names]:  # all, then the first
+    for module in [importlib.import_module(f"fastdistil.kernels.{name}") for name in names]:
         if hasattr(module, "TRITON_DEVICES"):
             module.TRITON_DEVICES = ("cuda", "meta")  # type: ignore[attr-defined]
     attention_tiles.architecture = lambda device: arch

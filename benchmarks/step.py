@@ -530,11 +530,9 @@ def measure(names: Sequence[str], args: argparse.Namespace, losses: dict[str, fl
                 process.close()
 
     # On a CPU one after the other: compiling takes both time and cores.
-    starts = {name: partial(Process, name, args) for name in names}
-    if DEVICE == "cuda":
-        starts = {name: partial(lambda process: process, start()) for name, start in starts.items()}
-    for name, start in starts.items():
-        if process := tried(name, lambda start=start: start().ready()):
+    begun = {name: Process(name, args) for name in names if DEVICE == "cuda"}
+    for name in names:
+        if process := tried(name, lambda name=name: (begun.get(name) or Process(name, args)).ready()):
             found.processes[name] = process
             losses[name] = process.loss
             tried(name, partial(require_agreement, name, losses, args.precision))

@@ -34,10 +34,10 @@ from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_r
 from .linear import add_column_sum
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
-# A program draws its column keys once for its rows, and a backward has sums to leave: 512 programs at 16,384 rows. The
-# forward took 0.66 of the time with half the rows (benchmarks/tiles.py, an H100 SXM, width 768 with dropout).
+# A program draws its column keys once for its rows, and a backward has sums to leave: 512 programs at 16,384 rows. A
+# forward took 0.82 of the time with half of them (benchmarks/tiles.py, an H100 SXM, width 768 without dropout).
 ROWS_PER_PROGRAM = 32
-FORWARD_ROWS_PER_PROGRAM = 16
+FORWARD_ROWS_PER_PROGRAM = 16  # a multiple of every tile's
 EMBEDDING_STREAM = tl.constexpr(0)  # the first place of dropout in a model
 MAX_PROGRAMS = 1024  # beyond, programs take more rows: the partial sums stay below 6 MB at width 768
 
@@ -291,23 +291,25 @@ def tile(width: int, itemsize: int) -> dict[str, int]:
 
 
 def forward_tile(width: int, itemsize: int, *, dropout: bool) -> dict[str, int]:
-    """Of a forward: with dropout half the rows are faster, at width 768 0.037 against 0.049 ms on an H100 SXM."""
+    """Of a forward: with dropout half the rows are faster, at width 768 0.037 against 0.055 ms on an H100 SXM."""
     settings = tile(width, itemsize)
     return settings | {"ROWS": max(1, settings["ROWS"] // 2)} if dropout else settings
 
 
 def _launch_forward(kernel, x: Tensor, seed: Tensor | None, *arguments) -> None:
-    num_rows, settings = x.shape[0], forward_tile(x.shape[1], x.element_size(), dropout=seed is not None)
-    if num_rows > 0:
-        rows = triton.cdiv(FORWARD_ROWS_PER_PROGRAM, settings["ROWS"]) * settings["ROWS"]
-        kernel[(triton.cdiv(num_rows, rows),)](*arguments, rows, **settings, **LAUNCH_OPTIONS)
+    settings = forward_tile(x.shape[1], x.element_size(), dropout=seed is not None)
+    _launch(kernel, x.shape[0], FORWARD_ROWS_PER_PROGRAM, settings, *arguments)
 
 
 def _launch_backward(kernel, x: Tensor, *arguments) -> None:
-    num_rows, settings = x.shape[0], tile(x.shape[1], x.element_size())
+    settings = tile(x.shape[1], x.element_size())
+    _launch(kernel, x.shape[0], _rows_per_program(x.shape[0], settings["ROWS"]), settings, *arguments)
+
+
+def _launch(kernel, num_rows: int, rows_per_program: int, settings: dict[str, int], *arguments) -> None:
     if num_rows > 0:
-        rows = _rows_per_program(num_rows, settings["ROWS"])
-        kernel[(triton.cdiv(num_rows, rows),)](*arguments, rows, **settings, **LAUNCH_OPTIONS)
+        grid = (triton.cdiv(num_rows, rows_per_program),)
+        kernel[grid](*arguments, rows_per_program, **settings, **LAUNCH_OPTIONS)
 
 
 def _rows_per_program(num_rows: int, rows: int) -> int:

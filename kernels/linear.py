@@ -123,7 +123,7 @@ def _run_sums_kernel(
     before = tl.load(index_ptr + at - 1, mask=(at > 0) & (at < N), other=-1)
     order = tl.load(order_ptr + at, mask=at < N, other=0)
     rows = tl.load(rows_ptr + order[:, None] * D + column[None, :], mask=(at < N)[:, None] & live, other=0.0)
-    same = index[:, None] == tl.load(index_ptr + at, mask=at < N, other=-1)[None, :]
+    same = index[:, None] == index[None, :]
     if INTERPRETED:  # whose dot takes the bits of bf16 for integers
         rows = rows.to(tl.float32)
     sums = tl.dot(same.to(rows.dtype), rows, input_precision="ieee")  # in each row that of its run
@@ -166,10 +166,13 @@ def _crossing_runs_kernel(
 
 
 def add_rows(total_VD: Tensor, rows_ND: Tensor, index_N: Tensor, padding: int | None, accumulate: bool) -> None:
-    """total[v] = or, to `accumulate`, += the sum of the rows n of index[n] = v; rows contiguous.
+    """total[v] = or, to `accumulate`, += the sum of the rows n of index[n] = v: the gradient of an embedding table.
 
-    The gradient of an embedding table. Where Triton serves, summed in fp32 and in one order. Rows of the index
-    `padding` count for nothing.
+    Args:
+        total_VD: fp32, or of the dtype of the rows. Where Triton serves, summed in fp32 and in one order.
+        rows_ND: contiguous.
+        index_N: integers, 0 to V - 1; unchecked.
+        padding: an index whose rows count for nothing.
     """
     padding = -1 if padding is None else padding
     if rows_ND.device.type not in TRITON_DEVICES:

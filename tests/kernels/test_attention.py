@@ -219,7 +219,7 @@ def test_one_key_that_wins_by_far():
     out = fused(leaves["qkv_N3HD"], sequence_layout(lengths, DEVICE))
     expected = leaves["qkv_N3HD"][69:, 2].expand_as(out)
     # A GPU does not round the product of score and scale: the one weight is a power of 2 near 1, and divided by itself.
-    torch.testing.assert_close(out, expected, rtol=2.0**-21, atol=0)
+    torch.testing.assert_close(out, expected, rtol=2.0**-21 if DEVICE == "cuda" else 0, atol=0)
 
 
 def test_seed_and_stream_choose_the_mask():

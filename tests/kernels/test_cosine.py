@@ -33,12 +33,12 @@ def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
 
 
 def check(leaves, *, scale: float | torch.Tensor = 1.0, **options):
-    """A gradient is a difference of two vectors, both no longer than t / (|s| |t|)."""
+    """A gradient is a difference of two vectors, both no longer than t / (|s| |t|), which a GPU may round apart."""
     student, teacher = (x.detach().double() for x in leaves.values())
     squares = [x.square().sum(1, keepdim=True) + 1e-12 for x in (student, teacher)]
     size = (teacher / (squares[0] * squares[1]).sqrt()).abs().max().item() * float(scale)
     ours, reference = (functools.partial(f, scale=scale, **options) for f in (cosine_loss, cosine_loss_reference))
-    assert_no_worse_than_pytorch(ours, reference, leaves, sizes={"dstudent_ND": size})
+    assert_no_worse_than_pytorch(ours, reference, leaves, sizes={"dstudent_ND": size} if DEVICE == "cuda" else None)
 
 
 @each_dtype

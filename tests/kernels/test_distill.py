@@ -62,7 +62,9 @@ def sizes(num_rows: int) -> dict[str, float]:
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES if INTERPRETED else [*SHAPES, (4097, 3)], ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype):
-    check(make_leaves(shape, dtype), sizes=sizes(shape[0]))
+    # Of one column PyTorch's loss is 0 exactly, and the Triton kernel's but for rounding.
+    of_one_column = shape[1] == 1 and (INTERPRETED or DEVICE == "cuda")
+    check(make_leaves(shape, dtype), sizes=sizes(shape[0]) if of_one_column else None)
 
 
 @each_dtype

@@ -77,7 +77,8 @@ def judged(operator, **options):
 def check(leaves, *, eps=1e-12, **options):
     """No worse than twice PyTorch's own error and one rounding of the largest value, which fp32 inside spares.
 
-    A gradient of x is a difference of numbers as large as dout * weight * rstd, of two columns 0.
+    A gradient of x is a difference of numbers as large as dout * weight * rstd, of two columns 0. A GPU's square root
+    is not PyTorch's.
     """
     given = {name: leaf.detach().double() for name, leaf in leaves.items()}
     rstd = (summed(given["x_ND"], given["residual_ND"], **options).var(1, correction=0) + eps).rsqrt()
@@ -90,7 +91,7 @@ def check(leaves, *, eps=1e-12, **options):
     for name, exact in truth.items():
         my_error, their_error = ((r[name] - exact).abs().max().item() for r in (mine, theirs))
         allowed = SLACK * their_error + rounding * exact.abs().max().item()
-        allowed += FLOOR * size * (name in ("dx_ND", "dresidual_ND"))
+        allowed += FLOOR * size * (DEVICE == "cuda" and name in ("dx_ND", "dresidual_ND"))
         assert my_error <= allowed, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
 
 

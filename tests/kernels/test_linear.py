@@ -175,7 +175,7 @@ def test_rows_of_an_index_add_up(of, num_rows, dtype):
 
 
 def test_neighbours_do_not_change_the_sum_of_a_row():
-    """Nor does what the table held: the bits are those of the row's own tokens in their order."""
+    """But for rounding, since a block of sorted rows begins elsewhere. Rows of the table without a token stay 0."""
     gen = torch.Generator().manual_seed(3)
     rows = torch.randn(600, 24, generator=gen).to(DEVICE)
     index = torch.randint(50, (600,), generator=gen).to(DEVICE)
