@@ -4,11 +4,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from fastdistil.run import checkpoint
 from fastdistil.run.command import STOPPED
+from fastdistil.run.recipes import parse
 from tests.support import forked, launch, runs, slurm
 from tests.support.launch import ROOT
 from tests.support.processes import processes_of, workers_of
@@ -154,17 +158,65 @@ def test_preempted_while_it_loads(cluster, tmp_path):
 
 @slurmed
 def test_a_mistake_is_a_line_and_the_end(cluster, tmp_path):
-    job = cluster.submit(*TWO_NODES, SCRIPT, "distilbert", "--data.shards", tmp_path / "nowhere", "--out", tmp_path)
+    job = cluster.submit(*TWO_NODES, SCRIPT, "mlm", "--data.shards", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert (ended := cluster.end(job))["ExitCode"] == "2:0", cluster.log(job)
     assert ended["Restarts"] == "0"
     assert f"error: {tmp_path / 'nowhere'}" in cluster.log(job)
     assert "Traceback" not in cluster.log(job)
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed: apt-get install shellcheck")
-def test_scripts_pass_shellcheck():
-    done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
+@pytest.mark.soak
+@slurmed
+def test_the_time_is_up(cluster, root, tmp_path):
+    """The signal before it; a minute is the least that Slurm knows."""
+    run = tmp_path / "run"
+    job = cluster.submit(*TWO_NODES, "--time=1", "--signal=TERM@30", SCRIPT, *words(root, run, optim__duration=9999))
+    cluster.wait_until(job, "status 75: back to the queue, requeue 1 of at most 50")
+    assert status(run)["reason"] == "SIGTERM"
+    cluster.ask("scancel", job)
+    assert cluster.end(job)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(("program", "file"), [("shellcheck", "slurm.sbatch"), ("hadolint", "Dockerfile")])
+def test_linters_have_nothing_to_say(program, file):
+    found = shutil.which(program, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{program} is not installed")
+    done = subprocess.run([found, EXAMPLES / file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_job_is_valid_for_kubernetes():
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    service, job = yaml.safe_load_all((EXAMPLES / "job.yaml").read_text())
+    for resource in (service, job):
+        kubernetes_validate.validate(resource, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_job_knows_the_exit_statuses_and_finds_the_first_pod():
+    """What the schema does not hold: names that must agree, and what the rules make of a status."""
+    service, job = yaml.safe_load_all((EXAMPLES / "job.yaml").read_text())
+    spec, template = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = template["containers"]
+    name, subdomain = job["metadata"]["name"], template["subdomain"]
+    assert service["metadata"]["name"] == subdomain
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert f"--master-addr={name}-0.{subdomain}" in container["command"]
+    assert f"--nnodes={spec['completions']}" in container["command"]
+    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in container["command"]
+    assert spec["completions"] == spec["parallelism"]
+    assert template["restartPolicy"] == "Never"  # podFailurePolicy wants it
+    actions = {}
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert rule["action"] in ("FailJob", "Ignore")
+        if on := rule.get("onExitCodes"):
+            assert (on["containerName"], on["operator"]) == (container["name"], "In")
+            actions |= dict.fromkeys(on["values"], rule["action"])
+        else:
+            assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert actions == {2: "FailJob", STOPPED: "Ignore", 143: "Ignore"}
+    options = container["command"][container["command"].index("distilbert") :]
+    assert parse(options, quiet=True).resume == "auto"
 
 
 @slurmed
