@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: its own munged, slurmctld and slurmd of Debian's packages. Wants Linux and root.
+"""A Slurm of two nodes on this machine: its own munged, slurmctld and two slurmd, Debian's packages. Wants root.
 
 Nothing of it outlives the context.
 """
