@@ -3,6 +3,7 @@
 Nothing of it outlives the context.
 """
 
+import contextlib
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 
 from tests.support.launch import ENVIRONMENT
 
-NODES = (socket.gethostname(), "zz")
+NODES = (socket.gethostname().partition(".")[0], "zz")
 """The first is where rank 0 waits, so that its name must lead somewhere; they are sorted by name."""
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
@@ -109,7 +110,10 @@ def unavailable() -> str:
     missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
     if missing:
         return f"Slurm is not installed: apt-get install {' '.join(missing)}"
-    return "" if os.geteuid() == 0 else "a Slurm of one's own wants root here"
+    with contextlib.suppress(OSError):
+        socket.gethostbyname(NODES[0])
+        return "" if os.geteuid() == 0 else "a Slurm of one's own wants root here"
+    return f"this machine's name, {NODES[0]}, leads nowhere"
 
 
 @contextmanager
