@@ -347,6 +347,7 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
         job.saving_s += time.perf_counter() - begin
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
+    job.ranks.any()  # once one has gone with 75, launchers end the others, half a minute later by SIGKILL
     if failure:
         job.status("failed", reason=failure)
     elif job.update < job.corpus.num_updates:

@@ -222,6 +222,24 @@ def test_a_signal_during_a_save(root, tmp_path):
     assert "update-00000005" in names
 
 
+def test_no_rank_goes_before_the_last_checkpoint_is_written(root, tmp_path):
+    """Launchers take its 75 for a failure, and end the rank that still writes."""
+    run = tmp_path / "run"
+    process = launch.start_until(
+        "planted: half of", launch.command(FAULTY, "save", 0, 5, *long_arguments(root, run), ranks=2)
+    )
+    before = workers_of(run)
+    for pid in before.values():
+        os.kill(pid, signal.SIGTERM)
+    launch.read_until("update 6/", process)
+    time.sleep(2)
+    assert workers_of(run) == before
+    (run / "go").touch()
+    assert "closing signal" not in launch.rest_of(process).partition("stopped after update 6")[0]
+    assert status(run)["state"] == "stopped"
+    assert checkpoint.newest(run) == checkpoint.folder_of(run, 6)
+
+
 def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(root, tmp_path):
     run = tmp_path / "run"
     options = long_arguments(root, run, **PLAIN, optim__duration=12)
