@@ -163,8 +163,12 @@ def main(args: list[str] | None = None) -> int:
     text = page(runs, config)
     write_text(config.out, text)
     for run in runs:
-        for what, commands in missing(run):
-            print(f"{run.name}: {what}", *(f"    {line}" for line in commands), sep="\n")
+        lacks = missing(run)
+        if len(runs) == 1:  # of several the page has the commands
+            for what, commands in lacks:
+                print(f"not measured: {what}. To measure it:", *(f"    {line}" for line in commands), sep="\n")
+        elif lacks:
+            print(f"{run.name}: not measured: {' and '.join(what for what, _ in lacks)}")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     print(f"{config.out}: {count}, {len(text.encode()) / 1000:,.0f} kB; opens in any browser, without a network")
     return 0
@@ -315,6 +319,13 @@ def speed(run: Run) -> tuple[float, str] | None:
     return teacher[device]["latency_ms"] / student[device]["latency_ms"], at
 
 
+def about(run: Run) -> str:
+    """Recipe, teacher and text by their names, and the machine."""
+    paths = {title: run.config.get(key) for title, key in (("teacher", "teacher.path"), ("text", "data.shards"))}
+    parts = [f"{title} {Path(str(path)).name}" for title, path in paths.items() if path]
+    return " · ".join([f"recipe {run.config.get('recipe', '–')}", *parts])
+
+
 def verdict(run: Run, config: ReportConfig) -> str:
     """What became of the student, in two sentences."""
     return f"{_of_the_teacher(run)} {_of_the_training(run, config)}"
@@ -345,21 +356,20 @@ def _of_the_training(run: Run, config: ReportConfig) -> str:
     tokens, seconds = run.knots["tokens"][-1], run.knots["seconds"][-1]
     machine = run.record.get("machine")
     where = f" on {machine}" if machine else ""
-    took = f"{duration(seconds)} on {amount(tokens)} tokens{where}{_cost(seconds, config)}"
-    total, reason = run.status.get("updates"), run.status.get("reason")
+    took = f"{duration(seconds)} with {amount(tokens)} tokens{where}{_cost(seconds, config)}"
+    total = run.status.get("updates")
     at = f"{run.updates:,} of {total:,}" if isinstance(total, int) else f"{run.updates:,}"
-    why = f": {reason}" if reason else ""
     if not run.updates:
-        return {"failed": f"It failed before its first update{why}.", "running": "It has just begun."}.get(
-            run.state, "Nothing was trained yet."
-        )
-    return {
+        begun = {"failed": "It failed before its first update.", "running": "It has just begun."}
+        return begun.get(run.state, "Nothing was trained yet.")
+    ways = {
         "finished": f"Trained for {took}.",
         "running": f"Still training, after update {at}: {took} so far.",
-        "stopped": f"Stopped after update {at}{why}; it had trained for {took}, and can go on.",
-        "failed": f"Failed after update {at}{why}. It had trained for {took}.",
-        "killed": f"Ended after update {at} without a word, as a killed process does; it had trained for {took}.",
-    }.get(run.state, f"Trained for {took}, up to update {at}.")
+        "stopped": f"Stopped after update {at}, and can go on: trained for {took}.",
+        "failed": f"Failed after update {at}: trained for {took}.",
+        "killed": f"Ended after update {at} without a word, as a killed process does: trained for {took}.",
+    }
+    return ways.get(run.state, f"Trained for {took}, up to update {at}.")
 
 
 def _cost(seconds: float, config: ReportConfig) -> str:
@@ -420,9 +430,10 @@ def beside(run: Run) -> list[tuple[str, str, str, str]]:
 
 
 def missing(run: Run) -> list[tuple[str, list[str]]]:
-    """(what nobody has measured of a run with a teacher, the commands that measure it)."""
+    """(what nobody has measured of a finished run with a teacher, the commands that measure it)."""
     teacher = run.config.get("teacher.path")
-    if run.teacher is None or teacher is None or not run_folder.has_checkpoint(run.folder):
+    is_done = run.state in ("finished", "unknown") and run_folder.has_checkpoint(run.folder)
+    if run.teacher is None or teacher is None or not is_done:
         return []
     student = f"{run.folder}-student"
 
@@ -431,19 +442,20 @@ def missing(run: Run) -> list[tuple[str, list[str]]]:
 
     export = [] if Path(student).exists() else [call("export", run.folder, "--out", student)]
     found = []
+    keeps = "what it keeps of its teacher"
     if not kept(run) and run.record.get("pooling"):
         score = "--reference", teacher, "--task", "sts", "--data", "PAIRS", "--out", run.folder / "evaluation.json"
-        found.append(("what it keeps of its teacher is not measured", [*export, call("evaluate", student, *score)]))
+        found.append((keeps, [*export, call("evaluate", student, *score)]))
     elif not kept(run):
         models = {"evaluation.json": student, "evaluation-teacher.json": teacher}
         calls = [
             call("evaluate", model, "--task", "glue", "--data", "GLUE", "--out", run.folder / file)
             for file, model in models.items()
         ]
-        found.append(("what it keeps of its teacher is not measured", [*export, *calls]))
+        found.append((keeps, [*export, *calls]))
     if run.efficiency is None:
         measure = call("efficiency", teacher, student, "--out", run.folder / "efficiency.json")
-        found.append(("its speed beside its teacher's is not measured", [*([] if found else export), measure]))
+        found.append(("its speed beside its teacher’s", [*([] if found else export), measure]))
     return found
 
 
@@ -451,8 +463,9 @@ def summary(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Rows of (what, a cell for each run); of the measures of held-out text those that some run has."""
     facts = [_facts(run) for run in runs]
     has = {"loss"}.union(*(line for run in runs for line in run.validation[-1:]))
-    rows = [what for what in facts[0] if what not in VALIDATED or VALIDATED[what] in has]
-    return [(what, [of_run[what] for of_run in facts]) for what in rows]
+    rows = [(what, [of_run[what] for of_run in facts]) for what in facts[0]]
+    wanted = {"updates", *(row for row, key in VALIDATED.items() if key in has)}
+    return [(what, cells) for what, cells in rows if what in wanted or (what not in VALIDATED and set(cells) != {"–"})]
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -655,7 +668,9 @@ def _card(run: Run, config: ReportConfig) -> dict[str, Any]:
         "name": run.name,
         "state": run.state,
         "skipped": len(run.skipped),
+        "about": about(run),
         "verdict": verdict(run, config),
+        "reason": run.status.get("reason") if run.state in ("failed", "stopped") else None,
         "figures": figures(run),
         "beside": beside(run),
         "missing": missing(run),

@@ -103,7 +103,15 @@ def started(profile: Path) -> Iterator[Browser]:
     assert PROGRAM is not None
     (its_reads, writes), (reads, its_writes) = os.pipe(), os.pipe()
     # The pipe's ends must be 3 and 4 over there: bash puts them there, whatever their numbers are here.
-    words = ["bash", "-c", f'exec "$@" 3<&{its_reads} 4>&{its_writes}', "bash", PROGRAM, *WORDS, f"--user-data-dir={profile}"]
+    words = [
+        "bash",
+        "-c",
+        f'exec "$@" 3<&{its_reads} 4>&{its_writes}',
+        "bash",
+        PROGRAM,
+        *WORDS,
+        f"--user-data-dir={profile}",
+    ]
     process = subprocess.Popen(words, pass_fds=(its_reads, its_writes), stderr=subprocess.DEVNULL)
     os.close(its_reads)
     os.close(its_writes)

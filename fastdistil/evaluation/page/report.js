@@ -5,8 +5,13 @@
   const controls = document.getElementById("controls");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const DASHES = [[], [8, 4], [2, 3], [8, 3, 2, 3]]; // from the ninth run on colours come again, with these
-  const UNITS = { update: "update", tokens: "tokens" };
   let drawn = [];
+
+  function make(tag, text, className = "", ...inside) {
+    const element = Object.assign(document.createElement(tag), { textContent: text, className });
+    element.append(...inside);
+    return element;
+  }
 
   // Numbers as people read them: 1.2M, 0.0123, 1e-5; four digits where a value is read, three on an axis.
   function number(value, digits) {
@@ -50,12 +55,12 @@
     for (const curve of plot.curves.filter((c) => shown.has(c.run))) {
       const run = runs[curve.run], xs = across(run, curve.x), stroke = colour(`c${curve.run % 8}`);
       const first = xs.findIndex((v) => !logX || v > 0), cut = (list) => list.slice(Math.max(0, first));
-      const isTrain = curve.kind === "train", few = curve.x.length <= 12;
+      const isTrain = curve.kind === "train", few = curve.x.length <= (isTrain ? 12 : 40);
       tables.push([cut(xs), cut(drawable(curve.y))]);
       curves.push({ ...curve, run, stroke, column: series.length });
       series.push({
-        stroke, width: isTrain ? 1.75 : 1, dash: isTrain ? DASHES[curve.run >> 3 & 3] : [3, 3],
-        points: { show: !isTrain || few, size: 7, fill: isTrain ? stroke : colour("ground"), stroke, width: 1.75 },
+        stroke, width: isTrain ? 1.75 : 1.25, dash: isTrain ? DASHES[curve.run >> 3 & 3] : [3, 3],
+        points: { show: few, size: 7, fill: isTrain ? stroke : colour("ground"), stroke, width: 1.75 },
       });
       if (curve.low.length) {
         tables.at(-1).push(cut(drawable(curve.high)), cut(drawable(curve.low)));
@@ -111,18 +116,18 @@
   function readout(u, plot, curves, how, place) {
     const unit = plot.percent ? " %" : "", inside = u.cursor.left >= 0 && u.cursor.idx !== null;
     const at = inside ? u.data[0][u.cursor.idx] : null, [, short] = timeUnit();
-    const words = [inside ? `${UNITS[how.x] ?? ""} ${number(at, 4)}${how.x === "seconds" ? ` ${short}` : ""}` : "at the end"];
-    place.replaceChildren(...words.map((word) => Object.assign(document.createElement("span"), { textContent: word })));
+    const where = { update: "update ", tokens: "tokens ", seconds: "" }[how.x], ending = how.x === "seconds" ? ` ${short}` : "";
+    const word = inside ? `${where}${number(at, 4)}${ending}` : "at the end";
+    const spans = new Map();
     for (const { run, kind, column } of curves) {
       const index = inside ? u.cursor.idxs[column] : u.data[column].findLastIndex((v) => v != null);
       const value = u.data[column][index];
       if (value == null) continue;
-      const swatch = Object.assign(document.createElement("span"), { className: `swatch c${runs.indexOf(run) % 8}` });
-      const bold = Object.assign(document.createElement("b"), { textContent: number(value, 4) + unit });
-      const span = document.createElement("span");
-      span.append(swatch, runs.length > 1 ? `${run.name} ` : "", kind === "train" ? "" : "held-out ", bold);
-      place.append(span);
+      const swatch = make("span", "", `swatch c${runs.indexOf(run) % 8}`);
+      if (!spans.has(run)) spans.set(run, make("span", "", "", swatch, runs.length > 1 ? `${run.name} ` : ""));
+      spans.get(run).append(kind === "train" ? "" : " held-out ", make("b", number(value, 4) + unit));
     }
+    place.replaceChildren(make("span", word), ...spans.values());
   }
 
   // The value of each curve that is nearest to the cursor, since not every curve has one at every update.
