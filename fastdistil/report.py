@@ -644,7 +644,7 @@ def page(runs: list[Run], config: ReportConfig) -> str:
     )
     # The browser runs these scripts and no others, and asks nobody for anything, whatever a run is called.
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    few = ", ".join(run.name for run in runs) if len(runs) < 5 else f"{len(runs)} runs"
+    few = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
     return environment.get_template("report.html").render(
         title=config.title or few,
         version=__version__,

@@ -74,7 +74,8 @@ class Ranks:
         lines = cpus.read_text(errors="replace").splitlines() if cpus.is_file() else []
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else platform.processor() or platform.machine()
-        return f"{name.replace('(R)', '')}, {self.num_devices * torch.get_num_threads()} thread(s)"
+        threads = self.num_devices * torch.get_num_threads()
+        return f"{name.replace('(R)', '')}, {threads} thread{'s' * (threads > 1)}"
 
     @contextmanager
     def together(self, *, with_teachers: bool = False) -> Iterator[None]:

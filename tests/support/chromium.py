@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WORDS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run --no-proxy-server "
-    "--disable-background-networking --disable-component-update --disable-sync --disable-extensions --hide-scrollbars "
-    "--remote-debugging-pipe"
-).split()
+WORDS = ["--headless", "--no-sandbox", "--remote-debugging-pipe", "--no-proxy-server", "--hide-scrollbars"] + [
+    f"--disable-{what}"
+    for what in ("gpu", "quic", "dev-shm-usage", "background-networking", "component-update", "sync", "extensions")
+]
 
 
 class Browser:
@@ -93,6 +92,7 @@ class Browser:
 
     def pdf(self, path: Path) -> None:
         """The page as it is printed on A4."""
+        self.call("Emulation.setEmulatedMedia", media="print")
         printed = self.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69, printBackground=True)
         path.write_bytes(base64.b64decode(printed["data"]))
 

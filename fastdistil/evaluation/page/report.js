@@ -18,7 +18,7 @@
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size < 1e-3) return value.toExponential(digits - 2).replace(/\.?0+e/, "e").replace("-", "−");
-    const how = { notation: size < 1e4 ? "standard" : "compact", maximumSignificantDigits: digits };
+    const how = { notation: size < (digits > 3 ? 1e6 : 1e4) ? "standard" : "compact", maximumSignificantDigits: digits };
     return new Intl.NumberFormat("en", how).format(value).replace("-", "−");
   }
 
@@ -140,7 +140,7 @@
     return index;
   }
 
-  function draw(plot, how, width) {
+  function draw(plot, how, width, height = 272) {
     const box = document.getElementById(`plot-${plot.key}`), place = box.nextElementSibling;
     const { data, series, bands, curves } = columns(plot, how);
     const axis = { stroke: colour("soft"), font: "12px system-ui, sans-serif", ticks: { show: false } };
@@ -150,7 +150,7 @@
     const show = (u) => readout(u, plot, curves, how, place);
     const logY = how.logY && data.slice(1).some((ys) => ys.some((v) => v > 0));
     const u = new uPlot({
-      width: width ?? Math.max(200, box.clientWidth), height: 272, series, bands, legend: { show: false },
+      width: width ?? Math.max(200, box.clientWidth), height, series, bands, legend: { show: false },
       padding: [10, 28, 0, 0],
       scales: { x: { time: false, distr: how.logX ? 3 : 1 }, y: { distr: logY ? 3 : 1 } },
       axes: [
@@ -172,10 +172,10 @@
     return u;
   }
 
-  function redraw(width) {
+  function redraw(...size) {
     drawn.forEach((u) => u.destroy());
     const how = settings();
-    drawn = plots.map((plot) => draw(plot, how, width));
+    drawn = plots.map((plot) => draw(plot, how, ...size));
   }
 
   if (!controls) return;
@@ -185,6 +185,6 @@
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
   // On paper the page is light, and two plots stand beside each other.
-  addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); redraw(330); });
+  addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); redraw(330, 200); });
   addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); redraw(); });
 })();
