@@ -5,7 +5,7 @@
 What became of each student beside its teacher, in a sentence and a table; curves, speed, where the time went
 (--profile), and in what the runs' configurations differ. Scores are those that `evaluate` kept in RUN/evaluation*.json,
 speed what `efficiency` kept in RUN/efficiency.json; what nobody measured is said, with the command that measures it.
-Runs that still go on are read, too. evaluation/page holds the page's words and looks, and uPlot, which draws its curves.
+Runs that still go on are read, too. evaluation/page holds the page's words and looks, and uPlot, which draws curves.
 """
 
 import base64
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from fastdistil import __version__
+from fastdistil.evaluation.results import Score, kept, read_efficiency, read_scores, speed, understood
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run import options
@@ -50,8 +51,6 @@ MOST_POINTS = 300
 """Of a training curve: a longer one is drawn as means over equal stretches of updates, within their extremes."""
 ALL_POINTS = 40_000
 """Of all curves of a page together, about: 1.5 MB."""
-FIGURES = ("latency_ms", "throughput_per_s")
-"""Of a device, by efficiency."""
 PAGE = Path(__file__).parent / "evaluation" / "page"
 
 Curve = list[tuple[float, float | None]]  # (update, value); None where it was not finite
@@ -83,19 +82,6 @@ class ReportConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {value}")
 
 
-class Score(NamedTuple):
-    """What a task was measured to be, x 100; None where it was not."""
-
-    task: str
-    student: float | None
-    teacher: float | None
-    by_embeddings: bool
-    model: str = ""
-    """Which of several students."""
-    interval: tuple[float, float] | None = None
-    """95 % of the student's share of its teacher, in %."""
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """What a run folder says; train and validation are the lines of metrics.jsonl."""
@@ -108,6 +94,8 @@ class Run:
     validation: list[dict[str, Any]]
     profile: list[tuple[str, float, float, float | None]]
     """(part of an update, seconds, share, floor in seconds)."""
+    knots: dict[str, list[float]]
+    """Tokens and seconds of training up to each update; they begin with 0."""
     scores: list[Score]
     efficiency: dict[str, Any] | None
 
@@ -141,19 +129,6 @@ class Run:
         """Updates whose gradient was not finite."""
         return [line["update"] for line in self.train if line.get("skipped") is True]
 
-    @property
-    def knots(self) -> dict[str, list[float]]:
-        """Tokens and seconds of training up to each update, as the run counted them or as its lines add up to."""
-        tokens = seconds = 0.0
-        found: dict[str, list[float]] = {"update": [0], "tokens": [0], "seconds": [0]}
-        for line in self.train:
-            count, speed = _number(line.get("tokens")) or 0.0, _number(line.get("tokens_per_s")) or math.inf
-            tokens = max(tokens, _number(line.get("tokens_seen")) or tokens + count)
-            seconds = max(seconds, _number(line.get("seconds")) or seconds + count / speed)
-            for name, value in (("update", line["update"]), ("tokens", tokens), ("seconds", seconds)):
-                found[name].append(round(value, 3))
-        return found
-
 
 @command
 def main(args: list[str] | None = None) -> int:
@@ -180,9 +155,9 @@ def names(runs: tuple[Path, ...]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
 
-# ------------------------------------------------------------------------------------------------- what a run folder holds
+# ---------------------------------------------------------------------------------------------- what a run folder holds
 def read(name: str, folder: Path) -> Run:
-    """A run folder's contents. Raises ValueError where it is none, or where a file in it is no JSON or something else."""
+    """A run folder's contents. Raises ValueError where it is none, or a file in it is not what its name says."""
     record = run_folder.read(folder)
     lines = [line for line in read_json_lines(folder / "metrics.jsonl") if isinstance(line.get("update"), int)]
     train, validation = ([x for x in lines if x.get("split") == split] for split in ("train", "validation"))
@@ -194,10 +169,24 @@ def read(name: str, folder: Path) -> Run:
         _status(folder),
         train,
         validation,
-        _understood(profile, _profile) if profile.is_file() else [],
-        read_scores(folder, record),
-        _understood(efficiency, _efficiency) if efficiency.is_file() else None,
+        understood(profile, _profile) if profile.is_file() else [],
+        knots_of(train),
+        read_scores(folder, flatten(record["config"]).get("teacher.path")),
+        understood(efficiency, read_efficiency) if efficiency.is_file() else None,
     )
+
+
+def knots_of(train: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """{"update", "tokens", "seconds": values}, as the run counted them or as its lines add up to."""
+    tokens = seconds = 0.0
+    found: dict[str, list[float]] = {"update": [0], "tokens": [0], "seconds": [0]}
+    for line in train:
+        count, rate = _number(line.get("tokens")) or 0.0, _number(line.get("tokens_per_s")) or math.inf
+        tokens = max(tokens, _number(line.get("tokens_seen")) or tokens + count)
+        seconds = max(seconds, _number(line.get("seconds")) or seconds + count / rate)
+        for name, value in (("update", line["update"]), ("tokens", tokens), ("seconds", seconds)):
+            found[name].append(round(value, 3))
+    return found
 
 
 def _status(folder: Path) -> dict[str, Any]:
@@ -213,65 +202,8 @@ def _status(folder: Path) -> dict[str, Any]:
     return status
 
 
-def _understood(path: Path, reader: Any) -> Any:
-    try:
-        return reader(read_json(path))
-    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
-        raise ValueError(f"{path} is not what this version writes ({error!r}): move it away") from error
-
-
 def _profile(found: dict[str, Any]) -> list[tuple[str, float, float, float | None]]:
     return [(part, 1.0 * row["seconds"], 1.0 * row["share"], row["floor"]) for part, row in found["parts"].items()]
-
-
-def _efficiency(found: dict[str, Any]) -> dict[str, Any]:
-    """The teacher comes first, then the student."""
-    for model in (found["models"][0], found["models"][1]):
-        math.fsum((found["batch_size"], found["length"], model["bytes"]))
-        math.fsum(model[device][figure] for device in ("cpu", "cuda") if device in model for figure in FIGURES)
-    return found
-
-
-def read_scores(folder: Path, record: dict[str, Any]) -> list[Score]:
-    """What RUN/evaluation*.json and the evaluation.json in the teacher's folder say about the student of a run.
-
-    Of fine-tuned models the teacher's results are in a file of their own, and known by the model that they name.
-    """
-    teacher = flatten(record["config"]).get("teacher.path")
-    paths = sorted(folder.glob("evaluation*.json"))
-    if teacher and (Path(teacher) / "evaluation.json").is_file():
-        paths.append(Path(teacher) / "evaluation.json")
-    scores: list[Score] = []
-    tuned: dict[bool, dict[str, float]] = {False: {}, True: {}}  # whether of the teacher: {task: median}
-    for path in paths:
-        found = _understood(path, _evaluation)
-        if isinstance(found, list):
-            scores += found
-        else:
-            model, medians = found
-            is_teacher = teacher is not None and Path(model).resolve() == Path(teacher).resolve()
-            tuned[is_teacher] |= medians
-    return scores + [Score(task, value, tuned[True].get(task), False) for task, value in tuned[False].items()]
-
-
-def _evaluation(found: dict[str, Any]) -> list[Score] | tuple[str, dict[str, float]]:
-    """Scores by embeddings, or a fine-tuned model with the median of each task."""
-    if "tasks" in found:
-        return str(found["model"]), {task: 100 * about["median"] for task, about in found["tasks"].items()}
-    first = {}
-    for row in found["scores"]:
-        (metric, value), *_ = row["metrics"].items()
-        first[row["model"], row["task"]] = f"{row['task']}, {metric}", 1.0 * value
-    models = list(dict.fromkeys(row["model"] for row in found["scores"] if row["model"] != found["reference"]))
-    scores = []
-    for row in (row for row in found["scores"] if row["model"] in models):
-        title, value = first[row["model"], row["task"]]
-        _, theirs = first.get((found["reference"], row["task"]), ("", None))
-        low, high = row.get("of_reference_interval", (None, None))
-        ends = None if low is None or high is None else (1.0 * low, 1.0 * high)
-        model = "" if row["model"] == models[0] else Path(row["model"]).name
-        scores.append(Score(title, value, theirs, True, model, ends))
-    return scores
 
 
 def _model(sizes: dict[str, Any] | None) -> Architecture | None:
@@ -286,44 +218,15 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number and math.isfinite(value) else None
 
 
-# --------------------------------------------------------------------------------------------------- what is said of a run
-class Kept(NamedTuple):
-    """What of its teacher a student has kept."""
-
-    share: float
-    """In %, of the mean score."""
-    of: str
-    """The tasks."""
-    interval: tuple[float, float] | None
-
-
-def kept(run: Run) -> list[Kept]:
-    """By embeddings and after fine-tuning, each where both models have scores."""
-    found = []
-    for by_embeddings, how in ((True, "by embeddings alone"), (False, "fine-tuned")):
-        both = [s for s in run.scores if s.by_embeddings == by_embeddings and s.teacher and not s.model]
-        if both:
-            share = 100 * sum(s.student or 0.0 for s in both) / sum(s.teacher or 0.0 for s in both)
-            tasks = both[0].task if len(both) == 1 else f"mean of {', '.join(s.task for s in both)}"
-            found.append(Kept(share, f"{tasks}; {how}", both[0].interval if len(both) == 1 else None))
-    return found
-
-
-def speed(run: Run) -> tuple[float, str] | None:
-    """(how many times as fast as its teacher the student is, at what)."""
-    if run.efficiency is None:
-        return None
-    teacher, student, *_ = run.efficiency["models"]
-    device = "cuda" if "cuda" in student and "cuda" in teacher else "cpu"
-    at = f"one text of {run.efficiency['length']} tokens on a {'GPU' if device == 'cuda' else 'CPU'}"
-    return teacher[device]["latency_ms"] / student[device]["latency_ms"], at
-
-
+# ------------------------------------------------------------------------------------------------ what is said of a run
 def about(run: Run) -> str:
-    """Recipe, teacher and text by their names, and the machine."""
-    paths = {title: run.config.get(key) for title, key in (("teacher", "teacher.path"), ("text", "data.shards"))}
-    parts = [f"{title} {Path(str(path)).name}" for title, path in paths.items() if path]
-    return " · ".join([f"recipe {run.config.get('recipe', '–')}", *parts])
+    """Recipe, teacher and text by their names."""
+    parts = [f"recipe {run.config.get('recipe', '–')}"]
+    for title, key in (("teacher", "teacher.path"), ("text", "data.shards")):
+        value = run.config.get(key) or []
+        paths = [Path(str(path)).name for path in (value if isinstance(value, list) else [value])]
+        parts += [f"{title} {' + '.join(paths)}"] if paths else []
+    return " · ".join(parts)
 
 
 def verdict(run: Run, config: ReportConfig) -> str:
@@ -338,11 +241,11 @@ def _of_the_teacher(run: Run) -> str:
     layers = f"{student.num_layers} of its {teacher.num_layers} layers"
     if 2 * student.num_layers == teacher.num_layers:
         layers = f"half its layers ({student.num_layers} of {teacher.num_layers})"
-    size = f"{layers} and {student.num_parameters / teacher.num_parameters:.0%} of its parameters".replace("%", " %")
-    faster = speed(run)
-    fast = f", {faster[0]:.1f} times as fast" if faster else ""
+    size = f"{layers} and {100 * student.num_parameters / teacher.num_parameters:.0f} % of its parameters"
+    faster = speed(run.efficiency)
+    fast = f", {faster:.1f} times as fast" if faster else ""
     agreement = _number(run.validation[-1].get("agreement")) if run.validation else None
-    if found := kept(run):
+    if found := kept(run.scores):
         share, of, interval = found[0]
         ends = f" (95 %: {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         return f"The student keeps {share:.1f} %{ends} of its teacher’s score ({of}) with {size}{fast}."
@@ -384,13 +287,13 @@ def _cost(seconds: float, config: ReportConfig) -> str:
 
 def figures(run: Run) -> list[tuple[str, str]]:
     """(figure, what it is) of what is looked for first; a dash for what is not measured."""
-    student, teacher, faster, found = run.student, run.teacher, speed(run), kept(run)
+    student, teacher, faster, found = run.student, run.teacher, speed(run.efficiency), kept(run.scores)
     rows = [(duration(run.knots["seconds"][-1]), "of training")]
     if student and teacher:
         share = f"{100 * student.num_parameters / teacher.num_parameters:.0f} %"
         rows = [
             (f"{found[0].share:.1f} %" if found else "–", "of the teacher kept" + ("" if found else ": not measured")),
-            (f"{faster[0]:.1f} ×" if faster else "–", "as fast" + ("" if faster else ": not measured")),
+            (f"{faster:.1f} ×" if faster else "–", "as fast" + ("" if faster else ": not measured")),
             (share, "of its parameters"),
             *rows,
         ]
@@ -420,12 +323,10 @@ def beside(run: Run) -> list[tuple[str, str, str, str]]:
                 more = f"{texts[1] / texts[0]:.2f} × as many"
                 rows.append((batch, *(f"{value:,.0f} texts/s" for value in texts), more))
     for score in run.scores:
-        share = "–" if not score.teacher or score.student is None else f"{100 * score.student / score.teacher:.1f} %"
-        if score.interval:
-            share += f" ({score.interval[0]:.1f} to {score.interval[1]:.1f})"
+        ends = " ({:.1f} to {:.1f})".format(*score.interval) if score.interval else ""
+        cells = (_cell("{:.1f}", value) for value in (score.teacher, score.student))
         model = f" ({score.model})" if score.model else ""
-        cells = ("–" if value is None else f"{value:.1f}" for value in (score.teacher, score.student))
-        rows.append((f"{score.task}{model}", *cells, share))
+        rows.append((f"{score.task}{model}", *cells, _cell("{:.1f} %", score.share) + ends))
     return rows
 
 
@@ -442,17 +343,13 @@ def missing(run: Run) -> list[tuple[str, list[str]]]:
 
     export = [] if Path(student).exists() else [call("export", run.folder, "--out", student)]
     found = []
-    keeps = "what it keeps of its teacher"
-    if not kept(run) and run.record.get("pooling"):
-        score = "--reference", teacher, "--task", "sts", "--data", "PAIRS", "--out", run.folder / "evaluation.json"
-        found.append((keeps, [*export, call("evaluate", student, *score)]))
-    elif not kept(run):
+    if not kept(run.scores):
+        asked: tuple[str, ...] = ("--task", "glue", "--data", "GLUE")
         models = {"evaluation.json": student, "evaluation-teacher.json": teacher}
-        calls = [
-            call("evaluate", model, "--task", "glue", "--data", "GLUE", "--out", run.folder / file)
-            for file, model in models.items()
-        ]
-        found.append((keeps, [*export, *calls]))
+        if run.record.get("pooling"):  # embeddings are scored in seconds, both models at once
+            asked, models = ("--reference", teacher, "--task", "sts", "--data", "PAIRS"), {"evaluation.json": student}
+        calls = [call("evaluate", model, *asked, "--out", run.folder / file) for file, model in models.items()]
+        found.append(("what it keeps of its teacher", [*export, *calls]))
     if run.efficiency is None:
         measure = call("efficiency", teacher, student, "--out", run.folder / "efficiency.json")
         found.append(("its speed beside its teacher’s", [*([] if found else export), measure]))
@@ -548,7 +445,7 @@ def _setting(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-# ------------------------------------------------------------------------------------------------------- curves and the page
+# -------------------------------------------------------------------------------------------------- curves and the page
 def measured(lines: list[dict[str, Any]], key: str) -> Curve:
     """The numbers that lines of metrics.jsonl have under `key`; None for null, which stands for what is not finite."""
     return [
@@ -638,10 +535,11 @@ def page(runs: list[Run], config: ReportConfig) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    scripts, styles = (
-        [Markup((PAGE / name).read_text(encoding="utf-8")) for name in files]
-        for files in (("uPlot.js", "report.js"), ("uPlot.css", "report.css"))
+    uplot, licence, script, *styles = (
+        Markup((PAGE / name).read_text(encoding="utf-8"))
+        for name in ("uPlot.js", "uPlot.LICENSE", "report.js", "uPlot.css", "report.css")
     )
+    scripts = [f"/*\n{licence}*/\n{uplot}", script]  # whoever gets the page gets a copy of uPlot, and its licence
     # The browser runs these scripts and no others, and asks nobody for anything, whatever a run is called.
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     few = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
@@ -656,7 +554,7 @@ def page(runs: list[Run], config: ReportConfig) -> str:
         profiles=[run for run in runs if run.profile],
         unprofiled=[run.name for run in runs if not run.profile],
         data=drawing(runs),
-        scripts=scripts,
+        scripts=[Markup(script) for script in scripts],
         styles=styles,
         hashes=hashes,
         most_points=MOST_POINTS,
@@ -683,7 +581,7 @@ def _headline(runs: list[Run]) -> str:
         return ""
     counts = {state: sum(run.state == state for run in runs) for state in dict.fromkeys(run.state for run in runs)}
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
-    shares = {run.name: found[0] for run in runs if (found := kept(run))}
+    shares = {run.name: found[0] for run in runs if (found := kept(run.scores))}
     best = max(shares, key=lambda name: shares[name].share, default=None)
     of = {found.of for found in shares.values()}
     if best is None or len(shares) < 2 or len(of) > 1:  # on other tasks a share is another thing

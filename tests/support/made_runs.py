@@ -23,7 +23,10 @@ def make_run(
     lines: dict[str, Any] | None = None,
     **record: object,
 ) -> Path:
-    """A run of `updates` updates of 1,000 tokens, validated every so many; `state` is its status.json, `lines` go into each line of training."""
+    """A run of `updates` updates of 1,000 tokens, validated `every` so many.
+
+    `state` is its status.json, `lines` go into each line of training, `record` into config.json.
+    """
     folder.mkdir(parents=True)
     config = {"recipe": "distilbert", "optim": {"lr": lr, "eps": 1e-6}, "out": str(folder)}
     contents = {"config": config, "student": STUDENT, "teacher": None, "versions": {"torch": "2.13"}}
@@ -34,7 +37,8 @@ def make_run(
     for update in range(1, updates + 1):
         written.append({
             "split": "train", "update": update, "tokens": 1000, "masked": 150, "loss": 10.0 - update / 10,
-            "mlm": 5.0 - update / 20, "gradient_norm": 1.5, "tokens_per_s": 500.0 * update, "mfu": 0.25, **(lines or {}),
+            "mlm": 5.0 - update / 20, "gradient_norm": 1.5, "tokens_per_s": 500.0 * update, "mfu": 0.25,
+            **(lines or {}),
         })  # fmt: skip
         if validated and update % every == 0:
             written.append({"split": "validation", "update": update, "loss": 9.0, "mlm": 4.4321})

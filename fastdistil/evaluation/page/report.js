@@ -18,8 +18,8 @@
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size < 1e-3) return value.toExponential(digits - 2).replace(/\.?0+e/, "e").replace("-", "−");
-    const how = { notation: size < (digits > 3 ? 1e6 : 1e4) ? "standard" : "compact", maximumSignificantDigits: digits };
-    return new Intl.NumberFormat("en", how).format(value).replace("-", "−");
+    const notation = size < (digits > 3 ? 1e6 : 1e4) ? "standard" : "compact";
+    return new Intl.NumberFormat("en", { notation, maximumSignificantDigits: digits }).format(value).replace("-", "−");
   }
 
   // Tokens or seconds at an update of a run, on the line between the two updates that it is known of.
@@ -88,7 +88,8 @@
       for (const update of run.skipped) {
         const at = u.valToPos(x === "update" ? update : along(run, x, update) / size, "x", true);
         ctx.beginPath();
-        if (at >= u.bbox.left && at <= u.bbox.left + u.bbox.width) cross(at, u.bbox.top + u.bbox.height - r - dpr, 3 * dpr);
+        const isInside = at >= u.bbox.left && at <= u.bbox.left + u.bbox.width;
+        if (isInside) cross(at, u.bbox.top + u.bbox.height - r - dpr, 3 * dpr);
       }
       if (last < 0) continue;
       let cx = u.valToPos(u.data[0][last], "x", true);
@@ -116,7 +117,8 @@
   function readout(u, plot, curves, how, place) {
     const unit = plot.percent ? " %" : "", inside = u.cursor.left >= 0 && u.cursor.idx !== null;
     const at = inside ? u.data[0][u.cursor.idx] : null, [, short] = timeUnit();
-    const where = { update: "update ", tokens: "tokens ", seconds: "" }[how.x], ending = how.x === "seconds" ? ` ${short}` : "";
+    const where = { update: "update ", tokens: "tokens ", seconds: "" }[how.x];
+    const ending = how.x === "seconds" ? ` ${short}` : "";
     const word = inside ? `${where}${number(at, 4)}${ending}` : "at the end";
     const spans = new Map();
     for (const { run, kind, column } of curves) {
@@ -146,7 +148,7 @@
     const axis = { stroke: colour("soft"), font: "12px system-ui, sans-serif", ticks: { show: false } };
     const grid = { stroke: colour("grid"), width: 1 };
     const ticks = (u, splits) => splits.map((v) => v === null ? "" : number(v, 3));
-    const label = how.x === "seconds" ? `training time, ${timeUnit()[1]}` : `${how.x === "tokens" ? "tokens" : "updates"}`;
+    const label = { update: "updates", tokens: "tokens", seconds: `training time, ${timeUnit()[1]}` }[how.x];
     const show = (u) => readout(u, plot, curves, how, place);
     const logY = how.logY && data.slice(1).some((ys) => ys.some((v) => v > 0));
     const u = new uPlot({
