@@ -168,9 +168,9 @@
       event.preventDefault();
       const now = u.cursor.left >= 0 ? u.cursor.idx ?? 0 : -1, last = u.data[0].length - 1;
       const left = u.valToPos(u.data[0][Math.min(last, Math.max(0, now + steps[event.key]))], "x");
-      u.setCursor({ left, top: u.over.clientHeight / 2 });
+      u.setCursor({ left, top: u.over.clientHeight / 2 }, true, true);
     };
-    box.onblur = () => u.setCursor({ left: -10, top: -10 });
+    box.onblur = () => u.setCursor({ left: -10, top: -10 }, true, true);
     return u;
   }
 
