@@ -202,7 +202,7 @@ def write_tuned(path: Path, model: Path, **medians: float) -> None:
 
 def write_efficiency(run: Path, **devices: tuple[float, float]) -> None:
     def figures(index: int) -> dict[str, object]:
-        given = {d: {"latency_ms": ms[index], "throughput_per_s": 1000 / ms[index]} for d, ms in devices.items()}
+        given: dict[str, object] = {d: {"latency_ms": ms[index], "throughput_per_s": 1000 / ms[index]} for d, ms in devices.items()}
         return {"path": "x", "bytes": (4e6, 3e6)[index], "num_parameters": 9} | given
 
     record = {"length": 128, "batch_size": 32, "models": [figures(0), figures(1)]}
