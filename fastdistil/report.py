@@ -319,9 +319,8 @@ def beside(run: Run) -> list[tuple[str, str, str, str]]:
                 latency, texts = ([m[device][k] for m in (them, us)] for k in ("latency_ms", "throughput_per_s"))
                 each = f"{latency[0] / latency[1]:.2f} × as fast"
                 rows.append((f"one text, {title}", *(f"{value:.3g} ms" for value in latency), each))
-                batch = f"{run.efficiency['batch_size']} at a time, {title}"
-                more = f"{texts[1] / texts[0]:.2f} × as many"
-                rows.append((batch, *(f"{value:,.0f} texts/s" for value in texts), more))
+                batch = f"texts/s, {run.efficiency['batch_size']} at a time, {title}"
+                rows.append((batch, *(f"{value:,.0f}" for value in texts), f"{texts[1] / texts[0]:.2f} × as many"))
     for score in run.scores:
         ends = " ({:.1f} to {:.1f})".format(*score.interval) if score.interval else ""
         cells = (_cell("{:.1f}", value) for value in (score.teacher, score.student))
@@ -336,7 +335,7 @@ def missing(run: Run) -> list[tuple[str, list[str]]]:
     is_done = run.state in ("finished", "unknown") and run_folder.has_checkpoint(run.folder)
     if run.teacher is None or teacher is None or not is_done:
         return []
-    student = f"{run.folder}-student"
+    student = f"{run.folder}-model"
 
     def call(name: str, *words: object) -> str:
         return shlex.join(["python", "-m", f"fastdistil.{name}", *map(str, words)])
@@ -414,10 +413,10 @@ def _cell(form: str, value: float | None, times: float = 1) -> str:
 
 
 def amount(count: float) -> str:
-    """1234567 -> 1.23 M"""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+    """1234567 -> 1.23 M, with a space that no line breaks at"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= size:
-            return f"{count / size:.3g}{unit}"
+            return f"{count / size:.3g}\N{NO-BREAK SPACE}{unit}"
     return f"{count:,.0f}"
 
 

@@ -176,7 +176,7 @@ def test_where_the_time_went(tmp_path):
     assert "Not profiled" not in page.words
 
 
-# ---------------------------------------------------------------------------------------- the student beside its teacher
+# --------------------------------------------------------------------------------------- the student beside its teacher
 def make_student(tmp_path: Path, **changes: object) -> Path:
     config = {"recipe": "distilbert", "teacher": {"path": str(tmp_path / "teacher")}, "data": {"shards": "text/wiki"}}
     given = {"config": config, "teacher": TEACHER, "state": FINISHED} | changes
@@ -202,8 +202,10 @@ def write_tuned(path: Path, model: Path, **medians: float) -> None:
 
 def write_efficiency(run: Path, **devices: tuple[float, float]) -> None:
     def figures(index: int) -> dict[str, object]:
-        given: dict[str, object] = {d: {"latency_ms": ms[index], "throughput_per_s": 1000 / ms[index]} for d, ms in devices.items()}
-        return {"path": "x", "bytes": (4e6, 3e6)[index], "num_parameters": 9} | given
+        found: dict[str, object] = {"path": "x", "bytes": (4e6, 3e6)[index], "num_parameters": 9}
+        for device, ms in devices.items():
+            found[device] = {"latency_ms": ms[index], "throughput_per_s": 1000 / ms[index]}
+        return found
 
     record = {"length": 128, "batch_size": 32, "models": [figures(0), figures(1)]}
     (run / "efficiency.json").write_text(json.dumps(record))
@@ -215,14 +217,14 @@ def test_the_verdict_by_embeddings(tmp_path):
     write_efficiency(run, cpu=(40.0, 20.0))
     page = Page(make_page(tmp_path, run, words=("--watts", "36e6", "--price-per-hour", "7200")))
     assert (
-        "The student keeps 95.0 % (95 %: 93.5 to 96.2) of its teacher’s score (sts, spearman; by embeddings alone) with "
-        "half its layers (2 of 4) and 58 % of its parameters, 2.0 times as fast. Trained for 7 s with 20,000 tokens on "
-        "1 × NVIDIA H100, about 72 kWh and $14.39."
+        "The student keeps 95.0 % (95 %: 93.5 to 96.2) of its teacher’s score (sts, spearman; by embeddings alone) "
+        "with half its layers (2 of 4) and 58 % of its parameters, 2.0 times as fast. Trained for 7 s with 20,000 tokens "
+        "on 1 × NVIDIA H100, about 72 kWh and $14.39."
     ) in page.words
     assert page.rows["sts, spearman"] == ["80.0", "76.0", "95.0 % (93.5 to 96.2)"]
     assert page.rows["on disk"] == ["4.0 MB", "3.0 MB", "75 %"]
     assert page.rows["one text, CPU"] == ["40 ms", "20 ms", "2.00 × as fast"]
-    assert page.rows["32 at a time, CPU"] == ["25 texts/s", "50 texts/s", "2.00 × as many"]
+    assert page.rows["texts/s, 32 at a time, CPU"] == ["25", "50", "2.00 × as many"]
     assert "27 November 2026, 10:45 UTC" in page.words
     assert "not measured" not in page.words
 
@@ -260,10 +262,10 @@ def test_what_nobody_measured_is_said_with_the_commands(tmp_path, capsys):
     assert "of the teacher kept: not measured" in page.words
     printed = capsys.readouterr().out
     for line in (
-        f"python -m fastdistil.export {run} --out {run}-student",
-        f"python -m fastdistil.evaluate {run}-student --task glue --data GLUE --out {run}/evaluation.json",
+        f"python -m fastdistil.export {run} --out {run}-model",
+        f"python -m fastdistil.evaluate {run}-model --task glue --data GLUE --out {run}/evaluation.json",
         f"python -m fastdistil.evaluate {tmp_path}/teacher --task glue --data GLUE --out {run}/evaluation-teacher.json",
-        f"python -m fastdistil.efficiency {tmp_path}/teacher {run}-student --out {run}/efficiency.json",
+        f"python -m fastdistil.efficiency {tmp_path}/teacher {run}-model --out {run}/efficiency.json",
     ):
         assert line in page.words
         assert line in printed
@@ -314,7 +316,7 @@ def test_several_runs_have_a_headline(tmp_path):
     assert ("span", {"class": "swatch c1", "aria-hidden": "true"}) in page.tags
 
 
-# ------------------------------------------------------------------------------------------------------------ the curves
+# ----------------------------------------------------------------------------------------------------------- the curves
 def test_a_long_curve_is_means_within_their_extremes():
     lines = [{"update": u, "loss": float(u)} for u in range(1, 1001)]
     drawn = report.stretches(report.measured(lines, "loss"), 200)

@@ -42,7 +42,7 @@ PROBE = """(() => {
     if (!canvas) return true;
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     const seen = new Set();
-    for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) seen.add(`${data[i]},${data[i + 1]},${data[i + 2]}`);
+    for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 200) seen.add(data.slice(i, i + 3).join());
     return !runColours.every((colour) => seen.has(colour));
   }).map((plot) => plot.id);
   const wide = [...document.querySelectorAll("body *")].filter((e) => !e.closest(".wide, pre, .plot")
