@@ -40,6 +40,7 @@ def test_what_a_run_says_and_leaves(quiet):
     assert first["lr"] == 0  # the authors' schedule
     config = json.loads((run / "config.json").read_text())
     assert config["layers"] == [0, 3]
+    assert config["machine"].endswith((" thread", " threads")) or "×" in config["machine"]
     assert (run / "tokenizer/vocab.txt").is_file()
     assert list((run / "tensorboard").iterdir())
     names = sorted(p.name for p in (run / "checkpoints").iterdir())

@@ -1,10 +1,8 @@
-"""Figures of plain data, for a page (SVG inside HTML) or a file (PNG). The same data gives the same bytes."""
+"""Figures of plain data, for a file (PNG). The same data gives the same bytes."""
 
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -36,15 +34,6 @@ def points(rows: Iterable[tuple[str, float, float, float]], xlabel: str, ylabel:
         axes.errorbar([x], [y], yerr=[error], fmt="o", color=COLOURS[i % len(COLOURS)], capsize=3, label=name)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def to_svg(figure: Figure, name: str) -> str:
-    """An <svg> element; `name` keeps its ids apart from those of other figures on the page."""
-    file = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    text = file.getvalue()
-    return text[text.index("<svg") :]
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import os
+import platform
 import sys
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,18 @@ class Ranks:
     def num_devices(self) -> int:
         """Devices at work in the whole run."""
         return self.world_size * (2 if self.second_device else 1) + (self.link.num_teachers if self.link else 0)
+
+    @property
+    def machine(self) -> str:
+        """What is at work, for a reader: "8 × NVIDIA H100 80GB HBM3", or "Intel Xeon Processor, 8 threads"."""
+        if self.device.type == "cuda":
+            return f"{self.num_devices} × {torch.cuda.get_device_name(self.device)}"
+        cpus = Path("/proc/cpuinfo")  # elsewhere than on Linux the system's own word for it
+        lines = cpus.read_text(errors="replace").splitlines() if cpus.is_file() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else platform.processor() or platform.machine()
+        threads = self.num_devices * torch.get_num_threads()
+        return f"{name.replace('(R)', '')}, {threads} thread{'s' * (threads > 1)}"
 
     @contextmanager
     def together(self, *, with_teachers: bool = False) -> Iterator[None]:

@@ -147,7 +147,7 @@ def setup(
     # The run folder: what the run is, then its metrics and checkpoints.
     writer = saver = None
     if ranks.is_main:
-        duration_before = folder.start(config.out, describe(resolved), resolved.tokenizer_path)
+        duration_before = folder.start(config.out, describe(resolved, ranks), resolved.tokenizer_path)
         say_prolonged(config, corpus, duration_before, update)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         go_on = config.log.go_on
@@ -282,7 +282,7 @@ def restore_folder(job: Job) -> None:
         return
     log.error("%s was removed or moved while the run worked: it is made anew, without what was in it", job.config.out)
     try:
-        folder.start(job.config.out, describe(job.resolved), job.resolved.tokenizer_path)
+        folder.start(job.config.out, describe(job.resolved, job.ranks), job.resolved.tokenizer_path)
     except OSError as error:
         if not job.config.log.go_on:
             raise
@@ -371,7 +371,7 @@ def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) 
     )
 
 
-def describe(resolved: Resolved) -> dict[str, Any]:
+def describe(resolved: Resolved, ranks: Ranks) -> dict[str, Any]:
     """What RUN/config.json holds: enough to export the run and to refuse another one in its folder."""
     meta = resolved.meta
     return {
@@ -387,5 +387,6 @@ def describe(resolved: Resolved) -> dict[str, Any]:
         },
         "inputs": resolved.inputs,
         "pooling": asdict(resolved.pooling) if resolved.pooling else None,
+        "machine": ranks.machine,
         "versions": {"fastdistil": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
     }
