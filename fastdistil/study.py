@@ -30,7 +30,7 @@ from fastdistil.evaluation import zero_shot
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
 from fastdistil.run import options, recipes
-from fastdistil.run.command import Failed, command, leave, visible_gpus
+from fastdistil.run.command import Failed, command, leave, num_cores, visible_gpus
 from fastdistil.run.files import read_json, read_json_lines, write_json
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -204,7 +204,7 @@ class Study:
             self.is_ending = True
             if isinstance(error, KeyboardInterrupt):  # a run makes its checkpoint then
                 for process in self.running:
-                    process.send_signal(signal.SIGINT)
+                    process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
             raise
         finally:
             pool.shutdown()
@@ -407,7 +407,7 @@ def _curves(run: Path) -> dict[str, Any]:
 
 def _cores(jobs: int) -> int:
     """Those of one job of several at the same time."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, num_cores() // jobs)
 
 
 def _devices(jobs: int) -> list[dict[str, str]]:

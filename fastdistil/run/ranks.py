@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fastdistil.run.command import Failed, Launched, launched
+from fastdistil.run.command import Failed, Launched, launched, num_cores
 from fastdistil.run.config import PER_HOST, Config, flatten, to_json
 from fastdistil.run.link import TeacherLink
 
@@ -204,7 +204,7 @@ def init_ranks(
         keep_freed_memory()
         settle_vector_math()
         # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves cores idle.
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here.local_world_size))
+        torch.set_num_threads(threads or max(1, num_cores() // here.local_world_size))
     num_students = here.world_size - teacher_ranks
     if not here.by_torchrun:
         return Ranks(here.rank, num_students, home, second_device=second)
