@@ -18,7 +18,7 @@ from fastdistil import __version__
 from fastdistil.model.architecture import from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run import options
-from fastdistil.run.command import command, leave
+from fastdistil.run.command import command, leave, require
 from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT, flatten
 from fastdistil.run.files import read_json, read_json_lines, write_text
 
@@ -70,6 +70,7 @@ class Run:
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the page is there. 2: a wrong command line or run; an older page is left as it was."""
     config = options.parse(ReportConfig, args, "report")
+    require("the report", "eval", "jinja2", "matplotlib", "pandas")
     write_text(config.out, page([read(*pair) for pair in zip(names(config.runs), config.runs, strict=True)]))
     print(f"{config.out}: {len(config.runs)} run(s)")
     return 0

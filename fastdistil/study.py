@@ -30,7 +30,7 @@ from fastdistil.evaluation import zero_shot
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
 from fastdistil.run import options, recipes
-from fastdistil.run.command import Failed, command, leave, num_cores, visible_gpus
+from fastdistil.run.command import Failed, command, leave, num_cores, require, visible_gpus
 from fastdistil.run.files import read_json, read_json_lines, write_json
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -118,6 +118,7 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     study = Study(options.parse(StudyConfig, args, "study"))
+    require("study", "eval", "jinja2", "matplotlib", "pandas")  # of tables, which come last
     study.check()
     try:
         study.run()

@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -202,6 +203,18 @@ def blocked(numbers: Collection[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_installed(module: str) -> bool:
+    """Whether there is such a package to import; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raises ValueError, which names the extra of this package that brings them, unless all modules are installed."""
+    missing = [module for module in modules if not is_installed(module)]
+    if missing:
+        raise ValueError(f'{what} wants {", ".join(missing)}, not installed here: pip install "fastdistil[{extra}]"')
 
 
 def num_cores() -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fastdistil.run.command import Failed, Launched, launched, num_cores
+from fastdistil.run.command import Failed, Launched, is_installed, launched, num_cores
 from fastdistil.run.config import PER_HOST, Config, flatten, to_json
 from fastdistil.run.link import TeacherLink
 
@@ -106,6 +106,8 @@ class Ranks:
         here, defaults = flatten(to_json(config)), flatten(to_json(Config()))
         facts = {f"--{k}": v for k, v in here.items() if v != defaults[k] and k not in PER_HOST}
         facts |= {"torch": torch.__version__, "the code of fastdistil": _code_digest()}
+        if config.engine.zero_stage is None:  # which follows from it
+            facts["DeepSpeed"] = "installed" if is_installed("deepspeed") else "missing"
         first, *others = map(json.loads, self.gather_text(json.dumps(facts), with_teachers=True))
         for rank, other in enumerate(others, start=1):
             for name in sorted(first.keys() | other.keys()):
@@ -245,7 +247,9 @@ def _meet(
 def _code_digest() -> str:
     """Some of the SHA-256 of the package's Python files."""
     package = Path(__file__).parents[1]
-    files = sorted(package.glob("**/*.py")) + sorted(package.glob("kernels/*.py"))  # a link, which ** does not follow
+    files = sorted(
+        {*package.glob("**/*.py"), *package.glob("kernels/*.py")}
+    )  # in a checkout a link, which ** leaves out
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
