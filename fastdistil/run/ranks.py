@@ -197,6 +197,11 @@ def init_ranks(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     second = None
     if device == "cuda":
+        if not is_installed("triton"):
+            raise ValueError(
+                "a GPU is served by Triton, which is not installed: `pip install triton` on Linux, `pip install "
+                "triton-windows` on Windows, or use --engine.device cpu"
+            )
         home, second = _gpus(here, second_device=second_device)
         torch.cuda.set_device(home)
     elif second_device:

@@ -224,13 +224,13 @@ def _check_inputs_are_here(config: Config) -> None:
 
 def _check_engine(config: Config, world_size: int, *, by_torchrun: bool) -> None:
     stage, ranks = config.engine.zero_stage, config.teacher.ranks
+    if stage and not config.dry_run:
+        require(f"--engine.zero-stage {stage}", "deepspeed", "deepspeed")
     if stage and not by_torchrun:
         raise ValueError(
             f"--engine.zero-stage {stage} wants a process group: start with "
             "`torchrun --nproc-per-node N -m fastdistil.pretrain ...`, or leave it out for the plain engine"
         )
-    if stage and not config.dry_run:
-        require(f"--engine.zero-stage {stage}", "deepspeed", "deepspeed")
     if stage == 3 and config.engine.compile:
         raise ValueError(
             "--engine.compile does not go with --engine.zero-stage 3, which gathers parameters in hooks that a "
