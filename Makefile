@@ -9,7 +9,7 @@ NEEDS_CPU_BUILD := $(shell test "$$(uname -sm)" = "Linux x86_64" && ! command -v
 TORCH ?= $(if $(NEEDS_CPU_BUILD),torch==2.13.0+cpu,torch>=2.11)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: setup demo test soak lint types bench gpu clean
+.PHONY: setup demo test soak lint types bench gpu dist clean
 
 setup: $(VENV)/.installed $(OLD)/.installed
 
@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	  { echo "No CPU build of torch was found by pip. Say where it is: PIP_EXTRA_INDEX_URL=<the CPU index of PyTorch's install page> make setup,"; \
 	    echo "or choose a build: make setup TORCH=torch  (on x86-64 Linux that is the CUDA build, several GB)."; exit 1; }
 	@$(BIN)/python -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation "deepspeed>=0.19.8,<0.20"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,eval]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,all]"
 	@touch $@
 
 # The other release of transformers that people have, with its clients, in a folder of its own: 260 MB, half a minute.
@@ -52,8 +52,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# And what of the standard library macOS and Windows do not have.
 types: setup
 	$(BIN)/pyright
+	$(BIN)/pyright --pythonplatform Darwin fastdistil
+	$(BIN)/pyright --pythonplatform Windows fastdistil
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s
@@ -61,6 +64,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_data
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.step --precision bf16
+
+# An sdist, and of it the wheel for any system: without csrc/, since it is built without torch.
+dist:
+	$(PYTHON) -m pip install --quiet --upgrade build
+	$(PYTHON) -m build
 
 gpu:
 	python3 -m benchmarks.first_light runs/first-light

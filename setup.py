@@ -1,28 +1,35 @@
-"""Builds the CPU kernels of csrc/, once for AVX-512 and once for AVX2, when torch is importable at build time.
+"""What pyproject.toml cannot say: where kernels/ lies, and the CPU kernels of csrc/, for AVX-512 and for AVX2.
 
-Use `pip install --no-build-isolation -e .`. Without torch in the build environment, or on another kind of processor,
-the package installs Python alone, and CPU tensors run the plain PyTorch kernels. kernels/_backend.py imports the build
-that the processor can run: two modules, instead of a switch inside one, keep each instruction set in a library of its
-own.
+`pip install .` builds in an environment without torch, and installs Python alone, for any system: CPU tensors run the
+plain PyTorch kernels. `pip install --no-build-isolation .`, where torch is installed and there is a C++ compiler, builds
+csrc/ for x86-64 Linux. kernels/_backend.py imports the build that the processor can run, and says where there is none:
+two modules, instead of a switch inside one, keep each instruction set in a library of its own.
 """
 
 import platform
+import shutil
 from glob import glob
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
+KERNELS = "fastdistil.kernels"
+# fastdistil/kernels is a symlink, which git on Windows leaves as a file: its target is named instead.
+found = find_namespace_packages(include=["fastdistil", "fastdistil.*"], exclude=[KERNELS, "*.__pycache__"])
+packages = {"packages": [*found, KERNELS], "package_dir": {KERNELS: "kernels"}}
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
-    setup()
+    setup(**packages)
 else:
     on_x86_linux = platform.machine() == "x86_64" and platform.system() == "Linux"
+    can_build = on_x86_linux and shutil.which(get_cxx_compiler()) is not None
     setup(
+        **packages,
         ext_modules=[
             CppExtension(
                 f"fastdistil._C_{name}",
@@ -44,7 +51,7 @@ else:
                 py_limited_api=True,
             )
             for name, flags in INSTRUCTION_SETS.items()
-            if on_x86_linux
+            if can_build
         ],
         cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -17,7 +17,9 @@ def end_at_once(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
-if sys.argv[:1] == ["-m"]:  # `python -m fastdistil.COMMAND` begins: until `main` runs nothing is to be cleaned up.
+_script = os.path.basename("".join(sys.orig_argv[1:2]))
+# `python -m fastdistil.COMMAND` or `fastdistil COMMAND` begins: until `main` runs nothing is to be cleaned up.
+if sys.argv[:1] == ["-m"] or _script in ("fastdistil", "fastdistil.exe"):
     for _number in (signal.SIGINT, signal.SIGTERM):  # An import elsewhere changes no handler.
         if signal.getsignal(_number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(_number, end_at_once)

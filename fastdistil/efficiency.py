@@ -17,7 +17,7 @@ import tyro
 
 from fastdistil.model.headers import weight_files
 from fastdistil.run import folder, options
-from fastdistil.run.command import command, leave
+from fastdistil.run.command import command, leave, require
 from fastdistil.run.files import write_json
 
 PUBLISHED = (
@@ -60,6 +60,7 @@ class EfficiencyConfig:
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: measured. 2: a wrong command line or model."""
     config = options.parse(EfficiencyConfig, args, "efficiency")
+    require("efficiency", "eval", "transformers")
     found = measure(config)
     print(table(found))
     print(PUBLISHED)

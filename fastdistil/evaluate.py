@@ -171,7 +171,7 @@ def main(args: list[str] | None = None) -> int:
 
 def score_embeddings(config: EvaluateConfig) -> None:
     """Print what the embeddings of each model are worth on each table; with --out keep it."""
-    tasks.require_packages((), "sentence-transformers")
+    tasks.require_packages((), "sentence_transformers")
     from fastdistil.evaluation import finetune  # torch and transformers: some seconds
 
     finetune.quiet()

@@ -14,7 +14,6 @@ Nothing heavy is imported before the arguments have been checked.
 import errno
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from fastdistil.data.sequences import SHORTEST, SHORTEST_SENTENCE, Cut, encode_i
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
 from fastdistil.model.sentence import read_max_length
 from fastdistil.run import files, options
-from fastdistil.run.command import command, leave
+from fastdistil.run.command import command, leave, num_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +86,7 @@ class PrepareConfig:
     """Keep case and accents; for a vocab.txt and for train:SIZE."""
     shard_tokens: int = 2**27
     """A shard is closed once it has this many tokens; an interruption loses one shard at most."""
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = field(default_factory=num_cores)
     """Processes that tokenise; all cores unless given."""
     overwrite: bool = False
     """Replace a preparation with other arguments in the folder."""

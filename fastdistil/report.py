@@ -26,7 +26,7 @@ from fastdistil.evaluation.results import Score, kept, read_efficiency, read_sco
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run import options
-from fastdistil.run.command import command, leave
+from fastdistil.run.command import command, leave, require
 from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT, flatten
 from fastdistil.run.files import read_json, read_json_lines, write_text
 
@@ -134,6 +134,7 @@ class Run:
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the page is there. 2: a wrong command line or run; an older page is left as it was."""
     config = options.parse(ReportConfig, args, "report")
+    require("the report", "eval", "jinja2")
     runs = [read(*pair) for pair in zip(names(config.runs), config.runs, strict=True)]
     text = page(runs, config)
     write_text(config.out, text)

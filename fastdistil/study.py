@@ -30,7 +30,7 @@ from fastdistil.evaluation import zero_shot
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
 from fastdistil.run import options, recipes
-from fastdistil.run.command import Failed, command, leave, visible_gpus
+from fastdistil.run.command import Failed, command, leave, num_cores, require, visible_gpus
 from fastdistil.run.files import read_json, read_json_lines, write_json
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -118,6 +118,7 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
     study = Study(options.parse(StudyConfig, args, "study"))
+    require("study", "eval", "jinja2", "matplotlib", "pandas")  # of tables, which come last
     study.check()
     try:
         study.run()
@@ -204,7 +205,7 @@ class Study:
             self.is_ending = True
             if isinstance(error, KeyboardInterrupt):  # a run makes its checkpoint then
                 for process in self.running:
-                    process.send_signal(signal.SIGINT)
+                    process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
             raise
         finally:
             pool.shutdown()
@@ -407,7 +408,7 @@ def _curves(run: Path) -> dict[str, Any]:
 
 def _cores(jobs: int) -> int:
     """Those of one job of several at the same time."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, num_cores() // jobs)
 
 
 def _devices(jobs: int) -> list[dict[str, str]]:

@@ -3,17 +3,51 @@
 CPU tensors run in Triton's interpreter if TRITON_INTERPRET=1, else in the C++ kernels of csrc/ where a build for this
 processor exists, else in plain PyTorch. Each operator file registers its PyTorch kernel itself, unless csrc/ serves
 that operator: the dispatcher is the only switch.
+
+Triton is for Linux. Elsewhere every file imports all the same, since all take it from here, and CPU tensors never ask
+for it.
 """
 
 import importlib.util
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+
+class _WithoutTriton:
+    """Stands for all of Triton where it is not installed: kernels can be defined with it, and not launched."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value  # of a constexpr
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        return _WithoutTriton(*args[:1])
+
+    def __getitem__(self, _grid: Any) -> Any:
+        raise ModuleNotFoundError(f"these tensors are served by Triton, which is not installed: {TRITON_FIX}")
+
+
+HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+else:
+    triton = tl = gluon = gl = hopper = TensorDescriptor = _WithoutTriton()
+BUILD_FIX = "build them by `pip install --no-build-isolation --force-reinstall --no-deps SOURCE_FOLDER`"
+TRITON_FIX = "`pip install triton` on Linux, `pip install triton-windows` on Windows, or use the CPU"
 
 # Triton's interpreter runs kernels on CPU tensors. It is how this project tests them without a GPU. It has to be chosen
 # before the first @triton.jit, so it is read once, here.
@@ -89,13 +123,19 @@ def _cpu_backend() -> str:
     extension = f"fastdistil._C_{capability}"
     if importlib.util.find_spec(extension) is not None:
         # A broken build must raise, not fall through. Kernels may come before the operators that Python defines.
-        importlib.import_module(extension)
+        try:
+            importlib.import_module(extension)
+        except ImportError as error:
+            raise ImportError(
+                f"{extension} was built for another torch than this one, {torch.__version__} ({error}): {BUILD_FIX}"
+            ) from error
         return f"cpp-{capability}"
     if not torch.cuda.is_available():
         logging.getLogger(__name__).warning(
-            "The CPU kernels of csrc/ are not built for %s: the losses run in plain PyTorch, many times slower. "
-            "Build them with: pip install --no-build-isolation -e .",
+            "The CPU kernels of csrc/ are not built for %s: the losses run in plain PyTorch, many times slower. On "
+            "x86-64 Linux with a C++ compiler, %s",
             capability,
+            BUILD_FIX,
         )
     return "torch"
 

@@ -47,11 +47,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype
+from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, tl, triton
 from .attention_backends import (
     LOG2_E,
     OTHERS,

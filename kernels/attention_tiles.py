@@ -4,8 +4,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from ._backend import triton
 
 MAX_HEAD_DIM = 128  # two accumulators and two operands of a wider head leave no registers on any of the GPUs
 

@@ -16,12 +16,19 @@ Shapes: N = rows (tokens), D = width.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows, device_scalar
+from ._backend import (
+    CPU_BACKEND,
+    LAUNCH_OPTIONS,
+    TRITON_DEVICES,
+    check_dtype,
+    check_num_rows,
+    device_scalar,
+    tl,
+    triton,
+)
 
 EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
 MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps

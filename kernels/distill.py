@@ -41,12 +41,19 @@ multiple of 64, so that Triton loads 16 bytes a thread) count in no sum and get 
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_num_rows, device_scalar
+from ._backend import (
+    CPU_BACKEND,
+    LAUNCH_OPTIONS,
+    TRITON_DEVICES,
+    check_dtype,
+    check_num_rows,
+    device_scalar,
+    tl,
+    triton,
+)
 
 # 16 warps a row: two CTAs fill an SM, and the rows of all CTAs in flight (32 MB on an H100) stay in L2.
 NUM_WARPS = 16

@@ -21,11 +21,9 @@ Shapes: H heads, R rows, C columns, B blocks that follow one another in the inde
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype
+from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, tl, triton
 
 ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
 BLOCK_ROWS, BLOCK_COLUMNS = 8, 256  # of the plain dropout kernel: 16 elements a thread

@@ -16,12 +16,10 @@ Shapes: N = rows (tokens, or a weight's outputs), D = width.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, check_parameter, tl, triton
 from .gelu import gelu
 
 E4M3_MAX, LEAST_AMAX = tl.constexpr(448.0), tl.constexpr(1e-12)

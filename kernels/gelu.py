@@ -41,22 +41,23 @@ import functools
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter
+from ._backend import (
+    INTERPRET,
+    LAUNCH_OPTIONS,
+    TRITON_DEVICES,
+    TensorDescriptor,
+    add_column_sums,
+    check_dtype,
+    check_parameter,
+    gl,
+    gluon,
+    hopper,
+    tl,
+    triton,
+)
 from .linear import add_column_sum, linear, linear_dx, linear_forward
 
 INV_SQRT_2PI, MINUS_HALF_LOG2_E = tl.constexpr(0.3989422804014327), tl.constexpr(-0.7213475204444817)
@@ -66,6 +67,8 @@ STRIP = 128  # rows that a program of the backward sums
 
 # Of the product with GELU behind it, and the major compute capabilities for whose tensor cores it is written.
 OWN_PRODUCT: tuple[int, ...] = (9,)
+mbarrier, tma, fence_async_shared = hopper.mbarrier, hopper.tma, hopper.fence_async_shared
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 # Names in Triton 3.6, and in later ones.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

@@ -24,12 +24,10 @@ Shapes: N = rows (tokens), D = width.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter
+from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter, tl, triton
 from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_reference, keys, threshold
 from .linear import add_column_sum
 

@@ -19,12 +19,10 @@ of tables that are short for the number of tokens, as that of positions is, in a
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums
+from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, tl, triton
 
 INTERPRETED = tl.constexpr(INTERPRET)
 

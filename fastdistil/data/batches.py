@@ -23,10 +23,13 @@ from torch.utils.data import DataLoader
 from fastdistil.data.plan import MicroBatchPlan, UpdatePlan, num_masked, random_words
 from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import TILE_ROWS, SequenceLayout, sequence_layout
-from fastdistil.run.command import STOP_SIGNALS
+from fastdistil.run.command import STOP_SIGNALS, blocked
 from fastdistil.run.config import MaskingConfig
 
 NO_LABEL = -100  # PyTorch's ignore_index
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+"""Of the workers: a fork starts at once and shares the memory; beside the threads of macOS it may hang, and Windows has
+none. From Python 3.14 on it is no default."""
 ON_DEVICE = ("input_ids", "position_ids", "labels", "masked_rows", "num_rows", "denominators", "dropout_seed", "layout")
 
 
@@ -242,14 +245,12 @@ def micro_batches(
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=partial(_start_worker, os.getpid()) if num_workers else None,
+        multiprocessing_context=START_METHOD if num_workers else None,
     )
     # A scheduler signals every process of a job, torchrun and terminals every one of a group. Workers inherit the mask.
     others = multiprocessing.active_children()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
+    with blocked(STOP_SIGNALS):
         batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     workers = [child for child in multiprocessing.active_children() if child not in others]
     if workers:  # at its exit Python asks them to end by SIGTERM, and then waits for them
         atexit.register(_end, workers)
@@ -257,12 +258,15 @@ def micro_batches(
 
 
 def _end(workers: list[BaseProcess]) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would call their end an error
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would call their end an error
     for worker in workers:
         worker.kill()
 
 
 def _start_worker(parent: int, _worker: int) -> None:
+    for number in STOP_SIGNALS:  # a worker that is not a fork inherits no mask everywhere
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # PR_SET_PDEATHSIG: a parent that is killed ends nobody by itself
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before that

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastdistil.data import tokenizer
 from fastdistil.data.sources import DocumentBatch
+from fastdistil.run.command import blocked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,9 +198,8 @@ def encode_in_order(
     try:
         for batch in batches:
             # It may start a worker, which inherits this: until that ignores Ctrl-C, it must not hear of it.
-            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            waiting.append((batch, pool.submit(_build, batch.documents)))
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            with blocked({signal.SIGINT}):
+                waiting.append((batch, pool.submit(_build, batch.documents)))
             # Twice the workers, so that none waits while this process reads or writes.
             if len(waiting) > 2 * workers:
                 batch, future = waiting.popleft()

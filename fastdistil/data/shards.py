@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from dataclasses import MISSING, asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -222,10 +223,10 @@ class Shards:
             raise IndexError(f"sequence {index} of {self.folder}, which has {len(self.lengths)}")
         shard = int(np.searchsorted(self._first_sequences, index, side="right")) - 1
         if shard not in self._files:
-            self._files[shard] = os.open(self._tokens_path(shard), os.O_RDONLY)
+            self._files[shard] = os.open(self._tokens_path(shard), os.O_RDONLY | getattr(os, "O_BINARY", 0))
         size = self._dtype.itemsize
         num_bytes = int(self.lengths[index]) * size
-        data = os.pread(self._files[shard], num_bytes, int(self._starts[index]) * size)
+        data = _read_at(self._files[shard], num_bytes, int(self._starts[index]) * size)
         if len(data) < num_bytes:
             raise _damaged(self._tokens_path(shard), "was cut since it was opened")
         return np.frombuffer(data, self._dtype)
@@ -271,6 +272,14 @@ class Shards:
             raise _damaged(path, f"has sequences of {shortest} to {longest} tokens, wanted 1 to {limit}")
         # 8 bytes a sequence in all, 300 MB for the paper's corpus, which data workers share with their parent.
         return lengths.astype(np.int32), offsets[:-1].astype("u4" if shard.num_tokens < 2**32 else "i8")
+
+
+def _read_at(descriptor: int, num_bytes: int, begin: int) -> bytes:
+    """What stands there, or less where the file ends; forked workers share the descriptor, and must not move it."""
+    if sys.platform != "win32":
+        return os.pread(descriptor, num_bytes, begin)
+    os.lseek(descriptor, begin, os.SEEK_SET)  # no process is a fork
+    return os.read(descriptor, num_bytes)
 
 
 class ShardWriter:

@@ -5,7 +5,6 @@ their columns other names, so that a task may know several. Metrics are scikit-l
 """
 
 import csv
-import importlib.util
 import logging
 import math
 import re
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastdistil.run.command import require
 
 log = logging.getLogger("fastdistil.evaluate")
 
@@ -93,8 +94,8 @@ MOST_FRACTIONS = 20
 """Classes called 0.5, 1.5, ... may be as many as this; more are the numbers of a regression."""
 MOST_MINUS = 0.1
 """Share of the rows that may be labelled -1 beside others; more look like a class."""
-PACKAGES = {"datasets": "datasets", "transformers": "transformers", "sklearn": "scikit-learn", "scipy": "scipy"}
-"""What fine-tuning and scoring import -> what pip calls it."""
+PACKAGES = ["transformers", "sklearn", "scipy"]
+"""What fine-tuning and scoring import."""
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 READERS = {".parquet": "parquet", ".tsv": "csv", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLITS = {
@@ -177,11 +178,8 @@ class TaskData:
 
 def require_packages(tasks: Iterable[Task] = (), *others: str) -> None:
     """Raises ValueError where a package that fine-tunes or scores these tasks, or one of `others`, is not installed."""
-    wanted = PACKAGES | ({"torchmetrics": "torchmetrics"} if any(task.spans for task in tasks) else {})
-    wanted |= {package.replace("-", "_"): package for package in others}
-    missing = [pip for module, pip in wanted.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"evaluation wants packages that are not installed: pip install {' '.join(missing)}")
+    of_spans = ["torchmetrics"] if any(task.spans for task in tasks) else []
+    require("evaluation", "eval", *PACKAGES, *of_spans, *others)
 
 
 def load(name: str, task: Task, source: str) -> TaskData:

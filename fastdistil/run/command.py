@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, NoReturn, Self
 
 from fastdistil import INTERRUPTED, end_at_once
@@ -32,13 +33,17 @@ log = logging.getLogger("fastdistil")
 SPEAKS_FIRST_S = 1.0
 """For so long the ranks that say nothing of a refusal wait for the one that says it."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
 """What interrupts a command, and asks a run that trains to stop with a checkpoint: schedulers, people, warnings of
-preemption, a terminal that is closed."""
+preemption, a terminal that is closed. Windows has the first two alone."""
 REPEATS_S = 5.0
 """Signals that follow the first within so many seconds are the same request."""
 STOPPED = 75
 """Exit status of a run that a signal stopped, with a checkpoint: sysexits.h's EX_TEMPFAIL, "try again later"."""
+SIGPIPE = 128 + 13
+"""Exit status where nobody reads the output, by a number that Windows has no name for."""
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What makes a process one of several."""
 
@@ -100,7 +105,7 @@ def _status_after(error: BaseException, interruption: "Interruption") -> int:
         for descriptor in (1, 2):
             if _has_no_reader(descriptor):  # what is still in buffers goes nowhere
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        return 128 + signal.SIGPIPE
+        return SIGPIPE
     if not isinstance(error, Failed | ValueError | OSError):
         raise
     if launched().local_rank == 0:
@@ -118,10 +123,12 @@ def _say(line: str) -> None:
 
 
 def _has_no_reader(descriptor: int) -> bool:
-    """Whether this is a pipe that nobody reads any more."""
+    """Whether this is a pipe that nobody reads any more; on Windows nobody can say."""
+    if sys.platform == "win32":
+        return False
     poll = select.poll()
     poll.register(descriptor, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))  # Linux says the one, macOS both
 
 
 def _tell_torchrun(text: str) -> None:
@@ -183,6 +190,38 @@ class Interruption:
         again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # after this hook, where it would be dropped, too
         again.daemon = True
         again.start()
+
+
+@contextlib.contextmanager
+def blocked(numbers: Collection[signal.Signals]) -> Iterator[None]:
+    """Inside, these signals wait, and processes that are started are deaf to them; not on Windows, which has no mask."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_installed(module: str) -> bool:
+    """Whether there is such a package to import; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raises ValueError, which names the extra of this package that brings them, unless all modules are installed."""
+    missing = [module for module in modules if not is_installed(module)]
+    if missing:
+        raise ValueError(f'{what} wants {", ".join(missing)}, not installed here: pip install "fastdistil[{extra}]"')
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Launched(NamedTuple):
@@ -270,7 +309,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._ask)
         return self
 

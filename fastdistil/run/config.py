@@ -384,7 +384,8 @@ class EngineConfig(_Section):
     torch-flash and cudnn: the flash attention and the cuDNN inside PyTorch, on CUDA; flash-attn: that package, where
     installed. They draw different dropout masks."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """ZeRO stage. 0: every rank holds all, without DeepSpeed. None: 0 for one process, 1 for several."""
+    """ZeRO stage. 0: every rank holds all, without DeepSpeed. None: 0 for one process, 1 for several, if DeepSpeed is
+    installed."""
     bucket_elements: Annotated[int, Range("1000 or more", lambda x: x >= 1000)] = 20_000_000
     """Elements DeepSpeed reduces or gathers at once (its own default of 5e8 costs 2 GB a rank)."""
     activation_checkpointing: bool = False
@@ -420,7 +421,7 @@ class LogConfig(_Section):
     """Where a checkpoint, metrics or status cannot be written: end the run, or say so and try again at the next one.
     The last checkpoint must succeed."""
     tensorboard: bool = True
-    """Write TensorBoard event files beside metrics.jsonl."""
+    """Write TensorBoard event files beside metrics.jsonl, where the package is installed."""
 
     @property
     def go_on(self) -> bool:

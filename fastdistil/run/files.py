@@ -6,16 +6,23 @@ after a crash, sees the old contents or the new ones and never a half.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import socket
+import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 LFS_POINTER = b"version https://git-lfs."
 """How the file begins that Git LFS leaves in the place of a large one."""
+LOCKED_BYTE = 2**30
+"""Of a lock's file on Windows, which need not have so many."""
 LFS_FIX = "fetch what it stands for by `git lfs pull`"
 
 
@@ -91,8 +98,13 @@ def write_json(path: Path, record: Any, *, durable: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the contents of a file, or the names in a folder, on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the contents of a file, or the names in a folder, on the disk when this returns.
+
+    Windows syncs what is open for writing, and no folder.
+    """
+    if sys.platform == "win32" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -105,11 +117,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _lock(file: IO[str]) -> None:
+    """Raises OSError where another process has it; the lock goes when the file is closed."""
+    if sys.platform == "win32":
+        file.seek(LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Lock:
     """Keeps other processes out of what a file stands for, until `release` or the end of this process, however it ends.
 
     A POSIX record lock: over NFS it holds between machines, and forked data workers do not hold it. Closing any other
-    descriptor of the file in this process would give it away, so the file is opened nowhere else.
+    descriptor of the file in this process would give it away, so the file is opened nowhere else. On Windows a lock of
+    one byte, far behind the holder's name, which others could not read otherwise.
 
     Args:
         path: the file, made where it is missing; it names the holder while it is held.
@@ -122,7 +144,7 @@ class Lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self.file)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistil.run.command import is_installed
 from fastdistil.run.config import LOSS_TERMS
 from fastdistil.run.files import read_json_lines, sync, write_text
 from fastdistil.run.ranks import Ranks
@@ -79,7 +80,7 @@ class MetricsWriter:
         self.records: list[dict[str, Any]] = []  # for TensorBoard at the next flush
         self.lines = b""  # for the file
         self.board: Any = None
-        if tensorboard:
+        if tensorboard and is_installed("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # half a second; only where it is wanted
 
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_at + 1)

@@ -260,7 +260,7 @@ def _on_this_machine(words: Sequence[str]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = name or option
-        if (name and not equals) or not _ELSEWHERE.match(value):
+        if (name and not equals) or not _ELSEWHERE.match(value) or os.path.splitdrive(value)[0]:  # of Windows
             expanded.append(f"{name}{equals}{os.path.expanduser(value)}")
             continue
         if value.startswith("file:"):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fastdistil.run.command import Failed, Launched, launched
+from fastdistil.run.command import Failed, Launched, is_installed, launched, num_cores
 from fastdistil.run.config import PER_HOST, Config, flatten, to_json
 from fastdistil.run.link import TeacherLink
 
@@ -119,6 +119,8 @@ class Ranks:
         here, defaults = flatten(to_json(config)), flatten(to_json(Config()))
         facts = {f"--{k}": v for k, v in here.items() if v != defaults[k] and k not in PER_HOST}
         facts |= {"torch": torch.__version__, "the code of fastdistil": _code_digest()}
+        if config.engine.zero_stage is None:  # which follows from it
+            facts["DeepSpeed"] = "installed" if is_installed("deepspeed") else "missing"
         first, *others = map(json.loads, self.gather_text(json.dumps(facts), with_teachers=True))
         for rank, other in enumerate(others, start=1):
             for name in sorted(first.keys() | other.keys()):
@@ -208,6 +210,11 @@ def init_ranks(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     second = None
     if device == "cuda":
+        if not is_installed("triton"):
+            raise ValueError(
+                "a GPU is served by Triton, which is not installed: `pip install triton` on Linux, `pip install "
+                "triton-windows` on Windows, or use --engine.device cpu"
+            )
         home, second = _gpus(here, second_device=second_device)
         torch.cuda.set_device(home)
     elif second_device:
@@ -217,7 +224,7 @@ def init_ranks(
         keep_freed_memory()
         settle_vector_math()
         # torchrun sets OMP_NUM_THREADS=1 for several processes, which leaves cores idle.
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here.local_world_size))
+        torch.set_num_threads(threads or max(1, num_cores() // here.local_world_size))
     num_students = here.world_size - teacher_ranks
     if not here.by_torchrun:
         return Ranks(here.rank, num_students, home, second_device=second)
@@ -258,7 +265,9 @@ def _meet(
 def _code_digest() -> str:
     """Some of the SHA-256 of the package's Python files."""
     package = Path(__file__).parents[1]
-    files = sorted(package.glob("**/*.py")) + sorted(package.glob("kernels/*.py"))  # a link, which ** does not follow
+    files = sorted(
+        {*package.glob("**/*.py"), *package.glob("kernels/*.py")}
+    )  # in a checkout a link, which ** leaves out
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 

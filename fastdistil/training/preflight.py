@@ -15,7 +15,7 @@ from fastdistil.data.shards import Meta, read_meta
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
 from fastdistil.run import folder
-from fastdistil.run.command import gpu_bytes
+from fastdistil.run.command import gpu_bytes, is_installed, require
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
 from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
 
@@ -91,10 +91,10 @@ class Resolved:
     def zero_stage(self) -> int:
         """The plain engine is stage 0, on any number of ranks.
 
-        Unless the configuration says, several ranks have stage 1.
+        Unless the configuration says, several ranks have stage 1, where DeepSpeed is installed.
         """
         asked = self.config.engine.zero_stage
-        return asked if asked is not None else int(self.world_size > 1)
+        return asked if asked is not None else int(self.world_size > 1 and is_installed("deepspeed"))
 
     @property
     def head_fraction(self) -> float:
@@ -162,6 +162,11 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
             f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
             "copied, and others start as its row 0, the type of every token"
         )
+    if world_size - config.teacher.ranks > 1 and config.engine.zero_stage is None and not is_installed("deepspeed"):
+        notes.append(
+            "DeepSpeed is not installed: every rank keeps the optimiser's state of the whole student (ZeRO stage 0); "
+            'pip install "fastdistil[deepspeed]" shares it between the ranks'
+        )
     fresh_head = student.mlm_head and source_path is not None and not has_head(source_path)
     if fresh_head and teacher is None and config.optim.encoder_lr is None and not record:
         config = _with_encoder_lr(config, notes)
@@ -219,6 +224,8 @@ def _check_inputs_are_here(config: Config) -> None:
 
 def _check_engine(config: Config, world_size: int, *, by_torchrun: bool) -> None:
     stage, ranks = config.engine.zero_stage, config.teacher.ranks
+    if stage and not config.dry_run:
+        require(f"--engine.zero-stage {stage}", "deepspeed", "deepspeed")
     if stage and not by_torchrun:
         raise ValueError(
             f"--engine.zero-stage {stage} wants a process group: start with "

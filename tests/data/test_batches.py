@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdistil.data import batches
 from fastdistil.data.batches import NO_LABEL, MicroBatch, mask, masking_weights, micro_batches, usual_most
 from fastdistil.data.plan import MicroBatchPlan, num_masked, pack, seed_of, validation_plan
 from fastdistil.kernels.dropout import new_dropout_seed
@@ -53,6 +54,25 @@ def test_workers_and_ranks_do_not_change_what_an_update_holds(shards):
         for a, b in zip(wanted, got, strict=True):
             for x, y in zip(a, b, strict=True):
                 assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+def test_a_worker_of_macos_or_windows_makes_the_same(shards, monkeypatch):
+    """It is spawned: what it needs travels to it, and nothing is shared."""
+    monkeypatch.setattr(batches, "START_METHOD", "spawn")
+    here, there = (
+        micro_batches(
+            iter([toy.make_plan(shards.lengths).update(3)]),
+            toy.make_collator(shards),
+            rank=0,
+            world_size=1,
+            num_workers=num_workers,
+            pin_memory=False,
+        )
+        for num_workers in (0, 1)
+    )
+    for batch, other in zip(here, there, strict=True):
+        for x, y in zip(flatten(batch), flatten(other), strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def test_workers_send_tensors_by_value(shards):

@@ -264,11 +264,13 @@ def test_importing_the_package_changes_no_handler():
     assert done.stdout == "['default_int_handler'] 0\n", done.stderr
 
 
-def test_while_a_command_is_imported_a_signal_ends_it_with_its_line(tmp_path):
+@pytest.mark.parametrize("how", ["-m fastdistil.report", "-m fastdistil report", "{}/fastdistil report"])
+def test_while_a_command_is_imported_a_signal_ends_it_with_its_line(tmp_path, how):
     """`slow` is imported by a command before its `main`, where the interpreter alone would print a traceback."""
     (tmp_path / "tyro.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "fastdistil").write_text("from fastdistil.__main__ import main\nmain()\n")  # as pip's script
     environment = launch.ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{launch.ROOT}"}
-    words = [sys.executable, "-m", "fastdistil.report"]
+    words = [sys.executable, *how.format(tmp_path).split()]
     process = subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True)
     assert process.stdout
     assert process.stdout.readline() == "importing\n"
