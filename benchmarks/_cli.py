@@ -1,0 +1,84 @@
+"""An operator's benchmark as a command and as pytest-benchmark tests. It is a file of its own: a dataclass of options, the
+cases that these make (`_options`), and how the inputs, providers and the floor of a case are made (`_harness.Problem`).
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks._options import Case, Options, imported
+from fastdistil.run import options as command_line
+from fastdistil.run.command import Failed, Main, command
+from fastdistil.run.files import write_json
+
+if TYPE_CHECKING:
+    from benchmarks._harness import Measured
+
+
+def benchmark(name: str, kind: type[Options], cases: Callable[[Any], Iterable[Case]]) -> Main:
+    """The command `python -m benchmarks.bench_NAME`.
+
+    Exit status 0: all is right, and was measured. 1: ours, or what --also names, failed or is wrong. 2: a wrong command
+    line.
+    """
+
+    @command
+    def main(args: list[str] | None = None) -> int:
+        options = command_line.parse(kind, args, f"bench_{name}", package="benchmarks")
+        _run(name, options, cases)
+        return 0
+
+    return main
+
+
+def _run(name: str, options: Any, cases: Callable[[Any], Iterable[Case]]) -> None:
+    """Measure all cases, each of which is printed and written when it is done. Raises Failed for what is wrong."""
+    import torch
+
+    from benchmarks import _harness, _report
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = options.on
+    also = {spec: imported(spec) for spec in options.also}
+    stamp = _harness.stamp(device)
+    records: list[Measured] = []
+    wrong: dict[str, str] = {}
+    try:
+        for case in cases(options):
+            with _report.saying(f"{name} {case.name}") as say:
+                ready = _harness.prepare(case, device, options.providers, also, options.time_wrong, say)
+            record = _harness.measure(ready, options.rounds)
+            records.append(record)
+            _report.show(name, record)
+            if options.keep:
+                _harness.keep(name, case.name, record.as_json(), device=device)
+            if options.csv is not None:
+                _report.write_csv(options.csv, name, records, stamp)
+            if options.out is not None:
+                whole = {"benchmark": name} | stamp | {"cases": {r.case: r.as_json(rounds=True) for r in records}}
+                write_json(options.out, whole)
+            wrong |= {what: f"{case.name}: {why}" for what, why in record.failures(("ours", *also)).items()}
+    finally:
+        if options.plot is not None and records:
+            _report.plot(options.plot, name, records, stamp)
+    if wrong:
+        raise Failed("; ".join(f"{what} is not right at {why}" for what, why in wrong.items()))
+
+
+def compare(benchmark: Any, name: str, case: Case, folder: Path | None) -> None:
+    """A case as a pytest-benchmark test: the same checks and rounds, in which ours has to be right. Kept in a folder.
+
+    Ours is handed to `benchmark` as well.
+    """
+    from benchmarks import _harness, _report
+
+    ready = _harness.prepare(case, _harness.DEVICE)
+    record = _harness.measure(ready)
+    print()
+    _report.show(name, record)
+    if folder is not None:
+        _harness.keep(name, case.name, record.as_json(), folder=folder)
+    assert not record.failures(["ours"])
+    benchmark.extra_info.update({"case": case.name} | record.as_json())
+    benchmark.pedantic(ready.calls[_harness.OURS], rounds=3 if record.rows[_harness.OURS]["median_ms"] > 1e3 else 10)

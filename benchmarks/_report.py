@@ -1,0 +1,130 @@
+"""What an operator's benchmark shows and writes: tables, CSV, a figure."""
+
+import contextlib
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastdistil.run.files import write_text
+
+if TYPE_CHECKING:
+    from benchmarks._harness import Measured
+
+WIDTH = 120
+"""Columns where the output is no terminal."""
+STATISTICS = ("median_ms", "low_ms", "high_ms", "min_ms", "max_ms", "mean_ms", "std_ms", "rounds", "gb_per_s")
+STATISTICS += ("gflop_per_s", "speedup", "times_ours", "error_value", "error_gradient", "peak_mib")
+
+
+def _console() -> Console:
+    """On stdout as it is now."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+@contextlib.contextmanager
+def saying(what: str) -> Iterator[Callable[[str], None]]:
+    """Inside, a terminal says what is made ready; compiling may take a minute."""
+    with Console(stderr=True).status(what) as status:
+        yield lambda step: status.update(f"{what}: {step}")
+
+
+def show(name: str, record: "Measured") -> None:
+    """Print the table of a case."""
+    on_gpu = record.device == "cuda"
+    table = Table(
+        title=f"{name}: {record.case}; {record.num_bytes / 1e6:.1f} MB, {record.num_flops / 1e9:.2f} GFLOP",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
+    rate = "TFLOP/s" if on_gpu else "GFLOP/s"
+    heads = ["median ms", "95 % interval", "GB/s", rate, "speed-up", "error", "of gradients"]
+    for head in heads + ["peak MiB"] * on_gpu:
+        table.add_column(head, justify="right", no_wrap=True)
+    notes = []
+    for title, row in record.rows.items():
+        style = "red" if row.keys() & {"wrong", "error"} else "dim" if title == "floor" else ""
+        table.add_row(title, *_cells(row, on_gpu), style=style)
+        notes += [
+            f"  {title} {word}: {row[key]}" for key, word in (("wrong", "is wrong"), ("error", "failed")) if key in row
+        ]
+    console = _console()
+    console.print(table)
+    for note in notes:
+        console.print(note, style="red", markup=False, soft_wrap=True)
+    console.print()
+
+
+def _cells(row: Mapping[str, Any], on_gpu: bool) -> list[str]:
+    """Those of a row without its title."""
+    cells = [""] * 5
+    if "median_ms" in row:
+        flops = row["gflop_per_s"] / (1e3 if on_gpu else 1)
+        cells = [f"{row['median_ms']:.3f}", f"{row['low_ms']:.3f} to {row['high_ms']:.3f}"]
+        cells += [f"{row['gb_per_s']:.1f}", f"{flops:.1f}", f"{row['speedup']:.2f}" if "speedup" in row else ""]
+    errors = [f"{row[key]:.1e}" if key in row else "" for key in ("error_value", "error_gradient")]
+    if word := next((key for key in ("wrong", "error") if key in row), None):
+        errors[0] = {"wrong": "wrong", "error": "failed"}[word]
+    elif "unchecked" in row:
+        errors[0] = row["unchecked"]
+    peak = row.get("peak_mib")
+    return [*cells, *errors, *([] if not on_gpu else ["" if peak is None else f"{peak:.0f}"])]
+
+
+def write_csv(path: Path, name: str, records: Sequence["Measured"], stamp: Mapping[str, str]) -> None:
+    """A line for each case and provider."""
+    lines = []
+    for record in records:
+        for title, row in record.rows.items():
+            status = next(
+                (key for key in ("wrong", "error") if key in row), "unchecked" if "unchecked" in row else "ok"
+            )
+            line = {"benchmark": name, "case": record.case} | record.sizes
+            line |= {"bytes": record.num_bytes, "flops": record.num_flops, "provider": title}
+            line |= {"status": {"error": "failed"}.get(status, status), "why": row.get(status, "")}
+            lines.append(line | {key: row.get(key) for key in STATISTICS} | dict(stamp))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, file.getvalue())
+
+
+def plot(path: Path, name: str, records: Sequence["Measured"], stamp: Mapping[str, str]) -> None:
+    """A line for each provider: GB/s of the cases, or TFLOP/s where products are what takes the time."""
+    import pandas as pd
+
+    from fastdistil.evaluation import plots
+
+    by_flops = records[0].num_flops > 100 * records[0].num_bytes
+    key, unit = ("gflop_per_s", "GFLOP/s") if by_flops else ("gb_per_s", "GB/s")
+    varied = [k for k in records[0].sizes if len({str(r.sizes[k]) for r in records}) > 1]
+    labels = ["\n".join(f"{k} {r.sizes[k]}" for k in varied) or r.case for r in records]
+    titles = dict.fromkeys(title for r in records for title, row in r.rows.items() if key in row)
+
+    def rates(title: str, of: str = "median_ms") -> pd.Series:
+        rows = [r.rows.get(title, {}) for r in records]
+        found = [row[key] * row["median_ms"] / row[of] if key in row else None for row in rows]
+        return pd.Series(found, index=labels, dtype=float)
+
+    same = ", ".join(f"{k} {x}" for k, x in records[0].sizes.items() if k not in varied)
+    about = f"{name}: {same}\n{stamp['device']}, torch {stamp['torch']}, {stamp['commit']}"
+    figure = plots.curves({title: rates(title) for title in titles}, "", unit, about)
+    (axes,) = figure.axes
+    for line, title in zip(axes.get_lines(), titles, strict=True):
+        bounds = (rates(title, end) for end in ("high_ms", "low_ms"))
+        axes.fill_between(labels, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_ylim(bottom=0)
+    figure.set_size_inches(max(7.5, 1.2 * len(records)), 4.5)
+    plots.save_png(figure, path)
