@@ -55,12 +55,14 @@ lint: setup
 types: setup
 	$(BIN)/pyright
 
+# RESULTS=benchmarks/results puts what is measured among the results that are committed.
+RESULTS ?= runs/bench
 bench: setup
-	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s
-	$(BIN)/python -m benchmarks._harness
-	$(BIN)/python -m benchmarks.bench_data
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.step --precision bf16
+	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s --results $(RESULTS)
+	$(BIN)/python -m benchmarks._harness $(RESULTS)
+	$(BIN)/python -m benchmarks.bench_data --results $(RESULTS)
+	$(BIN)/python -m benchmarks.step --results $(RESULTS)
+	$(BIN)/python -m benchmarks.step --precision bf16 --results $(RESULTS)
 
 gpu:
 	python3 -m benchmarks.first_light runs/first-light

@@ -42,8 +42,11 @@ def _run(name: str, options: Any, cases: Callable[[Any], Iterable[Case]]) -> Non
     device = options.on
     also = {spec: imported(spec) for spec in options.also}
     stamp = _harness.stamp(device)
+    for path in (options.csv, options.plot, options.out):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     records: list[Measured] = []
-    wrong: dict[str, str] = {}
+    wrong: list[str] = []
     try:
         for case in cases(options):
             with _report.saying(f"{name} {case.name}") as say:
@@ -51,19 +54,22 @@ def _run(name: str, options: Any, cases: Callable[[Any], Iterable[Case]]) -> Non
             record = _harness.measure(ready, options.rounds)
             records.append(record)
             _report.show(name, record)
-            if options.keep:
-                _harness.keep(name, case.name, record.as_json(), device=device)
+            if options.results is not None:
+                _harness.keep(name, case.name, record.as_json(), folder=options.results, device=device)
             if options.csv is not None:
                 _report.write_csv(options.csv, name, records, stamp)
             if options.out is not None:
                 whole = {"benchmark": name} | stamp | {"cases": {r.case: r.as_json(rounds=True) for r in records}}
                 write_json(options.out, whole)
-            wrong |= {what: f"{case.name}: {why}" for what, why in record.failures(("ours", *also)).items()}
+            wrong += record.failures(("ours", *also))
     finally:
         if options.plot is not None and records:
             _report.plot(options.plot, name, records, stamp)
     if wrong:
-        raise Failed("; ".join(f"{what} is not right at {why}" for what, why in wrong.items()))
+        raise Failed(
+            "not right: "
+            + ", ".join(f"{what} in {wrong.count(what)} of {len(records)}" for what in dict.fromkeys(wrong))
+        )
 
 
 def compare(benchmark: Any, name: str, case: Case, folder: Path | None) -> None:

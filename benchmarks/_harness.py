@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,15 +85,15 @@ def time_call(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def peak_mib(call: Callable[[], object], device: str = DEVICE) -> float | None:
-    """MiB of device memory that a call takes at its peak, over what was allocated before. None on the CPU."""
+def peak_mib(call: Callable[[], object], device: str) -> dict[str, float]:
+    """{"peak_mib": MiB of device memory that a call takes at its peak, over what was allocated before}; {} on a CPU."""
     if device != "cuda":
-        return None
+        return {}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
 
 
 class Provider(NamedTuple):
@@ -309,7 +310,7 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of every call, taken in turn `rounds` times; without a number 5 to 100 times, while `budget_s` lasts."""
     every = list(calls.values())
-    if not every:
+    if rounds == 0:
         return {}
     one = partial(_round_on_gpu, every, Flush(every)) if device == "cuda" else partial(_round_on_cpu, every)
     one()  # caches, clocks
@@ -362,11 +363,10 @@ class Measured:
         rows = {k: {n: x for n, x in row.items() if rounds or n != "seconds"} for k, row in self.rows.items()}
         return {"bytes": self.num_bytes, "flops": self.num_flops, "providers": rows}
 
-    def failures(self, names: Sequence[str]) -> dict[str, str]:
-        """What is not right of these providers, by name."""
-        found = {name: self.rows[self.titles[name]] for name in names if name in self.titles}
-        bad = {name: row.get("wrong") or row.get("error") for name, row in found.items()}
-        return {name: why for name, why in bad.items() if why}
+    def failures(self, names: Sequence[str]) -> list[str]:
+        """Those of these providers that failed or are wrong."""
+        rows = {name: self.rows[self.titles[name]] for name in names if name in self.titles}
+        return [name for name, row in rows.items() if row.keys() & {"wrong", "error"}]
 
 
 def prepare(
@@ -406,21 +406,28 @@ def prepare(
             if judge is not None and not unchecked:
                 row |= judge.errors(call)
             run()
-            row["peak_mib"] = peak_mib(run, device)
+            row |= peak_mib(run, device)
             calls[title] = run
         except Wrong as error:
             row["wrong"] = str(error)
             if time_wrong:
                 calls[title] = run
         except Exception as error:
-            row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}{_place(error, call)}"
             if "CUDA error" in str(error):
                 raise Failed(f"{case.name}: after {title} nothing can use the GPU in this process: {error}") from error
     problem.floor()
-    rows["floor"] = {"peak_mib": peak_mib(problem.floor, device)}
+    rows["floor"] = peak_mib(problem.floor, device)
     titles = {name: provider.title for name, provider in chosen.items()}
     calls["floor"] = problem.floor
     return Ready(case=case, device=device, problem=problem, calls=calls, rows=rows, titles=titles)
+
+
+def _place(error: Exception, call: Callable[..., Any]) -> str:
+    """Where in the file of `call` an error was raised, if it was."""
+    file = getattr(getattr(call, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
 
 
 def measure(ready: Ready, rounds: int | None = None) -> Measured:
@@ -458,7 +465,7 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(x / y for x, y in zip(seconds, others, strict=True))
 
 
-def keep(name: str, case: str, record: dict[str, Any], *, folder: Path = RESULTS, device: str = DEVICE) -> None:
+def keep(name: str, case: str, record: dict[str, Any], *, folder: Path, device: str = DEVICE) -> None:
     """Put a case among the benchmark's results of this device, with what it depends on."""
     path = results_file(name, folder, device)
     folder.mkdir(parents=True, exist_ok=True)

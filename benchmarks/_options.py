@@ -75,7 +75,8 @@ class Options:
     threads: int | None = None
     """CPU threads. None: as PyTorch chooses."""
     rounds: int | None = None
-    """Turns of each provider. None: as many as fit in the seconds that a case has, 5 to 100."""
+    """Turns of each provider; 0 checks, and times nothing. None: as many as fit in the seconds that a case has, 5 to
+    100."""
     providers: Names = ()
     """Which to compare. Without it all that this machine has."""
     also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -89,22 +90,27 @@ class Options:
     """Draw the rates of all cases into this PNG."""
     out: Path | None = None
     """Write everything, each round's seconds included, into this JSON file."""
-    keep: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Put the results among those of benchmarks/results/, which are committed."""
+    results: Path | None = None
+    """Put the medians into NAME.DEVICE.json of this folder, beside those of other cases. benchmarks/results is that of
+    the results that are committed."""
 
     def __post_init__(self) -> None:
-        for name in ("threads", "rounds"):
+        for name, least in (("threads", 1), ("rounds", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be 1 or more, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be {least} or more, got {value}")
         for name in self.providers:
             if name not in self.known:
                 near = "".join(f" (did you mean {x}?)" for x in difflib.get_close_matches(name, self.known, 1))
                 raise ValueError(f"--providers wants some of {','.join(self.known)}, got {name!r}{near}")
-        if self.keep and (self.providers or self.also):
-            raise ValueError("--keep is for results of ours beside all its peers: leave --providers and --also out")
+        if self.results is not None and (self.providers or self.also or self.rounds == 0):
+            raise ValueError(
+                "--results is for times of ours beside all its peers: leave --providers, --also and --rounds 0 out"
+            )
         for spec in self.also:
             _module_of(spec)
+        if self.plot is not None and self.rounds == 0:
+            raise ValueError("--plot draws times: leave --rounds 0 or --plot out")
         for name in ("matplotlib", "pandas"):
             if self.plot is not None and importlib.util.find_spec(name) is None:
                 raise ValueError(
@@ -146,7 +152,8 @@ class Case:
     """Makes the `_harness.Problem` of `sizes` and the device: inputs, providers and the floor."""
 
     def __str__(self) -> str:
-        return "-".join(str(value).replace(" ", "") for value in self.sizes.values())
+        passes = {"False": "forward", "True": "backward"}
+        return "-".join(passes.get(str(value), str(value)).replace(" ", "") for value in self.sizes.values())
 
 
 def _module_of(spec: str) -> tuple[str, str]:

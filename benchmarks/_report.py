@@ -5,7 +5,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,30 @@ from fastdistil.run.files import write_text
 
 if TYPE_CHECKING:
     from benchmarks._harness import Measured
+
+
+class Column(NamedTuple):
+    """One of the table."""
+
+    title: str
+    key: str
+    """Of the row, which has it or leaves the cell empty."""
+    cell: Callable[[Mapping[str, Any]], str]
+    device: str = ""
+    """The only one that has it."""
+
+
+COLUMNS = (
+    Column("median ms", "median_ms", lambda row: f"{row['median_ms']:.3f}"),
+    Column("95 % interval", "low_ms", lambda row: f"{row['low_ms']:.3f} to {row['high_ms']:.3f}"),
+    Column("GB/s", "gb_per_s", lambda row: f"{row['gb_per_s']:.1f}"),
+    Column("GFLOP/s", "gflop_per_s", lambda row: f"{row['gflop_per_s']:.1f}", "cpu"),
+    Column("TFLOP/s", "gflop_per_s", lambda row: f"{row['gflop_per_s'] / 1e3:.1f}", "cuda"),
+    Column("speed-up", "speedup", lambda row: f"{row['speedup']:.2f}"),
+    Column("value error", "error_value", lambda row: f"{row['error_value']:.1e}"),
+    Column("gradient error", "error_gradient", lambda row: f"{row['error_gradient']:.1e}"),
+    Column("peak MiB", "peak_mib", lambda row: f"{row['peak_mib']:.0f}", "cuda"),
+)
 
 WIDTH = 120
 """Columns where the output is no terminal."""
@@ -38,48 +62,32 @@ def saying(what: str) -> Iterator[Callable[[str], None]]:
 
 def show(name: str, record: "Measured") -> None:
     """Print the table of a case."""
-    on_gpu = record.device == "cuda"
-    table = Table(
-        title=f"{name}: {record.case}; {record.num_bytes / 1e6:.1f} MB, {record.num_flops / 1e9:.2f} GFLOP",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    columns = [c for c in COLUMNS if any(c.key in row for row in record.rows.values())]
+    columns = [c for c in columns if c.device in ("", record.device)]
+    fewest = min((row["rounds"] for row in record.rows.values() if "rounds" in row), default=6)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
-    rate = "TFLOP/s" if on_gpu else "GFLOP/s"
-    heads = ["median ms", "95 % interval", "GB/s", rate, "speed-up", "error", "of gradients"]
-    for head in heads + ["peak MiB"] * on_gpu:
-        table.add_column(head, justify="right", no_wrap=True)
+    for column in columns:
+        # Of fewer than 6 rounds all lie in it, which is less than 95 %.
+        title = "min to max" if column.key == "low_ms" and fewest < 6 else column.title
+        table.add_column(title, justify="right", no_wrap=True)
     notes = []
     for title, row in record.rows.items():
-        style = "red" if row.keys() & {"wrong", "error"} else "dim" if title == "floor" else ""
-        table.add_row(title, *_cells(row, on_gpu), style=style)
-        notes += [
-            f"  {title} {word}: {row[key]}" for key, word in (("wrong", "is wrong"), ("error", "failed")) if key in row
-        ]
+        if not row:  # a floor that was not timed
+            continue
+        bad = next((key for key in ("wrong", "error") if key in row), "")
+        cells = [column.cell(row) if column.key in row else "" for column in columns]
+        word = {"wrong": "wrong", "error": "failed"}.get(bad) or row.get("unchecked", "")
+        if bad:
+            notes.append(f"  {title} {'is wrong' if bad == 'wrong' else 'failed'}: {row[bad]}")
+        table.add_row(title, *cells, word, style="red" if bad else "dim" if title == "floor" else "")
     console = _console()
+    title = f"{name}: {record.case}; {record.num_bytes / 1e6:.1f} MB, {record.num_flops / 1e9:.2f} GFLOP"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
     for note in notes:
         console.print(note, style="red", markup=False, soft_wrap=True)
     console.print()
-
-
-def _cells(row: Mapping[str, Any], on_gpu: bool) -> list[str]:
-    """Those of a row without its title."""
-    cells = [""] * 5
-    if "median_ms" in row:
-        flops = row["gflop_per_s"] / (1e3 if on_gpu else 1)
-        cells = [f"{row['median_ms']:.3f}", f"{row['low_ms']:.3f} to {row['high_ms']:.3f}"]
-        cells += [f"{row['gb_per_s']:.1f}", f"{flops:.1f}", f"{row['speedup']:.2f}" if "speedup" in row else ""]
-    errors = [f"{row[key]:.1e}" if key in row else "" for key in ("error_value", "error_gradient")]
-    if word := next((key for key in ("wrong", "error") if key in row), None):
-        errors[0] = {"wrong": "wrong", "error": "failed"}[word]
-    elif "unchecked" in row:
-        errors[0] = row["unchecked"]
-    peak = row.get("peak_mib")
-    return [*cells, *errors, *([] if not on_gpu else ["" if peak is None else f"{peak:.0f}"])]
 
 
 def write_csv(path: Path, name: str, records: Sequence["Measured"], stamp: Mapping[str, str]) -> None:

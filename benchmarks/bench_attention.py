@@ -30,7 +30,17 @@ WIKIPEDIA = [512, 512, 137, 512, 61, 512, 512, 512, 301, 88, 512, 224, 512, 512,
 class Attention(Options):
     """Check and time attention(qkv_N3HD, layout, dropout_p=..., seed=...) beside PyTorch's and kernels of your own."""
 
-    known: ClassVar[tuple[str, ...]] = ("ours", "sdpa", "padded", "padded-flash", "padded-cudnn", "torch-flash", "cudnn", "flash-attn", "varlen")
+    known: ClassVar[tuple[str, ...]] = (
+        "ours",
+        "sdpa",
+        "padded",
+        "padded-flash",
+        "padded-cudnn",
+        "torch-flash",
+        "cudnn",
+        "flash-attn",
+        "varlen",
+    )
 
     tokens: Sizes = ()
     """Tokens of the micro-batch. Without it 1,024, on a GPU 16,384."""

@@ -139,7 +139,7 @@ def parse(
         raise ValueError(_answer(command, [_reworded(printed.getvalue(), ended, words)])) from None
     if left:
         raise ValueError(_answer(command, [_stray(word, words, known) for word in left]))
-    for name in ("out", "save", "csv", "plot"):
+    for name in ("out", "save", "csv", "plot", "results"):
         path = getattr(config, name, None)
         if path is not None and not getattr(config, "dry_run", False):  # which may be for a run on another machine
             _require_writable(path, f"--{name}")
