@@ -40,6 +40,9 @@ def _run(name: str, options: Any, cases: Callable[[Any], Iterable[Case]]) -> Non
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = options.on
+    if options.machine_code is not None:
+        _read_machine_code(name, options, cases)
+        return
     also = {spec: imported(spec) for spec in options.also}
     stamp = _harness.stamp(device)
     for path in (options.csv, options.plot, options.out):
@@ -70,6 +73,33 @@ def _run(name: str, options: Any, cases: Callable[[Any], Iterable[Case]]) -> Non
             "not right: "
             + ", ".join(f"{what} in {wrong.count(what)} of {len(records)}" for what in dict.fromkeys(wrong))
         )
+
+
+def _read_machine_code(name: str, options: Any, cases: Callable[[Any], Iterable[Case]]) -> None:
+    """Print what the kernels of ours and of --also take on a GPU that is not here. Each compilation is told once."""
+    from benchmarks import _report, aot, no_gpu
+    from benchmarks._harness import Provider
+
+    driver = no_gpu.pretend(options.machine_code)
+    also = {spec: Provider(spec, imported(spec)) for spec in options.also}
+    nothing = True
+    for case in cases(options):
+        problem = case.build(device="meta", **case.sizes)
+        rows = []
+        for title, provider in ({"ours": problem.providers["ours"]} | also).items():
+            before = len(driver.kernels)
+            try:
+                provider.call() if provider.is_bare else problem.results(provider.call)
+            except Exception as error:
+                raise Failed(f"{title} at {case.name}: {type(error).__name__}: {error}") from error
+            rows += [
+                (title, kernel.name, aot.report(kernel.cubin, kernel.metadata)) for kernel in driver.kernels[before:]
+            ]
+        if rows:
+            _report.show_machine_code(name, case.name, rows)
+        nothing = nothing and not rows
+    if nothing:
+        raise Failed("no Triton kernel was launched")
 
 
 def compare(benchmark: Any, name: str, case: Case, folder: Path | None) -> None:

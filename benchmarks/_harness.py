@@ -413,7 +413,7 @@ def prepare(
             if time_wrong:
                 calls[title] = run
         except Exception as error:
-            row["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}{_place(error, call)}"
+            row["error"] = _said(error)
             if "CUDA error" in str(error):
                 raise Failed(f"{case.name}: after {title} nothing can use the GPU in this process: {error}") from error
     problem.floor()
@@ -423,11 +423,16 @@ def prepare(
     return Ready(case=case, device=device, problem=problem, calls=calls, rows=rows, titles=titles)
 
 
-def _place(error: Exception, call: Callable[..., Any]) -> str:
-    """Where in the file of `call` an error was raised, if it was."""
-    file = getattr(getattr(call, "__code__", None), "co_filename", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" ({Path(file).name}, line {lines[-1]})" if file and lines else ""
+def _said(error: Exception) -> str:
+    """The first line of an error, and where in the file of a kernel it was raised."""
+    first = (str(error).splitlines() or [""])[0][:200]
+    if "active drivers" in first:
+        first += " Triton finds no GPU: TRITON_INTERPRET=1 before the command runs its kernels on this CPU, slowly"
+    here = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent != here]
+    frames = [f for f in frames if "site-packages" not in f.filename]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {first}{place}"
 
 
 def measure(ready: Ready, rounds: int | None = None) -> Measured:

@@ -84,6 +84,9 @@ class Options:
     MODULE is a file of the current folder, without .py, or what Python can import."""
     time_wrong: tyro.conf.FlagCreatePairsOff[bool] = False
     """Time also what computes something else than the definition."""
+    machine_code: Literal[80, 89, 90, 100] | None = None
+    """Time nothing: compile the Triton kernels of ours and of --also for this compute capability (90: an H100), which
+    needs no GPU, and say what their machine code takes."""
     csv: Path | None = None
     """Write a line for each case and provider: sizes, statistics of its rounds, errors, device, versions, commit."""
     plot: Path | None = None
@@ -109,6 +112,8 @@ class Options:
             )
         for spec in self.also:
             _module_of(spec)
+        if self.machine_code is not None and (self.csv or self.plot or self.out or self.results):
+            raise ValueError("--machine-code times nothing: leave --csv, --plot, --out and --results out")
         if self.plot is not None and self.rounds == 0:
             raise ValueError("--plot draws times: leave --rounds 0 or --plot out")
         for name in ("matplotlib", "pandas"):
@@ -122,6 +127,8 @@ class Options:
         """The device: cpu or cuda. Imports torch. ValueError if it is not there."""
         import torch
 
+        if self.machine_code is not None:
+            return "cuda"
         there = torch.cuda.is_available()
         if self.device == "cuda" and not there:
             raise ValueError("--device cuda: PyTorch sees no GPU here: leave --device out, or install its CUDA build")

@@ -14,6 +14,7 @@ from fastdistil.run.files import write_text
 
 if TYPE_CHECKING:
     from benchmarks._harness import Measured
+    from benchmarks.aot import Report
 
 
 class Column(NamedTuple):
@@ -39,17 +40,15 @@ COLUMNS = (
     Column("peak MiB", "peak_mib", lambda row: f"{row['peak_mib']:.0f}", "cuda"),
 )
 
-WIDTH = 120
-"""Columns where the output is no terminal."""
+WIDTH = 160
 STATISTICS = ("median_ms", "low_ms", "high_ms", "min_ms", "max_ms", "mean_ms", "std_ms", "rounds", "gb_per_s")
 STATISTICS += ("gflop_per_s", "speedup", "times_ours", "error_value", "error_gradient", "peak_mib")
 
 
 def _console() -> Console:
-    """On stdout as it is now."""
+    """On stdout as it is now. A terminal that is narrower than a table breaks its lines, which cuts no number."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    console.width = max(console.width, WIDTH)
     return console
 
 
@@ -87,6 +86,24 @@ def show(name: str, record: "Measured") -> None:
     console.print(table)
     for note in notes:
         console.print(note, style="red", markup=False, soft_wrap=True)
+    console.print()
+
+
+def show_machine_code(name: str, case: str, rows: Sequence[tuple[str, str, "Report"]]) -> None:
+    """Print a line for each compilation of a case, (provider, kernel, report): what `benchmarks.aot` prints of ours."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in ("", "kernel"):
+        table.add_column(head, no_wrap=True)
+    for head in ("registers", "CTAs an SM", "spills", "stack", "shared", "instructions", "loads (bits: number)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for title, kernel, report in rows:
+        loads = ", ".join(f"{bits}: {number}" for bits, number in sorted(report.loads.items()))
+        numbers = (report.registers, report.ctas, report.num_spills, report.stack_bytes, report.shared_bytes)
+        bad = report.num_spills or report.stack_bytes
+        table.add_row(title, kernel, *map(str, numbers), str(report.mix["all"]), loads, style="red" if bad else "")
+    console = _console()
+    console.print(f"{name}: {case}", style="bold", markup=False)
+    console.print(table)
     console.print()
 
 

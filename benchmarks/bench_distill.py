@@ -53,7 +53,7 @@ def distill(*, rows: int, columns: int, vocab: int, dtype: str, backward: bool, 
     kind = getattr(torch, dtype)
     student, teacher = ((3 * torch.randn(rows, columns, device=device)).to(kind) for _ in range(2))
     labels = torch.randint(vocab, (rows,), device=device)
-    labels = torch.where(torch.rand(rows, device=device) < 0.15, labels, -100)
+    labels.masked_fill_(torch.rand(rows, device=device) > 0.15, -100)
     gradient = torch.empty_like(teacher)
     scales = torch.tensor([KD_SCALE, MLM_SCALE], device=device)
 

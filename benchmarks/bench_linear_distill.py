@@ -64,8 +64,8 @@ def inputs(*, rows: int, width: int, teacher_width: int, vocab: int, dtype: str,
 
     V = columns(vocab)
     heads = [[normal(rows, D), normal(V, D) / 8, normal(V)] for D in (width, teacher_width)]
-    labels = torch.randint(vocab, (rows,), device=device)
-    return [*heads[0], *heads[1], torch.where(torch.rand(rows, device=device) < 0.15, labels, -100)]
+    labels = torch.randint(vocab, (rows,), device=device).masked_fill_(torch.rand(rows, device=device) > 0.15, -100)
+    return [*heads[0], *heads[1], labels]
 
 
 def linear_distill(*, backward: bool, device: str, **sizes: Any) -> "Problem":
@@ -172,7 +172,11 @@ def test_linear_distill(benchmark, case, results):
 
 
 def test_memory(benchmark):
-    """The peak of ours against full logits, on the CPU; on a GPU every table has the peak of every provider."""
+    """The peak of ours against full logits, on the CPU."""
+    import pytest
+
+    if LinearDistill().on == "cuda":
+        pytest.skip("there, every table has the peak of every provider")
     ours, eager = _growth_mib("ours"), _growth_mib("eager")
     num_tokens, V = MEMORY_CASE["rows"], columns(MEMORY_CASE["vocab"])
     logits = 2 * num_tokens * V * 4 / 2**20

@@ -247,7 +247,8 @@ MISTAKES = [
     ("--results x --providers ours", "leave --providers, --also and --rounds 0 out"),
     ("--rounds 0 --plot x.png", "--plot draws times"),
     ("--product", "--product: there are two ways on a GPU alone"),
-    ("--plot own.py/x.png", "--plot own.py/x.png cannot be made: own.py is no folder"),
+    ("--machine-code 90 --csv x.csv", "--machine-code times nothing: leave --csv, --plot, --out and --results out"),
+    ("--plot own.py/x.png", "--plot own.py/x.png cannot be made: "),
 ]
 
 
@@ -274,6 +275,46 @@ def test_what_there_is(capsys):
     assert all(f"python -m benchmarks.bench_{name} " in printed for name in OPERATORS)
     assert "python -m benchmarks.step " in printed
     assert "aot_variants" not in printed  # no command
+
+
+KERNEL = """
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x_ptr, bias_ptr, out_ptr, F, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    z = tl.load(x_ptr + row * F + column, mask=column < F).to(tl.float32)
+    z += tl.load(bias_ptr + column, mask=column < F)
+    tl.store(out_ptr + row * F + column, z * 0.5 * (1 + tl.erf(z * 0.7071067811865476)), mask=column < F)
+
+
+def gelu(x, bias):
+    out = torch.empty_like(x)
+    kernel[(len(x),)](x, bias, out, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return out
+"""
+
+
+def test_a_kernel_in_triton_on_a_machine_without_a_gpu(tmp_path):
+    """In Triton's interpreter it is checked, for a GPU that is not here it is compiled, and neither is a riddle."""
+    (tmp_path / "mine.py").write_text(KERNEL)
+    words = ["benchmarks.bench_gelu", "--forward", "--dtype", "bf16", "--also", "mine:gelu"]
+    check = [*words, *["--device", "cpu", "--rows", "5", "--widths", "20", "--rounds", "0", "--providers", "ours"]]
+    done = launch.run(*check, cwd=tmp_path, environment={"TRITON_INTERPRET": "1"})
+    assert "wrong" not in done.stdout
+    if not torch.cuda.is_available():
+        done = launch.run(*check, cwd=tmp_path, ok=False)
+        assert done.returncode == 1
+        assert "Triton finds no GPU: TRITON_INTERPRET=1 before the command" in done.stdout
+    done = launch.run(*words, "--machine-code", 90, cwd=tmp_path)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["ours", "gelu._forward_kernel"] in [line[:2] for line in lines]
+    (mine,) = (line for line in lines if line[:2] == ["mine:gelu", "mine.kernel"])
+    assert int(mine[2]) > 0
+    assert mine[4:6] == ["0", "0"]  # spills, stack
 
 
 def test_the_definition_in_parts_is_the_definition(monkeypatch):
