@@ -27,7 +27,7 @@ def main() -> None:
             print(f"  python -m benchmarks.{name:<28}{about(files[name])}")
         print()
     print(
-        "--help says more of each. What was measured and committed is in benchmarks/results/: python -m benchmarks._harness"
+        "--help says more of each. Results that are committed lie in benchmarks/results/: python -m benchmarks._harness"
     )
 
 

@@ -1,5 +1,7 @@
-"""An operator's benchmark as a command and as pytest-benchmark tests. It is a file of its own: a dataclass of options, the
-cases that these make (`_options`), and how the inputs, providers and the floor of a case are made (`_harness.Problem`).
+"""An operator's benchmark as a command and as pytest-benchmark tests.
+
+It is a file of its own: a dataclass of options, the cases that these make (`_options`), and how inputs, providers and
+the floor of a case are made (`_harness.Problem`).
 """
 
 from collections.abc import Callable, Iterable

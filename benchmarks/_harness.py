@@ -2,8 +2,9 @@
 
 Every provider has the arguments of the public function. First its value and gradients are compared with the definition
 in fp64 (`Judge`), then all that are right take turns, round by round: nothing else runs between a round of ours and a
-round of a peer, so a machine that slows down slows all of them. Medians are reported, with an interval. A benchmark is a
-command (`_cli.benchmark`), and the same cases are pytest-benchmark tests (`_cli.compare`); pytest-benchmark's own
+round of a peer, so a machine that slows down slows all of them. Medians are reported, with an interval.
+
+A benchmark is a command (`_cli.benchmark`), and the same cases are pytest-benchmark tests (`_cli.compare`), whose own
 statistics are of ours alone. `python -m benchmarks._harness [FOLDER]` prints one short table of the results that are
 kept for this device.
 """
@@ -47,7 +48,8 @@ def stamp(device: str = DEVICE) -> dict[str, str]:
     from fastdistil.kernels._backend import CPU_BACKEND
 
     # A copy of the tree on a GPU machine is without its history, or has an older one: it is told its commit (carry.sh).
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True)
     try:
         import triton
 
@@ -124,8 +126,8 @@ class Problem:
     definition: Callable[..., Any] | None = None
     """In fp64 for fp64 arguments. None where all providers are unchecked."""
     plain: Callable[..., Any] | None = None
-    """What a PyTorch user would write, every step in the dtype of the input, by whose error others are judged. None: the
-    definition."""
+    """What a PyTorch user would write, every step in the dtype of the input, by whose error others are judged. None:
+    the definition."""
     rowwise: Sequence[int] = ()
     """Arguments of whose rows those of the result, or the addends of the loss, are made one by one, so that the
     definition may be taken in parts. None: as a whole."""
@@ -379,8 +381,8 @@ def prepare(
 ) -> Ready:
     """Make a case's inputs, and check and warm up its providers: those that are `wanted`, and `also` these functions.
 
-    One that fails or is wrong is a row of its own, and does not keep the others. ValueError where there is none of those
-    that are wanted, or `also` has nothing to be compared with.
+    One that fails or is wrong is a row of its own, and does not keep the others. ValueError where there is none of
+    those that are wanted, or `also` has nothing to be compared with.
     """
     torch.compiler.reset()  # else the second size gets a graph of any size
     torch.manual_seed(0)

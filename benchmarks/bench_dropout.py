@@ -34,8 +34,8 @@ class Dropout(Options):
     dropout: Rates = (0.1,)
     """Probabilities that an element is dropped."""
     in_place: tyro.conf.FlagCreatePairsOff[bool] = False
-    """In its place what attention does to its weights: no gradient of its own, the backward draws the mask again. --rows
-    are sequences of 128 tokens."""
+    """In its place what attention does to its weights: no gradient of its own, the backward draws the mask again.
+    --rows are sequences of 128 tokens."""
 
 
 def cases(options: Dropout) -> Iterator[Case]:

@@ -14,9 +14,9 @@ Every provider has a process of its own: ours as the trainer sets one up, a peer
 turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all
 get ready at once, which is what takes the time, but for Hugging Face as it is, which comes last and alone: it holds
 the logits in fp32 many times over. With --apart the memory of every one is given back before the next one starts.
-A provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a CPU the
-trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
-which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
+A provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a
+CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the
+same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
 counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in an update:
 of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
 """

@@ -1,7 +1,7 @@
-"""The benchmarks of operators as commands: what is right is timed, what is wrong is said, and nothing is overwritten."""
+"""The benchmarks of operators as commands: what is right is timed, what is wrong is said, nothing is overwritten."""
 
 import csv
-import importlib
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -340,7 +340,7 @@ def test_nan_is_wrong():
 
 
 def test_the_interval_of_the_median():
-    """Ranks as in Conover, Practical Nonparametric Statistics: of 100 values the 41st and the 60th, or a rank outside."""
+    """Ranks as in Conover, Practical Nonparametric Statistics: of 100 values the 41st and the 60th, or one outside."""
     low, high = _harness.interval([float(i) for i in range(1, 101)])
     assert 39 <= low <= 41
     assert 60 <= high <= 62
