@@ -58,12 +58,14 @@ types: setup
 	$(BIN)/pyright --pythonplatform Darwin fastdistil
 	$(BIN)/pyright --pythonplatform Windows fastdistil
 
+# RESULTS=benchmarks/results puts what is measured among the results that are committed.
+RESULTS ?= runs/bench
 bench: setup
-	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s
-	$(BIN)/python -m benchmarks._harness
-	$(BIN)/python -m benchmarks.bench_data
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.step --precision bf16
+	$(BIN)/python -m pytest benchmarks/bench_*.py --ignore=benchmarks/bench_prepare.py -q -s --results $(RESULTS)
+	$(BIN)/python -m benchmarks._harness $(RESULTS)
+	$(BIN)/python -m benchmarks.bench_data --results $(RESULTS)
+	$(BIN)/python -m benchmarks.step --results $(RESULTS)
+	$(BIN)/python -m benchmarks.step --precision bf16 --results $(RESULTS)
 
 # An sdist, and of it the wheel for any system: without csrc/, since it is built without torch.
 dist:

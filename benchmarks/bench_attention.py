@@ -1,134 +1,218 @@
 """Packed attention, forward and with its backward, against padded and packed peers. Floor: matmuls of as many FLOP.
 
-python -m pytest benchmarks/bench_attention.py -s
+    python -m benchmarks.bench_attention --tokens 1024 --lengths 128,wikipedia --heads 12 --dropout 0 --dtype fp32
+    python -m pytest benchmarks/bench_attention.py -s
 
 FLOP counted: 4 sum(L^2) H Dh forward, 2.5 times that backward: what any implementation must compute, recomputation and
 padding left out.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from benchmarks._cli import benchmark, compare
+from benchmarks._options import Case, Names, Options, Rates, Sizes
 
-from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil.kernels.attention import attention
-from fastdistil.kernels.dropout import new_dropout_seed
-from fastdistil.kernels.layout import sequence_layout
+if TYPE_CHECKING:
+    from benchmarks._harness import Problem, Provider
 
-WIDTH = 768  # of all heads
 # Lengths like those of English Wikipedia's articles cut at 512 tokens: what many full pieces and their tails look like.
 # A fixed list, made up to that description; not a sample.
 WIKIPEDIA = [512, 512, 137, 512, 61, 512, 512, 512, 301, 88, 512, 224, 512, 512, 45, 512, 412, 512, 173, 512]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention(Options):
+    """Check and time attention(qkv_N3HD, layout, dropout_p=..., seed=...) beside PyTorch's and kernels of your own."""
+
+    known: ClassVar[tuple[str, ...]] = (
+        "ours",
+        "sdpa",
+        "padded",
+        "padded-flash",
+        "padded-cudnn",
+        "torch-flash",
+        "cudnn",
+        "flash-attn",
+        "varlen",
+    )
+
+    tokens: Sizes = ()
+    """Tokens of the micro-batch. Without it 1,024, on a GPU 16,384."""
+    lengths: Names = ("512", "128", "wikipedia")
+    """Of its sequences: a number for all, or wikipedia, which is many of 512 and their tails."""
+    heads: int | None = None
+    """Heads. None: as many as make 768 columns."""
+    head_widths: Sizes = (64, 32)
+    """Columns of a head."""
+    dropout: Rates = (0.0, 0.1)
+    """Probabilities that a weight is dropped. Other than 0 the mask has to be that of dropout.keep_reference."""
+
+    def __post_init__(self) -> None:
+        # Not by super(): it knows no class with slots, which dataclass makes anew.
+        Options.__post_init__(self)
+        for kind in self.lengths:
+            if kind != "wikipedia" and not (kind.isdigit() and int(kind)):
+                raise ValueError(f"--lengths wants whole numbers of 1 or more, or wikipedia, got {kind!r}")
+
+
+def cases(options: Attention) -> Iterator[Case]:
+    for tokens, dtype, kind, width, dropout, backward in itertools.product(
+        options.tokens or options.usual((1024,), (16384,)),
+        options.dtypes(),
+        options.lengths,
+        options.head_widths,
+        options.dropout,
+        options.passes(False, True),
+    ):
+        heads = options.heads or max(1, 768 // width)
+        of_heads = f"{heads} heads of {width}" if options.heads else f"head {width}"
+        name = f"{tokens} tokens, lengths {kind}, {of_heads}, dropout {dropout}, {dtype}, "
+        name += "forward+backward" if backward else "forward"
+        sizes = {"tokens": tokens, "lengths": kind, "head_width": width, "heads": heads, "dropout": dropout}
+        yield Case(name, sizes | {"dtype": dtype, "backward": backward}, packed)
+
+
 def lengths_of(kind: str, num_tokens: int) -> list[int]:
     """Lengths that sum to num_tokens; the last one is cut."""
-    cycle = {"512": [512], "128": [128], "wikipedia": WIKIPEDIA}[kind]
+    cycle = WIKIPEDIA if kind == "wikipedia" else [int(kind)]
     lengths: list[int] = []
     while (left := num_tokens - sum(lengths)) > 0:
         lengths.append(min(left, cycle[len(lengths) % len(cycle)]))
     return lengths
 
 
-CASES = [
-    (num_tokens, kind, head_dim, dropout_p, dtype)
-    for num_tokens, dtype in ([(16384, "bfloat16")] if DEVICE == "cuda" else [(1024, "float32"), (1024, "bfloat16")])
-    for kind in ("512", "128", "wikipedia")
-    for head_dim in (64, 32)
-    for dropout_p in (0.0, 0.1)
-]
+def packed(
+    *, tokens: int, lengths: str, heads: int, head_width: int, dropout: float, dtype: str, backward: bool, device: str
+) -> "Problem":
+    import torch
 
+    from benchmarks._harness import OURS, Problem, Provider
+    from fastdistil.kernels.attention import attention, attention_reference
+    from fastdistil.kernels.dropout import new_dropout_seed
+    from fastdistil.kernels.layout import sequence_layout
 
-def padded(qkv, lengths, dropout_p, backend=None):
-    """SDPA on sequences padded to the longest, as most training code has it; padding itself is not timed."""
-    longest = max(lengths)
-    batch = torch.nn.utils.rnn.pad_sequence(list(qkv.detach().split(lengths)), batch_first=True)
-    q, k, v = (x.transpose(1, 2).requires_grad_() for x in batch.unbind(2))
-    mask = None
-    if min(lengths) < longest:
-        length = torch.tensor(lengths, device=DEVICE)
-        mask = (torch.arange(longest, device=DEVICE) < length[:, None])[:, None, None, :]
+    several = lengths_of(lengths, tokens)
+    qkv = torch.randn(tokens, 3, heads, head_width, device=device, dtype=getattr(torch, dtype))
+    qkv.requires_grad_(backward)
 
-    def run():
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-        # Flash takes no mask: the tails are computed, and their rows would be dropped.
-        with sdpa_kernel(backend):
-            use = None if backend is SDPBackend.FLASH_ATTENTION else mask
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=use, dropout_p=dropout_p)
-
-    return run, (q, k, v)
-
-
-def varlen(qkv, layout):
-    """PyTorch's own packed attention (2.10 and later); it has no dropout."""
-    from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
-
-    q, k, v = (x.detach().contiguous().requires_grad_() for x in qkv.unbind(1))
-    cu, most = layout.cu_seqlens, layout.max_length
-    return lambda: varlen_attn(q, k, v, cu, cu, most, most), (q, k, v)
-
-
-def step(forward: Callable[[], Any], leaves: Sequence[torch.Tensor], train: bool) -> Callable[[], object]:
-    if not train:
-        return torch.no_grad()(forward)
-
-    def both():
-        out = forward()
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    return both
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "forward and backward"])
-@pytest.mark.parametrize(("num_tokens", "kind", "head_dim", "dropout_p", "dtype"), CASES)
-def test_attention(benchmark, num_tokens, kind, head_dim, dropout_p, dtype, train):
-    lengths, heads = lengths_of(kind, num_tokens), WIDTH // head_dim
-    layout = sequence_layout(lengths, DEVICE)
-    element = getattr(torch, dtype)
-    qkv = torch.randn(num_tokens, 3, heads, head_dim, device=DEVICE, dtype=element)
-    qkv.requires_grad_()
-    seed = new_dropout_seed(DEVICE)
-
-    def ours(backend):
-        options = {"dropout_p": dropout_p, "seed": seed, "backend": backend}
-        return step(functools.partial(attention, qkv, layout, **options), [qkv], train)
+    def by(title: str, backend: str) -> Provider:
+        of_another = "own mask" if dropout and backend != "fused" else ""
+        return Provider(title, functools.partial(attention, backend=backend), of_another)
 
     providers = {
-        OURS: ours("fused"),
-        "sdpa by run": ours("sdpa"),
-        "SDPA padded": step(*padded(qkv, lengths, dropout_p), train),
+        "ours": by(OURS, "fused"),
+        "sdpa": by("sdpa by run", "sdpa"),
+        "padded": padded("SDPA padded", qkv, several, dropout),
     }
-    if DEVICE == "cuda":
-        for name, backend in (
-            ("SDPA padded flash", SDPBackend.FLASH_ATTENTION),
-            ("SDPA padded cuDNN", SDPBackend.CUDNN_ATTENTION),
-        ):
-            providers[name] = step(*padded(qkv, lengths, dropout_p, backend), train)
-        providers["torch flash varlen"] = ours("torch-flash")
-        providers["cuDNN by run"] = ours("cudnn")
-        providers["flash-attn varlen"] = ours("flash-attn")  # reported as failed where not installed
-        if dropout_p == 0:
-            # Built when first called, so that a PyTorch without it is reported and left out.
-            built = functools.cache(lambda: step(*varlen(qkv, layout), train))
-            providers["torch varlen_attn"] = lambda: built()()
-    num_flops = 4 * sum(length**2 for length in lengths) * WIDTH * (3.5 if train else 1)
+    if device == "cuda":
+        providers |= on_gpu(qkv, several, dropout)
+        providers["torch-flash"] = by("torch flash varlen", "torch-flash")
+        providers["cudnn"] = by("cuDNN by run", "cudnn")
+        providers["flash-attn"] = by("flash-attn varlen", "flash-attn")  # reported as failed where not installed
+    num_flops = 4 * sum(length**2 for length in several) * heads * head_width * (3.5 if backward else 1)
     # One square product of as many FLOP, in bf16 on the tensor cores.
     side = max(16, round((num_flops / 2) ** (1 / 3) / 16) * 16)
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=element) for _ in range(2))
-    compare(
-        benchmark,
-        "attention",
-        f"{num_tokens} tokens, lengths {kind}, head {head_dim}, dropout {dropout_p}, {dtype}, "
-        + ("forward+backward" if train else "forward"),
-        providers,
-        num_bytes=(11 if train else 4) * num_tokens * WIDTH * element.itemsize,
+    a, b = (torch.randn(side, side, device=device, dtype=qkv.dtype) for _ in range(2))
+    return Problem(
+        arguments=[qkv, sequence_layout(several, device)],
+        options={"dropout_p": dropout, "seed": new_dropout_seed(device)},
+        trained=[0] if backward else (),
+        dout=torch.randn(tokens, heads, head_width, device=device, dtype=qkv.dtype),
+        definition=attention_reference,
+        plain=plain,
+        providers=providers,
+        baseline="padded",
+        num_bytes=(11 if backward else 4) * tokens * heads * head_width * qkv.element_size(),
         num_flops=num_flops,
         floor=lambda: torch.mm(a, b),
         budget_s=3.0,
     )
+
+
+def plain(qkv: Any, layout: Any, *, dropout_p: float, seed: Any) -> Any:
+    """What a PyTorch user would write, every step in the dtype of the input."""
+    import torch
+
+    from fastdistil.kernels.dropout import keep_reference
+
+    outputs = []
+    heads = torch.arange(qkv.shape[2], device=qkv.device)
+    for start, end in itertools.pairwise(layout.cu_seqlens.tolist()):
+        q, k, v = qkv[start:end].permute(1, 2, 0, 3)
+        weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+        if dropout_p:
+            row = torch.arange(start, end, device=qkv.device)
+            weights = torch.where(keep_reference(seed, 0, dropout_p, heads, row, row), weights / (1 - dropout_p), 0.0)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def padded(title: str, qkv: Any, lengths: list[int], dropout: float, backend: Any = None) -> "Provider":
+    """SDPA on sequences padded to the longest, as most training code has it; padding itself is not timed."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from benchmarks._harness import Provider
+
+    backward, longest = qkv.requires_grad, max(lengths)
+    batch = torch.nn.utils.rnn.pad_sequence(list(qkv.detach().split(lengths)), batch_first=True)
+    leaves = [x.transpose(1, 2).requires_grad_(backward) for x in batch.unbind(2)]
+    mask = None
+    # Flash takes no mask: the tails are computed, and their rows would be dropped.
+    if min(lengths) < longest and backend is not SDPBackend.FLASH_ATTENTION:
+        length = torch.tensor(lengths, device=qkv.device)
+        mask = (torch.arange(longest, device=qkv.device) < length[:, None])[:, None, None, :]
+
+    def run():
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, dropout_p=dropout)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out)) if backward else out
+
+    return Provider(title, run, "padded", True)
+
+
+def on_gpu(qkv: Any, lengths: list[int], dropout: float) -> dict[str, "Provider"]:
+    """Peers of PyTorch that only a GPU has."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    from benchmarks._harness import Provider
+
+    found = {
+        "padded-flash": padded("SDPA padded flash", qkv, lengths, dropout, SDPBackend.FLASH_ATTENTION),
+        "padded-cudnn": padded("SDPA padded cuDNN", qkv, lengths, dropout, SDPBackend.CUDNN_ATTENTION),
+    }
+    leaves = [x.detach().contiguous().requires_grad_(qkv.requires_grad) for x in qkv.unbind(1)]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=qkv.device)
+
+    def varlen() -> Any:
+        """PyTorch's own packed attention (2.10 and later); it has no dropout."""
+        from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
+
+        out = varlen_attn(*leaves, bounds, bounds, max(lengths), max(lengths))
+        return torch.autograd.grad(out, leaves, torch.ones_like(out)) if qkv.requires_grad else out
+
+    if dropout == 0:
+        found["varlen"] = Provider("torch varlen_attn", varlen, "apart", True)
+    return found
+
+
+def usual_cases() -> Iterator[Case]:
+    return cases(Attention())
+
+
+def test_attention(benchmark, case, results):
+    compare(benchmark, "attention", case, results)
+
+
+main = benchmark("attention", Attention, cases)
+
+if __name__ == "__main__":
+    sys.exit(main())

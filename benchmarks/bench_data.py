@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=16_384)
     parser.add_argument("--batches", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path, help="put the results into this folder; without it they are printed")
     args = parser.parse_args()
     if args.shards:
         measure(args.shards, args, args.shards.name)
@@ -167,7 +168,8 @@ def measure(folder: Path, args: argparse.Namespace, name: str) -> None:
         "host_processor_ms_a_micro_batch": processor,
         "seconds_to_plan_10M_sequences": planned,
     }
-    keep("data", case, record)
+    if args.results:
+        keep("data", case, record, folder=args.results)
 
 
 if __name__ == "__main__":

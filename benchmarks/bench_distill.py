@@ -1,73 +1,106 @@
 """The row kernel: loss and gradient of rows of logits. Floor: two reads and one write of the same bytes.
 
+python -m benchmarks.bench_distill --rows 512 --vocab 30522,50265 --dtype bf16
 python -m pytest benchmarks/bench_distill.py -s
 """
 
 import importlib.util
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import pytest
-import torch
+from benchmarks._cli import benchmark, compare
+from benchmarks._options import Case, Options, Sizes
 
-from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil.kernels.distill import distill_loss, distill_loss_reference
+if TYPE_CHECKING:
+    from benchmarks._harness import Problem
 
 TEMPERATURE, KD_SCALE, MLM_SCALE = 2.0, 5.0, 2.0
-# GPU rows as the trained models have them, padded to 30,528; sizes well beyond the L2 cache.
-CASES = (
-    [(16384, 30528, "bfloat16"), (8192, 30528, "float32")]
-    if DEVICE == "cuda"
-    else [(512, 30522, "float32"), (512, 30522, "bfloat16")]
-)
 
 
-@pytest.mark.parametrize(("num_rows", "num_columns", "dtype"), CASES)
-def test_rows(benchmark, num_rows, num_columns, dtype):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distill(Options):
+    """Check and time distill_loss(student_NV, teacher_NV, labels_N, temperature=..., kd_scale=..., mlm_scale=...,
+    vocab_size=...); a kernel of your own may return the loss alone."""
+
+    known: ClassVar[tuple[str, ...]] = ("ours", "kernel", "eager", "compile", "liger")
+
+    rows: Sizes = ()
+    """Rows. Without it 512, on a GPU 16,384 in bf16 and 8,192 in fp32, well beyond the L2 cache."""
+    vocab: Sizes = (30522,)
+    """Words, which on a GPU are padded to columns as those of the trained models are."""
+
+
+def cases(options: Distill) -> Iterator[Case]:
+    for dtype, vocab, backward in itertools.product(
+        options.dtypes(cuda=("bf16", "fp32")), options.vocab, options.passes(True)
+    ):
+        columns = options.usual(vocab, -(-vocab // 16) * 16)
+        for rows in options.rows or (options.usual(512, 8192 if dtype == "float32" else 16384),):
+            name = f"{rows} x {columns} {dtype}, 15 % labelled{'' if backward else ', forward'}"
+            sizes = {"rows": rows, "columns": columns, "vocab": vocab, "dtype": dtype, "backward": backward}
+            yield Case(name, sizes, distill)
+
+
+def distill(*, rows: int, columns: int, vocab: int, dtype: str, backward: bool, device: str) -> "Problem":
+    import torch
+
+    from benchmarks._harness import OURS, Problem, Provider, pytorch_and_ours
+    from fastdistil.kernels.distill import distill_loss, distill_loss_reference
+
     kind = getattr(torch, dtype)
-    student = (3 * torch.randn(num_rows, num_columns, device=DEVICE)).to(kind).requires_grad_()
-    teacher = (3 * torch.randn(num_rows, num_columns, device=DEVICE)).to(kind)
-    labels = torch.randint(30522, (num_rows,), device=DEVICE)
-    labels = torch.where(torch.rand(num_rows, device=DEVICE) < 0.15, labels, -100)
+    student, teacher = ((3 * torch.randn(rows, columns, device=device)).to(kind) for _ in range(2))
+    labels = torch.randint(vocab, (rows,), device=device)
+    labels.masked_fill_(torch.rand(rows, device=device) > 0.15, -100)
     gradient = torch.empty_like(teacher)
-    scales = torch.tensor([KD_SCALE, MLM_SCALE], device=DEVICE)
-    weights = {"temperature": TEMPERATURE, "kd_scale": KD_SCALE, "mlm_scale": MLM_SCALE, "vocab_size": 30522}
-
-    def rows(target):
-        return torch.ops.fastdistil.distill_rows(
-            target.detach(), teacher, labels, None, gradient, 0, TEMPERATURE, scales, 30522
-        )
-
-    def backward(loss):
-        student.grad = None
-        loss(student, teacher, labels, **weights).loss.backward()
+    scales = torch.tensor([KD_SCALE, MLM_SCALE], device=device)
 
     def eager(*args, **kwargs):
         return distill_loss_reference(*args, **kwargs)
 
-    compiled = torch.compile(eager)
-    providers = {
-        OURS: lambda: rows(student),  # loss and gradient, as linear_distill_loss calls it
-        "fastdistil autograd": lambda: backward(distill_loss),
-        "eager PyTorch": lambda: backward(eager),
-        "torch.compile": lambda: backward(compiled),
-    }
-    if DEVICE == "cuda" and importlib.util.find_spec("liger_kernel"):
+    def kernel():  # loss and gradient, as linear_distill_loss calls it
+        return torch.ops.fastdistil.distill_rows(
+            student.detach(), teacher, labels, None, gradient, 0, TEMPERATURE, scales, vocab
+        )
+
+    def liger():
         from liger_kernel.transformers import LigerJSD  # pyright: ignore[reportMissingImports]
 
-        divergence = LigerJSD(beta=0.0)  # forward KL; without T^2 and without the MLM term
+        log_q, log_p = ((x.float() / TEMPERATURE).log_softmax(-1) for x in (student, teacher))
+        # beta = 0: the forward KL; without T^2 and without the MLM term.
+        return torch.autograd.grad(LigerJSD(beta=0.0)(log_q, log_p), student)
 
-        def liger():
-            student.grad = None
-            log_q, log_p = ((x.float() / TEMPERATURE).log_softmax(-1) for x in (student, teacher))
-            divergence(log_q, log_p).backward()
-
-        providers["Liger JSD, KD only"] = liger
-    num_elements = num_rows * num_columns
-    compare(
-        benchmark,
-        "distill",
-        f"{num_rows} x {num_columns} {dtype}, 15 % labelled",
-        providers,
-        num_bytes=3 * num_elements * kind.itemsize,
-        num_flops=24 * num_elements,  # 4 exponentials and about 20 other operations an element
+    providers = pytorch_and_ours(distill_loss, eager)
+    if backward:
+        ours = providers["ours"]._replace(title=f"{OURS} autograd")
+        providers |= {"ours": ours, "kernel": Provider(OURS, kernel, "kernel", True)}
+        if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+            providers["liger"] = Provider("Liger JSD, KD only", liger, "KL alone", True)
+    return Problem(
+        arguments=[student.requires_grad_(backward), teacher, labels],
+        options=dict(temperature=TEMPERATURE, kd_scale=KD_SCALE, mlm_scale=MLM_SCALE, vocab_size=vocab),
+        trained=[0] if backward else (),
+        definition=distill_loss_reference,
+        rowwise=[0, 1, 2],
+        providers=providers,
+        num_bytes=(2 + backward) * student.numel() * kind.itemsize,
+        num_flops=24 * student.numel(),  # 4 exponentials and about 20 other operations an element
         floor=lambda: torch.add(student.detach(), teacher, out=gradient),
+        budget_s=12.0,
     )
+
+
+def usual_cases() -> Iterator[Case]:
+    return cases(Distill())
+
+
+def test_distill(benchmark, case, results):
+    compare(benchmark, "distill", case, results)
+
+
+main = benchmark("distill", Distill, cases)
+
+if __name__ == "__main__":
+    sys.exit(main())

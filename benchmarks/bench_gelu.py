@@ -1,86 +1,132 @@
 """GELU of a product and its bias, and the product with it. Floor: a copy of as many bytes; the product alone.
 
+python -m benchmarks.bench_gelu --rows 4096 --widths 768,1024 --dtype bf16
 python -m pytest benchmarks/bench_gelu.py -s
 """
 
-import pytest
-import torch
-import torch.nn.functional as F
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil.kernels import gelu
-from fastdistil.kernels.gelu import bias_gelu
+import tyro
 
-CASES = [(16384, 3072, "bfloat16")] if DEVICE == "cuda" else [(1024, 1536, "float32"), (1024, 1536, "bfloat16")]
+from benchmarks._cli import benchmark, compare
+from benchmarks._options import Case, Options, Sizes
+
+if TYPE_CHECKING:
+    from benchmarks._harness import Problem
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize(("num_rows", "width", "dtype"), CASES)
-def test_bias_gelu(benchmark, num_rows, width, dtype, backward):
-    kind = getattr(torch, dtype)
-    x, dout = (torch.randn(num_rows, width, device=DEVICE, dtype=kind) for _ in range(2))
-    bias = torch.randn(width, device=DEVICE, dtype=kind)
-    leaves = [t.requires_grad_(backward) for t in (x, bias)]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gelu(Options):
+    """Check and time bias_gelu(x_NF, bias_F) beside PyTorch's and kernels of your own."""
 
-    def eager():
+    known: ClassVar[tuple[str, ...]] = ("ours", "eager", "compile", "cublas")
+
+    rows: Sizes = ()
+    """Rows. Without it 1,024, on a GPU 16,384."""
+    widths: Sizes = ()
+    """Columns. Without it 1,536, on a GPU 3,072."""
+    product: tyro.conf.FlagCreatePairsOff[bool] = False
+    """In its place the product of width 768 with GELU behind it or in it: whether gelu.OWN_PRODUCT is right on this
+    GPU."""
+
+
+def cases(options: Gelu) -> Iterator[Case]:
+    if options.product:
+        if options.on != "cuda":
+            raise ValueError("--product: there are two ways on a GPU alone: leave it out")
+        for rows, width, use in itertools.product(
+            options.rows or (16384, 65536), options.widths or (3072,), ("forward", "forward, z kept", "backward")
+        ):
+            name = f"product, {use}, {rows} x 768 x {width} bfloat16"
+            yield Case(name, {"rows": rows, "width": width, "dtype": "bfloat16", "use": use}, product)
+        return
+    rows, widths = options.rows or options.usual((1024,), (16384,)), options.widths or options.usual((1536,), (3072,))
+    for n, width, dtype, backward in itertools.product(rows, widths, options.dtypes(), options.passes(False, True)):
+        name = f"{n} x {width} {dtype}{' forward+backward' * backward}"
+        yield Case(name, {"rows": n, "width": width, "dtype": dtype, "backward": backward}, bias_gelu)
+
+
+def bias_gelu(*, rows: int, width: int, dtype: str, backward: bool, device: str) -> "Problem":
+    import torch
+    from torch.nn import functional as F
+
+    from benchmarks._harness import Problem, copy_of, pytorch_and_ours
+    from fastdistil.kernels import gelu
+
+    x, dout = (torch.randn(rows, width, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    bias = torch.randn(width, device=device, dtype=x.dtype)
+
+    def eager(x, bias):
         return F.gelu(x + bias)
 
-    def timed(forward):
-        def run():
-            out = forward()
-            if backward:
-                torch.autograd.grad(out, leaves, dout)
-
-        return run
-
     num_bytes = (2 + 3 * backward) * x.numel() * x.element_size()
-    source = torch.randn(num_bytes // 8, device=DEVICE)
-    target = torch.empty_like(source)
-    compare(
-        benchmark,
-        "gelu",
-        f"{num_rows} x {width} {dtype}{' forward+backward' * backward}",
-        {
-            OURS: timed(lambda: bias_gelu(x, bias)),
-            "eager PyTorch": timed(eager),
-            "torch.compile": timed(torch.compile(eager)),
-        },
+    return Problem(
+        arguments=[x.requires_grad_(backward), bias.requires_grad_(backward)],
+        trained=(0, 1) if backward else (),
+        dout=dout,
+        definition=gelu.bias_gelu_reference,
+        plain=eager,
+        rowwise=[0],
+        providers=pytorch_and_ours(gelu.bias_gelu, eager),
         num_bytes=num_bytes,
         num_flops=(20 + 25 * backward) * x.numel(),
-        floor=lambda: target.copy_(source),
-        budget_s=5.0,
+        floor=copy_of(num_bytes, device),
     )
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="two ways on CUDA alone")
-@pytest.mark.parametrize("use", ["forward", "forward, z kept", "backward"])
-@pytest.mark.parametrize("num_rows", [16384, 65536])
-def test_product(benchmark, monkeypatch, num_rows, use):
-    """Whether OWN_PRODUCT is right on this device."""
-    width, ffn_size = 768, 3072
+def product(*, rows: int, width: int, dtype: str, use: str, device: str) -> "Problem":
+    import torch
+
+    from benchmarks._harness import OURS, Problem, Provider
+    from fastdistil.kernels import gelu
+
     x, weight, second, bias, z = (
-        torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
-        for size in ((num_rows, width), (ffn_size, width), (width, ffn_size), (ffn_size,), (num_rows, ffn_size))
+        torch.randn(size, device=device, dtype=getattr(torch, dtype))
+        for size in ((rows, 768), (width, 768), (768, width), (width,), (rows, width))
     )
-    dbias = torch.zeros(ffn_size, device=DEVICE)
+    dbias, own = torch.zeros(width, device=device), gelu.OWN_PRODUCT
 
-    def timed(majors):
+    def by(majors):
         def run():
-            monkeypatch.setattr(gelu, "OWN_PRODUCT", majors)
-            if use == "backward":
-                gelu.gelu_backward_product(x, second, z, bias, dbias=dbias, accumulate=True)
-            else:
-                gelu.linear_gelu_forward(x, weight, bias, keep=use == "forward, z kept")
+            gelu.OWN_PRODUCT = majors
+            try:
+                if use == "backward":
+                    gelu.gelu_backward_product(x, second, z, bias, dbias=dbias, accumulate=True)
+                else:
+                    gelu.linear_gelu_forward(x, weight, bias, keep=use == "forward, z kept")
+            finally:
+                gelu.OWN_PRODUCT = own
 
         return run
 
-    compare(
-        benchmark,
-        "gelu",
-        f"product, {use}, {num_rows} x {width} x {ffn_size} bfloat16",
-        {OURS: timed(gelu.OWN_PRODUCT), "cuBLAS and a kernel of rows": timed(())},
+    return Problem(
+        providers={
+            "ours": Provider(OURS, by(own), "kernel", True),
+            "cublas": Provider("cuBLAS and a kernel of rows", by(()), "kernel", True),
+        },
+        baseline="cublas",
         num_bytes=(1 if use == "forward" else 2) * z.numel() * z.element_size(),
-        num_flops=2 * num_rows * width * ffn_size,
+        num_flops=2 * rows * 768 * width,
         floor=lambda: torch.mm(x, weight.t(), out=z),
-        budget_s=5.0,
     )
+
+
+def usual_cases() -> Iterator[Case]:
+    usual = Gelu()
+    yield from cases(usual)
+    if usual.on == "cuda":
+        yield from cases(Gelu(product=True))
+
+
+def test_gelu(benchmark, case, results):
+    compare(benchmark, "gelu", case, results)
+
+
+main = benchmark("gelu", Gelu, cases)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,71 +1,102 @@
 """LayerNorm of a residual sum with dropout. Floor: a copy of as many bytes.
 
+python -m benchmarks.bench_layernorm --rows 4096 --widths 768,1024 --dropout 0
 python -m pytest benchmarks/bench_layernorm.py -s
 """
 
 import importlib.util
-from collections.abc import Callable
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pytest
-import torch
-import torch.nn.functional as F
+from benchmarks._cli import benchmark, compare
+from benchmarks._options import Case, Options, Rates, Sizes
 
-from benchmarks._harness import DEVICE, OURS, compare
-from fastdistil.kernels.dropout import new_dropout_seed
-from fastdistil.kernels.layernorm import dropout_add_layernorm
-
-CASES = (
-    [(16384, 768, "bfloat16"), (65536, 768, "bfloat16")]
-    if DEVICE == "cuda"
-    else [(4096, 768, "float32"), (4096, 768, "bfloat16")]
-)
+if TYPE_CHECKING:
+    from benchmarks._harness import Problem
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize(("num_rows", "width", "dtype"), CASES)
-def test_layernorm(benchmark, num_rows, width, dtype, dropout_p, backward):
-    kind = getattr(torch, dtype)
-    x, residual, dout = (torch.randn(num_rows, width, device=DEVICE, dtype=kind) for _ in range(3))
-    weight, bias = (torch.randn(width, device=DEVICE, dtype=kind) for _ in range(2))
-    leaves = [t.requires_grad_(backward) for t in (x, residual, weight, bias)]
-    seed = new_dropout_seed(DEVICE)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerNorm(Options):
+    """Check and time dropout_add_layernorm(x_ND, residual_ND, weight_D, bias_D, dropout_p=..., seed=...)."""
 
-    def ours():
-        return dropout_add_layernorm(*leaves, dropout_p=dropout_p, seed=seed)
+    rows: Sizes = ()
+    """Rows. Without it 4,096, on a GPU 16,384 and 65,536."""
+    widths: Sizes = (768,)
+    """Columns."""
+    dropout: Rates = (0.0, 0.1)
+    """Probabilities that an element of x is dropped. Other than 0 the mask has to be that of dropout.keep_reference."""
 
-    def eager():
-        return F.layer_norm(residual + F.dropout(x, dropout_p), (width,), weight, bias, 1e-12)
 
-    def timed(forward):
-        def run():
-            out = forward()
-            if backward:
-                torch.autograd.grad(out, leaves, dout)
+def cases(options: LayerNorm) -> Iterator[Case]:
+    for rows, width, dtype, p, backward in itertools.product(
+        options.rows or options.usual((4096,), (16384, 65536)),
+        options.widths,
+        options.dtypes(),
+        options.dropout,
+        options.passes(False, True),
+    ):
+        name = f"{rows} x {width} {dtype} dropout {p}{' forward+backward' * backward}"
+        sizes = {"rows": rows, "width": width, "dtype": dtype, "dropout": p, "backward": backward}
+        yield Case(name, sizes, layernorm)
 
-        return run
 
-    providers: dict[str, Callable[[], object]] = {
-        OURS: timed(ours),
-        "eager PyTorch": timed(eager),
-        "torch.compile": timed(torch.compile(eager)),
-    }
-    if DEVICE == "cuda" and dropout_p == 0 and importlib.util.find_spec("liger_kernel"):
+def layernorm(*, rows: int, width: int, dtype: str, dropout: float, backward: bool, device: str) -> "Problem":
+    import torch
+    from torch.nn import functional as F
+
+    from benchmarks._harness import Problem, Provider, copy_of, pytorch_and_ours
+    from fastdistil.kernels.dropout import keep_reference, new_dropout_seed
+    from fastdistil.kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference
+
+    kind, eps = getattr(torch, dtype), 1e-12
+    x, residual, dout = (torch.randn(rows, width, device=device, dtype=kind) for _ in range(3))
+    weight, bias = (torch.randn(width, device=device, dtype=kind) for _ in range(2))
+
+    def eager(x, residual, weight, bias, *, dropout_p, seed):
+        return F.layer_norm(residual + F.dropout(x, dropout_p), (width,), weight, bias, eps)
+
+    def plain(x, residual, weight, bias, *, dropout_p, seed):
+        row, column = (torch.arange(n, device=device) for n in x.shape)
+        kept = keep_reference(seed, 0, dropout_p, torch.zeros_like(row[:1]), row, column)[0]
+        y = torch.where(kept, x / (1 - dropout_p), 0.0) if dropout_p else x
+        return F.layer_norm(residual + y, (width,), weight, bias, eps)
+
+    providers = pytorch_and_ours(dropout_add_layernorm, eager, "own mask" if dropout else "")
+    if device == "cuda" and dropout == 0 and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_layer_norm  # pyright: ignore[reportMissingImports]
 
-        providers["Liger (and an add)"] = timed(lambda: liger_layer_norm(residual + x, weight, bias, 1e-12))
+        def liger(x, residual, weight, bias, **_):
+            return liger_layer_norm(residual + x, weight, bias, eps)
+
+        providers["liger"] = Provider("Liger (and an add)", liger)
     # Forward two reads and a write; backward three reads and two writes, one without dropout.
-    units = 3 + (4 + (dropout_p > 0)) * backward
-    num_bytes = units * x.numel() * x.element_size()
-    source = torch.randn(num_bytes // 8, device=DEVICE)
-    target = torch.empty_like(source)
-    compare(
-        benchmark,
-        "layernorm",
-        f"{num_rows} x {width} {dtype} dropout {dropout_p}{' forward+backward' * backward}",
-        providers,
+    num_bytes = (3 + (4 + (dropout > 0)) * backward) * x.numel() * x.element_size()
+    return Problem(
+        arguments=[t.requires_grad_(backward) for t in (x, residual, weight, bias)],
+        options={"dropout_p": dropout, "seed": new_dropout_seed(device)},
+        trained=range(4) if backward else (),
+        dout=dout,
+        definition=dropout_add_layernorm_reference,
+        plain=plain,
+        providers=providers,
         num_bytes=num_bytes,
         num_flops=(10 + 15 * backward) * x.numel(),
-        floor=lambda: target.copy_(source),
-        budget_s=5.0,
+        floor=copy_of(num_bytes, device),
     )
+
+
+def usual_cases() -> Iterator[Case]:
+    return cases(LayerNorm())
+
+
+def test_layernorm(benchmark, case, results):
+    compare(benchmark, "layernorm", case, results)
+
+
+main = benchmark("layernorm", LayerNorm, cases)
+
+if __name__ == "__main__":
+    sys.exit(main())

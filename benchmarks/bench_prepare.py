@@ -24,8 +24,6 @@ from pathlib import Path
 from benchmarks import docstrings
 from fastdistil.data import sources, tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
-
 
 def _cpu_seconds(who: int) -> float:
     usage = resource.getrusage(who)
@@ -45,6 +43,7 @@ def main() -> None:
     parser.add_argument("source", nargs="?")
     parser.add_argument("--tokenizer", default="train:30522")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="put the results into this folder; without it they are printed")
     arguments = parser.parse_args()
 
     documents, path = read(arguments.source)
@@ -87,8 +86,10 @@ def main() -> None:
         "rounds": arguments.rounds,
     }
     print(json.dumps(result))
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(result) + "\n")
+    if arguments.results:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        with (arguments.results / "prepare.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

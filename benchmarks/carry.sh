@@ -18,6 +18,7 @@ get() {
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d carry/wheels "$@"
 }
 get tyro docstring-parser typeguard typing-extensions typing-inspection annotated-types liger-kernel pytest-xdist execnet pytest-timeout \
+  pytest-benchmark py-cpuinfo2 rich pygments markdown-it-py mdurl \
   pydantic pydantic-core hypothesis sortedcontainers psutil tqdm einops ninja py-cpuinfo msgpack
 "$python" -m pip wheel -q --no-deps -w carry/wheels hjson
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation -w carry/wheels 'deepspeed>=0.19.8,<0.20'

@@ -835,18 +835,16 @@ def peers(s: Setting) -> Any:
 
 @stage(150, by_default=False)
 def bench(s: Setting) -> Any:
-    """Operators beside their floors and their peers (benchmarks/bench_*.py); their files go to the logs."""
+    """Operators beside their floors and their peers (benchmarks/bench_*.py); their results go to the logs."""
     if not s.on_gpu:
         return []  # on a CPU `make bench` keeps them
     commands = Commands(s)
     names = ("attention", "gelu", "layernorm", "distill", "linear_distill", "cosine", "dropout")
     chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
     paths = [f"benchmarks/bench_{name}.py" for name in names]
-    status = commands.start("bench", "pytest", *paths, "-q", "-s", "--tb=line", "-k", chosen).wait()
-    commands.start("table", "benchmarks._harness").wait()
-    for name in names:
-        if (path := results_file(name)).is_file():
-            shutil.copy(path, commands.logs)
+    words = ["-q", "-s", "--tb=line", "-k", chosen, "--results", commands.logs]
+    status = commands.start("bench", "pytest", *paths, *words).wait()
+    commands.start("table", "benchmarks._harness", commands.logs).wait()
     if status:
         raise RuntimeError(f"status {status}: {commands.text('bench')[-300:]}")
     return commands.text("table").splitlines()

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -221,9 +222,9 @@ def _launch(num_ranks: int, stage: str) -> dict:
     return json.loads(line.removeprefix("RESULT "))
 
 
-def check() -> None:
-    """Measured against predicted updates of 1, 2 and 4 gloo processes; keeps results/scaling.cpu.json."""
-    from benchmarks._harness import RESULTS, stamp
+def check(results: Path | None) -> None:
+    """Measured against predicted updates of 1, 2 and 4 gloo processes; with a folder scaling.cpu.json there."""
+    from benchmarks._harness import stamp
 
     rows = []
     for num_ranks in (1, 2, 4):
@@ -255,7 +256,10 @@ def check() -> None:
                 f"ratio {predicted_s / measured_s:.2f}",
                 flush=True,
             )
-    (RESULTS / "scaling.cpu.json").write_text(json.dumps(stamp() | {"rows": rows}, indent=1, sort_keys=True) + "\n")
+    if results:
+        results.mkdir(parents=True, exist_ok=True)
+        record = json.dumps(stamp() | {"rows": rows}, indent=1, sort_keys=True)
+        (results / "scaling.cpu.json").write_text(record + "\n")
 
 
 def main() -> None:
@@ -266,12 +270,13 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=16384)
     parser.add_argument("--inside", choices=["nvlink", "pcie"], default="nvlink")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--results", type=Path, help="put the results into this folder; without it they are printed")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args.worker)
     elif args.check:
-        check()
+        check(args.results)
     elif args.tokens_per_s is None:
         parser.error("--tokens-per-s is missing: no GPU has been measured yet (make gpu); or --check")
     else:

@@ -14,9 +14,9 @@ Every provider has a process of its own: ours as the trainer sets one up, a peer
 turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all
 get ready at once, which is what takes the time, but for Hugging Face as it is, which comes last and alone: it holds
 the logits in fp32 many times over. With --apart the memory of every one is given back before the next one starts.
-A provider that fails, ours too, is a line of the table. Results are kept whenever a line is printed. On a CPU the
-trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the same,
-which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
+A provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a
+CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the
+same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
 counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in an update:
 of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
 """
@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import DEVICE, OURS, RESULTS, device_name, keep, time_call
+from benchmarks._harness import DEVICE, OURS, device_name, keep, time_call
 from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch, micro_batches
 from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
@@ -453,7 +453,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit-s", type=float, default=180 if on_gpu else 900, help="a provider may take for an answer"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
+    parser.add_argument("--results", type=Path, help="put the results into this folder; without it they are printed")
     args = parser.parse_args()
     args.batches = args.batches or (4 if on_gpu or args.shards else 1)
     return args
@@ -637,7 +637,7 @@ def main() -> int:
             given = {"num_tokens": num_tokens, "flops": flops, "ceiling": ceiling}
             rows[name] = found.failed.get(name) or row_of(name, found, ours, **given)
             print(line_of(name, rows[name]), flush=True)
-        if not args.only:
+        if args.results and not args.only:
             record = {"providers": rows, "peak_flops": ceiling, "flops_per_token": {"all": all_rows, "masked": masked}}
             keep("step", what, record, folder=args.results)
     print("loss without dropout:", ", ".join(f"{k} {v:.6f}" for k, v in losses.items()))

@@ -94,13 +94,21 @@ MOST_MISTAKES = 5
 """So many wrong options are answered at once."""
 
 
-def parse(kind: type, args: Sequence[str] | None, command: str, *, default: Any = None, quiet: bool = False) -> Any:
+def parse(
+    kind: type,
+    args: Sequence[str] | None,
+    command: str,
+    *,
+    default: Any = None,
+    quiet: bool = False,
+    package: str = "fastdistil",
+) -> Any:
     """A `kind` of the words of the command line, or of `args`. `~` is the home folder; of one option twice the last
     counts.
 
     Args:
         kind: a frozen dataclass, whose fields are the options.
-        command: what follows "python -m fastdistil.".
+        command: what follows "python -m fastdistil.", or another `package`.
         default: the values that are not given; None: those of the fields.
         quiet: print no help.
 
@@ -109,7 +117,8 @@ def parse(kind: type, args: Sequence[str] | None, command: str, *, default: Any 
     import tyro
 
     words = list(sys.argv[1:] if args is None else args)
-    prog = f"python -m fastdistil.{command}"
+    command = f"{package}.{command}"
+    prog = f"python -m {command}"
     given: Any = {} if default is None else {"default": default}
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
         tyro.cli(kind, args=words, prog=prog, console_outputs=not quiet, **given)
@@ -130,7 +139,7 @@ def parse(kind: type, args: Sequence[str] | None, command: str, *, default: Any 
         raise ValueError(_answer(command, [_reworded(printed.getvalue(), ended, words)])) from None
     if left:
         raise ValueError(_answer(command, [_stray(word, words, known) for word in left]))
-    for name in ("out", "save"):
+    for name in ("out", "save", "csv", "plot", "results"):
         path = getattr(config, name, None)
         if path is not None and not getattr(config, "dry_run", False):  # which may be for a run on another machine
             _require_writable(path, f"--{name}")
@@ -145,7 +154,7 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> list[str]:
 def _answer(command: str, mistakes: list[str]) -> str:
     more = f"... and {len(mistakes) - MOST_MISTAKES} more" if len(mistakes) > MOST_MISTAKES else ""
     lines = [*mistakes[:MOST_MISTAKES], *([more] if more else [])]
-    return "\n  ".join([*lines, f"`python -m fastdistil.{command} --help` shows all options"])
+    return "\n  ".join([*lines, f"`python -m {command} --help` shows all options"])
 
 
 def _options(kind: type, prefix: str = "") -> tuple[dict[str, type], list[str]]:
