@@ -192,7 +192,7 @@ class TestGoingOnWithARun:
     def test_its_own_recipe_counts(self, run, recipe, caplog):
         caplog.set_level("WARNING", "fastdistil")
         c = parse([*recipe, "--resume", "auto", f"--out={run}", "--log.every", "3"])
-        assert (c.recipe, c.optim.lr, c.batch.size, str(c.data.shards)) == ("quickstart", 1e-4, 8192, "wiki")
+        assert (c.recipe, c.optim.lr, c.batch.size, c.data.shards) == ("quickstart", 1e-4, 8192, ("wiki",))
         assert (c.out, c.resume, c.log.every, c.profile) == (run, "auto", 3, None)
         assert caplog.messages == [f"going on with the run in {run}, whose recipe is quickstart, not distilbert"] * (
             recipe == ["distilbert"]

@@ -36,7 +36,7 @@ def config(bare, monkeypatch):
         recipes.distilbert(),
         dry_run=True,
         out=bare / "run",
-        data=c.DataConfig(shards=bare / "shards"),
+        data=c.DataConfig(shards=(str(bare / "shards"),)),
         batch=c.BatchConfig(size=40, token_budget=256),
         teacher=c.TeacherConfig(path=bare / "teacher"),
     )
