@@ -319,7 +319,7 @@ def model_card(
 
 
 def _mix(data: dict[str, Any]) -> str:
-    return f"; a mix of tokens, {data['mix']}" if data.get("mix") else ""
+    return f"; tokens mixed as {data['mix']}" if data.get("mix") else ""
 
 
 def _skipped(progress: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     )
     corpus = load_corpus(replace(resolved, config=quick), rank=0, world_size=1)
     if len(corpus.folders) > 1:
-        yield "a mix of tokens", corpus.shares()
+        yield "mix of tokens", corpus.shares()
     flops = resolved.flops_per_token(corpus.mean_attended_length)
     parts = f"teacher {flops.teacher / 1e6:,.1f}, student {flops.student / 1e6:,.1f}"
     yield "FLOPs a token", f"{flops.total / 1e6:,.1f} million: {parts}"
@@ -141,7 +141,7 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
     held_out = meta.num_sequences - sum(pool.num_sequences for pool in plan.pools)
     log.info(f"text: {meta.num_tokens:,} tokens in {meta.num_sequences:,} sequences, {held_out:,} held out")
     if len(corpus.folders) > 1:
-        log.info("a mix of tokens: %s", corpus.shares())
+        log.info("mix of tokens: %s", corpus.shares())
     first = plan.update(0)
     count, sequences = len(first.micro_batches), sum(len(m.sequences) for m in first.micro_batches)
     log.info(

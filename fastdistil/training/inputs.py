@@ -57,7 +57,7 @@ class Corpus:
         """A mix in words: each folder's share of the tokens, and how often an epoch reads it."""
         total = sum(pool.epoch_tokens for pool in self.plan.pools)
         return ", ".join(
-            f"{name} {pool.epoch_tokens / total:.2%} ({pool.passes:.3g} times an epoch)"
+            f"{pool.epoch_tokens / total:.1%} {name} (read {pool.passes:.3g} times an epoch)"
             for name, pool in zip(self.folders, self.plan.pools, strict=True)
         )
 

@@ -230,7 +230,11 @@ def test_a_name_with_a_colon_is_no_url(tmp_path, source):
 def test_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     got = recipes.parse(["mlm", "--out=~/run", "--data.shards", "~/a", "--student.init=~/b"])
-    assert (got.out, got.data.shards, got.student.init) == (tmp_path / "run", (str(tmp_path / "a"),), str(tmp_path / "b"))
+    assert (got.out, got.data.shards, got.student.init) == (
+        tmp_path / "run",
+        (str(tmp_path / "a"),),
+        str(tmp_path / "b"),
+    )
 
 
 class TestOut:
