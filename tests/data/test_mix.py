@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -185,14 +186,13 @@ def test_a_folder_and_its_weight(word, folder, weight, tmp_path, monkeypatch):
     ("words", "said"),
     [
         (("wiki:0.7", "med"), "folders that all have a weight, or none, got 'wiki:0.7 med'"),
-        (("wiki:0.7", "med:0"), "weights above 0, got 'wiki:0.7 med:0'"),
-        (("wiki:-1",), "weights above 0"),
-        (("wiki:1e999",), "weights above 0"),
+        (("wiki:0.7", "med:0"), "folders with weights above 0, got 'wiki:0.7 med:0'"),
+        (("wiki:-1",), "folders with weights above 0"),
+        (("wiki:1e999",), "folders with weights above 0"),
         (("wiki", "wiki"), "different folders, got 'wiki wiki'"),
         ((), "one folder or more, got 'none'"),
     ],
 )
 def test_what_is_no_mix(words, said):
-    with pytest.raises(ValueError, match="--data.shards must be .*") as refused:
+    with pytest.raises(ValueError, match=re.escape("--data.shards must be " + said)):
         DataConfig(shards=words)
-    assert said in str(refused.value)

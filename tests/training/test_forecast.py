@@ -33,7 +33,7 @@ def config(bare, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as on a laptop
     monkeypatch.setattr(forecast, "STEP_RESULTS", bare / "none")
     return replace(
-        recipes.distilbert(),
+        recipes.named("distilbert"),
         dry_run=True,
         out=bare / "run",
         data=c.DataConfig(shards=(str(bare / "shards"),)),
