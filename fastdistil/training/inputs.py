@@ -157,7 +157,7 @@ def _held_out(resolved: Resolved, parts: Sequence[Shards]) -> list[int]:
 
 def _names(folders: Sequence[Path]) -> tuple[str, ...]:
     """The folders' own names, or their paths where two are the same."""
-    short = tuple(folder.resolve().name for folder in folders)
+    short = tuple(folder.name or folder.resolve().name for folder in folders)
     return short if len({*short}) == len(short) else tuple(map(str, folders))
 
 
