@@ -68,7 +68,7 @@ def make_plan(lengths: np.ndarray, token_budget: int, micro_batches_per_update: 
         seed=56,
         token_budget=token_budget,
         micro_batches_per_update=micro_batches_per_update,
-        mask_fraction=recipes.distilbert().masking.fraction,
+        mask_fraction=recipes.named("distilbert").masking.fraction,
     )
 
 
@@ -116,7 +116,7 @@ def in_turn(providers: dict[str, Callable[[], Iterable[object]]], rounds: int) -
 
 
 def measure(folder: Path, args: argparse.Namespace, name: str) -> None:
-    text, masking = Shards(folder), recipes.distilbert().masking
+    text, masking = Shards(folder), recipes.named("distilbert").masking
     collator = Collator(text, text.counts, token_budget=args.token_budget, masking=masking)
     update = make_plan(text.lengths, args.token_budget, args.batches).update(0)
     tokens_a_batch = update.num_tokens / len(update.micro_batches)

@@ -182,7 +182,7 @@ class Trainer:
 
 def trainer(device: torch.device, teacher: Any, student: Any, batch: MicroBatch, *, fp8: bool) -> Trainer:
     """The trainer in bf16, as training/inputs.py and loop.py put it together. To be kept like them."""
-    config = recipes.distilbert()
+    config = recipes.named("distilbert")
     exact = Teacher(copy.deepcopy(teacher), device=device, dtype=torch.float32)
     frozen = Teacher(teacher, device=device, dtype=torch.bfloat16)
     if fp8:

@@ -127,7 +127,7 @@ def packed_batches(folder: Path, num_tokens: int, count: int) -> list[MicroBatch
 
 def packed(folder: Path, num_tokens: int, count: int) -> tuple[Plan, Collator]:
     """Plan and collator of a run on these shards whose updates have `count` micro-batches."""
-    shards, masking = Shards(folder), recipes.distilbert().masking
+    shards, masking = Shards(folder), recipes.named("distilbert").masking
     plan = Plan(shards.lengths, seed=56, token_budget=num_tokens, micro_batches_per_update=count, mask_fraction=0.15)
     return plan, Collator(shards, shards.counts, token_budget=num_tokens, masking=masking)
 
@@ -162,7 +162,7 @@ class Ours:
         kd_rows: Literal["all", "masked"] = "all",
         num_workers: int = 0,
     ) -> None:
-        config, dtype = recipes.distilbert(), DTYPES[args.precision]
+        config, dtype = recipes.named("distilbert"), DTYPES[args.precision]
         config = replace(config, loss=replace(config.loss, kd_rows=kd_rows))
         # before the first tensor, or no memory comes in large pages
         ranks = init_ranks(DEVICE, timeout_s=config.engine.timeout_s, threads=None)

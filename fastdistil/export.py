@@ -277,7 +277,7 @@ def model_card(
         "updates": f"{progress['update']:,}{_skipped(progress)}",
         "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
         "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
-        f"{data.get('num_tokens', 0):,} tokens",
+        f"{data.get('num_tokens', 0):,} tokens{_mix(data)}",
         "tokenizer sha256": f"`{data.get('tokenizer_sha256', 'not recorded')}`",
         "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
         "exported by": f"fastdistil {__version__}",
@@ -316,6 +316,10 @@ def model_card(
 ## Settings
 {_table(("setting", "value"), ((k, f"`{json.dumps(v)}`") for k, v in settings.items()))}
 """
+
+
+def _mix(data: dict[str, Any]) -> str:
+    return f"; tokens mixed as {data['mix']}" if data.get("mix") else ""
 
 
 def _skipped(progress: dict[str, Any]) -> str:

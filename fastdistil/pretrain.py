@@ -98,8 +98,8 @@ def run(resolved: Resolved, here: Launched) -> int:
     with ranks.together():
         if saved and saved.state["text"] != resolved.meta.counts_sha256:
             raise ValueError(
-                f"{config.data.shards} is not the text that the run in {config.out} was started with: use the old "
-                "shards, or another --out"
+                f"--data.shards {' '.join(config.data.shards or ())} is not the text that the run in {config.out} was "
+                "started with: use the old shards, or another --out"
             )
 
     # The run itself, under a watchdog. From here on there is something to save: a signal asks it to stop when it can.

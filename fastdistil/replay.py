@@ -39,8 +39,8 @@ class ReplayConfig:
     """Which one, counted from 1, as in metrics.jsonl."""
     checkpoint: int | None = None
     """Take the weights of the checkpoint of this update. None: the newest."""
-    shards: Path | None = None
-    """Where the text is now. None: where the run found it."""
+    shards: tuple[str, ...] | None = None
+    """Where the text is now, as --data.shards of the run. None: where the run found it."""
     teacher: Path | None = None
     """Where the teacher is now. None: where the run found it."""
 

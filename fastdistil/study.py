@@ -398,7 +398,7 @@ def _curves(run: Path) -> dict[str, Any]:
         if line["split"] == "train":
             tokens, update = tokens + line["tokens"], line["update"]
             speeds.append(line["tokens_per_s"])
-        else:
+        elif line["split"] == "validation":  # of all the text
             validations.append({k: v for k, v in line.items() if k != "split"} | {"tokens": tokens})
     if not validations:
         raise ValueError(f"{run / 'metrics.jsonl'} holds no validation: delete the log of that pre-training")

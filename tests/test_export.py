@@ -22,7 +22,7 @@ from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import KeptOutputs, MaskedLM
 from fastdistil.run import checkpoint
 from fastdistil.run.config import to_json
-from fastdistil.run.recipes import distilbert, mlm
+from fastdistil.run.recipes import named
 from tests.support.models import MINILM, one_by_one, packed
 from tests.support.toy import student_of
 
@@ -64,11 +64,11 @@ def embedder(tmp_path):
     return run, model
 
 
-def _make_run(folder: Path, recipe=distilbert, teacher: Architecture | None = TEACHER) -> Path:
+def _make_run(folder: Path, recipe="distilbert", teacher: Architecture | None = TEACHER) -> Path:
     (folder / "tokenizer").mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copyfile(MINILM / name, folder / "tokenizer" / name)
-    config = to_json(recipe())
+    config = to_json(named(recipe))
     if teacher is not None:
         config["teacher"]["path"] = "/data/someone/models/tiny-bert"
     record = {
@@ -290,7 +290,7 @@ def test_a_run_of_an_older_version(run, tmp_path):
 
 
 def test_model_card_without_teacher(tmp_path):
-    run = _make_run(tmp_path / "run", mlm, None)
+    run = _make_run(tmp_path / "run", "mlm", None)
     (run / "metrics.jsonl").unlink()
     export(ExportConfig(run=run, out=tmp_path / "baseline"))
     card = (tmp_path / "baseline" / "README.md").read_text()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastdistil.data.plan import MicroBatchPlan, UpdatePlan, num_masked, random_words
-from fastdistil.data.shards import Shards
+from fastdistil.data.shards import Mix, Shards
 from fastdistil.kernels.layout import TILE_ROWS, SequenceLayout, sequence_layout
 from fastdistil.run.command import STOP_SIGNALS, blocked
 from fastdistil.run.config import MaskingConfig
@@ -148,15 +148,26 @@ class Collator:
     Layouts are filled up to what a micro-batch of these shards may usually have of sequences and tiles, so that a step
     compiled or captured once serves all. A micro-batch with more, of text that is not in a random order, has twice
     that.
+
+    Args:
+        lengths: about those of the sequences as they are drawn. None: those of the shards.
     """
 
-    def __init__(self, shards: Shards, counts: NDArray[np.int64], *, token_budget: int, masking: MaskingConfig) -> None:
+    def __init__(
+        self,
+        shards: Shards | Mix,
+        counts: NDArray[np.int64],
+        *,
+        token_budget: int,
+        masking: MaskingConfig,
+        lengths: NDArray[np.int32] | None = None,
+    ) -> None:
         meta = shards.meta
         self.shards, self.token_budget, self.masking = shards, token_budget, masking
         self.pad_id, self.mask_id = meta.special_ids["pad"], meta.special_ids["mask"]
         self.max_length = meta.max_length
         self.weights = masking_weights(counts, list(meta.special_ids.values()), masking.smoothing)
-        lengths = shards.lengths
+        lengths = shards.lengths if lengths is None else lengths
         self.sequence_step = usual_most(np.ones_like(lengths), lengths, token_budget)
         self.tile_step = usual_most(-(-lengths // TILE_ROWS), lengths, token_budget)
 

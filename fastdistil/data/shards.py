@@ -17,7 +17,8 @@ import io
 import json
 import os
 import sys
-from dataclasses import MISSING, asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, Self
@@ -280,6 +281,50 @@ def _read_at(descriptor: int, num_bytes: int, begin: int) -> bytes:
         return os.pread(descriptor, num_bytes, begin)
     os.lseek(descriptor, begin, os.SEEK_SET)  # no process is a fork
     return os.read(descriptor, num_bytes)
+
+
+def together(metas: Sequence[Meta]) -> Meta:
+    """What a run reads of several folders that one tokenizer made, as if they were one; of one folder its own."""
+    if len(metas) == 1:
+        return metas[0]
+    return replace(
+        metas[0],
+        max_length=max(meta.max_length for meta in metas),
+        num_documents=sum(meta.num_documents for meta in metas),
+        num_sequences=sum(meta.num_sequences for meta in metas),
+        num_tokens=sum(meta.num_tokens for meta in metas),
+        counts_sha256=hashlib.sha256("\n".join(meta.counts_sha256 for meta in metas).encode()).hexdigest(),
+        preparation={"sources": [s for meta in metas for s in meta.preparation.get("sources") or ()]},
+        shards=tuple(shard for meta in metas for shard in meta.shards),
+    )
+
+
+class Mix:
+    """The sequences of several prepared folders as those of one, numbered from 0 over all of them.
+
+    What `Shards` has for a folder stands under the same names. `first`: int64 (folders + 1,), the first sequence of
+    each folder. `counts` are those of the ids in an epoch that reads each folder so often as `passes` says.
+    """
+
+    def __init__(self, parts: Sequence[Shards], passes: Sequence[float]) -> None:
+        self.parts = tuple(parts)
+        self.meta = together([part.meta for part in parts])
+        self.first = np.cumsum([0, *map(len, parts)])
+        self.lengths = np.concatenate([part.lengths for part in parts])
+        for part, first in zip(parts, self.first, strict=False):
+            part.lengths = self.lengths[first : first + len(part)]  # which are kept once
+        drawn = [part.counts * times for part, times in zip(parts, passes, strict=True)]
+        self.counts = np.rint(np.sum(drawn, axis=0)).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequence(self, index: int) -> np.ndarray:
+        """As `Shards.sequence`."""
+        part = int(np.searchsorted(self.first, index, side="right")) - 1
+        if not 0 <= part < len(self.parts):
+            raise IndexError(f"sequence {index} of a mix, which has {len(self)}")
+        return self.parts[part].sequence(index - int(self.first[part]))
 
 
 class ShardWriter:

@@ -73,23 +73,65 @@ def _check(ok: bool, section: _Section, name: str, wanted: str, got: object = No
         raise ValueError(f"--{option} must be {wanted}, got {getattr(section, name) if got is None else got!r}")
 
 
+class Text(NamedTuple):
+    """A folder of --data.shards."""
+
+    folder: Path
+    weight: float | None
+    """Its share of the tokens, as a part of the sum of all weights."""
+
+
+_WEIGHTED = re.compile(r"(.+):([-+]?(?:[0-9]+[.]?[0-9]*|[.][0-9]+)(?:[eE][-+]?[0-9]+)?)", re.DOTALL)
+
+
+def _text(word: str) -> Text:
+    """FOLDER or FOLDER:WEIGHT; what is there under the whole word is a folder whose name has a colon."""
+    found = _WEIGHTED.fullmatch(word)
+    if found is None or Path(word).exists():
+        return Text(Path(word), None)
+    return Text(Path(found[1]), float(found[2]))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(_Section):
     """The text, as folders written by `python -m fastdistil.prepare`."""
 
-    shards: Path | None = None
-    """Folder of prepared shards to train on."""
+    shards: tuple[str, ...] | None = None
+    """Folder of prepared shards to train on, or several as a mix: all with a weight, their share of the tokens
+    (wiki:0.7 pubmed:0.3), or none, which reads every sequence once an epoch."""
     validation: Path | None = None
     """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held
-    out."""
+    out, of a mix as many of each folder as its share."""
     validation_sequences: Annotated[int, AT_LEAST_1] = 1024
     """Sequences used for validation, from the end of the folder; never trained on. At most a tenth of the training
-    shards."""
+    shards, of a mix of each folder."""
     num_workers: Annotated[int | None, AT_LEAST_0] = None
     """Processes that mask and pack ahead of the device; 0 does it in the training process. None: 2 beside a GPU, 0 on
     a CPU, whose cores they would take. Never changes results."""
     verify: bool = True
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
+
+    def _check_together(self) -> None:
+        if self.shards is None:
+            return
+        given = " ".join(self.shards)
+        folders = [text.folder for text in self.texts]
+        _check(bool(folders), self, "shards", "one folder or more", "none")
+        _check(len({*folders}) == len(folders), self, "shards", "different folders", given)
+        weights = [text.weight for text in self.texts if text.weight is not None]
+        _check(len(weights) in (0, len(folders)), self, "shards", "folders that all have a weight, or none", given)
+        _check(all(0 < w < math.inf for w in weights), self, "shards", "folders with weights above 0", given)
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """What --data.shards names; nothing where it is missing."""
+        return tuple(map(_text, self.shards or ()))
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Of the folders, where they have any."""
+        found = [text.weight for text in self.texts if text.weight is not None]
+        return found or None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -535,6 +577,8 @@ def from_json(saved: dict[str, Any]) -> Config:
         given = {}
         for name, item in value.items():
             path = hints[name] is Path or Path in get_args(hints[name])
+            if name == "shards" and isinstance(item, str):  # of a run of before there were mixes
+                item = [item]
             if dataclasses.is_dataclass(default := getattr(like, name)):
                 given[name] = build(item, default)
             elif item is not None and path:
@@ -560,6 +604,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _weights(shards: object) -> list[float | None] | None:
+    """Of --data.shards in a saved configuration, a weight a folder; None where there is none."""
+    words = [shards] if isinstance(shards, str) else shards
+    return [_text(word).weight for word in words] if isinstance(words, list) else None
+
+
 def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields of two `to_json` configurations that differ though a resumed run may not change them."""
     # an older version's run lacks what was added since, and ran as the defaults do
@@ -567,6 +617,8 @@ def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     def free(name: str) -> bool:
         was, now = old.get(name), new.get(name)
+        if name == "data.shards":
+            return _weights(was) == _weights(now)
         if name in PATHS:  # another text or model, or none, is found by its contents
             words = NO_PATHS if name == "student.init" else ()
             return all(isinstance(path, str) and path not in words for path in (was, now))

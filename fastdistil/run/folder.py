@@ -83,10 +83,11 @@ def check(config: Config, inputs: Mapping[str, str | None] | None = None) -> Non
     known = _inputs(record)
     for option, digest in (inputs or {}).items():
         if known.get(option, digest) != digest:
-            kind = "text" if option.startswith("data.") else "model"
+            kind, value = "text" if option.startswith("data.") else "model", flatten(now)[option]
+            named = " ".join(value) if isinstance(value, list) else value
             short = [str(x)[:12] if x else "none" for x in (digest, known[option])]
             raise ValueError(
-                f"--{option} {flatten(now)[option]} is not the {kind} that the run in {run} was started with (SHA-256 "
+                f"--{option} {named} is not the {kind} that the run in {run} was started with (SHA-256 "
                 f"{short[0]}, wanted {short[1]}): give the old one, which may lie anywhere, or another --out"
             )
 

@@ -228,7 +228,7 @@ class Journal:
         """Write the losses of a validation."""
         self._write(record)
         numbers = (f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float))
-        log.info("validation after update %d  %s", record["update"], "  ".join(numbers))
+        log.info("%s after update %d  %s", record["split"], record["update"], "  ".join(numbers))
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.writer is not None:

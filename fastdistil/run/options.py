@@ -42,7 +42,7 @@ n-gpu num-gpus gpus nproc-per-node world-size: \
 teacher teacher-model teacher-name teacher-name-or-path teacher-model-name-or-path: --teacher.path FOLDER | --teacher
 teacher-type student-type model-type: --teacher.path FOLDER (its config.json says what it is)
 model model-name model-name-or-path student student-model student-pretrained-weights: --student.init | --tokenizer
-student-config config config-name: --student.num-layers --student.hidden-size --student.num-heads --student.ffn-size
+student-config config-name: --student.num-layers --student.hidden-size --student.num-heads --student.ffn-size
 num-hidden-layers n-layers student-layers: --student.num-layers
 hidden-dim dim d-model: --student.hidden-size
 num-attention-heads n-heads: --student.num-heads
@@ -122,7 +122,7 @@ def parse(
     given: Any = {} if default is None else {"default": default}
     if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
         tyro.cli(kind, args=words, prog=prog, console_outputs=not quiet, **given)
-    known, named = _options(kind)
+    known, named = known_options(kind)
     mistakes = [
         _unknown(word, before, known, named)
         for word, before in _options_in(words)
@@ -157,7 +157,7 @@ def _answer(command: str, mistakes: list[str]) -> str:
     return "\n  ".join([*lines, f"`python -m {command} --help` shows all options"])
 
 
-def _options(kind: type, prefix: str = "") -> tuple[dict[str, type], list[str]]:
+def known_options(kind: type, prefix: str = "") -> tuple[dict[str, type], list[str]]:
     """The types of the options of a configuration by name, and the names of what is given without an option."""
     import tyro
 
@@ -169,7 +169,7 @@ def _options(kind: type, prefix: str = "") -> tuple[dict[str, type], list[str]]:
         name = f"{prefix}{one.name}".replace("_", "-")
         if is_dataclass(hints[one.name]):
             is_flat = any(getattr(part, "name", None) == "" for part in about)  # tyro.conf.arg(name="")
-            known |= _options(hints[one.name], prefix if is_flat else f"{name}.")[0]
+            known |= known_options(hints[one.name], prefix if is_flat else f"{name}.")[0]
         elif tyro.conf.Positional in about:
             named.append(name)
         else:

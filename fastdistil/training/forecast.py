@@ -80,6 +80,8 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
         optim=replace(config.optim, unit="updates", duration=1),
     )
     corpus = load_corpus(replace(resolved, config=quick), rank=0, world_size=1)
+    if len(corpus.folders) > 1:
+        yield "mix of tokens", corpus.shares()
     flops = resolved.flops_per_token(corpus.mean_attended_length)
     parts = f"teacher {flops.teacher / 1e6:,.1f}, student {flops.student / 1e6:,.1f}"
     yield "FLOPs a token", f"{flops.total / 1e6:,.1f} million: {parts}"
@@ -136,8 +138,10 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
         log.info("%s: %s", name, what)
     for note in resolved.notes:
         log.info(note)
-    held_out = meta.num_sequences - len(plan.lengths)
+    held_out = meta.num_sequences - sum(pool.num_sequences for pool in plan.pools)
     log.info(f"text: {meta.num_tokens:,} tokens in {meta.num_sequences:,} sequences, {held_out:,} held out")
+    if len(corpus.folders) > 1:
+        log.info("mix of tokens: %s", corpus.shares())
     first = plan.update(0)
     count, sequences = len(first.micro_batches), sum(len(m.sequences) for m in first.micro_batches)
     log.info(
@@ -226,7 +230,7 @@ def _device(resolved: Resolved) -> tuple[torch.device, int, str]:
 
 def _length(resolved: Resolved, plan: Plan) -> tuple[int, float, str]:
     """(updates, real tokens of one, "about " where they are estimated from a sample of the sequences)."""
-    config, count, lengths = resolved.config, resolved.micro_batches_per_update, plan.lengths
+    config, count, lengths = resolved.config, resolved.micro_batches_per_update, plan.drawn_lengths()
     duration, about = config.optim.duration, ""
     scale = 1.0
     if len(lengths) * max(1, duration if config.optim.unit == "epochs" else 1) > EXACT_SEQUENCES:

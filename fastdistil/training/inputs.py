@@ -5,16 +5,18 @@ Made alike on every rank, without a word between them.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastdistil.data.batches import Collator, MicroBatch, micro_batches
-from fastdistil.data.plan import Plan, UpdatePlan, seed_of, validation_plan
-from fastdistil.data.shards import Shards
+from fastdistil.data.plan import Plan, Pool, UpdatePlan, joined, pools_of, seed_of, validation_plan
+from fastdistil.data.shards import Mix, Shards
 from fastdistil.kernels.attention import check_heads
 from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.model.encoder import Encoder, MaskedLM
@@ -33,13 +35,31 @@ class Corpus:
 
     plan: Plan
     collator: Collator
+    folders: tuple[str, ...]
+    """What the folders of a mix are called, or that of the run."""
+    validations: tuple[UpdatePlan, ...]
+    """Of each folder of a mix, or of the run."""
     validation: UpdatePlan
+    """Of all of them."""
     validation_collator: Collator
     num_updates: int
     mean_attended_length: float
     """Tokens a token attends to, on average: sum(L^2) / sum(L)."""
     num_workers: int | None
     """Processes that make micro-batches for training; None: as the device wants."""
+
+    def is_of(self, number: int) -> int:
+        """The place in `validations` of micro-batch `number` of the validation; 0 for an empty one beyond the last."""
+        ends = np.cumsum([len(plan.micro_batches) for plan in self.validations])
+        return int(np.searchsorted(ends, number, side="right")) % len(ends)
+
+    def shares(self) -> str:
+        """A mix in words: each folder's share of the tokens, and how often an epoch reads it."""
+        total = sum(pool.epoch_tokens for pool in self.plan.pools)
+        return ", ".join(
+            f"{pool.epoch_tokens / total:.1%} {name} (read {pool.passes:.3g} times an epoch)"
+            for name, pool in zip(self.folders, self.plan.pools, strict=True)
+        )
 
     def micro_batches(self, split: Split, ranks: Ranks, *, rank: int, first: int = 0) -> Iterator[MicroBatch]:
         """Those of a rank from number `first` on, which begins an update: of all the training, or of a validation."""
@@ -59,14 +79,15 @@ class Corpus:
         )
 
 
-def plan_of(resolved: Resolved, lengths: NDArray[np.int32]) -> Plan:
-    """The run's plan for training sequences of so many tokens."""
+def plan_of(resolved: Resolved, lengths: NDArray[np.int32], pools: Sequence[Pool] | None = None) -> Plan:
+    """The run's plan for sequences of so many tokens, of which it trains on those in `pools`, or all."""
     return Plan(
         lengths,
         seed=resolved.config.seed,
         token_budget=resolved.token_budget,
         micro_batches_per_update=resolved.micro_batches_per_update,
         mask_fraction=resolved.config.masking.fraction,
+        pools=pools,
     )
 
 
@@ -81,38 +102,63 @@ def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
     Each rank hashes its part of the files. Raises ValueError naming a file that is damaged or too small, and where
     there is nothing to profile at the updates that --profile names.
     """
-    config = resolved.config
-    assert config.data.shards is not None  # preflight
-    shards = Shards(config.data.shards, verify=config.data.verify, verify_part=(rank, world_size))
-    # What is validated on: the last sequences of the training shards, or shards of their own.
-    if config.data.validation is None:
-        held_out = min(config.data.validation_sequences, max(1, len(shards) // 10))
-        num_train, other = len(shards) - held_out, shards
-        validation = np.arange(num_train, len(shards))
+    config, data = resolved.config, resolved.config.data
+    parts = [Shards(t.folder, verify=data.verify, verify_part=(rank, world_size)) for t in data.texts]
+    held_out = _held_out(resolved, parts) if data.validation is None else [0] * len(parts)
+    for part, count in zip(parts, held_out, strict=True):
+        if len(part) <= count:
+            raise ValueError(
+                f"{part.folder} holds {len(part)} sequence(s), too few to train on and validate with: prepare more text"
+            )
+    # The sequences of all folders, one folder after the other; those held out end each folder.
+    firsts = np.cumsum([0, *map(len, parts)]).tolist()
+    trained = [part.lengths[: len(part) - count] for part, count in zip(parts, held_out, strict=True)]
+    pools = pools_of(trained, firsts[:-1], data.weights)
+    shards = parts[0] if len(parts) == 1 else Mix(parts, [pool.passes for pool in pools])
+    if data.validation is None:
+        other, validation = shards, [np.arange(end - n, end) for end, n in zip(firsts[1:], held_out, strict=True)]
     else:
-        num_train, other = len(shards), Shards(config.data.validation, verify=config.data.verify)
-        validation = np.arange(min(len(other), config.data.validation_sequences))
-    if num_train < 1:
-        raise ValueError(
-            f"{shards.folder} holds {len(shards)} sequence(s), too few to train on and validate with: prepare more text"
-        )
+        other = Shards(data.validation, verify=data.verify)
+        validation = [np.arange(min(len(other), data.validation_sequences))]
     budget, masking = resolved.token_budget, config.masking
-    lengths = shards.lengths[:num_train]
-    plan = plan_of(resolved, lengths)
+    plan = plan_of(resolved, shards.lengths, pools)
     num_updates = updates_of(config.optim.duration, config, plan)
     if config.profile_window.stop > num_updates:
         raise ValueError(
             f"--profile {config.profile} goes beyond the run's {num_updates} updates: profile earlier ones"
         )
+    validations = [
+        validation_plan(sequences, other.lengths, token_budget=budget, mask_fraction=masking.fraction)
+        for sequences in validation
+    ]
+    drawn = plan.drawn_lengths()
+    collate = partial(Collator, counts=shards.counts, token_budget=budget, masking=masking)
     return Corpus(
         plan=plan,
-        collator=Collator(shards, shards.counts, token_budget=budget, masking=masking),
-        validation=validation_plan(validation, other.lengths, token_budget=budget, mask_fraction=masking.fraction),
-        validation_collator=Collator(other, shards.counts, token_budget=budget, masking=masking),
+        collator=collate(shards, lengths=drawn if len(parts) > 1 else None),
+        folders=_names([part.folder for part in parts]),
+        validations=tuple(validations),
+        validation=joined(validations),
+        validation_collator=collate(other, lengths=drawn if other is shards and len(parts) > 1 else None),
         num_updates=num_updates,
-        mean_attended_length=float(np.square(lengths, dtype=np.float64).sum() / lengths.sum()),
-        num_workers=config.data.num_workers,
+        mean_attended_length=float(np.square(drawn, dtype=np.float64).sum() / drawn.sum()),
+        num_workers=data.num_workers,
     )
+
+
+def _held_out(resolved: Resolved, parts: Sequence[Shards]) -> list[int]:
+    """How many sequences of each folder are kept for validation: as its share of the mix, at most a tenth of it."""
+    asked = resolved.config.data
+    weights = asked.weights or [part.meta.num_tokens for part in parts]
+    rates = [w * len(part) / part.meta.num_tokens for w, part in zip(weights, parts, strict=True)]  # of sequences
+    counts = [max(1, round(asked.validation_sequences * rate / sum(rates))) for rate in rates]
+    return [min(count, max(1, len(part) // 10)) for count, part in zip(counts, parts, strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> tuple[str, ...]:
+    """The folders' own names, or their paths where two are the same."""
+    short = tuple(folder.name or folder.resolve().name for folder in folders)
+    return short if len({*short}) == len(short) else tuple(map(str, folders))
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def setup(
     # The run folder: what the run is, then its metrics and checkpoints.
     writer = saver = None
     if ranks.is_main:
-        duration_before = folder.start(config.out, describe(resolved, ranks), resolved.tokenizer_path)
+        duration_before = folder.start(config.out, describe(resolved, corpus, ranks), resolved.tokenizer_path)
         say_prolonged(config, corpus, duration_before, update)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         go_on = config.log.go_on
@@ -282,7 +282,7 @@ def restore_folder(job: Job) -> None:
         return
     log.error("%s was removed or moved while the run worked: it is made anew, without what was in it", job.config.out)
     try:
-        folder.start(job.config.out, describe(job.resolved, job.ranks), job.resolved.tokenizer_path)
+        folder.start(job.config.out, describe(job.resolved, job.corpus, job.ranks), job.resolved.tokenizer_path)
     except OSError as error:
         if not job.config.log.go_on:
             raise
@@ -308,18 +308,24 @@ def say_straggler(busy_s: list[float]) -> None:
 def validate(job: Job) -> None:
     """Losses of the validation text, dropout off, dealt to the ranks like an update."""
     job.journal.flush()
-    sums = torch.zeros(len(SUMS), device=job.ranks.device, dtype=torch.float64)  # as Journal's
-    batches = job.corpus.micro_batches(Split.VALIDATION, job.ranks, rank=job.ranks.rank)
+    corpus, plan, world_size = job.corpus, job.corpus.validation, job.ranks.world_size
+    # A row a folder, as Journal's.
+    sums = torch.zeros(len(corpus.validations), len(SUMS), device=job.ranks.device, dtype=torch.float64)
+    batches = corpus.micro_batches(Split.VALIDATION, job.ranks, rank=job.ranks.rank)
     with_teacher = job.prefetcher.ahead(batches, Split.VALIDATION)
-    plan = job.corpus.validation
-    num_rounds = math.ceil(len(plan.micro_batches) / job.ranks.world_size)
-    for _ in counted(num_rounds, f"validation after update {job.update}", every_s=job.life_s):
+    num_rounds = math.ceil(len(plan.micro_batches) / world_size)
+    for number in counted(num_rounds, f"validation after update {job.update}", every_s=job.life_s):
         batch, teacher_output = next(with_teacher)
         job.watchdog.restart()
-        sums += job.engine.evaluate(batch, teacher_output)
-    totals = job.ranks.sum(sums).tolist()  # a sync, once a validation
-    losses = job.journal.to_means(totals, plan.counts)
-    job.journal.validation({"split": "validation", "update": job.update, **losses})
+        sums[corpus.is_of(number * world_size + job.ranks.rank)] += job.engine.evaluate(batch, teacher_output)
+    totals = job.ranks.sum(sums)
+    found = {"validation": (totals.sum(0), plan)}
+    if len(totals) > 1:
+        names = (f"validation/{name}" for name in corpus.folders)
+        found |= dict(zip(names, zip(totals, corpus.validations, strict=True), strict=True))
+    for split, (of_split, held_out) in found.items():
+        losses = job.journal.to_means(of_split.tolist(), held_out.counts)  # a sync, once a validation
+        job.journal.validation({"split": split, "update": job.update, **losses})
     job.journal.restart_clock()
 
 
@@ -371,7 +377,7 @@ def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) 
     )
 
 
-def describe(resolved: Resolved, ranks: Ranks) -> dict[str, Any]:
+def describe(resolved: Resolved, corpus: Corpus, ranks: Ranks) -> dict[str, Any]:
     """What RUN/config.json holds: enough to export the run and to refuse another one in its folder."""
     meta = resolved.meta
     return {
@@ -384,6 +390,7 @@ def describe(resolved: Resolved, ranks: Ranks) -> dict[str, Any]:
             "num_tokens": meta.num_tokens,
             "tokenizer_sha256": meta.tokenizer_sha256,
             "sources": meta.preparation.get("sources"),
+            "mix": corpus.shares() if len(corpus.folders) > 1 else None,
         },
         "inputs": resolved.inputs,
         "pooling": asdict(resolved.pooling) if resolved.pooling else None,

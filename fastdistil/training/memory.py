@@ -165,7 +165,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     if any(term.wants == "qkv" for term in config.loss.terms):
         loss = max(loss, relation_bytes(config.loss.relation_heads, resolved.meta.max_length, device.type))
     if config.loss.similarity:
-        S = N * resolved.meta.num_sequences // resolved.meta.num_tokens  # sequences of a micro-batch, on average
+        num_tokens, num_sequences = resolved.drawn
+        S = int(N * num_sequences // num_tokens)  # sequences of a micro-batch, on average
         loss = max(loss, similarity_bytes(config.loss, S))
     yield "activations", kept, LOSS_AND_BACKWARD
     yield "activations", again + of_backward + token * F, ("backward",)

@@ -4,6 +4,7 @@
 got and what to do. Whatever follows from that alone, and later rooms need, is a property of `Resolved`.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdistil.data import tokenizer
-from fastdistil.data.shards import Meta, read_meta
+from fastdistil.data.shards import Meta, read_meta, together
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
 from fastdistil.run import folder
@@ -41,8 +42,8 @@ class Resolved:
     fresh_head: bool = False
     """Whether that model has no masked-LM head, and the student gets one."""
     student: Architecture
-    meta: Meta
-    """Of the training shards."""
+    metas: tuple[Meta, ...]
+    """Of each folder of the training shards."""
     world_size: int
     """Ranks that train."""
     micro_batches_per_update: int
@@ -55,10 +56,19 @@ class Resolved:
     """Digests of the contents of the text, by the options that name it; of the models once they are loaded."""
 
     @property
+    def meta(self) -> Meta:
+        """Of the training shards, those of several folders as if they were one."""
+        return together(self.metas)
+
+    @property
+    def drawn(self) -> tuple[float, float]:
+        """Tokens and sequences of an epoch in proportion, as the weights of a mix have it."""
+        return drawn(self.config, self.metas)
+
+    @property
     def tokenizer_path(self) -> Path:
         """The tokenizer that the shards were made with."""
-        assert self.config.data.shards is not None
-        return self.config.data.shards / "tokenizer"
+        return self.config.data.texts[0].folder / "tokenizer"
 
     @property
     def imitated_layers(self) -> tuple[int, ...]:
@@ -144,8 +154,10 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
 
     # The text, and the models that are to read it.
     _check_inputs_are_here(config)
-    meta = read_meta(config.data.shards)
-    _check_own_tokenizer(config.data.shards / "tokenizer", meta)
+    metas = tuple(read_meta(text.folder) for text in config.data.texts)
+    _check_one_tokenizer(config, metas)
+    meta = together(metas)
+    _check_own_tokenizer(config.data.texts[0].folder / "tokenizer", meta)
     notes: list[str] = []
     path = config.teacher.path
     teacher = read_model("--teacher.path", path, meta, notes, head=config.loss.kd > 0) if path else None
@@ -174,10 +186,11 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_nested(config, student)
     pooling = _pooling(config, meta, notes)
     if config.batch.token_budget is None:
-        budget = token_budget(config, student, _update_tokens(config, meta), world_size - config.teacher.ranks)
+        update_tokens = _update_tokens(config, metas)
+        budget = token_budget(config, student, update_tokens, world_size - config.teacher.ranks)
         budget = max(budget, -(-meta.max_length // 64) * 64)
         config = replace(config, batch=replace(config.batch, token_budget=budget))
-    _check_lengths(config, meta, teacher, student)
+    _check_lengths(config, metas, teacher, student)
     resolved = Resolved(
         config=config,
         teacher=teacher,
@@ -185,18 +198,32 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         layers=layers if source else (),
         fresh_head=fresh_head,
         student=student,
-        meta=meta,
+        metas=metas,
         world_size=world_size - config.teacher.ranks,
-        micro_batches_per_update=_micro_batches(config, meta, world_size - config.teacher.ranks),
+        micro_batches_per_update=_micro_batches(config, metas, world_size - config.teacher.ranks),
         pooling=pooling,
         notes=(*notes, *_without_effect(config, student)),
         inputs={
-            "data.shards": meta.digest,
+            "data.shards": _digest(config, meta),
             "data.validation": read_meta(config.data.validation).digest if config.data.validation else None,
         },
     )
     folder.check(config, resolved.inputs)
     return resolved
+
+
+def _digest(config: Config, meta: Meta) -> str:
+    """Of the text; that of a mix knows its weights, too."""
+    weights = config.data.weights
+    return hashlib.sha256(f"{meta.digest} {weights}".encode()).hexdigest() if weights else meta.digest
+
+
+def drawn(config: Config, metas: tuple[Meta, ...]) -> tuple[float, float]:
+    """Tokens and sequences of an epoch in proportion, as the weights of a mix have it."""
+    weights = config.data.weights
+    if weights is None:
+        return sum(meta.num_tokens for meta in metas), sum(meta.num_sequences for meta in metas)
+    return sum(weights), sum(w * m.num_sequences / m.num_tokens for w, m in zip(weights, metas, strict=True))
 
 
 def _ranks_meant(config: Config, world_size: int) -> int:
@@ -213,8 +240,9 @@ def _ranks_meant(config: Config, world_size: int) -> int:
 
 def _check_inputs_are_here(config: Config) -> None:
     """Of a run that goes on: its configuration may come from another machine."""
-    named = {"data.shards": config.data.shards, "data.validation": config.data.validation}
-    for option, path in (named | {"teacher.path": config.teacher.path}).items():
+    named = [("data.shards", text.folder) for text in config.data.texts]
+    named += [("data.validation", config.data.validation), ("teacher.path", config.teacher.path)]
+    for option, path in named:
         if path is not None and not path.exists() and folder.resumed(config):
             raise ValueError(
                 f"--{option} {path} is not here, and the run in {config.out} wants it to go on: give --{option} where "
@@ -385,19 +413,29 @@ def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling |
     return sentence.Pooling(mode=mode, normalise=normalise, max_length=longest)
 
 
-def _check_lengths(config: Config, meta: Meta, teacher: Architecture | None, student: Architecture) -> None:
-    assert config.data.shards is not None  # resolve
-    texts = [("--data.shards", config.data.shards, meta)]
+def _texts(config: Config, metas: tuple[Meta, ...]) -> list[tuple[str, Path, Meta]]:
+    """Option, folder and meta.json of all text, that of training first."""
+    texts = [("--data.shards", text.folder, meta) for text, meta in zip(config.data.texts, metas, strict=True)]
     if config.data.validation is not None:
         texts.append(("--data.validation", config.data.validation, read_meta(config.data.validation)))
-    other = texts[-1][2]
-    if (meta.tokenizer_sha256, meta.special_ids) != (other.tokenizer_sha256, other.special_ids):
-        raise ValueError(
-            f"--data.validation {config.data.validation} was made with tokenizer {other.tokenizer_sha256[:12]}, "
-            f"--data.shards {config.data.shards} with {meta.tokenizer_sha256[:12]}: prepare both with one tokenizer"
-        )
+    return texts
+
+
+def _check_one_tokenizer(config: Config, metas: tuple[Meta, ...]) -> None:
+    (_, first, meta), *others = _texts(config, metas)
+    for option, path, other in others:
+        if (meta.tokenizer_sha256, meta.special_ids) != (other.tokenizer_sha256, other.special_ids):
+            raise ValueError(
+                f"{option} {path} was made with tokenizer {other.tokenizer_sha256[:12]}, --data.shards {first} with "
+                f"{meta.tokenizer_sha256[:12]}: prepare both with one tokenizer"
+            )
+
+
+def _check_lengths(
+    config: Config, metas: tuple[Meta, ...], teacher: Architecture | None, student: Architecture
+) -> None:
     longer = f", or give a longer --student.max-positions than {student.max_positions}"
-    for option, path, text in texts:
+    for option, path, text in _texts(config, metas):
         for name, model in (("teacher", teacher), ("student", student)):
             if model is not None and text.max_length > model.max_positions:
                 asked = name == "student" and config.student.max_positions
@@ -462,20 +500,21 @@ def token_budget(config: Config, student: Architecture, update_tokens: float, wo
     return budget
 
 
-def _update_tokens(config: Config, meta: Meta) -> float:
+def _update_tokens(config: Config, metas: tuple[Meta, ...]) -> float:
     """Tokens of an update, as asked for."""
     if config.batch.unit == "sequences":
-        return config.batch.size * meta.num_tokens / meta.num_sequences
+        num_tokens, num_sequences = drawn(config, metas)
+        return config.batch.size * num_tokens / num_sequences
     return config.batch.size
 
 
-def _micro_batches(config: Config, meta: Meta, world_size: int) -> int:
+def _micro_batches(config: Config, metas: tuple[Meta, ...], world_size: int) -> int:
     """Micro-batches an update, the same for any number of ranks."""
-    tokens, budget = _update_tokens(config, meta), config.batch.token_budget
+    tokens, budget = _update_tokens(config, metas), config.batch.token_budget
     assert budget is not None  # resolve
     count = max(1, round(tokens / budget))
     if count < world_size:
-        least = -(-meta.max_length // 64) * 64  # a sequence must fit
+        least = -(-max(meta.max_length for meta in metas) // 64) * 64  # a sequence must fit
         smaller = max(least, int(tokens / world_size) // 64 * 64)
         fits = round(tokens / smaller) >= world_size
         fix = f"--batch.token-budget {smaller} or less, a larger --batch.size" if fits else "a larger --batch.size"

@@ -17,7 +17,7 @@ from tests.support import launch
 
 
 def test_distilbert_is_the_paper():
-    c = recipes.distilbert()
+    c = recipes.named("distilbert")
     assert (c.loss.kd, c.loss.mlm, c.loss.cosine, c.loss.temperature) == (5.0, 2.0, 1.0, 2.0)
     assert (c.optim.lr, c.optim.betas, c.optim.eps, c.optim.weight_decay) == (5e-4, (0.9, 0.98), 1e-6, 0.0)
     assert (c.optim.clip_norm, c.optim.warmup, c.optim.duration, c.optim.unit) == (5.0, 0.05, 3.0, "epochs")
@@ -27,7 +27,7 @@ def test_distilbert_is_the_paper():
     assert (c.student.copy_transform, c.student.freeze_positions) == (False, False)
 
 
-@pytest.mark.parametrize("name", list(recipes.RECIPES))
+@pytest.mark.parametrize("name", list(recipes.NAMES))
 def test_every_recipe_says_its_name_and_parses(name):
     c = parse([name, "--optim.lr", "3e-4", "--student.layers", "0", "3"])
     assert c.recipe == name
@@ -74,7 +74,7 @@ def test_an_interval_is_updates_or_a_time(word, updates, seconds):
 
 
 def test_defaults_are_times_and_the_intervals_of_older_runs_are_read():
-    defaults = config.to_json(recipes.distilbert())
+    defaults = config.to_json(recipes.named("distilbert"))
     assert [defaults["log"][name] for name in ("every", "checkpoint_every", "validate_every")] == [
         "30s",
         "15min",
@@ -95,7 +95,7 @@ def test_no_option_of_ours_is_taken_by_torchrun():
     parser = get_args_parser()
     assert isinstance(parser, argparse.ArgumentParser)
     theirs = list(parser._option_string_actions)
-    ours = {"--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.distilbert()))}
+    ours = {"--" + n.replace("_", "-") for n in config.flatten(config.to_json(recipes.named("distilbert")))}
     taken = {o for o in ours for t in theirs if t.startswith(o)}
     assert not taken
 
@@ -136,7 +136,7 @@ def test_help_and_mistakes_come_before_torch(args):
 
 
 def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
-    base = recipes.distilbert()
+    base = recipes.named("distilbert")
     saved = config.to_json(base)
     changes = {"resume": "auto", "log__every": 3, "data__num_workers": 0, "engine__zero_stage": 3, "out": "elsewhere"}
     free = parse(["distilbert", *launch.options(**changes)])
@@ -192,7 +192,7 @@ class TestGoingOnWithARun:
     def test_its_own_recipe_counts(self, run, recipe, caplog):
         caplog.set_level("WARNING", "fastdistil")
         c = parse([*recipe, "--resume", "auto", f"--out={run}", "--log.every", "3"])
-        assert (c.recipe, c.optim.lr, c.batch.size, str(c.data.shards)) == ("quickstart", 1e-4, 8192, "wiki")
+        assert (c.recipe, c.optim.lr, c.batch.size, c.data.shards) == ("quickstart", 1e-4, 8192, ("wiki",))
         assert (c.out, c.resume, c.log.every, c.profile) == (run, "auto", 3, None)
         assert caplog.messages == [f"going on with the run in {run}, whose recipe is quickstart, not distilbert"] * (
             recipe == ["distilbert"]

@@ -8,7 +8,7 @@ import pytest
 from fastdistil import efficiency, evaluate, export, prepare, report
 from fastdistil.run import options, recipes
 from fastdistil.run.options import parse
-from fastdistil.run.recipes import RECIPES
+from fastdistil.run.recipes import NAMES
 
 
 def answer(*words, kind=None, command=""):
@@ -23,10 +23,10 @@ def answer(*words, kind=None, command=""):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "pretrain wants a recipe first: distilbert mlm"),
+        ([], "pretrain wants a recipe first, or --config FILE: distilbert distilroberta"),
         (["distilbret"], "there is no recipe distilbret: did you mean distilbert?"),
         (["hiden-cosine", "--seed", "3"], "there is no recipe hiden-cosine: did you mean hidden_cosine?"),
-        (["xyzzy"], "there is no recipe xyzzy: there are distilbert mlm embed quickstart"),
+        (["xyzzy"], "there is no recipe xyzzy: there are distilbert distilroberta embed"),
         (
             ["--seed", "3", "mlm", "--out", "a b"],
             "recipe comes first: python -m fastdistil.pretrain mlm --seed 3 --out 'a b'",
@@ -41,7 +41,7 @@ def test_a_recipe_that_is_none(words, said):
 
 
 def test_a_recipe_may_be_spelt_with_hyphens():
-    assert recipes.parse(["hidden-cosine"]) == RECIPES["hidden_cosine"]()
+    assert recipes.parse(["hidden-cosine"]) == recipes.named("hidden_cosine")
 
 
 # What people type who know Hugging Face's Trainer, DistilBERT's own script or DeepSpeed, and what is meant here.
@@ -104,7 +104,7 @@ def test_what_others_call_it_is_answered_with_ours(typed):
 
 def test_every_answer_names_an_option_of_some_command():
     kinds = (prepare.PrepareConfig, export.ExportConfig, evaluate.EvaluateConfig, report.ReportConfig, recipes.Config)
-    known = {option for kind in kinds for option in options._options(kind)[0]} | {"--shards"}  # study's
+    known = {option for kind in kinds for option in options.known_options(kind)[0]} | {"--shards"}  # study's
     for answers in options._ANSWERS.values():
         assert {answer.split()[0] for answer in answers} <= known, answers
 
@@ -149,7 +149,7 @@ def test_of_one_option_twice_the_last_counts_and_underscores_are_hyphens():
 
 
 def test_the_deepspeed_launchers_rank_is_not_ours(monkeypatch):
-    assert recipes.parse(["--local_rank=1", "mlm", "--local-rank=0"]) == RECIPES["mlm"]()
+    assert recipes.parse(["--local_rank=1", "mlm", "--local-rank=0"]) == recipes.named("mlm")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,11 @@ def test_a_name_with_a_colon_is_no_url(tmp_path, source):
 def test_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     got = recipes.parse(["mlm", "--out=~/run", "--data.shards", "~/a", "--student.init=~/b"])
-    assert (got.out, got.data.shards, got.student.init) == (tmp_path / "run", tmp_path / "a", str(tmp_path / "b"))
+    assert (got.out, got.data.shards, got.student.init) == (
+        tmp_path / "run",
+        (str(tmp_path / "a"),),
+        str(tmp_path / "b"),
+    )
 
 
 class TestOut:
@@ -263,7 +267,7 @@ def test_help(capsys):
         recipes.parse(["--help"])
     assert not ended.value.code
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in RECIPES)
+    assert all(f"  {name} " in printed for name in NAMES)
     assert printed.count("\n") < 24  # one screen
     with pytest.raises(SystemExit) as ended:
         recipes.parse(["mlm", "--help"])

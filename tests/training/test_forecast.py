@@ -33,10 +33,10 @@ def config(bare, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as on a laptop
     monkeypatch.setattr(forecast, "STEP_RESULTS", bare / "none")
     return replace(
-        recipes.distilbert(),
+        recipes.named("distilbert"),
         dry_run=True,
         out=bare / "run",
-        data=c.DataConfig(shards=bare / "shards"),
+        data=c.DataConfig(shards=(str(bare / "shards"),)),
         batch=c.BatchConfig(size=40, token_budget=256),
         teacher=c.TeacherConfig(path=bare / "teacher"),
     )

@@ -140,7 +140,7 @@ def test_only_gpus_that_have_it(monkeypatch, capability, wanted):
 
 def test_a_run_on_a_cpu_is_refused(root, tmp_path):
     config = Config(
-        data=DataConfig(shards=root / "shards"),
+        data=DataConfig(shards=(str(root / "shards"),)),
         teacher=TeacherConfig(path=root / "teacher", precision="fp8"),
         out=tmp_path / "run",
     )

@@ -27,9 +27,9 @@ def root(root, tmp_path):
 def config(root: Path, **parts) -> c.Config:
     """A good configuration with the fields of some parts replaced: student={"layers": (0, 1)}."""
     good = replace(
-        recipes.distilbert(),
+        recipes.named("distilbert"),
         out=root / "run",
-        data=c.DataConfig(shards=root / "shards"),
+        data=c.DataConfig(shards=(str(root / "shards"),)),
         batch=c.BatchConfig(size=20, token_budget=256),
         teacher=c.TeacherConfig(path=root / "teacher"),
     )
@@ -81,8 +81,8 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
     ("parts", "message"),
     [
         ({"data": {"shards": None}}, r"--data.shards is missing: give a folder written by"),
-        ({"data": {"shards": Path("nowhere")}}, r"nowhere.meta.json does not exist"),
-        ({"data": {"shards": Path(__file__)}}, r"meta.json does not exist"),
+        ({"data": {"shards": ("nowhere",)}}, r"nowhere.meta.json does not exist"),
+        ({"data": {"shards": (__file__,)}}, r"meta.json does not exist"),
         ({"teacher": {"path": None}}, r"imitates a teacher .*--loss.kd 5, .*and --teacher.path is missing"),
         (
             {"teacher": {"path": Path("nowhere")}},
@@ -203,7 +203,7 @@ def test_a_token_budget_is_kept_with_the_run(root):
 
 
 def test_mlm_from_nothing_needs_sizes(root):
-    mlm = replace(recipes.mlm(), out=root / "run", data=c.DataConfig(shards=root / "shards"))
+    mlm = replace(recipes.named("mlm"), out=root / "run", data=c.DataConfig(shards=(str(root / "shards"),)))
     with pytest.raises(ValueError, match=r"--student.num-layers, --student.hidden-size and --student.num-heads"):
         resolve(mlm, world_size=1)
     sized = replace(
@@ -219,9 +219,9 @@ def test_mlm_from_nothing_needs_sizes(root):
 
 def test_mlm_goes_on_from_a_folder_with_all_its_layers_and_token_types(root):
     mlm = replace(
-        recipes.mlm(),
+        recipes.named("mlm"),
         out=root / "run",
-        data=c.DataConfig(shards=root / "shards"),
+        data=c.DataConfig(shards=(str(root / "shards"),)),
         batch=c.BatchConfig(size=20, token_budget=256),
     )
     r = resolve(replace(mlm, student=c.StudentConfig(init=str(root / "teacher"))), world_size=1)
@@ -235,7 +235,7 @@ def test_an_encoder_whose_head_is_fresh_trains_at_a_share_of_the_rate(root):
     """By mlm, unless a rate was given; where there is a teacher to learn from, everything has one rate."""
     runs.take_head_away(root / "teacher")
     init = {"student": c.StudentConfig(init=str(root / "teacher")), "batch": c.BatchConfig(size=20, token_budget=256)}
-    mlm = replace(recipes.mlm(), out=root / "run", data=c.DataConfig(shards=root / "shards"), **init)
+    mlm = replace(recipes.named("mlm"), out=root / "run", data=c.DataConfig(shards=(str(root / "shards"),)), **init)
     r = resolve(mlm, world_size=1)
     assert r.fresh_head
     assert r.config.optim.encoder_lr == preflight.ENCODER_SHARE * mlm.optim.lr

@@ -400,7 +400,7 @@ def test_students_with_teacher_ranks_are_bitwise_those_without(root, tmp_path):
 
 def refused(root, *, world_size=3, by_torchrun=True, **teacher) -> str:
     config = Config(
-        data=DataConfig(shards=root / "shards"),
+        data=DataConfig(shards=(str(root / "shards"),)),
         teacher=TeacherConfig(**{"path": root / "teacher"} | teacher),
         loss=LossConfig() if teacher.get("path", 1) else LossConfig(kd=0, cosine=0),
     )
@@ -419,7 +419,7 @@ def test_teacher_ranks_that_leave_nobody_to_train(root):
 def test_micro_batches_are_divided_among_the_students(root):
     """24 sequences are 3 micro-batches of 256 tokens: for 3 ranks of which one teaches, not for 4 that all train."""
     config = Config(
-        data=DataConfig(shards=root / "shards"),
+        data=DataConfig(shards=(str(root / "shards"),)),
         teacher=TeacherConfig(path=root / "teacher", ranks=1),
         batch=BatchConfig(size=24, token_budget=256),
     )

@@ -54,7 +54,7 @@ class Case:
             source_path=None,
             layers=spread(self.student.num_layers, self.teacher.num_layers) if self.teacher else (),
             student=self.student,
-            meta=cast(Any, SimpleNamespace(max_length=self.length, num_sequences=1, num_tokens=self.length)),
+            metas=(cast(Any, SimpleNamespace(max_length=self.length, num_sequences=1, num_tokens=self.length)),),
             world_size=self.ranks,
             micro_batches_per_update=self.rounds * self.ranks,
             notes=(),
