@@ -14,7 +14,7 @@ from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
-from fastdistil.run import folder
+from fastdistil.run import folder, trackers
 from fastdistil.run.command import gpu_bytes
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
 from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
@@ -139,6 +139,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     if config.data.shards is None:
         none = f"; there is no run in {config.out} to go on with" if config.resume == "auto" else ""
         raise ValueError(f"--data.shards is missing: give a folder written by `python -m fastdistil.prepare`{none}")
+    trackers.chosen(config.log.to)
     _check_engine(config, world_size, by_torchrun=by_torchrun or config.dry_run)
     _check_losses(config)
 
