@@ -49,8 +49,8 @@ class _Terminal(logging.Handler):
             self.bar.said = live or self.bar.said
             return
         try:
-            style = STYLES.get(record.levelno, "")
-            self.console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+            style, whole = STYLES.get(record.levelno, ""), self.bar is None  # a bar below it would be cut like it
+            self.console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=whole)
         except Exception:  # as logging's own handlers: a terminal that is gone
             self.handleError(record)
 
@@ -140,7 +140,7 @@ class Bar:
     def to(self, done: float) -> None:
         """So much is done. Less than a microsecond, unless it is time to say so."""
         self.done, now = done, time.monotonic()
-        if now - self.drawn < self.every_s:
+        if now - self.drawn < self.every_s and not (self.terminal and done == self.total):
             return
         self.drawn = now
         self.draw()
@@ -268,11 +268,11 @@ def show(what: Any, *lines: str) -> None:
     print("\n".join([*(line.rstrip() for line in drawn.get().splitlines()), *lines]))
 
 
-def lines(what: Any) -> list[str]:
-    """What `show` prints in 80 columns, as plain lines for a log."""
+def lines(what: Any, *, width: int = 80) -> list[str]:
+    """What `show` prints in so many columns, as plain lines for a log."""
     from rich.console import Console
 
-    console = Console(width=80, color_system=None, force_terminal=False)
+    console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as drawn:
         console.print(what)
     return [line.rstrip() for line in drawn.get().splitlines() if line.strip()]

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -24,7 +24,6 @@ from fastdistil.run.config import LOSS_TERMS
 from fastdistil.run.console import clock
 from fastdistil.run.files import read_json_lines, sync, write_text
 from fastdistil.run.ranks import Ranks
-from fastdistil.run.trackers import Tracker
 
 log = logging.getLogger("fastdistil")
 
@@ -72,6 +71,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     )
 
 
+class Tracker(Protocol):
+    """Where a run is watched beside its folder (training/trackers.py)."""
+
+    def put(self, record: dict[str, Any] | str) -> None:
+        """Take a line of metrics.jsonl, or at the end what became of the run; returns at once."""
+
+    def close(self) -> None:
+        """Wait until it has everything, not for ever."""
+
+
 class MetricsWriter:
     """Appends records to RUN/metrics.jsonl and hands them to trackers. Rank 0 only.
 
@@ -109,7 +118,9 @@ class MetricsWriter:
         with contextlib.suppress(OSError):  # said by flush
             sync(self.path)
         for tracker in self.trackers:
-            tracker.close(state)
+            tracker.put(state)
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _drop_after(path: Path, update: int) -> None:

@@ -30,7 +30,6 @@ from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
 from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks
-from fastdistil.run.trackers import Tracker, chosen
 from fastdistil.training import forecast
 from fastdistil.training.engine import Engine, learning_rate, make_engine
 from fastdistil.training.graph import Step, recorded
@@ -38,6 +37,7 @@ from fastdistil.training.inputs import Corpus, updates_of
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher
+from fastdistil.training.trackers import Tracker, chosen
 
 log = logging.getLogger("fastdistil")
 
@@ -177,17 +177,7 @@ def setup(
         saved.tensors.clear()  # hundreds of megabytes
         log.info("resuming after update %d of %d", update, corpus.num_updates)
 
-    # The run folder: what the run is, then its metrics and checkpoints.
-    writer = saver = None
-    if ranks.is_main:
-        duration_before = folder.start(config.out, record := describe(resolved), resolved.tokenizer_path)
-        console.keep(config.out)
-        say_prolonged(config, corpus, duration_before, update)
-        require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
-        go_on = config.log.go_on
-        trackers = [Tracker(name, config.out, record["config"], update) for name in chosen(config.log.to)]
-        writer = MetricsWriter(config.out, resumed_at=update, trackers=trackers, go_on=go_on)
-        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
+    writer, saver = open_folder(resolved, corpus, update) if ranks.is_main else (None, None)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -226,6 +216,18 @@ def setup(
         ),
     )
     return job
+
+
+def open_folder(resolved: Resolved, corpus: Corpus, update: int) -> tuple[MetricsWriter, Saver]:
+    """The run folder, on rank 0: what the run is, then its log, metrics and checkpoints from `update` on."""
+    config = resolved.config
+    duration_before = folder.start(config.out, record := describe(resolved), resolved.tokenizer_path)
+    console.keep(config.out)
+    say_prolonged(config, corpus, duration_before, update)
+    require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
+    trackers = [Tracker(name, config.out, record["config"], update) for name in chosen(config.log.to)]
+    writer = MetricsWriter(config.out, resumed_at=update, trackers=trackers, go_on=config.log.go_on)
+    return writer, Saver(config.out, keep=config.log.keep_checkpoints, go_on=config.log.go_on)
 
 
 def train(job: Job) -> str | None:

@@ -6,11 +6,11 @@ MLFLOW_TRACKING_URI, TRACKIO_DIR, ...). Standard library only until one is opene
 """
 
 import contextlib
-import io
 import logging
 import math
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -25,8 +25,8 @@ log = logging.getLogger("fastdistil")
 FOLDER = "trackers"
 """In a run folder, what each tracker calls this run: a resumed one goes on there."""
 PROJECT = "fastdistil"
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
-"""The module of a tracker -> what pip calls the package, which for MLflow may be the whole `mlflow`, too."""
+PACKAGES = ("tensorboard", "wandb", "mlflow", "trackio")
+"""The modules, and what pip calls them; for a run whose MLflow has a server `mlflow-skinny` is enough."""
 MOST_WAITING = 100_000
 """Records that wait for a tracker at most; later ones are lost to it."""
 CLOSE_S = 30.0
@@ -41,8 +41,7 @@ def chosen(to: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if find_spec(name) is None:
             raise ValueError(
-                f"--log.to {name} wants the package {name}, which is not installed: pip install {PACKAGES[name]}, or "
-                "leave it out"
+                f"--log.to {name} wants the package {name}, which is not installed: pip install {name}, or leave it out"
             )
     return names
 
@@ -125,8 +124,7 @@ class _Trackio:
         import trackio
 
         name = f"{run.resolve().name}-{_known_as(run, 'trackio')}"
-        with contextlib.redirect_stdout(io.StringIO()):  # eight lines of how to see it
-            self.run = trackio.init(PROJECT, name=name, config=about, resume="allow", embed=False)
+        self.run = trackio.init(PROJECT, name=name, config=about, resume="allow", embed=False)
 
     def log(self, update: int, values: dict[str, float]) -> None:
         self.run.log(values, step=update)
@@ -166,6 +164,7 @@ class Tracker(threading.Thread):
         self.about = run, flatten(config), resumed_at
         self.waiting: queue.Queue[dict[str, Any] | str] = queue.Queue(MOST_WAITING)
         self.has_failed = False
+        self.last_put = time.monotonic()
         self.start()
 
     def run(self) -> None:
@@ -176,23 +175,23 @@ class Tracker(threading.Thread):
                 client.log(record["update"], dict(_values(record)))
             client.close(record)
         except (Exception, SystemExit) as error:
-            self.has_failed = True
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            log.warning("the run goes on without %s (--log.to): %s", self.name, reason)
+            if not self.has_failed:  # else `close` has said it
+                log.warning("the run goes on without %s (--log.to): %s", self.name, reason)
+            self.has_failed = True
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Hand over a line of metrics.jsonl; returns at once."""
+    def put(self, record: dict[str, Any] | str) -> None:
+        """Hand over a line of metrics.jsonl, or at the end what became of the run; returns at once."""
+        self.last_put = time.monotonic()
         if not self.has_failed:
             with contextlib.suppress(queue.Full):
                 self.waiting.put_nowait(record)
 
-    def close(self, state: str) -> None:
-        """Wait until it has everything, for CLOSE_S at most; `state` is what became of the run."""
-        if not self.has_failed:
-            with contextlib.suppress(queue.Full):
-                self.waiting.put_nowait(state)
-        self.join(CLOSE_S)
+    def close(self) -> None:
+        """Wait until it has everything, for CLOSE_S after the last `put` at most."""
+        self.join(max(0.0, self.last_put + CLOSE_S - time.monotonic()))
         if self.is_alive():
+            self.has_failed = True
             log.warning("%s (--log.to) has not taken everything within %g s: the run ends", self.name, CLOSE_S)
 
 
