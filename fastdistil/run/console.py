@@ -249,7 +249,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD if any(header) else None, show_header=any(header), show_edge=False, pad_edge=False)
     for number, name in enumerate(header):
         made.add_column(Text(name), justify="right" if number and any(header) else "left", overflow="fold")
     for row in rows:

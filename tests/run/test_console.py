@@ -146,7 +146,8 @@ def test_a_table_fits_80_columns_and_takes_what_looks_like_markup_as_it_is(capsy
     console.show(console.table(("", "figure", "another"), [(long, 1, "2.50"), ("short", 10, "100 to 200")]), "next: x")
     printed = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in printed)
-    assert long in "".join(re.match(r" ?(\\S*)", line)[1] for line in printed[2:])  # folded, not cut
+    words = [line.split()[0] for line in printed if line]
+    assert long in "".join(words)  # folded, not cut
     assert printed[-1] == "next: x"
     assert any(re.fullmatch(r"short +10 +100 to 200", line) for line in printed)
 

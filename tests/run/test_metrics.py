@@ -87,7 +87,7 @@ def test_a_resume_forgets_what_came_after_the_checkpoint(tmp_path):
     path.write_text("\n".join([*lines, '{"update": 4, "lo']))  # the last one was being written
     writer = metrics.MetricsWriter(tmp_path, resumed_at=2, trackers=(), go_on=False)
     writer.write({"update": 3, "split": "train"})
-    writer.close()
+    writer.close("stopped")
     assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
