@@ -230,12 +230,13 @@ def started_at() -> float:
 
 
 def again(args: list[str] | None, *more: str) -> str:
-    """What to type to start this pretraining once more, with `more` in the place of its own --resume and --dry-run."""
+    """What to type to start this pretraining once more, with `more` in the place of its --resume, --dry-run and
+    --world-size."""
     words = sys.argv[1:] if args is None else args
     kept, skips = [], False
     for word in words:
-        is_dropped = skips or word.partition("=")[0] in ("--resume", "--dry-run")
-        skips = word == "--resume"
+        is_dropped = skips or word.partition("=")[0] in ("--resume", "--dry-run", "--world-size")
+        skips = word in ("--resume", "--world-size")
         kept += [] if is_dropped else [word]
     here, line = launched(), console.command_line("pretrain", *kept, *more)
     if here.world_size > here.local_world_size:
