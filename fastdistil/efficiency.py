@@ -11,14 +11,17 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from fastdistil.model.headers import weight_files
-from fastdistil.run import folder, options
+from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave, require
 from fastdistil.run.files import write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PUBLISHED = (
     "published: BERT-base 110 M parameters and 668 s, DistilBERT 66 M and 410 s (STS-B's dev set on a CPU at batch 1)"
@@ -62,10 +65,10 @@ def main(args: list[str] | None = None) -> int:
     config = options.parse(EfficiencyConfig, args, "efficiency")
     require("efficiency", "eval", "transformers")
     found = measure(config)
-    print(table(found))
-    print(PUBLISHED)
+    console.show(table(found), PUBLISHED)
     if config.out is not None:
         write_json(config.out, found)
+        print(f"{config.out}: {len(found['models'])} model(s)")
     return 0
 
 
@@ -141,24 +144,20 @@ def in_turn(models: list[Any], ids: Any, *, rounds: int) -> list[list[float]]:
     return times
 
 
-def table(found: dict[str, Any]) -> str:
-    """A line a model; ratios to the first in brackets."""
-    first = found["models"][0]
-    lines = []
+def table(found: dict[str, Any]) -> "Table":
+    """A row a model and device; ratios to the first in brackets, of speeds how many times as fast."""
+    first, rows = found["models"][0], []
     for model in found["models"]:
         size, share = model["num_parameters"], model["num_parameters"] / first["num_parameters"]
-        cells = [f"{Path(model['path']).name}: {size:,} parameters ({share:.2f})", f"{model['bytes'] / 1e6:.1f} MB"]
-        for device in ("cpu", "cuda"):
-            if device in model:
-                latency, throughput = model[device]["latency_ms"], model[device]["throughput_per_s"]
-                faster = first[device]["latency_ms"] / latency
-                more = throughput / first[device]["throughput_per_s"]
-                cells.append(
-                    f"{device} {latency:.2f} ms at batch 1 ({faster:.2f} x as fast), "
-                    f"{throughput:,.1f} sequences/s at batch {found['batch_size']} ({more:.2f} x)"
-                )
-        lines.append("; ".join(cells))
-    return "\n".join(lines)
+        about = (Path(model["path"]).name, f"{size:,} ({share:.2f})", f"{model['bytes'] / 1e6:.1f}")
+        for device in (name for name in ("cpu", "cuda") if name in model):
+            latency, throughput = model[device]["latency_ms"], model[device]["throughput_per_s"]
+            faster = first[device]["latency_ms"] / latency
+            more = throughput / first[device]["throughput_per_s"]
+            rows.append((*about, device, f"{latency:.2f} ({faster:.2f} x)", f"{throughput:,.1f} ({more:.2f} x)"))
+            about = ("", "", "")
+    speeds = "ms at batch 1", f"sequences/s at batch {found['batch_size']}"
+    return console.table(("model", "parameters", "MB", "device", *speeds), rows)
 
 
 if __name__ == "__main__":

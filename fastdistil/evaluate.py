@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -25,9 +25,12 @@ from fastdistil.data import sources
 from fastdistil.data.readers import Options
 from fastdistil.evaluation import tasks, zero_shot
 from fastdistil.evaluation.tasks import Settings
-from fastdistil.run import folder, options
+from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.files import read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("fastdistil.evaluate")
 
@@ -142,8 +145,7 @@ class EvaluateConfig:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: all scored. 1: a fine-tuning failed. 2: a wrong command line, model or data."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    console.start(sys.stderr)
     config = options.parse(EvaluateConfig, args, "evaluate")
     if config.by_embeddings:
         score_embeddings(config)
@@ -164,9 +166,15 @@ def main(args: list[str] | None = None) -> int:
         return 0
     for name, found in data.items():
         evaluate(config, name, found, lengths[name], results)
-    print(table(results.record))
-    print(f"\n{results.path}")
+    kept = f"{results.path}: {len(results.record['tasks'])} task(s)"
+    console.show(table(results.record), *sources_of(results.record), kept, next_line(config))
     return 0
+
+
+def next_line(config: EvaluateConfig) -> str:
+    """How to see what the model costs, beside the one that it is compared with."""
+    beside = config.reference or config.teacher
+    return f"next: {console.command_line('efficiency', *filter(None, (beside,)), *config.models)}"
 
 
 def score_embeddings(config: EvaluateConfig) -> None:
@@ -197,12 +205,15 @@ def score_embeddings(config: EvaluateConfig) -> None:
             if path == config.reference:
                 reference[name] = score
     for name in tables:
-        print(zero_shot.text_of([record for record in records if record["task"] == name]))
+        of_table = [record for record in records if record["task"] == name]
+        print(zero_shot.describe(name, of_table[0]["num_rows"], of_table[0]["split"]))
+        console.show(zero_shot.drawn(of_table))
     if config.out is not None:
         write_json(config.out, {"data": config.data, "reference": config.reference, "scores": records})
-        print(config.out)
+        print(f"{config.out}: {len(records)} score(s)")
     for path in config.models if config.card else ():
         put_into_card(Path(path) / "README.md", [record for record in records if record["model"] == path], config)
+    print(next_line(config))
 
 
 def put_into_card(card: Path, records: list[dict[str, Any]], config: EvaluateConfig) -> None:
@@ -393,11 +404,8 @@ def sequence_length(config: EvaluateConfig, task: tasks.Task) -> int:
     return length
 
 
-def table(record: dict[str, Any]) -> str:
-    """The paper's table, scores x 100: the model's medians with their range, and the published rows for its tasks.
-
-    Below stands what each was trained on, since a score is of a model and of its examples.
-    """
+def table(record: dict[str, Any]) -> "Table":
+    """The paper's table, scores x 100, a row a task: the model's medians with their range, and what was published."""
     import pandas as pd
 
     # A column a task with the scores of its seeds; then a column a model with its score on each task.
@@ -405,25 +413,36 @@ def table(record: dict[str, Any]) -> str:
     by_task = {name: {seed: 100 * s["score"] for seed, s in task["seeds"].items()} for name, task in found.items()}
     scores = pd.DataFrame(by_task, dtype=float)
     medians = pd.DataFrame({model: scores.median()})
-    published = [tasks.TASKS[name].published if name in tasks.TASKS else None for name in found]
-    if published and all(published):
+    published = _published(found)
+    if published:
         medians[["BERT-base, published", "DistilBERT, published"]] = published
 
     # The numbers as text, the model's with their range; the mean over several tasks comes first.
     cells = medians.map("{:.1f}".format)
     ranges = scores.agg(["count", "min", "max"]).T.itertuples(index=False)
     cells[model] += [f" ({low:.1f}-{high:.1f})" if num_seeds > 1 else "" for num_seeds, low, high in ranges]
-    cells = cells.T
     if len(found) > 1:
-        cells.insert(0, "score", medians.mean().map("{:.1f}".format))
-    epochs = record["settings"]["epochs"]
+        mean = medians.mean().map("{:.1f}".format).rename("score").to_frame().T
+        cells = pd.concat([mean, cells])
+    return console.table(("", *cells.columns), cells.itertuples(name=None))
+
+
+def _published(found: dict[str, Any]) -> list[tuple[float, float]]:
+    """What the paper says of the tasks; nothing where it does not know one of them."""
+    published = [tasks.TASKS[name].published if name in tasks.TASKS else None for name in found]
+    return [pair for pair in published if pair] if all(published) else []
+
+
+def sources_of(record: dict[str, Any]) -> list[str]:
+    """What each column of the table was trained on, since a score is of a model and of its examples."""
+    model, found, epochs = Path(record["model"]).name, record["tasks"], record["settings"]["epochs"]
     lines = [
         f"{model}: {epochs} epochs of {_amounts({name: task['num_train'] for name, task in found.items()})} examples"
     ]
-    if published and all(published):
+    if _published(found):
         whole = _amounts({name: tasks.TASKS[name].num_published for name in found})
         lines.append(f"published: the whole training sets, {whole} examples, epochs not stated (arXiv 1910.01108)")
-    return "\n".join((cells.to_string(), *lines))
+    return lines
 
 
 def _amounts(numbers: dict[str, int]) -> str:

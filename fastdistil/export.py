@@ -20,7 +20,7 @@ from fastdistil import __version__
 from fastdistil.data import tokenizer
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.model.sentence import DENSE, Pooling, write_modules
-from fastdistil.run import files, folder, options
+from fastdistil.run import console, files, folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, LossConfig, flatten
 
@@ -136,7 +136,7 @@ def export(config: ExportConfig) -> str:
         f"{config.out}: {_class_name(exported)}, {exported.num_parameters:,} parameters, after update "
         f"{progress['update']:,}{_skipped(progress)}; load it with "
         f"{use.load.format(repr(str(config.out)))}\n"
-        f"what it kept: python -m fastdistil.evaluate {shlex.quote(str(config.out))} {use.score.format(reference)}"
+        f"next: {console.command_line('evaluate', config.out)} {use.score.format(reference)}"
     )
 
 

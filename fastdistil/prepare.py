@@ -15,6 +15,7 @@ import errno
 import hashlib
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, SHORTEST_SENTENCE, Cut, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
 from fastdistil.model.sentence import read_max_length
-from fastdistil.run import files, options
+from fastdistil.run import console, files, options
 from fastdistil.run.command import command, leave, num_cores
 
 if TYPE_CHECKING:
@@ -144,10 +145,30 @@ def prepare(config: PrepareConfig) -> None:
         progress = _open_folder(config, preparation)
         if progress is None:
             LOG.info(f"{config.out} is prepared already with these arguments")
+            LOG.info(_next(config, spec))
             return
         _provide_tokenizer(config, sources, spec, progress)
         shards, texts, counts = _write_shards(config, sources, progress)
         _finish(config, sources, preparation, shards, texts, counts)
+        LOG.info(_next(config, spec))
+
+
+def _next(config: PrepareConfig, spec: tokenizer.Spec) -> str:
+    """The pretraining that these shards are probably meant for: by the model that the tokenizer is of, or without one.
+    A name on the hub stands for its folder."""
+    words = ["mlm"]
+    if isinstance(spec, str) or (isinstance(spec, Path) and (spec / "config.json").is_file()):
+        is_sentence_encoder = isinstance(spec, Path) and read_max_length(spec) is not None
+        words = ["embed" if is_sentence_encoder else "distilbert", "--teacher.path", str(spec)]
+    out = Path("runs") / config.out.resolve().name
+    return f"next: {console.command_line('pretrain', *words, '--data.shards', config.out, '--out', out)}"
+
+
+def _size(num_bytes: float) -> str:
+    """1234567 -> 1.2 MB"""
+    from rich.filesize import decimal
+
+    return decimal(int(num_bytes))
 
 
 def _pieces(config: PrepareConfig, spec: tokenizer.Spec) -> dict[str, Any]:
@@ -263,7 +284,6 @@ def _write_shards(
     There is one text more than shards: what came after the last shard, of which no sequence was kept.
     """
     import numpy as np
-    from tqdm import tqdm
 
     from fastdistil.data import shards as shard_format
 
@@ -274,7 +294,7 @@ def _write_shards(
     shards, texts = _finished_before(progress, out / PROGRESS_FILE)
     batches = read_batches(sources)
     num_bytes = sum(source.num_bytes for source in sources)
-    with tqdm(total=num_bytes or None, unit="B", unit_scale=True, disable=None) as bar:
+    with console.bar("text read", num_bytes or None, shown=_size) as bar:
         # What an interrupted run has finished is not encoded again: its text is read past, its tokens are counted.
         for shard, text in zip(shards, texts, strict=True):
             _skip(text, shard.name, batches, bar)
@@ -317,12 +337,12 @@ def _finished_before(progress: dict[str, Any], path: Path) -> "tuple[list[Shard]
     return shards, texts
 
 
-def _skip(text: ShardText, shard: str, batches: Iterator[DocumentBatch], bar: Any) -> None:
+def _skip(text: ShardText, shard: str, batches: Iterator[DocumentBatch], bar: console.Bar) -> None:
     """Read past the text of a finished shard; ValueError where it is not the same any more."""
     again, digest = ShardText(), hashlib.sha256()
     for batch in islice(batches, text.num_batches):
         again.add(batch, digest)
-        bar.update(batch.num_bytes_read - bar.n)
+        bar.to(batch.num_bytes_read)
     if again.text_sha256 != text.text_sha256:
         raise ValueError(
             f"the sources have changed since the interruption, in the text of {shard}, which is finished: give the "
@@ -335,7 +355,7 @@ def _fill(
     encoded: "Iterator[tuple[DocumentBatch, Sequences]]",
     counts: "np.ndarray",
     shard_tokens: int,
-    bar: Any,
+    bar: console.Bar,
 ) -> ShardText:
     """Move sequences to the shard until it has `shard_tokens` tokens or there are no more; the text behind them.
 
@@ -351,7 +371,7 @@ def _fill(
         text.dropped_short += sequences.dropped_short
         text.dropped_unknown += sequences.dropped_unknown
         text.dropped_tokens += sequences.dropped_tokens
-        bar.update(batch.num_bytes_read - bar.n)
+        bar.to(batch.num_bytes_read)
         if writer.num_tokens >= shard_tokens:
             break
     return text
@@ -439,7 +459,7 @@ def _cause_of_loss(totals: dict[str, Any], sources: list[Source]) -> str:
 @command
 def main(args: list[str] | None = None) -> int:
     """The command; `args` in place of those of the command line. Its exit status."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    console.start(sys.stderr)
     config = options.parse(PrepareConfig, args, "prepare")
     try:
         prepare(config)

@@ -1,8 +1,7 @@
 """The main job: `torchrun --nproc-per-node N -m fastdistil.pretrain RECIPE [overrides]`. Read it from top to bottom.
 
-Prepared text and a teacher go in; a run folder comes out, which `python -m fastdistil.export` turns into a Hugging Face
-folder. torch is imported after the command line and everything it names have been checked: help and mistakes cost half
-a second.
+Prepared text and a teacher go in; a run folder comes out, for `python -m fastdistil.export`. torch is imported after
+the command line and everything it names have been checked: help and mistakes cost half a second.
 """
 
 import logging
@@ -10,8 +9,8 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from fastdistil.run import folder, recipes
-from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, command_of_ranks, launched, leave
+from fastdistil.run import console, folder, recipes
+from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, again, command_of_ranks, launched, leave
 from fastdistil.training.preflight import Resolved, resolve
 
 log = logging.getLogger("fastdistil")
@@ -25,8 +24,7 @@ def main(args: list[str] | None = None) -> int:
     """
     # What is asked: the recipe with its overrides, checked against the files that it names.
     here = launched()
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("fastdistil").setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
+    console.start(sys.stdout, speaks=here.rank == 0, keeps=here.rank == 0)
     config = recipes.parse(args, quiet=here.rank != 0)
     if not config.dry_run and here.world_size == here.local_world_size and (said := folder.finished(config)):
         log.info(said)
@@ -35,13 +33,15 @@ def main(args: list[str] | None = None) -> int:
     if config.dry_run:
         from fastdistil.training import forecast
 
-        print(forecast.report(resolved))
+        console.show(forecast.report(resolved), f"next: {again(args)}")
         return 0
 
     # A rank that was asked to stop has not failed, as torchrun takes it: its restarts end here, too.
     if here.num_restarts and folder.was_stopped(config.out):
         return STOPPED
-    return run(resolved, here)
+    status = run(resolved, here)
+    log.info("next: %s", again(args, "--resume", "auto") if status == STOPPED else folder.export_line(config.out))
+    return status
 
 
 def run(resolved: Resolved, here: Launched) -> int:

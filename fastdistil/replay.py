@@ -5,7 +5,6 @@ this is what happened there. It says loss and gradient norm of every micro-batch
 where that began, and its text.
 """
 
-import logging
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from fastdistil.data.tokenizer import read_vocabulary
-from fastdistil.run import folder, options
+from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import Config, from_json
 from fastdistil.run.files import read_json_lines
@@ -48,7 +47,7 @@ class ReplayConfig:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: everything was finite. 1: something was not. 2: a wrong command line or run."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    console.start(sys.stderr)
     asked = options.parse(ReplayConfig, args, "replay")
     return 1 if replay(asked, configuration(asked)) else 0
 

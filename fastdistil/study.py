@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from fastdistil.evaluation import zero_shot
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
-from fastdistil.run import options, recipes
+from fastdistil.run import console, options, recipes
 from fastdistil.run.command import Failed, command, leave, num_cores, require, visible_gpus
 from fastdistil.run.files import read_json, read_json_lines, write_json
 from fastdistil.training.preflight import Resolved, resolve
@@ -115,8 +115,7 @@ class StudyConfig:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: all measured, tables written. 1: not all, or no tables. 2: a wrong command line."""
-    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    console.start(sys.stdout)
     study = Study(options.parse(StudyConfig, args, "study"))
     require("study", "eval", "jinja2", "matplotlib", "pandas")  # of tables, which come last
     study.check()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdistil import evaluate
-from fastdistil.evaluation import finetune, progress, tasks
+from fastdistil.evaluation import finetune, tasks
 from fastdistil.evaluation.tasks import Settings
 from tests.support import models
 from tests.support.encoders import WORDS, make_encoder
@@ -94,15 +94,6 @@ def test_the_rate_follows_from_the_size_unless_given():
     ]
     assert rates == [5e-5, 3e-5, 1e-4, 1e-4]
     assert finetune.learning_rate(SimpleNamespace(config=transformers.BertConfig()), Settings(lr=1e-3)) == 1e-3
-
-
-def test_where_no_terminal_is_a_dated_line_says_how_far_it_has_come(monkeypatch, caplog):
-    times = iter([0.0, 1.0, 10.0, 31.0, 40.0, 70.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
-    caplog.set_level("INFO", "fastdistil.evaluate")
-    assert list(progress.progress("abcde", 5, "sst2, seed 1")) == list("abcde")
-    assert caplog.messages == ["sst2, seed 1: 2 of 5, about 46 s left", "sst2, seed 1: 4 of 5, about 18 s left"]
 
 
 def test_labels_of_no_meaning_are_not_learnt(folders, tmp_path):

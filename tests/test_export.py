@@ -198,7 +198,7 @@ def test_embeddings_and_the_first_layers_and_dimensions_of_them(embedder, tmp_pa
     loading, scoring = line.split("\n")
     assert loading.endswith(f"load it with SentenceTransformer({str(out)!r})")
     reference = "--reference /data/someone/models/tiny-bert"
-    assert scoring == f"what it kept: python -m fastdistil.evaluate {out} {reference} --task sts --data PAIRS --card"
+    assert scoring == f"next: python -m fastdistil.evaluate {out} {reference} --task sts --data PAIRS --card"
     theirs = SentenceTransformer(str(out), device="cpu")
     torch.testing.assert_close(theirs.encode(TEXTS, convert_to_tensor=True), wanted, rtol=0, atol=1e-5)
     cut = dimensions not in (None, 12)

@@ -28,7 +28,7 @@ def test_what_a_run_says_and_leaves(quiet):
         "(matrix product of 1024 in float32 on",
         "attention: fused (student), sdpa (teacher)",
         "update 12/12  loss",
-        "ETA 0:00:00",
+        "GiB  0:00:00 left",
     ):
         assert line in printed
     records = metrics_of(run)
@@ -54,7 +54,7 @@ def stopped_and_resumed(root, run, straight, *, ranks, **changes):
     process.send_signal(signal.SIGTERM)
     rest = launch.rest_of(process)
     assert process.returncode == (STOPPED if ranks is None else 1)  # torchrun has its own
-    assert "--resume auto goes on" in rest
+    assert "stopped after update" in rest
     stopped = metrics_of(run)[-1]["update"]
     assert 7 <= stopped < 12
     assert (run / "checkpoints" / f"update-{stopped:08d}").is_dir()
@@ -66,7 +66,8 @@ def stopped_and_resumed(root, run, straight, *, ranks, **changes):
 
 def resumed_when_finished(root, run, straight, *, ranks, **changes):
     again = forked.run(*arguments(root, run, **changes, resume="auto"), ranks=ranks)
-    assert f"the run in {run} is finished, after update 12: `python -m fastdistil.export {run} --out" in again.stdout
+    assert f"the run in {run} is finished, after update 12; a larger" in again.stdout
+    assert f"next: python -m fastdistil.export {run} --out {run}-model" in again.stdout
     assert "memory:" not in again.stdout  # nothing was loaded
     assert exact_metrics(run) == exact_metrics(straight)
 
@@ -233,7 +234,7 @@ class TestMistakes:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
-        words = [*launch.command(*arguments(root, tmp_path / "run")), "--log.no-tensorboard"]
+        words = [*launch.command(*arguments(root, tmp_path / "run")), "--log.to", "none"]
         done = subprocess.run(words, capture_output=True, text=True, env=launch.ENVIRONMENT, preexec_fn=limit)
         assert done.returncode == 1
         assert "cannot write the checkpoint" in done.stderr
@@ -253,7 +254,7 @@ assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 def test_in_a_notebook_signal_handlers_are_put_back(root, tmp_path):
     _, *words = arguments(root, tmp_path / "run", optim__duration=2)
-    done = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK, *words, "--log.no-tensorboard"], env=launch.ENVIRONMENT)
+    done = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK, *words, "--log.to", "none"], env=launch.ENVIRONMENT)
     assert done.returncode == 0
 
 

@@ -13,7 +13,7 @@ from tests.support import launch
 
 OPTIONS = (
     "--batch.unit tokens --batch.size 512 --batch.token-budget 512 --log.validate-every 2 "
-    "--data.num-workers 0 --log.no-tensorboard --student.num-layers 2"
+    "--data.num-workers 0 --log.to none --student.num-layers 2"
 )
 
 

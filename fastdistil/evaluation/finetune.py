@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistil.evaluation import tasks
-from fastdistil.evaluation.progress import progress
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.kernels.distill import distill_loss
+from fastdistil.run import console
 from fastdistil.run.command import Failed
 
 
@@ -273,7 +273,7 @@ def fine_tune(
     # An epoch takes every example once. The losses are added up on the device, so that no update waits for the host.
     total = torch.zeros((), device=device)
     epochs = (rows for _ in range(settings.epochs) for rows in shuffled(train.lengths, settings.batch_size, rng))
-    for rows in progress(epochs, updates, title):
+    for rows in console.progress(epochs, updates, title):
         inputs, labels_B = train.batch(rows, device)
         with autocast(device):
             logits_BC = forward(model, inputs)

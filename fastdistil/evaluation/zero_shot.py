@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fastdistil.evaluation import tasks
-from fastdistil.evaluation.progress import progress
+from fastdistil.run import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("fastdistil.evaluate")
 
@@ -253,7 +256,7 @@ class Encoder:
         starts = range(0, len(different), SLICE)
         parts = [
             encode(different[i : i + SLICE], batch_size=BATCH_SIZE, show_progress_bar=False)
-            for i in progress(starts, len(starts), f"embeddings of {Path(self.path).name}")
+            for i in console.progress(starts, len(starts), f"embeddings of {Path(self.path).name}")
         ]
         rows = {text: i for i, text in enumerate(different)}
         return np.concatenate(parts)[[rows[text] for text in texts]]
@@ -423,20 +426,16 @@ def describe(task: str, num_rows: int, split: str) -> str:
     return f"{task}: {num_rows:,} {KINDS[task.partition(':')[0]].rows}, split {split}"
 
 
-def text_of(records: list[dict[str, Any]]) -> str:
-    """The scores of several models on one table, a line each."""
-    import pandas as pd
-
-    first = records[0]
+def drawn(records: list[dict[str, Any]]) -> "Table":
+    """The scores of several models on one table, a row each."""
     number = "{:.1f}".format
-    lines = {}
+    rows = []
     for record in records:
         (score, value), *others = record["metrics"].items()
-        line = {score: number(value), "95 %": " to ".join(map(number, record["interval"]))}
-        line |= {name: number(value) for name, value in others}
+        row = {"model": record["model"], score: number(value), "95 %": " to ".join(map(number, record["interval"]))}
+        row |= {name: number(value) for name, value in others}
         if any("of_reference" in other for other in records):
-            line["of the reference"] = number(record["of_reference"]) + " %" if "of_reference" in record else "-"
-            line["95 % of that"] = " to ".join(map(number, record.get("of_reference_interval", ()))) or "-"
-        lines[record["model"]] = line | {"seconds": number(record["seconds"]), "pooling": record["pooling"]}
-    table = pd.DataFrame.from_dict(lines, orient="index")
-    return f"{describe(first['task'], first['num_rows'], first['split'])}\n{table.to_string()}\n"
+            row["of the reference"] = number(record["of_reference"]) + " %" if "of_reference" in record else "-"
+            row["95 % of that"] = " to ".join(map(number, record.get("of_reference_interval", ()))) or "-"
+        rows.append(row | {"seconds": number(record["seconds"])})
+    return console.table(tuple(rows[0]), (row.values() for row in rows))

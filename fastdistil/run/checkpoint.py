@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -169,6 +170,7 @@ class Saver:
     def __init__(self, run: Path, *, keep: int, go_on: bool) -> None:
         self.run, self.keep, self.go_on = run, keep, go_on
         self.thread, self.open = ThreadPoolExecutor(1), None
+        self.seconds = 0.0  # that the last one took to write
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Begin to write what `save` would, after the one before is done; neither argument may change any more."""
@@ -180,7 +182,10 @@ class Saver:
         return self.open is not None and not self.open.done()
 
     def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        log.info("wrote %s", save(self.run, tensors, state, keep=self.keep))
+        begin = time.perf_counter()
+        path = save(self.run, tensors, state, keep=self.keep)
+        self.seconds = time.perf_counter() - begin
+        log.info("wrote %s (%.1f s)", path, self.seconds)
 
     def _finish(self) -> None:
         try:

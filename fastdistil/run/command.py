@@ -27,9 +27,12 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, NoReturn, Self
 
 from fastdistil import INTERRUPTED, end_at_once
+from fastdistil.run import console
 
 log = logging.getLogger("fastdistil")
 
+_began = time.time()
+"""When the command began."""
 SPEAKS_FIRST_S = 1.0
 """For so long the ranks that say nothing of a refusal wait for the one that says it."""
 
@@ -74,6 +77,8 @@ def command_of_ranks(main: Main) -> Main:
 def _command(main: Main, *, on_all_ranks: bool) -> Main:
     @functools.wraps(main)
     def wrapped(args: list[str] | None = None) -> int:
+        global _began
+        _began = time.time()
         # OpenMP reads it when torch is imported. Threads that spin while they wait for one another take the cores from
         # whatever else runs here, data workers or another run: it was 4 to 30 times slower, and gains nothing alone.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -90,6 +95,8 @@ def _command(main: Main, *, on_all_ranks: bool) -> Main:
             except BaseException as error:
                 interruption.is_late = True
                 return _status_after(error, interruption)
+            finally:
+                console.end()
 
     return wrapped
 
@@ -252,6 +259,30 @@ def launched() -> Launched:
     )
 
 
+def started_at() -> float:
+    """When this command began, or torchrun, whose --max-restarts start the ranks of a job anew; seconds since 1970."""
+    if not launched().by_torchrun:
+        return _began
+    import psutil
+
+    return psutil.Process(os.getppid()).create_time()
+
+
+def again(args: list[str] | None, *more: str) -> str:
+    """What to type to start this pretraining once more, with `more` in the place of its --resume, --dry-run and
+    --world-size."""
+    words = sys.argv[1:] if args is None else args
+    kept, skips = [], False
+    for word in words:
+        is_dropped = skips or word.partition("=")[0] in ("--resume", "--dry-run", "--world-size")
+        skips = word in ("--resume", "--world-size")
+        kept += [] if is_dropped else [word]
+    here, line = launched(), console.command_line("pretrain", *kept, *more)
+    if here.world_size > here.local_world_size:
+        return f"on every host, by torchrun as before: {line}"
+    return line.replace("python", f"torchrun --nproc-per-node {here.world_size}", 1) if here.by_torchrun else line
+
+
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
@@ -317,9 +348,13 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def ask(self, reason: str) -> None:
+        """Ask for the end; `reason` is what status.json says of it."""
+        self.asked, self.reason, self.asked_at = True, reason, time.monotonic()
+
     def _ask(self, number: int, _frame: object) -> None:
         if not self.asked:
-            self.asked, self.reason, self.asked_at = True, signal.Signals(number).name, time.monotonic()
+            self.ask(signal.Signals(number).name)
             log.info("%s: stopping after this update; send it again after %g s to stop at once", self.reason, REPEATS_S)
         elif time.monotonic() - self.asked_at > REPEATS_S:
             signal.signal(number, signal.SIG_DFL)

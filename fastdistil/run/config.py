@@ -462,8 +462,13 @@ class LogConfig(_Section):
     failed_save: Literal["end", "go-on"] = "end"
     """Where a checkpoint, metrics or status cannot be written: end the run, or say so and try again at the next one.
     The last checkpoint must succeed."""
-    tensorboard: bool = True
-    """Write TensorBoard event files beside metrics.jsonl, where the package is installed."""
+    to: tuple[Literal["auto", "none", "tensorboard", "wandb", "mlflow", "trackio"], ...] = ("auto",)
+    """Where the run can be watched beside metrics.jsonl: any of these, each by its own package and its own settings.
+    auto: TensorBoard, where that is installed. One that fails does not stop the run."""
+
+    def _check_together(self) -> None:
+        alone = not self.to or len(self.to) == 1 or not {"auto", "none"} & set(self.to)
+        _check(alone, self, "to", "auto, none, or one or more of tensorboard wandb mlflow trackio")
 
     @property
     def go_on(self) -> bool:
@@ -486,6 +491,9 @@ class Config(_Section):
     profile: str | None = None
     """Updates to profile, counted from 1, e.g. 10:13 for 10, 11 and 12: writes RUN/profile/ with a Chrome trace, a
     memory snapshot and a table of where a step's time goes."""
+    max_hours: Annotated[float | None, ABOVE_0] = None
+    """Stop by itself after so many hours, with a checkpoint and exit status 75, a little earlier so that there is time
+    for it. None: as long as it takes."""
     dry_run: bool = False
     """Say what the run will be (memory, updates, tokens, FLOPs, checkpoint size) and stop. Needs neither GPUs nor
     torchrun."""
@@ -519,6 +527,7 @@ FREE_AT_RESUME = (
     "out",
     "resume",
     "profile",
+    "max_hours",
     "dry_run",
     "world_size",
     "data.num_workers",
@@ -576,6 +585,8 @@ def from_json(saved: dict[str, Any]) -> Config:
         hints = get_type_hints(type(like))
         given = {}
         for name, item in value.items():
+            if (type(like), name) == (LogConfig, "tensorboard"):  # of a run of an older version, now --log.to
+                continue
             path = hints[name] is Path or Path in get_args(hints[name])
             if name == "shards" and isinstance(item, str):  # of a run of before there were mixes
                 item = [item]

@@ -2,11 +2,12 @@
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from fastdistil.run import folder
+from fastdistil.run import console, folder
 from fastdistil.run.command import SPEAKS_FIRST_S, Failed
 from fastdistil.run.config import Config
 from fastdistil.run.folder import Watchdog
@@ -42,6 +43,11 @@ def cause_of(error: Exception) -> tuple[str, bool]:
     return text.splitlines()[-1], isinstance(error, OSError | ValueError | Failed)
 
 
+def _with_traceback(error: Exception, cause: str) -> str:
+    """What RUN/console.log keeps of the end of a run that failed."""
+    return f"{''.join(traceback.format_exception(error))}{console.now()} error: the run failed: {cause}\n"
+
+
 @contextmanager
 def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
     """Around a run: a rank that hangs leaves its stacks.
@@ -66,6 +72,7 @@ def watched(config: Config, ranks: Ranks) -> Iterator[Watchdog]:
         else:  # torchrun names the first, and knows when each ended to the second
             time.sleep(SPEAKS_FIRST_S)
         if ranks.is_main:
+            told.append(partial(console.append, config.out, _with_traceback(error, cause)))
             told.append(
                 partial(folder.write_status, config.out, "failed", update=max(0, watchdog.update - 1), reason=cause)
             )

@@ -3,6 +3,7 @@
 Standard library only.
 
 config.json   what it is                  status.json   what became of it
+console.log   every line of its log
 tokenizer/    what its ids mean           .lock         held by the job that works here
 stacks/       rank-00003.txt: where a rank stood that hung or failed
 """
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastdistil.run import console
 from fastdistil.run.config import PATHS, Config, flatten, resume_differences, to_json
 from fastdistil.run.files import Lock, read_json, write_json
 
@@ -68,7 +70,7 @@ def check(config: Config, inputs: Mapping[str, str | None] | None = None) -> Non
     if run.exists() and not run.is_dir():
         raise ValueError(f"--out {run} is a file: give a folder")
     if not (run / "config.json").is_file():
-        if run.is_dir() and any(p.name not in (LOCK, STACKS) for p in run.iterdir()):
+        if run.is_dir() and any(p.name not in (LOCK, STACKS, console.KEPT) for p in run.iterdir()):
             raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
         return
     if config.resume == "never":
@@ -125,9 +127,15 @@ def finished(config: Config) -> str | None:
         return None
     unit = config.optim.unit
     return (
-        f"the run in {run} is finished, after update {update}: `python -m fastdistil.export {run} --out FOLDER` makes "
-        f"a model of it; a larger --optim.duration than its {config.optim.duration:g} {unit} makes it go on"
+        f"the run in {run} is finished, after update {update}; a larger --optim.duration than its "
+        f"{config.optim.duration:g} {unit} makes it go on\nnext: {export_line(run)}"
     )
+
+
+def export_line(run: Path) -> str:
+    """What to type to make a model of a run: a folder beside it."""
+    model = run.with_name(f"{run.name}-model")
+    return console.command_line("export", run, "--out", model, *(["--overwrite"] if model.exists() else []))
 
 
 def start(run: Path, record: dict[str, Any], tokenizer: Path) -> float:

@@ -70,7 +70,9 @@ log-interval logging-steps log-every: --log.every
 save-steps save-interval checkpoint-interval checkpoint-every: --log.checkpoint-every
 eval-steps eval-interval: --log.validate-every
 save-total-limit: --log.keep-checkpoints
-report-to: --log.tensorboard
+report-to: --log.to
+tensorboard: --log.to tensorboard
+no-tensorboard: --log.to none
 tokenizer-name tokenizer-path: --tokenizer
 vocab-size: --tokenizer train:SIZE
 vocab-file vocab: --tokenizer FILE

@@ -25,13 +25,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
+from fastdistil.run import console
 from fastdistil.run.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("fastdistil")
 
@@ -180,7 +184,7 @@ class Profile:
         rows = table({k: v / n for k, v in seconds.items()}, other / n, self.floors())
         record = {"updates": n, "seconds_an_update": seconds[UPDATE] / n, "parts": rows}
         write_json(self.folder / "table.json", record)
-        for line in lines(seconds[UPDATE] / n, rows):
+        for line in console.lines(drawn(seconds[UPDATE] / n, rows)):
             log.info("profile: %s", line)
         if self.on_cuda:
             log.info("profile: teacher and communication may overlap the rest, on streams of their own")
@@ -252,13 +256,13 @@ def table(seconds: dict[str, float], other: float, floors: dict[Part, float]) ->
     }
 
 
-def lines(total: float, rows: dict[str, dict[str, float | None]]) -> Iterator[str]:
+def drawn(total: float, rows: dict[str, dict[str, float | None]]) -> "Table":
     """The table for people."""
-    yield f"{'part':<18}{'ms an update':>13}{'share':>8}{'floor, ms':>11}"
+    cells: list[tuple[str, ...]] = []
     for part, row in rows.items():
         floor = "-" if row["floor"] is None else f"{1e3 * row['floor']:.1f}"
-        yield f"{part:<18}{1e3 * (row['seconds'] or 0):>13.1f}{row['share']:>8.1%}{floor:>11}"
-    yield f"{UPDATE:<18}{1e3 * total:>13.1f}"
+        cells.append((part, f"{1e3 * (row['seconds'] or 0):.1f}", f"{row['share']:.1%}", floor))
+    return console.table(("part", "ms an update", "share", "floor, ms"), [*cells, (UPDATE, f"{1e3 * total:.1f}")])
 
 
 def copy_bytes_per_s(device: torch.device) -> float:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,7 @@ from fastdistil.data.plan import Plan, random_words
 from fastdistil.kernels._backend import CPU_BACKEND
 from fastdistil.kernels.attention_backends import resolve_backend
 from fastdistil.model.architecture import flops_per_token
+from fastdistil.run import console
 from fastdistil.run.files import read_json
 from fastdistil.run.metrics import peak_flops
 from fastdistil.run.profile import Part, copy_bytes_per_s
@@ -24,6 +26,9 @@ from fastdistil.run.ranks import Ranks
 from fastdistil.training import memory
 from fastdistil.training.inputs import Corpus, load_corpus, plan_of
 from fastdistil.training.preflight import H100_BYTES, Resolved
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 log = logging.getLogger("fastdistil")
 
@@ -35,14 +40,12 @@ BYTES_A_PARAMETER = 32
 """AdamW reads weight, gradient and both moments and writes all but the gradient, clipping reads the gradient: fp32."""
 
 
-def report(resolved: Resolved) -> str:
-    """A table for a person, a line a fact.
+def report(resolved: Resolved) -> "Table":
+    """A table for a person, a row a fact.
 
     Raises ValueError where files are damaged or the device cannot hold the run.
     """
-    rows = list(_rows(resolved))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return console.table(("", ""), _rows(resolved))
 
 
 def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:

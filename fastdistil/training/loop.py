@@ -22,9 +22,9 @@ from fastdistil import __version__
 from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.model.encoder import MaskedLM
-from fastdistil.run import folder
+from fastdistil.run import console, folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
-from fastdistil.run.command import StopRequest
+from fastdistil.run.command import StopRequest, started_at
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
@@ -37,6 +37,7 @@ from fastdistil.training.inputs import Corpus, updates_of
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import RemoteTeacher, Split, Teacher, TeacherPrefetcher
+from fastdistil.training.trackers import Tracker, chosen
 
 log = logging.getLogger("fastdistil")
 
@@ -44,6 +45,8 @@ SLOW = 1.5
 """Times the median of the other ranks: a rank that takes longer is named."""
 LIFE_S = 30.0
 """An update or a validation that takes longer says how far it is; where --log.every is a time, it is that one."""
+SAVE_S = 30.0
+"""What a checkpoint is taken to last until one was written, for --max-hours; a tenth of these where that is less."""
 MOST_OPEN = 1000
 """Updates between two lines at most, where their interval is a time: each keeps its sums on the device until then."""
 
@@ -73,6 +76,28 @@ class Due:
         self.since = time.perf_counter()
 
 
+class Deadline:
+    """When a run with --max-hours stops by itself: so early that another update and the checkpoint end in time.
+
+    It counts from the start of the process, or of torchrun, which may have started the ranks anew. Rank 0 asks it.
+    """
+
+    def __init__(self, max_hours: float | None) -> None:
+        self.max_hours = max_hours
+        self.at = started_at() + 3600 * max_hours if max_hours else math.inf
+        self.save_s = min(SAVE_S, 360 * max_hours) if max_hours else 0.0
+        self.longest_s, self.since = 0.0, time.time()
+
+    def ask(self, stop: StopRequest, saver: Saver | None) -> None:
+        """Ask for the end where it is time; once between two updates."""
+        now = time.time()
+        self.longest_s, self.since = max(self.longest_s, now - self.since), now
+        self.save_s = saver.seconds if saver is not None and saver.seconds else self.save_s
+        if now + self.longest_s + self.save_s >= self.at and not stop.asked:
+            log.info(f"--max-hours {self.max_hours:g}: stopping, {max(0.0, self.at - now):.0f} s before they are over")
+            stop.ask(f"--max-hours {self.max_hours:g}")
+
+
 @dataclass(slots=True)
 class Job:
     """What the loop works with, and how far it has come."""
@@ -94,6 +119,7 @@ class Job:
     num_tokens: int
     """Real tokens that were trained on."""
     profile: Profile = field(init=False)
+    deadline: Deadline = field(init=False)
     plan: UpdatePlan = field(init=False)
     """Of the update that is being made, or was made last."""
     busy_s: float = 0.0
@@ -111,6 +137,12 @@ class Job:
         """After so many seconds inside an update or a validation a word is due."""
         _, seconds = updates_and_seconds(self.config.log.every)
         return seconds if seconds < math.inf else LIFE_S
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank is, by a signal or, rank 0, by --max-hours."""
+        if self.ranks.is_main and self.update < self.corpus.num_updates:
+            self.deadline.ask(self.stop, self.saver)
+        return self.stop.asked
 
     def status(self, state: str, **about: Any) -> None:
         """Replace status.json, on rank 0."""
@@ -137,22 +169,15 @@ def setup(
     """Engine, run folder, metrics and prefetcher of a run that starts, or goes on from `saved`; says what runs."""
     config = resolved.config
     engine = make_engine(Objective(student, config.loss, resolved.pooling), resolved, ranks)
-    update = num_tokens = num_skipped = 0
+    update, num_tokens, num_skipped, seconds = 0, 0, 0, 0.0
     if saved is not None:
-        update, num_tokens, num_skipped = (saved.state.get(name, 0) for name in ("update", "tokens", "skipped"))
+        names = ("update", "tokens", "skipped", "seconds")
+        update, num_tokens, num_skipped, seconds = (saved.state.get(name, 0) for name in names)
         engine.load(saved.tensors, step=update - num_skipped)
         saved.tensors.clear()  # hundreds of megabytes
         log.info("resuming after update %d of %d", update, corpus.num_updates)
 
-    # The run folder: what the run is, then its metrics and checkpoints.
-    writer = saver = None
-    if ranks.is_main:
-        duration_before = folder.start(config.out, describe(resolved, corpus, ranks), resolved.tokenizer_path)
-        say_prolonged(config, corpus, duration_before, update)
-        require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
-        go_on = config.log.go_on
-        writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
-        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
+    writer, saver = open_folder(resolved, corpus, ranks, update) if ranks.is_main else (None, None)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -173,8 +198,10 @@ def setup(
         peak=peak and peak * ranks.num_devices,
         num_updates=corpus.num_updates,
         num_skipped=num_skipped,
+        seconds=seconds,
     )
     job = Job(resolved, corpus, ranks, stop, watchdog, engine, prefetcher, graph, journal, saver, update, num_tokens)
+    job.deadline = Deadline(config.max_hours)
     job.profile = Profile(
         config.profile_window,
         config.out / "profile" if ranks.is_main else None,
@@ -191,8 +218,25 @@ def setup(
     return job
 
 
+def open_folder(resolved: Resolved, corpus: Corpus, ranks: Ranks, update: int) -> tuple[MetricsWriter, Saver]:
+    """The run folder, on rank 0: what the run is, then its log, metrics and checkpoints from `update` on."""
+    config = resolved.config
+    duration_before = folder.start(config.out, record := describe(resolved, corpus, ranks), resolved.tokenizer_path)
+    console.keep(config.out)
+    say_prolonged(config, corpus, duration_before, update)
+    require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
+    trackers = [Tracker(name, config.out, record["config"], update) for name in chosen(config.log.to)]
+    writer = MetricsWriter(config.out, resumed_at=update, trackers=trackers, go_on=config.log.go_on)
+    return writer, Saver(config.out, keep=config.log.keep_checkpoints, go_on=config.log.go_on)
+
+
 def train(job: Job) -> str | None:
     """The run, from its first update or a checkpoint to its last update or a signal. Why it failed, or None."""
+    with console.bar("update", job.corpus.num_updates, done=job.update, quiet=True) as bar:
+        return _train(job, bar)
+
+
+def _train(job: Job, bar: console.Bar) -> str | None:
     config, corpus, ranks = job.config, job.corpus, job.ranks
     engine, journal, prefetcher = job.engine, job.journal, job.prefetcher
     num_rounds, failure = job.resolved.micro_batches_per_rank, None
@@ -205,7 +249,7 @@ def train(job: Job) -> str | None:
     validations = Due(config.log.validate_every)
     checkpoints = Due(config.log.checkpoint_every, is_busy=lambda: job.saver is not None and job.saver.is_writing())
     first_line = job.update + 1  # a sign of life
-    (stopping,) = ranks.any(job.stop.asked)
+    (stopping,) = ranks.any(job.is_asked_to_stop())
     while job.update < corpus.num_updates and not stopping:
         # Which sequences the update holds, and the denominators of its loss, are known before anything is computed.
         plan = job.plan = corpus.plan.update(job.update)
@@ -213,7 +257,8 @@ def train(job: Job) -> str | None:
         lr = learning_rate(config, job.update, corpus.num_updates)
         with job.profile.update(job.update), prefetcher.update():
             # This rank's micro-batches, one after the other; their gradients add up.
-            for _ in counted(num_rounds, f"update {job.update + 1}/{corpus.num_updates}", every_s=job.life_s):
+            title = f"update {job.update + 1}/{corpus.num_updates}"
+            for _ in counted(num_rounds, title, every_s=job.life_s, move=lambda share: bar.to(job.update + share)):
                 job.watchdog.restart()
                 begin = time.perf_counter()
                 batch, teacher_output = next(with_teacher)
@@ -223,13 +268,15 @@ def train(job: Job) -> str | None:
             # The gradients of all ranks become new weights.
             gradient_norm = engine.step(lr)
         about = {"split": "train", "update": job.update + 1, "epoch": corpus.plan.epoch_of(job.update), "lr": lr}
-        journal.close_update(about | dict(zip(COUNTS, plan.counts, strict=True)), gradient_norm)
         job.update, job.num_tokens = job.update + 1, job.num_tokens + plan.num_tokens
+        counts = dict(zip(COUNTS, plan.counts, strict=True)) | {"tokens_seen": job.num_tokens}
+        journal.close_update(about | counts, gradient_norm)
+        bar.to(job.update)
 
         # Once in a while, on every rank alike: rank 0 says what is due, and a signal on any rank ends all of them here,
         # with a checkpoint. One exchange an update.
         due = (ranks.is_main and x.now(job.update) for x in (lines, validations, checkpoints))
-        stopping, line_due, validation_due, checkpoint_due = ranks.any(job.stop.asked, *due)
+        stopping, line_due, validation_due, checkpoint_due = ranks.any(job.is_asked_to_stop(), *due)
         last = job.update == corpus.num_updates
         if job.update == first_line:
             job.busy_s = 0.0  # workers and kernels started: no rank is slow for that
@@ -325,7 +372,8 @@ def validate(job: Job) -> None:
         found |= dict(zip(names, zip(totals, corpus.validations, strict=True), strict=True))
     for split, (of_split, held_out) in found.items():
         losses = job.journal.to_means(of_split.tolist(), held_out.counts)  # a sync, once a validation
-        job.journal.validation({"split": split, "update": job.update, **losses})
+        about = {"split": split, "update": job.update, "tokens_seen": job.num_tokens}
+        job.journal.validation(about | losses)
     job.journal.restart_clock()
 
 
@@ -339,7 +387,7 @@ def save(job: Job) -> None:
     if job.saver is not None:
         text_id = job.resolved.meta.counts_sha256
         state = {"update": job.update, "tokens": job.num_tokens, "text": text_id}
-        job.saver.save(tensors, state | {"skipped": job.journal.num_skipped})
+        job.saver.save(tensors, state | {"skipped": job.journal.num_skipped, "seconds": job.journal.seconds})
         job.status("running")
     job.saving_s += time.perf_counter() - begin
     job.journal.restart_clock()
@@ -355,14 +403,18 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
     job.ranks.any()  # once one has gone with 75, launchers end the others, half a minute later by SIGKILL
     if failure:
-        job.status("failed", reason=failure)
+        state, about = "failed", {"reason": failure}
     elif job.update < job.corpus.num_updates:
-        log.info("stopped after update %d of %d: --resume auto goes on", job.update, job.corpus.num_updates)
-        job.status("stopped", reason=job.stop.reason or "another rank was asked to")
+        state, about = "stopped", {"reason": job.stop.reason or "another rank was asked to"}
     else:
-        job.status("finished")
+        state, about = "finished", {}
+    job.status(state, **about)
     job.profile.close()
-    job.journal.close()
+    job.journal.close(state)
+    log.info(
+        f"{state} after update {job.update:,} of {job.corpus.num_updates:,}, {job.num_tokens:,} tokens, "
+        f"{console.clock(job.journal.seconds)} of training: {job.config.out}"
+    )
 
 
 def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) -> None:

@@ -18,6 +18,7 @@ from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per
 from fastdistil.run import folder
 from fastdistil.run.command import gpu_bytes, is_installed, require
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
+from fastdistil.training import trackers
 from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     if config.data.shards is None:
         none = f"; there is no run in {config.out} to go on with" if config.resume == "auto" else ""
         raise ValueError(f"--data.shards is missing: give a folder written by `python -m fastdistil.prepare`{none}")
+    trackers.chosen(config.log.to)
     _check_engine(config, world_size, by_torchrun=by_torchrun or config.dry_run)
     _check_losses(config)
 

@@ -23,9 +23,11 @@ from fastdistil.run.command import (
     Interruption,
     Launched,
     StopRequest,
+    again,
     command,
     command_of_ranks,
     launched,
+    started_at,
     visible_gpus,
 )
 from tests.support import launch
@@ -47,6 +49,31 @@ def test_what_torchrun_says(monkeypatch):
     assert launched() == Launched(
         by_torchrun=True, rank=5, world_size=8, local_rank=1, local_world_size=4, num_restarts=2
     )
+
+
+def test_what_to_type_to_go_on(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    words = ["mlm", "--out", "my run", "--resume", "never", "--dry-run", "--world-size=8", "--seed", "3"]
+    line = "python -m fastdistil.pretrain mlm --out 'my run' --seed 3"
+    assert again(words) == line
+    assert again(words, "--resume", "auto") == f"{line} --resume auto"
+    monkeypatch.setattr("sys.argv", ["x", "mlm"])
+    assert again(None) == "python -m fastdistil.pretrain mlm"
+    for name, value in zip(NAMES, ("0", "4", "0", "4", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert again(words) == line.replace("python", "torchrun --nproc-per-node 4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert again(words) == f"on every host, by torchrun as before: {line}"
+
+
+def test_hours_count_from_the_command_or_from_torchrun(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    began = time.time()
+    assert command(lambda args=None: int(began <= started_at() <= time.time()))() == 1
+    monkeypatch.setenv("RANK", "0")
+    assert started_at() < began  # its parent's
 
 
 def raising(error, kind=command):

@@ -52,6 +52,8 @@ def test_every_recipe_says_its_name_and_parses(name):
         (["--log.validate-every", "15m"], "--log.validate-every must be a time (30s, 15min, 1.5h)"),
         (["--log.checkpoint-every", "-5min"], "got '-5min'"),
         (["--log.checkpoint-every", "2.5"], "got '2.5'"),
+        (["--log.to", "auto", "wandb"], "--log.to must be auto, none, or one or more of tensorboard wandb mlflow"),
+        (["--max-hours", "0"], "--max-hours must be above 0, got 0"),
         (["--seed", "-3"], "must be in [0, 2^32)"),
         (["--engine.zero-stage", "4"], "4"),
         (["--student.num-layers", "3", "--student.layers", "0", "1"], "must be 3 numbers"),
@@ -135,10 +137,20 @@ def test_help_and_mistakes_come_before_torch(args):
     assert min(taken) < bound
 
 
+def test_the_configuration_of_an_older_run_is_read():
+    """Which had log.tensorboard in the place of log.to."""
+    saved = config.to_json(recipes.distilbert())
+    del saved["log"]["to"], saved["max_hours"]
+    saved["log"]["tensorboard"] = False
+    assert config.from_json(saved) == recipes.distilbert()
+    assert config.resume_differences(saved, config.to_json(recipes.distilbert())) == []
+
+
 def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():
     base = recipes.named("distilbert")
     saved = config.to_json(base)
     changes = {"resume": "auto", "log__every": 3, "data__num_workers": 0, "engine__zero_stage": 3, "out": "elsewhere"}
+    changes |= {"max_hours": 2.5, "log__to": ("wandb", "mlflow")}
     free = parse(["distilbert", *launch.options(**changes)])
     assert config.resume_differences(saved, config.to_json(free)) == []
     changes = {"optim__lr": 1e-4, "seed": 7, "engine__precision": "bf16", "engine__attention": "sdpa"}

@@ -84,7 +84,7 @@ def test_a_signal_to_every_process_of_a_run_and_again(root, tmp_path, number):
     assert process.returncode == STOPPED
     was_stopped(run, by=number.name)
     assert rest.count(f"{number.name}: stopping after this update") == 1
-    assert rest.endswith("--resume auto goes on\n"), rest
+    assert rest.endswith(" --resume auto\n"), rest
 
 
 @pytest.mark.parametrize("every_process", [False, True])

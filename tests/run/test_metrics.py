@@ -68,7 +68,7 @@ def test_what_is_not_finite_is_counted_and_is_no_measure_of_what_is_usual(caplog
 
 def test_a_line_an_update_and_valid_json(tmp_path, caplog):
     caplog.set_level(logging.INFO, "fastdistil")
-    record = journal(metrics.MetricsWriter(tmp_path, resumed_at=0, tensorboard=False, go_on=False))
+    record = journal(metrics.MetricsWriter(tmp_path, resumed_at=0, trackers=(), go_on=False))
     update(record, 1, 2.5)
     record.add(torch.tensor([8.0, 4.0]))  # the second of two micro-batches
     update(record, 2, math.nan)
@@ -78,16 +78,16 @@ def test_a_line_an_update_and_valid_json(tmp_path, caplog):
     assert (first["loss"], first["kd"], first["gradient_norm"]) == (2.0, 1.0, 2.5)
     assert (second["loss"], second["gradient_norm"], second["skipped"]) == (4.0, None, True)
     assert first["mfu"] == pytest.approx(first["tokens_per_s"] * 3.0 / 1e6)
-    assert "update 2/100  loss 4  kd 2" in caplog.text
+    assert "update 2/100  loss 4  kd 2 nats" in caplog.text
 
 
 def test_a_resume_forgets_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"update": n}) for n in (1, 2, 3)]
     path.write_text("\n".join([*lines, '{"update": 4, "lo']))  # the last one was being written
-    writer = metrics.MetricsWriter(tmp_path, resumed_at=2, tensorboard=False, go_on=False)
+    writer = metrics.MetricsWriter(tmp_path, resumed_at=2, trackers=(), go_on=False)
     writer.write({"update": 3, "split": "train"})
-    writer.close()
+    writer.close("stopped")
     assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 

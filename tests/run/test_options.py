@@ -85,7 +85,7 @@ FROM_ELSEWHERE = {
     "--resume_from_checkpoint": "--resume auto",
     "--deepspeed": "--engine.zero-stage",
     "--nproc-per-node": "torchrun --nproc-per-node N",
-    "--no-tensorboard": "--log.no-tensorboard",
+    "--no-tensorboard": "--log.to none",
     "--device": "--engine.device",
     "--chekpoint-every": "--log.checkpoint-every",
     "--optim.no-compile": "--engine.no-compile",

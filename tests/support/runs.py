@@ -72,12 +72,12 @@ def arguments(root: Path, out: Path, **changes: object) -> list[str]:
 
 def long_arguments(root: Path, out: Path, **changes: object) -> list[str]:
     """The same of a long run, without the module."""
-    return [*arguments(root, out, **LONG | changes)[1:], "--log.no-tensorboard"]
+    return [*arguments(root, out, **LONG | changes)[1:], "--log.to", "none"]
 
 
 def exact_metrics(run: Path) -> list[tuple[tuple[str, Any], ...]]:
     """Every line of metrics.jsonl as (name, exact value) pairs, speeds left out."""
-    timing = {"tokens_per_s", "mfu"}
+    timing = {"tokens_per_s", "mfu", "time", "seconds", "memory_gib"}
     return [
         tuple((k, v.hex() if isinstance(v, float) else v) for k, v in line.items() if k not in timing)
         for line in metrics_of(run)

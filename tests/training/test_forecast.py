@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdistil.run import config as c
-from fastdistil.run import recipes
+from fastdistil.run import console, recipes
 from fastdistil.training import forecast, inputs
 from fastdistil.training.preflight import resolve
 from tests.support import forked
@@ -43,7 +43,7 @@ def config(bare, monkeypatch):
 
 
 def rows(config: c.Config, world_size: int = 1) -> dict[str, str]:
-    lines = forecast.report(resolve(config, world_size=world_size)).splitlines()
+    lines = console.lines(forecast.report(resolve(config, world_size=world_size)), width=400)
     return {name.strip(): value for name, value in (re.split(r"  +", x.lstrip(), maxsplit=1) for x in lines)}
 
 

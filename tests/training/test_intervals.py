@@ -100,7 +100,7 @@ def test_rank_0_s_clock_decides_and_no_number_depends_on_it(root, tmp_path):
     for rank, num_lines in ((0, 12), (1, 2)):  # the first and the last alone
         words = arguments(root, tmp_path / str(rank), **plain, **hours)[1:]
         printed = forked.run(FAULTY, "clock", rank, 0, *words, ranks=2).stdout
-        assert sum("  ETA " in line for line in printed.splitlines()) == num_lines
+        assert sum(" GiB  " in line for line in printed.splitlines()) == num_lines
         runs_of.append(tmp_path / str(rank))
     runs.same_ends(*runs_of)
     train = [[line for line in runs.exact_metrics(run) if ("split", "train") in line] for run in runs_of]

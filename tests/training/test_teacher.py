@@ -386,7 +386,7 @@ def test_students_with_teacher_ranks_are_bitwise_those_without(root, tmp_path):
     run = tmp_path / "run"
     with_teacher = arguments(root, run, teacher__ranks=1, **fixed)
     done = forked.run(*with_teacher, ranks=3, stop_at="update 7/12")
-    assert "--resume auto goes on" in done.stdout
+    assert "stopped after update" in done.stdout
     stopped = metrics_of(run)[-1]["update"]
     assert 7 <= stopped < 12
     done = forked.run(*with_teacher, "--resume", "auto", ranks=3)
