@@ -363,21 +363,6 @@ def _bert_normalizer(file: Path, cased: bool) -> "BertNormalizer":
     )
 
 
-def fetch(name: str) -> Path:
-    """The local folder with the tokenizer of a model on the hub, from the cache when offline."""
-    from huggingface_hub import snapshot_download
-
-    vocabulary = ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model"]
-    beside = ["added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=vocabulary + beside))
-    except Exception as error:  # the hub's, the network's and the file system's own errors
-        raise ValueError(
-            f"--tokenizer {name}: neither a file or folder here nor a tokenizer that could be fetched from the hub "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
 def train(documents: Iterable[str], size: int, *, cased: bool = False) -> "Tokenizer":
     """A BERT WordPiece of at most `size` tokens trained on `documents`, which are kept in memory.
 

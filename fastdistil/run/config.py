@@ -110,8 +110,8 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT or RoBERTa, with a masked-LM head where --loss.kd has a weight. None
-    trains without a teacher (recipe mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT or RoBERTa, or its name on the hub (NAME, NAME@REVISION), with a
+    masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
     pooling: Literal["mean", "cls"] | None = None
     """How its last hidden states become the embedding of a text. None: as its folder says (sentence-transformers)."""
     normalise: bool | None = None
@@ -139,7 +139,8 @@ class StudentConfig(_Section):
     """The model that is trained, and what it starts from."""
 
     init: str = "teacher"
-    """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder (layers of that)."""
+    """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder or name on the hub (layers
+    of that)."""
     num_layers: Annotated[int | None, AT_LEAST_1] = None
     """Layers of the student. None: half of the model it starts from (all of it for a folder without a teacher)."""
     layers: tuple[int, ...] | None = None

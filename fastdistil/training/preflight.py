@@ -14,7 +14,7 @@ from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, read_meta
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
-from fastdistil.run import folder
+from fastdistil.run import folder, hub
 from fastdistil.run.command import gpu_bytes
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
 from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
@@ -143,6 +143,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_losses(config)
 
     # The text, and the models that are to read it.
+    config = _with_models_here(config)
     _check_inputs_are_here(config)
     meta = read_meta(config.data.shards)
     _check_own_tokenizer(config.data.shards / "tokenizer", meta)
@@ -204,6 +205,16 @@ def _ranks_meant(config: Config, world_size: int) -> int:
     if config.world_size < 1:
         raise ValueError(f"--world-size must be 1 or more, got {config.world_size}")
     return config.world_size
+
+
+def _with_models_here(config: Config) -> Config:
+    """With folders in the place of names on the hub. A run that goes on has the weights that it started from."""
+    teacher, student = config.teacher, config.student
+    if teacher.path is not None:
+        teacher = replace(teacher, path=hub.folder_of("--teacher.path", teacher.path))
+    if student.init not in NO_PATHS and not folder.has_checkpoint(config.out):
+        student = replace(student, init=str(hub.folder_of("--student.init", student.init)))
+    return replace(config, teacher=teacher, student=student)
 
 
 def _check_inputs_are_here(config: Config) -> None:
