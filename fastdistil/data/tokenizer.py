@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistil.run import files
+from fastdistil.run import files, hub
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -216,7 +216,7 @@ def parse_spec(text: str, *, cased: bool = False) -> Spec:
         special_ids(path)
         _refuse_cased_without_effect(path, cased)
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or path.suffix in (".json", ".txt"):
+    if hub.name_of(text) is None or path.suffix in (".json", ".txt"):
         raise FileNotFoundError(
             f"--tokenizer {text}: no such file or folder, and not a name on the hub; wanted one of these or train:SIZE"
         )

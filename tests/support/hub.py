@@ -208,11 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def preupload(self, body: bytes, kind: str, name: str) -> None:
         modes = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["size"] >= LARGE else "regular",
-                "shouldIgnore": False,
-            }
+            {"path": file["path"], "uploadMode": "lfs" if file["size"] >= LARGE else "regular", "shouldIgnore": False}
             for file in json.loads(body)["files"]
         ]
         self.say({"files": modes})
@@ -272,5 +268,8 @@ _ROUTES = (
     (rf"/api/{_REPO}", _Handler.info),
     (r"/(?P<name>[\w.-]+(?:/[\w.-]+)?)\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     (r"/lfs/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
-    (r"/(?:(?P<kind>datasets)/)?(?P<name>[\w.-]+(?:/[\w.-]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.*)", _Handler.resolve),
+    (
+        r"/(?:(?P<kind>datasets)/)?(?P<name>[\w.-]+(?:/[\w.-]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.*)",
+        _Handler.resolve,
+    ),
 )
