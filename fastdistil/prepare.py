@@ -442,7 +442,8 @@ def _cause_of_loss(totals: dict[str, Any], sources: list[Source]) -> str:
 @command
 def main(args: list[str] | None = None) -> int:
     """The command; `args` in place of those of the command line. Its exit status."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastdistil").setLevel(logging.INFO)  # others', such as the hub's client, say every request
     config = options.parse(PrepareConfig, args, "prepare")
     try:
         prepare(config)
