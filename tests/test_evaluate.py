@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from fastdistil import evaluate
 from fastdistil.evaluation import finetune, progress, tasks

@@ -78,7 +78,7 @@ class DataConfig(_Section):
     """The text, as folders written by `python -m fastdistil.prepare`."""
 
     shards: Path | None = None
-    """Folder of prepared shards to train on."""
+    """Folder of prepared shards to train on, or its URL on an object store (s3://bucket/wiki)."""
     validation: Path | None = None
     """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held
     out."""
@@ -88,6 +88,8 @@ class DataConfig(_Section):
     num_workers: Annotated[int | None, AT_LEAST_0] = None
     """Processes that mask and pack ahead of the device; 0 does it in the training process. None: 2 beside a GPU, 0 on
     a CPU, whose cores they would take. Never changes results."""
+    cache: Path = Path("~/.cache/fastdistil")
+    """Where shards that lie at a URL are copied to; a disk of this machine is best."""
     verify: bool = True
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
 
@@ -480,6 +482,7 @@ FREE_AT_RESUME = (
     "dry_run",
     "world_size",
     "data.num_workers",
+    "data.cache",
     "data.verify",
     "teacher.max_drift",
     "teacher.check",
@@ -502,6 +505,7 @@ PER_HOST = (
     "data.shards",
     "data.validation",
     "data.num_workers",
+    "data.cache",
     "data.verify",
     "teacher.path",
     "student.init",

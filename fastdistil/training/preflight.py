@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdistil.data import tokenizer
-from fastdistil.data.shards import Meta, read_meta
+from fastdistil.data.shards import Meta, fetch, read_meta
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
 from fastdistil.run import folder, hub
 from fastdistil.run.command import gpu_bytes
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
+from fastdistil.run.files import url_of
 from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_losses(config)
 
     # The text, and the models that are to read it.
-    config = _with_models_here(config)
+    config = _with_inputs_here(config)
+    assert config.data.shards is not None
     _check_inputs_are_here(config)
     meta = read_meta(config.data.shards)
     _check_own_tokenizer(config.data.shards / "tokenizer", meta)
@@ -207,14 +209,21 @@ def _ranks_meant(config: Config, world_size: int) -> int:
     return config.world_size
 
 
-def _with_models_here(config: Config) -> Config:
-    """With folders in the place of names on the hub. A run that goes on has the weights that it started from."""
-    teacher, student = config.teacher, config.student
+def _with_inputs_here(config: Config) -> Config:
+    """With folders of this machine in the place of URLs of shards, and of models' names on the hub.
+
+    A run that goes on has the weights that it started from.
+    """
+    data, teacher, student = config.data, config.teacher, config.student
+    for name in ("shards", "validation"):
+        path = getattr(data, name)
+        if path is not None and (url := url_of(path)) is not None:
+            data = replace(data, **{name: fetch(f"--data.{name}", url, data.cache)})
     if teacher.path is not None:
         teacher = replace(teacher, path=hub.folder_of("--teacher.path", teacher.path))
     if student.init not in NO_PATHS and not folder.has_checkpoint(config.out):
         student = replace(student, init=str(hub.folder_of("--student.init", student.init)))
-    return replace(config, teacher=teacher, student=student)
+    return replace(config, data=data, teacher=teacher, student=student)
 
 
 def _check_inputs_are_here(config: Config) -> None:
