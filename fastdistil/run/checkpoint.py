@@ -29,12 +29,14 @@ from torch import Tensor
 
 from fastdistil.run.command import Failed
 from fastdistil.run.files import read_json, sha256, sync
+from fastdistil.run.folder import CHECKPOINTS as FOLDER
+from fastdistil.run.folder import MANIFEST
+from fastdistil.run.mirror import Mirror
 from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
 
-FOLDER = "checkpoints"
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 FILES = (WEIGHTS, OPTIMIZER, STATE)  # what the manifest lists
 _NAME = re.compile(r"update-(\d{8,})")
 
@@ -164,10 +166,11 @@ class Saver:
     Args:
         keep: how many checkpoints stay.
         go_on: where one cannot be written, say so and go on; otherwise the next call raises CheckpointError.
+        mirror: what is given each one that is whole.
     """
 
-    def __init__(self, run: Path, *, keep: int, go_on: bool) -> None:
-        self.run, self.keep, self.go_on = run, keep, go_on
+    def __init__(self, run: Path, *, keep: int, go_on: bool, mirror: Mirror | None = None) -> None:
+        self.run, self.keep, self.go_on, self.mirror = run, keep, go_on, mirror
         self.thread, self.open = ThreadPoolExecutor(1), None
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -180,7 +183,10 @@ class Saver:
         return self.open is not None and not self.open.done()
 
     def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        log.info("wrote %s", save(self.run, tensors, state, keep=self.keep))
+        checkpoint = save(self.run, tensors, state, keep=self.keep)
+        log.info("wrote %s", checkpoint)
+        if self.mirror is not None:
+            self.mirror.send(checkpoint)
 
     def _finish(self) -> None:
         try:

@@ -440,7 +440,10 @@ class Config(_Section):
     out: Path = Path("runs/distilbert")
     """Folder of this run: configuration, metrics, checkpoints."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest checkpoint in the run folder, or start if there is none."""
+    """auto: go on from the newest checkpoint in the run folder or of --mirror, or start if there is none."""
+    mirror: str | None = None
+    """URL on an object store (s3://bucket/runs/a, or another that fsspec knows) that gets each checkpoint, metrics and
+    configuration in the background. --resume auto on another machine goes on from there."""
     seed: Annotated[int, Range("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 56
     """Decides order, masks, dropout and random initial weights."""
     profile: str | None = None
@@ -478,6 +481,7 @@ class Config(_Section):
 FREE_AT_RESUME = (
     "out",
     "resume",
+    "mirror",
     "profile",
     "dry_run",
     "world_size",

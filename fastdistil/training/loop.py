@@ -23,11 +23,12 @@ from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.model.encoder import MaskedLM
 from fastdistil.run import folder
-from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
+from fastdistil.run.checkpoint import Checkpoint, Saver, folder_of, require_space
 from fastdistil.run.command import StopRequest
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
+from fastdistil.run.mirror import Mirror
 from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import forecast
@@ -44,6 +45,8 @@ SLOW = 1.5
 """Times the median of the other ranks: a rank that takes longer is named."""
 LIFE_S = 30.0
 """An update or a validation that takes longer says how far it is; where --log.every is a time, it is that one."""
+UPLOAD_S = 10.0
+"""So often ranks that wait for an upload hear that it goes on."""
 MOST_OPEN = 1000
 """Updates between two lines at most, where their interval is a time: each keeps its sums on the device until then."""
 
@@ -152,7 +155,10 @@ def setup(
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
         go_on = config.log.go_on
         writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
-        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on)
+        mirror = Mirror(config.mirror, config.out, keep=config.log.keep_checkpoints) if config.mirror else None
+        if mirror is not None and saved is not None:
+            mirror.send(folder_of(config.out, update))  # unless it is there
+        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on, mirror=mirror)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -243,8 +249,7 @@ def train(job: Job) -> str | None:
         if checkpoint_due or last or stopping:
             save(job)
             checkpoints.done()
-    finish(job, failure, time.perf_counter() - began)
-    return failure
+    return finish(job, failure, time.perf_counter() - began)
 
 
 def micro_batches(job: Job) -> tuple[Iterator[tuple[MicroBatch, Any]], Callable[[MicroBatch, Any], Tensor]]:
@@ -339,14 +344,18 @@ def save(job: Job) -> None:
     job.journal.restart_clock()
 
 
-def finish(job: Job, failure: str | None, seconds: float) -> None:
-    """Wait for the last checkpoint, say what saving cost, and what became of the run."""
+def finish(job: Job, failure: str | None, seconds: float) -> str | None:
+    """Wait for the last checkpoint, say what saving cost, and what became of the run; why it failed, or None."""
+    mirror = job.saver.mirror if job.saver is not None else None
     if job.saver is not None:
         begin = time.perf_counter()
         job.saver.close()
         job.saving_s += time.perf_counter() - begin
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
+    lacks = wait_for_mirror(job, mirror) if job.config.mirror else None
+    if lacks and not failure and job.update == job.corpus.num_updates:
+        failure = f"the run is finished, and whole in {job.config.out}, but {lacks}: --resume auto sends it again"
     if failure:
         job.status("failed", reason=failure)
     elif job.update < job.corpus.num_updates:
@@ -356,6 +365,22 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
         job.status("finished")
     job.profile.close()
     job.journal.close()
+    if mirror is not None:
+        mirror.end()
+    return failure
+
+
+def wait_for_mirror(job: Job, mirror: Mirror | None) -> str | None:
+    """Wait, on every rank, for the last upload, which is tried twice; on rank 0 why it failed, or None."""
+    begin = time.perf_counter()
+    for attempt in range(2):
+        if attempt and mirror is not None:
+            mirror.try_again()
+        while any(job.ranks.any(mirror is not None and mirror.is_uploading(UPLOAD_S))):
+            job.watchdog.restart()  # it may take longer than a collective
+    if mirror is not None:
+        log.info("the run waited %.1f s for the last upload to its mirror", time.perf_counter() - begin)
+    return mirror.failure if mirror is not None else None
 
 
 def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) -> None:
