@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
@@ -21,7 +22,7 @@ from fastdistil import __version__
 from fastdistil.data import tokenizer
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.model.sentence import DENSE, Pooling, write_modules
-from fastdistil.run import files, folder, hub, options
+from fastdistil.run import files, folder, hub, mirror, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, LossConfig, flatten
 
@@ -91,7 +92,7 @@ class ExportConfig:
     """Turn a run of fastdistil.pretrain into a Hugging Face folder."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or the URL that was its --mirror."""
     out: Path
     """Folder to write; it must not exist, or be empty."""
     checkpoint: int | None = None
@@ -125,6 +126,10 @@ def export(config: ExportConfig) -> str:
     A third one says where it was pushed to. Raises ValueError or OSError where the run cannot be exported or --out not
     be used; --out is then unchanged; and Failed where it could not be pushed.
     """
+    if (url := files.url_of(config.run)) is not None:
+        with TemporaryDirectory() as here:
+            mirror.fetch(url, Path(here, "run"))
+            return export(replace(config, run=Path(here, "run")))
     record = folder.read(config.run)
     student = _architecture(config.run, record, "student")
     teacher = _architecture(config.run, record, "teacher") if record.get("teacher") else None

@@ -231,10 +231,10 @@ def _copy(system: Any, root: str, described: bytes, folder: Path, what: str, cac
     done = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     if shutil.disk_usage(folder).free < num_bytes - done + 2**20:
         raise ValueError(
-            f"{what} is {num_bytes / 1e9:.2f} GB, and {cache} has {shutil.disk_usage(folder).free / 1e9:.2f} GB free: "
-            "give a --data.cache with more room"
+            f"{what} is {num_bytes:,} bytes, and {cache} has {shutil.disk_usage(folder).free:,} free: give a "
+            "--data.cache with more room"
         )
-    log.info("%s: copying %.2f GB in %d files to %s", what, num_bytes / 1e9, len(hashes), folder)
+    log.info("%s: copying %s MB in %d files to %s", what, f"{num_bytes / 1e6:,.1f}", len(hashes), folder)
     begin = said = time.monotonic()
     for name in (*beside, *hashes):
         path = folder / name
@@ -250,7 +250,7 @@ def _copy(system: Any, root: str, described: bytes, folder: Path, what: str, cac
             said = time.monotonic()
             log.info("%s: %s is here, after %.0f s", what, name, said - begin)
     files.write_bytes(folder / META_FILE, described, durable=True)
-    log.info("%s: copied in %.0f s", what, time.monotonic() - begin)
+    log.info("%s: copied in %.1f s", what, time.monotonic() - begin)
 
 
 class Shards:

@@ -13,7 +13,9 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -44,11 +46,11 @@ class _Waiting(NamedTuple):
 class _Store:
     """Files below a URL."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, option: str, url: str) -> None:
         from fsspec.asyn import AsyncFileSystem
 
         self.url = url
-        self.system, self.root = storage("--mirror", url)
+        self.system, self.root = storage(option, url)
         # An object appears whole; a file of a file system under its name does where it is renamed to it.
         self.has_objects = isinstance(self.system, AsyncFileSystem)
 
@@ -117,7 +119,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, run: Path, *, keep: int) -> None:
-        self.store, self.run, self.keep = _Store(url), run, keep
+        self.store, self.run, self.keep = _Store("--mirror", url), run, keep
         self.thread, self.lock = ThreadPoolExecutor(1), threading.Lock()
         self.open: Future[None] | None = None
         self.waiting: _Waiting | None = None
@@ -142,7 +144,7 @@ class Mirror:
     def _failed(self, name: str, error: Exception) -> None:
         said = (str(error).strip() or repr(error)).splitlines()[0]
         self.failure = f"{self.store.url} lacks {name} ({type(error).__name__}: {said})"
-        log.error("mirror: %s; the run goes on, and its next checkpoint is tried", self.failure)
+        log.error("mirror: %s; the run goes on, and the next checkpoint is tried", self.failure)
 
     def _send(self) -> None:
         with self.lock:
@@ -234,8 +236,8 @@ def bring(config: Config, here: Launched) -> Config | None:
     from filelock import FileLock
 
     key = hashlib.sha256(str(config.out.absolute()).encode()).hexdigest()[:16]
-    try:
-        store = _Store(config.mirror)
+    with _one_line(f"--mirror {config.mirror} cannot be read and written"):
+        store = _Store("--mirror", config.mirror)
         with FileLock(Path(tempfile.gettempdir(), f"fastdistil-{key}.lock")):
             folder.holds_run(config.out)
             has_come = config.resume == "auto" and _fetch_newest(store, config.out)
@@ -243,15 +245,28 @@ def bring(config: Config, here: Launched) -> Config | None:
             if here.rank == 0:
                 store.write(b"", ".may-write")
                 store.system.rm_file(store.path(".may-write"))
+    return None if has_come else config
+
+
+def fetch(url: str, run: Path) -> None:
+    """Make the folder `run` of a run at a URL, with its newest whole checkpoint. Raises ValueError where there is none."""
+    with _one_line(f"{url} cannot be read"):
+        if not _fetch_newest(_Store("the run", url), run):
+            raise ValueError(f"{url} holds no run with a whole checkpoint: wanted what --mirror has written")
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """What a storage raises inside becomes a ValueError of one line."""
+    try:
+        yield
     except ValueError:
         raise
     except Exception as error:  # every storage raises its own
         said = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
-            f"--mirror {config.mirror} cannot be read and written ({type(error).__name__}: {said}): see that the "
-            "address and the login are right"
+            f"{what} ({type(error).__name__}: {said}): see that the address and the login are right"
         ) from error
-    return None if has_come else config
 
 
 def _require_own(store: _Store, config: Config) -> None:
@@ -302,7 +317,7 @@ def _fetch_newest(store: _Store, run: Path) -> bool:
         log.warning("mirror: passing over %s of %s: %s", name, store.url, reason)
     if there and not here:
         raise ValueError(
-            f"none of the {len(there)} checkpoints in --mirror {store.url} can be used (reasons above): restore one, or "
+            f"none of the {len(there)} checkpoints in {store.url} can be used (reasons above): restore one, or "
             "give another --mirror"
         )
     return False

@@ -264,7 +264,8 @@ def _on_this_machine(words: Sequence[str], command: str) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = name or option
-        is_url = option in _MAY_BE_URLS and "://" in value and (option == "--mirror" or not value.startswith("file:"))
+        may_be_url = option in _MAY_BE_URLS or (command == "export" and not option)
+        is_url = may_be_url and "://" in value and (option == "--mirror" or not value.startswith("file:"))
         if (name and not equals) or is_url or not _ELSEWHERE.match(value):
             expanded.append(f"{name}{equals}{os.path.expanduser(value)}")
             continue
@@ -276,7 +277,7 @@ def _on_this_machine(words: Sequence[str], command: str) -> list[str]:
             fix = "use a folder of this machine, and copy it there afterwards"
         elif "huggingface.co/" in value:
             fix = "give the model's name alone, ORGANISATION/NAME (a data set for fastdistil.prepare is hf:NAME)"
-        elif option in _MAY_BE_URLS:
+        elif may_be_url:
             fix = "a URL begins with s3://, gs:// or the like; copy it to this machine, or mount it"
         else:
             fix = "copy it to this machine first, or mount it"
