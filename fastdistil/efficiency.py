@@ -16,7 +16,8 @@ from typing import Any
 import tyro
 
 from fastdistil.model.headers import weight_files
-from fastdistil.run import folder, hub, options
+from fastdistil.remote import hub
+from fastdistil.run import folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.files import write_json
 

@@ -22,7 +22,9 @@ from fastdistil import __version__
 from fastdistil.data import tokenizer
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.model.sentence import DENSE, Pooling, write_modules
-from fastdistil.run import files, folder, hub, mirror, options
+from fastdistil.remote import hub, mirror
+from fastdistil.remote.storage import url_of
+from fastdistil.run import files, folder, options
 from fastdistil.run.command import command, leave
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, LossConfig, flatten
 
@@ -126,7 +128,7 @@ def export(config: ExportConfig) -> str:
     A third one says where it was pushed to. Raises ValueError or OSError where the run cannot be exported or --out not
     be used; --out is then unchanged; and Failed where it could not be pushed.
     """
-    if (url := files.url_of(config.run)) is not None:
+    if (url := url_of(config.run)) is not None:
         with TemporaryDirectory() as here:
             mirror.fetch(url, Path(here, "run"))
             return export(replace(config, run=Path(here, "run")))
@@ -299,20 +301,7 @@ def model_card(
     config, data = record["config"], record.get("data") or {}
     origins = _origins(config, distilled=teacher is not None)
     metadata = _metadata(origins, data.get("sources"), _use(student, pooling), licence)
-    facts = {
-        "recipe": f"`{config.get('recipe', 'unknown')}`",
-        "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
-        **_about_embeddings(record, student, pooling),
-        "starts from": _start(config, record, origins),
-        "teacher": f"{_named(origins['teacher'])}, {_sizes(teacher)}" if teacher and "teacher" in origins else "none",
-        "updates": f"{progress['update']:,}{_skipped(progress)}",
-        "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
-        "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
-        f"{data.get('num_tokens', 0):,} tokens",
-        "tokenizer sha256": f"`{data.get('tokenizer_sha256', 'not recorded')}`",
-        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
-        "exported by": f"fastdistil {__version__}",
-    }
+    facts = _facts(record, student, teacher, progress, pooling, origins)
     titles = {term.name: term.title for term in LOSS_TERMS}
     measured = [
         (split, key, "not finite" if value is None else f"{value:.4g}", titles.get(key, ""))
@@ -347,6 +336,32 @@ def model_card(
 ## Settings
 {_table(("setting", "value"), ((k, f"`{json.dumps(v)}`") for k, v in settings.items()))}
 """
+
+
+def _facts(
+    record: dict[str, Any],
+    student: Architecture,
+    teacher: Architecture | None,
+    progress: dict[str, Any],
+    pooling: Pooling | None,
+    origins: dict[str, Path],
+) -> dict[str, str]:
+    """The card's table of what the model is and where it comes from."""
+    config, data = record["config"], record.get("data") or {}
+    return {
+        "recipe": f"`{config.get('recipe', 'unknown')}`",
+        "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
+        **_about_embeddings(record, student, pooling),
+        "starts from": _start(config, record, origins),
+        "teacher": f"{_named(origins['teacher'])}, {_sizes(teacher)}" if teacher and "teacher" in origins else "none",
+        "updates": f"{progress['update']:,}{_skipped(progress)}",
+        "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
+        "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
+        f"{data.get('num_tokens', 0):,} tokens",
+        "tokenizer sha256": f"`{data.get('tokenizer_sha256', 'not recorded')}`",
+        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
+        "exported by": f"fastdistil {__version__}",
+    }
 
 
 def _skipped(progress: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, SHORTEST_SENTENCE, Cut, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
 from fastdistil.model.sentence import read_max_length
-from fastdistil.run import files, hub, options
+from fastdistil.remote import hub
+from fastdistil.run import files, options
 from fastdistil.run.command import command, leave
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The main job: `torchrun --nproc-per-node N -m fastdistil.pretrain RECIPE [overrides]`. Read it from top to bottom.
 
-Prepared text and a teacher go in; a run folder comes out, which `python -m fastdistil.export` turns into a Hugging Face
-folder. torch is imported after all of the command line has been checked: help and mistakes cost half a second.
+Prepared text and a teacher go in; a run folder comes out, which `python -m fastdistil.export` makes a model of.
+torch is imported after all is checked: help and mistakes cost half a second.
 """
 
 import logging
@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from fastdistil.run import folder, mirror, recipes
+from fastdistil.remote import mirror
+from fastdistil.run import folder, recipes
 from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, command_of_ranks, launched, leave
 from fastdistil.training.preflight import Resolved, resolve
 
@@ -26,8 +27,7 @@ def main(args: list[str] | None = None) -> int:
     here = launched()
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("fastdistil").setLevel(logging.INFO if here.rank == 0 else logging.ERROR)
-    parse = partial(recipes.parse, args, quiet=here.rank != 0)
-    config = mirror.bring(parse(), here) or parse()
+    config = mirror.bring(partial(recipes.parse, args, quiet=here.rank != 0), here)
     if not config.dry_run and here.world_size == here.local_world_size and (said := folder.finished(config)):
         log.info(said)
         return 0

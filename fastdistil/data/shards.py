@@ -28,6 +28,7 @@ from typing import Any, Self
 import numpy as np
 
 from fastdistil.data.tokenizer import SPECIAL_TOKENS
+from fastdistil.remote.storage import storage
 from fastdistil.run import files
 
 log = logging.getLogger("fastdistil")
@@ -189,7 +190,7 @@ def fetch(option: str, url: str, cache: Path) -> Path:
     """
     from filelock import FileLock
 
-    system, root = files.storage(option, url)
+    system, root = storage(option, url)
     cache = cache.expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     try:

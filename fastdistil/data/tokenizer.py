@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistil.run import files, hub
+from fastdistil.remote import hub
+from fastdistil.run import files
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

@@ -21,7 +21,7 @@ from fastdistil.evaluation import tasks
 from fastdistil.evaluation.progress import progress
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.kernels.distill import distill_loss
-from fastdistil.run import hub
+from fastdistil.remote import hub
 from fastdistil.run.command import Failed
 
 

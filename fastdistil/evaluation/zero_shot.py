@@ -20,7 +20,7 @@ import numpy as np
 
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.progress import progress
-from fastdistil.run import hub
+from fastdistil.remote import hub
 
 log = logging.getLogger("fastdistil.evaluate")
 

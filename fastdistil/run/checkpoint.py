@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from fastdistil.run.command import Failed
 from fastdistil.run.files import read_json, sha256, sync
 from fastdistil.run.folder import CHECKPOINTS as FOLDER
 from fastdistil.run.folder import MANIFEST
-from fastdistil.run.mirror import Mirror
 from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
@@ -166,11 +166,11 @@ class Saver:
     Args:
         keep: how many checkpoints stay.
         go_on: where one cannot be written, say so and go on; otherwise the next call raises CheckpointError.
-        mirror: what is given each one that is whole.
+        then: is given the folder of each one that is whole, in that thread.
     """
 
-    def __init__(self, run: Path, *, keep: int, go_on: bool, mirror: Mirror | None = None) -> None:
-        self.run, self.keep, self.go_on, self.mirror = run, keep, go_on, mirror
+    def __init__(self, run: Path, *, keep: int, go_on: bool, then: Callable[[Path], None] | None = None) -> None:
+        self.run, self.keep, self.go_on, self.then = run, keep, go_on, then
         self.thread, self.open = ThreadPoolExecutor(1), None
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -185,8 +185,8 @@ class Saver:
     def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         checkpoint = save(self.run, tensors, state, keep=self.keep)
         log.info("wrote %s", checkpoint)
-        if self.mirror is not None:
-            self.mirror.send(checkpoint)
+        if self.then is not None:
+            self.then(checkpoint)
 
     def _finish(self) -> None:
         try:

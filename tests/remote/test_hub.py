@@ -1,4 +1,4 @@
-"""Names on the hub and what is pushed to it: the real huggingface_hub against tests/support/hub.py, as commands use it."""
+"""Names on the hub and what is pushed to it: the real huggingface_hub against the hub of tests/support/hub.py."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tests.support.hub import TOKEN, serve
 
 SHOW = """
 import sys
-from fastdistil.run import hub
+from fastdistil.remote import hub
 for name in sys.argv[1:]:
     try:
         folder = hub.folder_of("--teacher.path", name)

@@ -13,16 +13,17 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from fastdistil.remote.storage import storage
 from fastdistil.run import folder
 from fastdistil.run.command import Launched
 from fastdistil.run.config import Config, resume_differences
-from fastdistil.run.files import read_json, sha256, storage, write_bytes
+from fastdistil.run.files import read_json, sha256, write_bytes
 
 log = logging.getLogger("fastdistil")
 
@@ -224,13 +225,14 @@ def _since(begin: float) -> float:
     return time.monotonic() - begin
 
 
-def bring(config: Config, here: Launched) -> Config | None:
-    """`config` again; None where its run was brought here, so that its options are to be read anew.
+def bring(parse: Callable[[], Config], here: Launched) -> Config:
+    """What `parse` gives, read anew once its run was brought here, whose own options stand for those not given.
 
-    With --resume auto the newest whole checkpoint of --mirror is copied into --out where that has no newer one. Ranks of
-    the first host wait for the one that does it; other hosts have no part in it. Raises ValueError where the mirror
+    With --resume auto the newest whole checkpoint of --mirror is copied into --out where that has no newer one. Ranks
+    of the first host wait for the one that does it; other hosts have no part in it. Raises ValueError where the mirror
     cannot be read or written, or holds another run.
     """
+    config = parse()
     if config.mirror is None or config.dry_run or here.rank != here.local_rank:
         return config
     from filelock import FileLock
@@ -245,11 +247,14 @@ def bring(config: Config, here: Launched) -> Config | None:
             if here.rank == 0:
                 store.write(b"", ".may-write")
                 store.system.rm_file(store.path(".may-write"))
-    return None if has_come else config
+    return parse() if has_come else config
 
 
 def fetch(url: str, run: Path) -> None:
-    """Make the folder `run` of a run at a URL, with its newest whole checkpoint. Raises ValueError where there is none."""
+    """Make the folder `run` of the run at a URL, with its newest whole checkpoint.
+
+    Raises ValueError where there is none.
+    """
     with _one_line(f"{url} cannot be read"):
         if not _fetch_newest(_Store("the run", url), run):
             raise ValueError(f"{url} holds no run with a whole checkpoint: wanted what --mirror has written")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.run import checkpoint, mirror
+from fastdistil.remote import mirror
+from fastdistil.remote.mirror import Mirror
+from fastdistil.remote.storage import storage
+from fastdistil.run import checkpoint
 from fastdistil.run.checkpoint import Saver
 from fastdistil.run.command import Launched
 from fastdistil.run.config import Config, to_json
-from fastdistil.run.files import storage
-from fastdistil.run.mirror import Mirror
 from tests.support import launch, runs, stores
 from tests.support.checkpoints import save, tensors
 from tests.support.stores import Faulty
@@ -61,6 +62,17 @@ def brought(run: Path) -> list[str]:
     folders = sorted((there / "checkpoints").iterdir())
     assert [checkpoint.verify(folder) for folder in folders] == [None] * len(folders)
     return [folder.name for folder in folders]
+
+
+def bring(config: Config, here: Launched = ALONE) -> tuple[Config, int]:
+    """What comes of it, and how often the command line was read."""
+    read: list[Config] = []
+
+    def parse() -> Config:
+        read.append(config)
+        return config
+
+    return mirror.bring(parse, here), len(read)
 
 
 def test_it_is_a_run_folder(run):
@@ -173,43 +185,43 @@ def test_a_slow_store_holds_nothing_up_and_gets_the_newest(run):
             assert free.wait(60)
 
     Faulty.set(on_write)
-    saver = Saver(run, keep=1, go_on=False, mirror=mirror_of(run, keep=1))
-    assert saver.mirror is not None
+    to = mirror_of(run, keep=1)
+    saver = Saver(run, keep=1, go_on=False, then=to.send)
     for update in (5, 10, 15, 20):
         saver.save(tensors(update), {"update": update})
         if update == 5:
             assert reached.wait(60)
     saver.close()  # the run's own disk
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["update-00000020"]
-    assert saver.mirror.is_uploading(0.1)
+    assert to.is_uploading(0.1)
     free.set()
-    assert not saver.mirror.is_uploading(60)
-    assert saver.mirror.failure is None
+    assert not to.is_uploading(60)
+    assert to.failure is None
     assert [p.name for p in (run.parent / "store" / "checkpoints").iterdir()] == ["update-00000020"]
     assert brought(run) == ["update-00000020"]
 
 
 def test_a_place_that_is_no_good_is_refused_before_the_work(run, tmp_path):
     config = Config(out=run, mirror=f"faulty://{tmp_path}/store", resume="auto")
-    assert mirror.bring(config, ALONE) is config
+    assert bring(config) == (config, 1)
     Faulty.set(stores.fail_at(1))
     with pytest.raises(ValueError, match=r"cannot be read and written \(OSError: no more room .* the login are right"):
-        mirror.bring(config, ALONE)
+        bring(config)
     Faulty.set()
     assert sent(mirror_of(run), save(run, 5)) is None
     with pytest.raises(
         ValueError, match="already holds a run: use --resume auto to go on with it, or another --mirror"
     ):
-        mirror.bring(replace(config, out=tmp_path / "new", resume="never"), ALONE)
+        bring(replace(config, out=tmp_path / "new", resume="never"))
     record = json.loads((run / "config.json").read_text())
     record["config"]["seed"] = 1
     (run / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"holds another run than --out .*--seed: was 56, now 1\): give another one"):
-        mirror.bring(config, ALONE)
+        bring(config)
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        mirror.bring(replace(config, out=tmp_path), ALONE)
+        bring(replace(config, out=tmp_path))
     for mine, here in ((replace(config, dry_run=True), ALONE), (config, ALONE._replace(rank=2, local_rank=0))):
-        assert mirror.bring(mine, here) is mine
+        assert bring(mine, here) == (mine, 1)
 
 
 def test_a_machine_that_is_behind_gets_what_is_newer(run, tmp_path):
@@ -220,8 +232,9 @@ def test_a_machine_that_is_behind_gets_what_is_newer(run, tmp_path):
         assert sent(to, save(run, update)) is None
         if update == 5:
             shutil.copytree(run, behind)
-    assert mirror.bring(config, ALONE) is config  # has it already
-    assert mirror.bring(replace(config, out=behind), ALONE) is None
+    assert bring(config) == (config, 1)  # has it already
+    mine = replace(config, out=behind)
+    assert bring(mine) == (mine, 2)
     assert checkpoint.newest(behind) == behind / "checkpoints" / "update-00000010"
 
 
