@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from fastdistil.model.headers import weight_files
+from fastdistil.remote import hub
 from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave, require
 from fastdistil.run.files import write_json
@@ -33,7 +34,7 @@ class EfficiencyConfig:
     """Compare parameters, size on disk, latency and throughput of encoders."""
 
     models: tyro.conf.Positional[tuple[Path, ...]]
-    """Hugging Face folders; the first is what the others are compared with."""
+    """Hugging Face folders, or names on the hub; the first is what the others are compared with."""
     length: int | None = None
     """Tokens of a sequence. None: 128, or what all models read."""
     batch_size: int = 32
@@ -53,10 +54,17 @@ class EfficiencyConfig:
         if not self.models:
             raise ValueError("wanted one model folder or more")
         for model in self.models:
-            folder.require_model(model)
-            if not (model / "config.json").is_file():
-                raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
-            weight_files(model)  # refuses what has none, or not all of them
+            if model.exists() or hub.name_of(model) is None:
+                check(model)
+
+
+def check(model: Path) -> Path:
+    """The folder `model` again. Raises ValueError where it is no model, or lacks weights."""
+    folder.require_model(model)
+    if not (model / "config.json").is_file():
+        raise ValueError(f"{model} is no Hugging Face folder: wanted {model / 'config.json'}")
+    weight_files(model)  # refuses what has none, or not all of them
+    return model
 
 
 @command
@@ -78,6 +86,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     The figures of a device are {"threads" (cpu), "latency_ms", "latency_ms_p90", "throughput_per_s"}; "cuda" is there
     where a GPU is.
     """
+    folders = [check(hub.folder_of("model", path)) for path in config.models]
     import torch
     import transformers
 
@@ -87,10 +96,10 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     models, records = [], []
-    for path in config.models:
-        finetune.configuration(path)
-        model = finetune.pretrained(transformers.AutoModel, path).eval()
-        size = sum(file.stat().st_size for file in weight_files(path))
+    for path, here in zip(config.models, folders, strict=True):
+        finetune.configuration(here)
+        model = finetune.pretrained(transformers.AutoModel, here).eval()
+        size = sum(file.stat().st_size for file in weight_files(here))
         models.append(model)
         records.append(
             {"path": str(path), "class": type(model).__name__, "num_parameters": model.num_parameters(), "bytes": size}

@@ -217,7 +217,7 @@ def score_embeddings(config: EvaluateConfig) -> None:
 
 
 def put_into_card(card: Path, records: list[dict[str, Any]], config: EvaluateConfig) -> None:
-    """Replace or add the section "What it kept" of a model card."""
+    """Replace or add the section "What it kept" of a model card, and the scores among its metadata."""
     if not card.is_file():
         log.warning("%s is not there: the scores are not kept in it", card)
         return
@@ -235,7 +235,37 @@ def put_into_card(card: Path, records: list[dict[str, Any]], config: EvaluateCon
     before, _, after = card.read_text(encoding="utf-8").partition(SECTION)
     rest = re.search("^## ", after, re.MULTILINE)
     kept_after = after[rest.start() :] if rest else ""
-    write_text(card, "\n".join([before.rstrip(), "", *lines, "", kept_after]).rstrip() + "\n")
+    text = "\n".join([before.rstrip(), "", *lines, "", kept_after]).rstrip() + "\n"
+    write_text(card, with_results(text, card.parent.resolve().name, records, config))
+
+
+def with_results(text: str, name: str, records: list[dict[str, Any]], config: EvaluateConfig) -> str:
+    """The text of a card with `records` as the hub reads scores (model-index), in the place of those of their tasks."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    try:
+        card = ModelCard(text)
+    except ValueError as error:
+        log.warning("the metadata of the card cannot be read (%s): the scores stand in its text alone", error)
+        return text
+    data = config.data if config.data.startswith("hf:") else Path(config.data).name
+    found = [
+        EvalResult(
+            task_type="few-shot-classification" if record["task"].startswith("few-shot") else "sentence-similarity",
+            task_name=record["task"],
+            dataset_type=data.removeprefix("hf:").partition(":")[0],
+            dataset_name=f"{data.removeprefix('hf:')}, {record['task']}",
+            dataset_split=record["split"],
+            metric_type=metric,
+            metric_value=round(value, 2),
+        )
+        for record in records
+        for metric, value in record["metrics"].items()
+    ]
+    tasks_now = {one.task_name for one in found}
+    card.data.eval_results = [r for r in card.data.eval_results or () if r.task_name not in tasks_now] + found
+    card.data.model_name = card.data.model_name or name
+    return str(card)
 
 
 def read_table(config: EvaluateConfig, task: str) -> zero_shot.Table:

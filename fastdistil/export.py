@@ -6,12 +6,14 @@ imported after the command line and the run have been checked.
 """
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
@@ -20,16 +22,24 @@ from fastdistil import __version__
 from fastdistil.data import tokenizer
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.model.sentence import DENSE, Pooling, write_modules
+from fastdistil.remote import hub, mirror
+from fastdistil.remote.storage import url_of
 from fastdistil.run import console, files, folder, options
 from fastdistil.run.command import command, leave
-from fastdistil.run.config import LOSS_TERMS, LossConfig, flatten
+from fastdistil.run.config import LOSS_TERMS, NO_PATHS, LossConfig, flatten
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
     from torch import Tensor
 
 _CARD_SECTIONS = ("loss", "masking", "optim", "batch", "student")
 """What of a run's configuration its model card shows: what shaped the weights, no paths."""
 
+_UNKNOWN = "unknown"
+"""The hub's word for a licence."""
+_UNLICENSED = """
+No licence is stated: it is the publisher's to choose, and those of the models and texts it comes from may bind them.
+"""
 _OF_THE_WHOLE = "These figures are of the whole run, not of this part of its student alone."
 
 
@@ -84,7 +94,7 @@ class ExportConfig:
     """Turn a run of fastdistil.pretrain into a Hugging Face folder."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or the URL that was its --mirror."""
     out: Path
     """Folder to write; it must not exist, or be empty."""
     checkpoint: int | None = None
@@ -94,12 +104,20 @@ class ExportConfig:
     dimensions: int | None = None
     """Cut the embeddings to their first numbers: of a run with --loss.nested-dimensions, one of these."""
     overwrite: bool = False
-    """Replace --out if it holds an earlier export."""
+    """Replace --out if it holds an earlier export, and what --push names."""
+    license: str | None = None
+    """The model's licence in its card, as the hub writes it: apache-2.0. None: that of the models it comes from, where
+    their cards say it."""
+    push: str | None = None
+    """Push the folder to USER/NAME on the Hugging Face hub, with the login of `hf auth login`."""
+    private: bool = False
+    """Make what --push makes visible to you alone."""
 
 
 @command
 def main(args: list[str] | None = None) -> int:
-    """Exit status 0: the folder is there. 2: a wrong command line or run; nothing was written."""
+    """Exit status 0: the folder is there, and pushed. 1: it could not be pushed. 2: a wrong command line or run, or
+    no right to push; nothing was written."""
     print(export(options.parse(ExportConfig, args, "export")))
     return 0
 
@@ -107,8 +125,13 @@ def main(args: list[str] | None = None) -> int:
 def export(config: ExportConfig) -> str:
     """Writes the folder and returns two lines: what it is and how to load it, and how to see what the student kept.
 
-    Raises ValueError or OSError where the run cannot be exported or --out not be used; --out is then unchanged.
+    A third one says where it was pushed to. Raises ValueError or OSError where the run cannot be exported or --out not
+    be used; --out is then unchanged; and Failed where it could not be pushed.
     """
+    if (url := url_of(config.run)) is not None:
+        with TemporaryDirectory() as here:
+            mirror.fetch(url, Path(here, "run"))
+            return export(replace(config, run=Path(here, "run")))
     record = folder.read(config.run)
     student = _architecture(config.run, record, "student")
     teacher = _architecture(config.run, record, "teacher") if record.get("teacher") else None
@@ -117,6 +140,10 @@ def export(config: ExportConfig) -> str:
     if not (config.run / "tokenizer").is_dir():
         raise ValueError(f"{config.run} is not a whole run: wanted its tokenizer in {config.run / 'tokenizer'}")
     _check_out(config.out, overwrite=config.overwrite)
+    if config.push is not None:
+        hub.require_place(config.push, overwrite=config.overwrite)
+    elif config.private:
+        raise ValueError("--private has no effect without --push: leave it out")
 
     # Two seconds of torch, so only when nothing above was wrong.
     from fastdistil.run import checkpoint
@@ -126,17 +153,20 @@ def export(config: ExportConfig) -> str:
     with _replacing(config.out) as part:
         write_hugging_face_folder(_first(state, student, exported), exported, config.run / "tokenizer", part, pooling)
         try:
-            card = model_card(config.out.name, record, exported, teacher, progress, metrics, pooling)
+            name = config.push or config.out.name
+            card = model_card(name, record, exported, teacher, progress, metrics, pooling, licence=config.license)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{config.run / 'config.json'} does not describe a run: {error!r}") from error
         files.write_text(part / "README.md", card)
     use, teacher_path = _use(exported, pooling), flatten(record["config"]).get("teacher.path")
     reference = f"--reference {shlex.quote(teacher_path)} " if teacher_path else ""
+    pushed = f"\n{hub.push(config.out, config.push, private=config.private)}" if config.push else ""
     return (
         f"{config.out}: {_class_name(exported)}, {exported.num_parameters:,} parameters, after update "
         f"{progress['update']:,}{_skipped(progress)}; load it with "
         f"{use.load.format(repr(str(config.out)))}\n"
-        f"next: {console.command_line('evaluate', config.out)} {use.score.format(reference)}"
+        f"{pushed}"
+        f"\nnext: {console.command_line('evaluate', config.out)} {use.score.format(reference)}"
     )
 
 
@@ -259,29 +289,19 @@ def model_card(
     progress: dict[str, Any],
     metrics: dict[str, dict[str, Any]],
     pooling: Pooling | None = None,
+    licence: str | None = None,
 ) -> str:
     """The README.md of the exported folder: what the model is, how it was trained, how to load it.
 
     `record` is the run's config.json, `student` what of its student is exported, `progress` the state of the exported
-    checkpoint, `metrics` the last record of each split, `pooling` that of a student of embeddings.
+    checkpoint, `metrics` the last record of each split, `pooling` that of a student of embeddings, `licence` None for
+    that of the models it comes from.
     Raises AttributeError, KeyError, TypeError or ValueError where `record` is not what a run writes.
     """
     config, data = record["config"], record.get("data") or {}
-    teacher_path = (config.get("teacher") or {}).get("path")
-    teacher_name = _hub_name(Path(teacher_path)) or Path(teacher_path).name if teacher and teacher_path else None
-    facts = {
-        "recipe": f"`{config.get('recipe', 'unknown')}`",
-        "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
-        **_about_embeddings(record, student, pooling),
-        "teacher": f"`{teacher_name}`, {_sizes(teacher)}" if teacher and teacher_name else "none",
-        "updates": f"{progress['update']:,}{_skipped(progress)}",
-        "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
-        "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
-        f"{data.get('num_tokens', 0):,} tokens{_mix(data)}",
-        "tokenizer sha256": f"`{data.get('tokenizer_sha256', 'not recorded')}`",
-        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
-        "exported by": f"fastdistil {__version__}",
-    }
+    origins = _origins(config, distilled=teacher is not None)
+    metadata = _metadata(origins, data.get("sources"), _use(student, pooling), licence)
+    facts = _facts(record, student, teacher, progress, pooling, origins)
     titles = {term.name: term.title for term in LOSS_TERMS}
     measured = [
         (split, key, "not finite" if value is None else f"{value:.4g}", titles.get(key, ""))
@@ -293,8 +313,7 @@ def model_card(
     settings.pop("student.init", None)  # may be a path; the teacher's row says what it was
     use = _use(student, pooling)
     return f"""---
-# license: yours to choose; those of the teacher and of the data may bind you
-{_metadata(teacher_path if teacher else None, use)}
+{metadata.to_yaml()}
 ---
 # {name}
 
@@ -307,6 +326,7 @@ def model_card(
 ## Training
 {_table(("", ""), facts.items())}
 
+{_UNLICENSED if metadata.license == _UNKNOWN else ""}
 ## Losses
 {_losses(config.get("loss") or {}, distilled=teacher is not None)}
 
@@ -318,8 +338,30 @@ def model_card(
 """
 
 
-def _mix(data: dict[str, Any]) -> str:
-    return f"; tokens mixed as {data['mix']}" if data.get("mix") else ""
+def _facts(
+    record: dict[str, Any],
+    student: Architecture,
+    teacher: Architecture | None,
+    progress: dict[str, Any],
+    pooling: Pooling | None,
+    origins: dict[str, Path],
+) -> dict[str, str]:
+    """The card's table of what the model is and where it comes from."""
+    config, data = record["config"], record.get("data") or {}
+    return {
+        "recipe": f"`{config.get('recipe', 'unknown')}`",
+        "student": f"{_sizes(student)}; {student.num_parameters:,} parameters",
+        **_about_embeddings(record, student, pooling),
+        "starts from": _start(config, record, origins),
+        "teacher": f"{_named(origins['teacher'])}, {_sizes(teacher)}" if teacher and "teacher" in origins else "none",
+        "updates": f"{progress['update']:,}{_skipped(progress)}",
+        "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
+        "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
+        f"{data.get('num_tokens', 0):,} tokens" + (f"; tokens mixed as {data['mix']}" if data.get("mix") else ""),
+        "tokenizer sha256": f"`{data.get('tokenizer_sha256', 'not recorded')}`",
+        "versions": ", ".join(f"{k} {v}" for k, v in (record.get("versions") or {}).items()) or "not recorded",
+        "exported by": f"fastdistil {__version__}",
+    }
 
 
 def _skipped(progress: dict[str, Any]) -> str:
@@ -331,19 +373,59 @@ def _use(student: Architecture, pooling: Pooling | None) -> _Use:
     return _EMBEDDINGS if pooling else _FILL_MASK if student.mlm_head else _HIDDEN_STATES
 
 
-def _metadata(teacher: str | None, use: _Use) -> str:
-    """What the hub reads of a card, without the lines around it."""
-    tags = ["fastdistil", "knowledge-distillation" if teacher else "masked-language-modeling"]
+def _origins(config: dict[str, Any], *, distilled: bool) -> dict[str, Path]:
+    """The folders of the models that the student learnt from: its teacher, and what its weights start from."""
+    teacher, init = (config.get("teacher") or {}).get("path"), (config.get("student") or {}).get("init", "teacher")
+    found = {"teacher": Path(teacher)} if distilled and teacher else {}
+    return found | ({"init": Path(init)} if init not in NO_PATHS else {})
+
+
+def _metadata(origins: dict[str, Path], sources: Any, use: _Use, licence: str | None) -> "ModelCardData":
+    """What the hub reads of a card. Licence and language are those of the cards of the origins, where they are here."""
+    from huggingface_hub import ModelCardData
+
+    tags = ["fastdistil", "knowledge-distillation" if "teacher" in origins else "masked-language-modeling"]
     tags += ["sentence-transformers", "feature-extraction"] if use is _EMBEDDINGS else []
-    base = _hub_name(Path(teacher)) if teacher else None
-    lines = [f"library_name: {use.library}", f"pipeline_tag: {use.task}", *([f"base_model: {base}"] if base else [])]
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
+    cards = [hub.card_of(path) for path in origins.values()]
+    languages = dict.fromkeys(one for card in cards for one in _listed(card.get("language")))
+    licences = {
+        name: card[name] for card in cards for name in ("license", "license_name", "license_link") if name in card
+    }
+    if licence is not None or len({card.get("license") for card in cards}) != 1:
+        licences = {"license": licence} if licence else {}
+    # Where the weights come from, else what was imitated: the hub's tree of models has one root, and "finetune" for it.
+    named = [found[0] for role in ("init", "teacher") if role in origins and (found := hub.snapshot(origins[role]))]
+    names = [str(s.get("name", "")) if isinstance(s, dict) else str(s) for s in sources or ()]
+    return ModelCardData(
+        **({"license": _UNKNOWN} | licences),
+        language=list(languages) or None,
+        library_name=use.library,
+        pipeline_tag=use.task,
+        base_model=named[0] if named else None,
+        **({"base_model_relation": "finetune"} if named else {}),
+        datasets=list(dict.fromkeys(m[1] for m in (re.match("hf:([^/:]+/[^/:]+)", name) for name in names) if m))
+        or None,
+        tags=tags,
+    )
 
 
-def _hub_name(folder: Path) -> str | None:
-    """The name on the hub of a model that lies in the hub's cache; None of any other folder, which says none."""
-    names = [part.removeprefix("models--") for part in folder.parts if part.startswith("models--")]
-    return names[-1].replace("--", "/") if names else None
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [str(one) for one in value] if isinstance(value, list) else []
+
+
+def _named(origin: Path) -> str:
+    """What a card calls a model: its name on the hub with the commit, else that of its folder."""
+    found = hub.snapshot(origin)
+    return f"`{found[0]}` (commit {found[1][:12]})" if found else f"`{origin.name}`"
+
+
+def _start(config: dict[str, Any], record: dict[str, Any], origins: dict[str, Path]) -> str:
+    """The row of the card about the first weights."""
+    init, layers = (config.get("student") or {}).get("init", "teacher"), record.get("layers")
+    if init == "random":
+        return "random weights"
+    of = "the teacher" if init == "teacher" else _named(origins["init"])
+    return f"layers {' '.join(map(str, layers))} of {of}" if layers else of
 
 
 def _about_embeddings(record: dict[str, Any], student: Architecture, pooling: Pooling | None) -> dict[str, str]:

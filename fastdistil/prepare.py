@@ -29,6 +29,7 @@ from fastdistil.data import tokenizer
 from fastdistil.data.sequences import SHORTEST, SHORTEST_SENTENCE, Cut, encode_in_order, split_document
 from fastdistil.data.sources import DocumentBatch, Options, Source, read_batches, resolve
 from fastdistil.model.sentence import read_max_length
+from fastdistil.remote import hub
 from fastdistil.run import console, files, options
 from fastdistil.run.command import command, leave, num_cores
 
@@ -174,6 +175,8 @@ def _size(num_bytes: float) -> str:
 def _pieces(config: PrepareConfig, spec: tokenizer.Spec) -> dict[str, Any]:
     """--max-length and --cut, or what stands for them. Raises ValueError where the model says nothing usable."""
     asked = config.max_length
+    if asked is None and isinstance(spec, str):
+        spec = hub.folder_of("--tokenizer", spec, hub.TOKENIZER)
     reads = read_max_length(spec) if asked is None and isinstance(spec, Path) and spec.is_dir() else None
     if reads is None:
         return {"max_length": asked or LONGEST, "cut": config.cut or "length"}
@@ -251,7 +254,7 @@ def _provide_tokenizer(
         sample = _sample(sources)
         made = ThreadPoolExecutor(1).submit(tokenizer.train, sample, spec, cased=config.cased).result()
     else:
-        path = tokenizer.fetch(spec) if isinstance(spec, str) else spec
+        path = hub.folder_of("--tokenizer", spec, hub.TOKENIZER)
         tokenizer.special_ids(path)  # a missing one is an error here rather than in a worker
         names, said = tokenizer.special_tokens(path), tokenizer.settings(path)
         made = tokenizer.load(path, cased=config.cased)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+from fastdistil.remote import mirror
 from fastdistil.run import console, folder, recipes
 from fastdistil.run.command import STOPPED, Failed, Launched, StopRequest, again, command_of_ranks, launched, leave
 from fastdistil.training.preflight import Resolved, resolve
@@ -25,7 +26,7 @@ def main(args: list[str] | None = None) -> int:
     # What is asked: the recipe with its overrides, checked against the files that it names.
     here = launched()
     console.start(sys.stdout, speaks=here.rank == 0, keeps=here.rank == 0)
-    config = recipes.parse(args, quiet=here.rank != 0)
+    config = mirror.bring(partial(recipes.parse, args, quiet=here.rank != 0), here)
     if not config.dry_run and here.world_size == here.local_world_size and (said := folder.finished(config)):
         log.info(said)
         return 0

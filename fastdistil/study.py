@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 from fastdistil.evaluation import zero_shot
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
+from fastdistil.remote import hub
 from fastdistil.run import console, options, recipes
 from fastdistil.run.command import Failed, command, leave, num_cores, require, visible_gpus
 from fastdistil.run.files import read_json, read_json_lines, write_json
@@ -143,6 +144,8 @@ class Study:
     """
 
     def __init__(self, config: StudyConfig) -> None:
+        if config.teacher is not None:
+            config = replace(config, teacher=hub.folder_of("--teacher", config.teacher))
         if not config.variants:
             config = replace(config, variants=default_variants(config.teacher))
         self.config, self.out = config, config.out

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from fastdistil import evaluate
 from fastdistil.evaluation import finetune, tasks
@@ -342,9 +343,14 @@ def test_the_card_says_what_was_kept(folders, similar, tmp_path, caplog):
         assert evaluate.main(words) == 0
         text = (other / "README.md").read_text()
         assert "old" not in text
-        assert text.startswith("---\nlicense: mit\n---\n# other\n\n## What it kept\n")
+        assert text.partition("\n---\n")[2].startswith("# other\n\n## What it kept\n")
         assert text.endswith("\n\n## Training\nlong\n")
         assert text.count("| sts, spearman, 30 rows | ") == text.count(f"of `{folders[0].name}` (95 %)") == 1
+        about = ModelCard(text).data
+        assert (about.license, about.model_name) == ("mit", "other")
+        (found,) = about.eval_results
+        assert (found.task_name, found.metric_type, found.dataset_split) == ("sts", "spearman", "train")
+        assert f"{found.metric_value:.1f} (" in text
 
 
 def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):

@@ -132,8 +132,14 @@ def test_the_command(run, tmp_path):
 def test_model_card(run, tmp_path):
     export(ExportConfig(run=run, out=tmp_path / "student"))
     card = (tmp_path / "student" / "README.md").read_text()
-    assert card.startswith("---\n# license: yours to choose")
+    assert ModelCard(card).data.to_dict() == {
+        "license": "unknown",
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "tags": ["fastdistil", "knowledge-distillation"],
+    }
     for wanted in (
+        "No licence is stated: it is the publisher's to choose",
         "pipeline_tag: fill-mask",
         "# student",
         "| recipe | `distilbert` |",
@@ -151,6 +157,52 @@ def test_model_card(run, tmp_path):
         assert wanted in card
     assert "/data/someone" not in card
     assert "tokens_per_s" not in card
+
+
+def test_the_card_says_where_the_model_comes_from(run, tmp_path):
+    """Of a student of two models of the hub and a data set of it; licence and language are those of their cards."""
+    config = json.loads((run / "config.json").read_text())["config"]
+    for role, name, language in (("teacher", "lab--large", "en"), ("init", "lab--small", "[en, de]")):
+        folder = tmp_path / f"models--{name}" / "snapshots" / "0123456789abcdef"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(f"---\nlicense: mit\nlanguage: {language}\n---\n# A model\n")
+        config["teacher" if role == "teacher" else "student"]["path" if role == "teacher" else "init"] = str(folder)
+    data = json.loads((run / "config.json").read_text())["data"]
+    sources = [{"name": "hf:lab/wiki:20231101.en", "split": "train"}, {"name": "a.txt"}, {"name": "hf:a-folder"}]
+    _break(run, config=config, data=data | {"sources": sources}, layers=[0, 3])
+    export(ExportConfig(run=run, out=tmp_path / "student"))
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert ModelCard(card).data.to_dict() == {
+        "license": "mit",
+        "language": ["en", "de"],
+        "library_name": "transformers",
+        "pipeline_tag": "fill-mask",
+        "base_model": "lab/small",
+        "base_model_relation": "finetune",
+        "datasets": ["lab/wiki"],
+        "tags": ["fastdistil", "knowledge-distillation"],
+    }
+    assert "| starts from | layers 0 3 of `lab/small` (commit 0123456789ab) |" in card
+    assert "| teacher | `lab/large` (commit 0123456789ab), 4 layers" in card
+    assert "No licence is stated" not in card
+
+    # Where the two do not agree nothing follows, and the publisher may say.
+    Path(config["teacher"]["path"], "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    export(ExportConfig(run=run, out=tmp_path / "student", overwrite=True))
+    assert ModelCard.load(tmp_path / "student" / "README.md").data.license == "unknown"
+    export(ExportConfig(run=run, out=tmp_path / "student", overwrite=True, license="apache-2.0"))
+    assert ModelCard.load(tmp_path / "student" / "README.md").data.license == "apache-2.0"
+
+
+def test_the_card_of_what_goes_on_training(tmp_path):
+    run = _make_run(tmp_path / "run", "mlm", None)
+    config = json.loads((run / "config.json").read_text())["config"]
+    config["student"]["init"] = "/cache/models--bert-base-uncased/snapshots/0a1b"
+    _break(run, config=config, layers=[0, 1])
+    export(ExportConfig(run=run, out=tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert ModelCard(card).data.base_model == "bert-base-uncased"
+    assert "| starts from | layers 0 1 of `bert-base-uncased` (commit 0a1b) |" in card
 
 
 def test_model_card_names_the_terms_that_count(run, tmp_path):
@@ -223,16 +275,18 @@ def test_the_card_of_embeddings(embedder, tmp_path):
         "first 30 tokens are read |",
         "| layers | the first 2 of 3, trained to be a model by themselves |",
         "| dimensions | the first 4 of 12, trained to be used alone (Matryoshka) |",
-        "| teacher | `sentence-transformers/all-MiniLM-L6-v2`, 4 layers",
+        "| teacher | `sentence-transformers/all-MiniLM-L6-v2` (commit 0a1b), 4 layers",
         "| validation | embedding | 0.0123 | distance of the pooled embeddings, a sequence |",
         "figures are of the whole run, not of this part",
         "1.0 x (1 - cos) of the last hidden states + 2.0 x cosine distance of the pooled embeddings.",
     ):
         assert wanted in card
     assert ModelCard(card).data.to_dict() == {
+        "license": "unknown",
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "base_model": "sentence-transformers/all-MiniLM-L6-v2",
+        "base_model_relation": "finetune",
         "tags": ["fastdistil", "knowledge-distillation", "sentence-transformers", "feature-extraction"],
     }
     example = card.split("```python\n")[1].split("```")[0].replace("'student'", repr(str(tmp_path / "student")))
@@ -248,6 +302,7 @@ def test_hidden_states_alone(embedder, tmp_path):
     assert not (tmp_path / "out" / "modules.json").exists()
     card = (tmp_path / "out" / "README.md").read_text()
     assert ModelCard(card).data.to_dict() == {
+        "license": "unknown",
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",
         "tags": ["fastdistil", "knowledge-distillation"],

@@ -17,10 +17,11 @@ COMMANDS = {p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
 MAY_IMPORT = {
     "kernels": set(),
     "run": set(),
-    "data": {"run", "kernels"},
+    "remote": {"run"},
+    "data": {"remote", "run", "kernels"},
     "model": {"run", "kernels"},
-    "evaluation": {"run", "kernels"},
-    "training": {"data", "model", "run", "kernels"},
+    "evaluation": {"remote", "run", "kernels"},
+    "training": {"data", "model", "remote", "run", "kernels"},
     # commands may import anything but each other
 }
 USES = {
@@ -32,6 +33,7 @@ USES = {
 WITHOUT_TORCH = (
     *sorted(COMMANDS),
     *(f"run.{name}" for name in ("config", "recipes", "options", "command", "folder", "files")),
+    *(f"remote.{name}" for name in ("hub", "mirror", "storage")),
     *(f"data.{name}" for name in ("readers", "sources", "tokenizer", "sequences", "shards")),
     *(
         "model.architecture",
@@ -233,7 +235,7 @@ def test_kernels_is_a_bare_folder():
 def test_help_and_mistakes_do_not_wait_for_torch():
     """Neither torch nor what brings it is imported before the command line and its files are checked."""
     modules = ", ".join(f"fastdistil.{name}" for name in WITHOUT_TORCH)
-    heavy = "{'torch', 'triton', 'deepspeed', 'transformers', 'datasets'}"
+    heavy = "{'torch', 'triton', 'deepspeed', 'transformers', 'datasets', 'huggingface_hub', 'fsspec'}"
     code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert got.stdout.strip() == "[]"

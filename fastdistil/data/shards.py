@@ -15,8 +15,12 @@ of the data. Nothing in the folder depends on the machine, the time or the numbe
 import hashlib
 import io
 import json
+import logging
 import os
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
@@ -26,7 +30,10 @@ from typing import Any, Self
 import numpy as np
 
 from fastdistil.data.tokenizer import SPECIAL_TOKENS
+from fastdistil.remote.storage import storage
 from fastdistil.run import files
+
+log = logging.getLogger("fastdistil")
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
@@ -172,6 +179,81 @@ def token_dtype(vocab_size: int) -> str:
 def shard_name(index: int) -> str:
     """The files of shard `index` are this name with .tokens and .offsets."""
     return f"shard-{index:05d}"
+
+
+def fetch(option: str, url: str, cache: Path) -> Path:
+    """The folder of `cache` that is a copy of the prepared one at a URL, made where it is missing.
+
+    It is whole or has no meta.json; every file of tokens is compared with its SHA-256. An interrupted copy goes on with
+    the files that are there. Processes of a machine wait for the one that copies. Copies are told apart by their
+    meta.json, which holds all hashes, so that of a corpus that was prepared anew there is another one.
+
+    Raises ValueError where there is no whole preparation at the URL, it cannot be read, or the disk is too small.
+    """
+    from filelock import FileLock
+
+    system, root = storage(option, url)
+    cache = cache.expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        described = system.cat_file(f"{root}/{META_FILE}")
+        key = hashlib.sha256(described).hexdigest()[:16]
+        folder = cache / f"{root.rpartition('/')[2]}-{key}"
+        with FileLock(cache / f"{folder.name}.lock"):
+            if not (folder / META_FILE).is_file():
+                _copy(system, root, described, folder, f"{option} {url}", cache)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{option} {url} holds no finished preparation ({error}): copy a whole folder of `python -m "
+            "fastdistil.prepare` there"
+        ) from None
+    except ValueError:
+        raise
+    except Exception as error:  # every storage raises its own
+        raise ValueError(
+            f"{option} {url} cannot be read ({type(error).__name__}: {error}): see that the address and the login are "
+            "right"
+        ) from error
+    return folder
+
+
+def _copy(system: Any, root: str, described: bytes, folder: Path, what: str, cache: Path) -> None:
+    """Copy a prepared folder to `folder`, its meta.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as alone:
+        Path(alone, META_FILE).write_bytes(described)
+        try:
+            meta = read_meta(alone)
+        except ValueError as error:
+            raise ValueError(str(error).replace(alone, what)) from None
+    hashes: dict[str, str] = {COUNTS_FILE: meta.counts_sha256}
+    for shard in meta.shards:
+        hashes |= shard.hashes
+    beside = [f"tokenizer/{path.rpartition('/')[2]}" for path in system.ls(f"{root}/tokenizer", detail=False)]
+    num_bytes = meta.num_tokens * np.dtype(meta.dtype).itemsize + 8 * meta.num_sequences
+    done = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    if shutil.disk_usage(folder).free < num_bytes - done + 2**20:
+        raise ValueError(
+            f"{what} is {num_bytes:,} bytes, and {cache} has {shutil.disk_usage(folder).free:,} free: give a "
+            "--data.cache with more room"
+        )
+    log.info("%s: copying %s MB in %d files to %s", what, f"{num_bytes / 1e6:,.1f}", len(hashes), folder)
+    begin = said = time.monotonic()
+    for name in (*beside, *hashes):
+        path = folder / name
+        if name not in hashes or not path.is_file() or files.sha256(path) != hashes[name]:
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_name(f"{path.name}.part")
+            system.get_file(f"{root}/{name}", str(part))
+            if name in hashes and (got := files.sha256(part)) != hashes[name]:
+                part.unlink()
+                raise ValueError(f"{what}: {name} is not as {META_FILE} says (SHA-256 {got}, wanted {hashes[name]})")
+            os.replace(part, path)
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            log.info("%s: %s is here, after %.0f s", what, name, said - begin)
+    files.write_bytes(folder / META_FILE, described, durable=True)
+    log.info("%s: copied in %.1f s", what, time.monotonic() - begin)
 
 
 class Shards:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdistil.remote import hub
 from fastdistil.run import files
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def parse_spec(text: str, *, cased: bool = False) -> Spec:
         special_ids(path)
         _refuse_cased_without_effect(path, cased)
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or path.suffix in (".json", ".txt"):
+    if hub.name_of(text) is None or path.suffix in (".json", ".txt"):
         raise FileNotFoundError(
             f"--tokenizer {text}: no such file or folder, and not a name on the hub; wanted one of these or train:SIZE"
         )
@@ -361,21 +362,6 @@ def _bert_normalizer(file: Path, cased: bool) -> "BertNormalizer":
         strip_accents=accents,
         handle_chinese_chars=record.get("tokenize_chinese_chars", True),
     )
-
-
-def fetch(name: str) -> Path:
-    """The local folder with the tokenizer of a model on the hub, from the cache when offline."""
-    from huggingface_hub import snapshot_download
-
-    vocabulary = ["tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model"]
-    beside = ["added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=vocabulary + beside))
-    except Exception as error:  # the hub's, the network's and the file system's own errors
-        raise ValueError(
-            f"--tokenizer {name}: neither a file or folder here nor a tokenizer that could be fetched from the hub "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def train(documents: Iterable[str], size: int, *, cased: bool = False) -> "Tokenizer":

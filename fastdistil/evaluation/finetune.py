@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from fastdistil.evaluation import tasks
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.kernels.distill import distill_loss
+from fastdistil.remote import hub
 from fastdistil.run import console
 from fastdistil.run.command import Failed
 
@@ -91,8 +92,9 @@ def pretrained(auto_class: Any, path: str | Path, **changes: Any) -> Any:
 
     Raises ValueError where it cannot be loaded.
     """
+    folder = hub.folder_of("model", path)
     try:
-        return auto_class.from_pretrained(path, trust_remote_code=False, **changes)
+        return auto_class.from_pretrained(folder, trust_remote_code=False, **changes)
     except Exception as error:  # transformers raises whatever a file leads to
         raise ValueError(f"{path} cannot be loaded by transformers ({type(error).__name__}: {error})") from error
 

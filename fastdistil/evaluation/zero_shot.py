@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fastdistil.evaluation import tasks
+from fastdistil.remote import hub
 from fastdistil.run import console
 
 if TYPE_CHECKING:
@@ -273,14 +274,15 @@ def load_encoder(path: str, pooling: Literal["mean", "cls"] | None, max_length: 
 
     from fastdistil.evaluation import finetune
 
-    for folder in (path, *Path(path).glob("*_Transformer")):
-        if not Path(path).is_dir() or (Path(folder) / "config.json").is_file():
+    here = hub.folder_of("model", path)
+    for folder in (here, *here.glob("*_Transformer")):
+        if not here.is_dir() or (folder / "config.json").is_file():
             finetune.configuration(folder)
     try:
-        if is_sentence_transformer_model(path):
-            model, said_by = SentenceTransformer(path, device=device), "the folder's"
+        if is_sentence_transformer_model(str(here)):
+            model, said_by = SentenceTransformer(str(here), device=device), "the folder's"
         else:
-            encoder = Transformer(path)
+            encoder = Transformer(str(here))
             modules: list[Any] = [encoder, Pooling(encoder.get_embedding_dimension(), pooling or "mean")]
             model = SentenceTransformer(modules=modules, device=device)
             said_by = "--pooling" if pooling else "the folder says nothing"

@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +31,13 @@ from torch import Tensor
 
 from fastdistil.run.command import Failed
 from fastdistil.run.files import read_json, sha256, sync
+from fastdistil.run.folder import CHECKPOINTS as FOLDER
+from fastdistil.run.folder import MANIFEST
 from fastdistil.run.ranks import Ranks
 
 log = logging.getLogger("fastdistil")
 
-FOLDER = "checkpoints"
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 FILES = (WEIGHTS, OPTIMIZER, STATE)  # what the manifest lists
 _NAME = re.compile(r"update-(\d{8,})")
 
@@ -165,10 +167,11 @@ class Saver:
     Args:
         keep: how many checkpoints stay.
         go_on: where one cannot be written, say so and go on; otherwise the next call raises CheckpointError.
+        then: is given the folder of each one that is whole, in that thread.
     """
 
-    def __init__(self, run: Path, *, keep: int, go_on: bool) -> None:
-        self.run, self.keep, self.go_on = run, keep, go_on
+    def __init__(self, run: Path, *, keep: int, go_on: bool, then: Callable[[Path], None] | None = None) -> None:
+        self.run, self.keep, self.go_on, self.then = run, keep, go_on, then
         self.thread, self.open = ThreadPoolExecutor(1), None
         self.seconds = 0.0  # that the last one took to write
 
@@ -183,9 +186,11 @@ class Saver:
 
     def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         begin = time.perf_counter()
-        path = save(self.run, tensors, state, keep=self.keep)
+        checkpoint = save(self.run, tensors, state, keep=self.keep)
         self.seconds = time.perf_counter() - begin
-        log.info("wrote %s (%.1f s)", path, self.seconds)
+        log.info("wrote %s (%.1f s)", checkpoint, self.seconds)
+        if self.then is not None:
+            self.then(checkpoint)
 
     def _finish(self) -> None:
         try:

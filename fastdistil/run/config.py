@@ -97,8 +97,8 @@ class DataConfig(_Section):
     """The text, as folders written by `python -m fastdistil.prepare`."""
 
     shards: tuple[str, ...] | None = None
-    """Folder of prepared shards to train on, or several as a mix: all with a weight, their share of the tokens
-    (wiki:0.7 pubmed:0.3), or none, which reads every sequence once an epoch."""
+    """Folder of prepared shards to train on, or its URL on an object store (s3://bucket/wiki); or several as a mix: all
+    with a weight, their share of the tokens (wiki:0.7 pubmed:0.3), or none, which reads every sequence once an epoch."""
     validation: Path | None = None
     """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held
     out, of a mix as many of each folder as its share."""
@@ -108,6 +108,8 @@ class DataConfig(_Section):
     num_workers: Annotated[int | None, AT_LEAST_0] = None
     """Processes that mask and pack ahead of the device; 0 does it in the training process. None: 2 beside a GPU, 0 on
     a CPU, whose cores they would take. Never changes results."""
+    cache: Path = Path("~/.cache/fastdistil")
+    """Where shards that lie at a URL are copied to; a disk of this machine is best."""
     verify: bool = True
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
 
@@ -152,8 +154,8 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT or RoBERTa, with a masked-LM head where --loss.kd has a weight. None
-    trains without a teacher (recipe mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT or RoBERTa, or its name on the hub (NAME, NAME@REVISION), with a
+    masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
     pooling: Literal["mean", "cls"] | None = None
     """How its last hidden states become the embedding of a text. None: as its folder says (sentence-transformers)."""
     normalise: bool | None = None
@@ -181,7 +183,8 @@ class StudentConfig(_Section):
     """The model that is trained, and what it starts from."""
 
     init: str = "teacher"
-    """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder (layers of that)."""
+    """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder or name on the hub (layers
+    of that)."""
     num_layers: Annotated[int | None, AT_LEAST_1] = None
     """Layers of the student. None: half of the model it starts from (all of it for a folder without a teacher)."""
     layers: tuple[int, ...] | None = None
@@ -485,7 +488,10 @@ class Config(_Section):
     out: Path = Path("runs/distilbert")
     """Folder of this run: configuration, metrics, checkpoints."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest checkpoint in the run folder, or start if there is none."""
+    """auto: go on from the newest checkpoint in the run folder or of --mirror, or start if there is none."""
+    mirror: str | None = None
+    """URL on an object store (s3://bucket/runs/a, or another that fsspec knows) that gets each checkpoint, metrics and
+    configuration in the background. --resume auto on another machine goes on from there."""
     seed: Annotated[int, Range("in [0, 2^32)", lambda x: 0 <= x < 2**32)] = 56
     """Decides order, masks, dropout and random initial weights."""
     profile: str | None = None
@@ -526,11 +532,13 @@ class Config(_Section):
 FREE_AT_RESUME = (
     "out",
     "resume",
+    "mirror",
     "profile",
     "max_hours",
     "dry_run",
     "world_size",
     "data.num_workers",
+    "data.cache",
     "data.verify",
     "teacher.max_drift",
     "teacher.check",
@@ -553,6 +561,7 @@ PER_HOST = (
     "data.shards",
     "data.validation",
     "data.num_workers",
+    "data.cache",
     "data.verify",
     "teacher.path",
     "student.init",

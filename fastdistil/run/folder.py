@@ -27,6 +27,7 @@ from fastdistil.run.files import Lock, read_json, write_json
 
 log = logging.getLogger("fastdistil")
 
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 LOCK = ".lock"
 STATUS = "status.json"
 STACKS = "stacks"
@@ -61,17 +62,24 @@ def was_stopped(run: Path) -> bool:
     return False
 
 
+def holds_run(run: Path) -> bool:
+    """Whether there is a run. Raises ValueError where there is something else."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"--out {run} is a file: give a folder")
+    if (run / "config.json").is_file():
+        return True
+    if run.is_dir() and any(p.name not in (LOCK, STACKS, console.KEPT) for p in run.iterdir()):
+        raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
+    return False
+
+
 def check(config: Config, inputs: Mapping[str, str | None] | None = None) -> None:
     """Refuse an --out that holds something else, another run, or this run with another configuration (ValueError).
 
     `inputs`: digests of the contents of what these options name, each of which must be the run's own.
     """
     run = config.out
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"--out {run} is a file: give a folder")
-    if not (run / "config.json").is_file():
-        if run.is_dir() and any(p.name not in (LOCK, STACKS, console.KEPT) for p in run.iterdir()):
-            raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
+    if not holds_run(run):
         return
     if config.resume == "never":
         raise ValueError(f"--out {run} already holds a run: use --resume auto to go on with it, or another --out")
@@ -109,7 +117,7 @@ def resumed(config: Config) -> dict[str, Any] | None:
 def has_checkpoint(run: Path, update: int | None = None) -> bool:
     """Whether there is one, or that of `update`; not whether it is whole."""
     name = "update-*[0-9]" if update is None else f"update-{update:08d}"
-    return any((run / "checkpoints").glob(f"{name}/manifest.json"))
+    return any((run / CHECKPOINTS).glob(f"{name}/{MANIFEST}"))
 
 
 def finished(config: Config) -> str | None:

@@ -92,6 +92,7 @@ _ANSWERS = {
 }
 _ELSEWHERE = re.compile(r"(?!hf:[^/]|hf:/[^/])[\w.+-]+(@[\w.-]+)?:[/\\]")
 """s3://bucket, hdfs://, file:///x, dbfs:/x, host:/x, user@host:/x, C:\\x; not hf:NAME or hf:/a/folder."""
+_MAY_BE_URLS = ("--data.shards", "--data.validation", "--mirror")
 MOST_MISTAKES = 5
 """So many wrong options are answered at once."""
 
@@ -132,7 +133,7 @@ def parse(
     ]
     if mistakes:
         raise ValueError(_answer(command, mistakes))
-    words = _on_this_machine(words)
+    words = _on_this_machine(words, command)
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
@@ -265,24 +266,34 @@ def _value_of(option: str, words: Sequence[str]) -> str:
     return " ".join(values)
 
 
-def _on_this_machine(words: Sequence[str]) -> list[str]:
-    """The words with `~` expanded, which a shell leaves alone after an equals sign. ValueError for a URL."""
+def _on_this_machine(words: Sequence[str], command: str) -> list[str]:
+    """The words with `~` expanded, which a shell leaves alone after an equals sign.
+
+    ValueError for a URL where none can be used.
+    """
     expanded, option = [], ""
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = name or option
-        if (name and not equals) or not _ELSEWHERE.match(value) or os.path.splitdrive(value)[0]:  # of Windows
+        may_be_url = option in _MAY_BE_URLS or (command == "export" and not option)
+        is_url = may_be_url and "://" in value and (option == "--mirror" or not value.startswith("file:"))
+        is_here = is_url or not _ELSEWHERE.match(value) or bool(os.path.splitdrive(value)[0])  # a drive of Windows
+        if (name and not equals) or is_here:
             expanded.append(f"{name}{equals}{os.path.expanduser(value)}")
             continue
         if value.startswith("file:"):
             fix = f"use {re.sub('^file:/+', '/', value)}"
+        elif option == "--out" and command.startswith("pretrain"):
+            fix = f"use a folder of this machine, and --mirror {value} to have it there, too"
         elif option in ("--out", "--save"):
             fix = "use a folder of this machine, and copy it there afterwards"
-        elif "huggingface.co/" in value or value.startswith("hf:"):
-            fix = "fetch it by `hf download NAME --local-dir FOLDER` (a data set for fastdistil.prepare is hf:NAME)"
+        elif "huggingface.co/" in value:
+            fix = "give the model's name alone, ORGANISATION/NAME (a data set for fastdistil.prepare is hf:NAME)"
+        elif may_be_url:
+            fix = "a URL begins with s3://, gs:// or the like; copy it to this machine, or mount it"
         else:
             fix = "copy it to this machine first, or mount it"
-        raise ValueError(f"{value} is not on this machine, and URLs are neither read nor written: {fix}")
+        raise ValueError(f"{value} is not on this machine: {fix}")
     return expanded
 
 

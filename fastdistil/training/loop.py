@@ -22,8 +22,9 @@ from fastdistil import __version__
 from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.model.encoder import MaskedLM
+from fastdistil.remote.mirror import Mirror
 from fastdistil.run import console, folder
-from fastdistil.run.checkpoint import Checkpoint, Saver, require_space
+from fastdistil.run.checkpoint import Checkpoint, Saver, folder_of, require_space
 from fastdistil.run.command import StopRequest, started_at
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
@@ -47,6 +48,8 @@ LIFE_S = 30.0
 """An update or a validation that takes longer says how far it is; where --log.every is a time, it is that one."""
 SAVE_S = 30.0
 """What a checkpoint is taken to last until one was written, for --max-hours; a tenth of these where that is less."""
+UPLOAD_S = 10.0
+"""So often ranks that wait for an upload hear that it goes on."""
 MOST_OPEN = 1000
 """Updates between two lines at most, where their interval is a time: each keeps its sums on the device until then."""
 
@@ -114,6 +117,8 @@ class Job:
     journal: Journal
     saver: Saver | None
     """On rank 0."""
+    mirror: Mirror | None
+    """On rank 0, where there is one."""
     update: int
     """Updates that are done."""
     num_tokens: int
@@ -177,7 +182,9 @@ def setup(
         saved.tensors.clear()  # hundreds of megabytes
         log.info("resuming after update %d of %d", update, corpus.num_updates)
 
-    writer, saver = open_folder(resolved, corpus, ranks, update) if ranks.is_main else (None, None)
+    writer = saver = mirror = None
+    if ranks.is_main:
+        writer, saver, mirror = open_folder(resolved, corpus, ranks, update)
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
@@ -200,7 +207,9 @@ def setup(
         num_skipped=num_skipped,
         seconds=seconds,
     )
-    job = Job(resolved, corpus, ranks, stop, watchdog, engine, prefetcher, graph, journal, saver, update, num_tokens)
+    job = Job(
+        resolved, corpus, ranks, stop, watchdog, engine, prefetcher, graph, journal, saver, mirror, update, num_tokens
+    )
     job.deadline = Deadline(config.max_hours)
     job.profile = Profile(
         config.profile_window,
@@ -218,8 +227,10 @@ def setup(
     return job
 
 
-def open_folder(resolved: Resolved, corpus: Corpus, ranks: Ranks, update: int) -> tuple[MetricsWriter, Saver]:
-    """The run folder, on rank 0: what the run is, then its log, metrics and checkpoints from `update` on."""
+def open_folder(
+    resolved: Resolved, corpus: Corpus, ranks: Ranks, update: int
+) -> tuple[MetricsWriter, Saver, Mirror | None]:
+    """The run folder, on rank 0: what the run is, then its log, metrics and checkpoints from `update` on, and a copy."""
     config = resolved.config
     duration_before = folder.start(config.out, record := describe(resolved, corpus, ranks), resolved.tokenizer_path)
     console.keep(config.out)
@@ -227,7 +238,11 @@ def open_folder(resolved: Resolved, corpus: Corpus, ranks: Ranks, update: int) -
     require_space(config.out, 12 * resolved.student.num_parameters + 2**20)
     trackers = [Tracker(name, config.out, record["config"], update) for name in chosen(config.log.to)]
     writer = MetricsWriter(config.out, resumed_at=update, trackers=trackers, go_on=config.log.go_on)
-    return writer, Saver(config.out, keep=config.log.keep_checkpoints, go_on=config.log.go_on)
+    keep = config.log.keep_checkpoints
+    mirror = Mirror(config.mirror, config.out, keep=keep) if config.mirror is not None else None
+    if mirror is not None and update:
+        mirror.send(folder_of(config.out, update))  # which is nothing where it is there
+    return writer, Saver(config.out, keep=keep, go_on=config.log.go_on, then=mirror and mirror.send), mirror
 
 
 def train(job: Job) -> str | None:
@@ -290,8 +305,7 @@ def _train(job: Job, bar: console.Bar) -> str | None:
         if checkpoint_due or last or stopping:
             save(job)
             checkpoints.done()
-    finish(job, failure, time.perf_counter() - began)
-    return failure
+    return finish(job, failure, time.perf_counter() - began)
 
 
 def micro_batches(job: Job) -> tuple[Iterator[tuple[MicroBatch, Any]], Callable[[MicroBatch, Any], Tensor]]:
@@ -393,8 +407,8 @@ def save(job: Job) -> None:
     job.journal.restart_clock()
 
 
-def finish(job: Job, failure: str | None, seconds: float) -> None:
-    """Wait for the last checkpoint, say what saving cost, and what became of the run."""
+def finish(job: Job, failure: str | None, seconds: float) -> str | None:
+    """Wait for the last checkpoint, say what saving cost, and what became of the run; why it failed, or None."""
     if job.saver is not None:
         begin = time.perf_counter()
         job.saver.close()
@@ -402,6 +416,9 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
     job.ranks.any()  # once one has gone with 75, launchers end the others, half a minute later by SIGKILL
+    lacks = wait_for_mirror(job) if job.config.mirror else None
+    if lacks and not failure and job.update == job.corpus.num_updates:
+        failure = f"the run is finished, and whole in {job.config.out}, but {lacks}: --resume auto sends it again"
     if failure:
         state, about = "failed", {"reason": failure}
     elif job.update < job.corpus.num_updates:
@@ -415,6 +432,22 @@ def finish(job: Job, failure: str | None, seconds: float) -> None:
         f"{state} after update {job.update:,} of {job.corpus.num_updates:,}, {job.num_tokens:,} tokens, "
         f"{console.clock(job.journal.seconds)} of training: {job.config.out}"
     )
+    if job.mirror is not None:
+        job.mirror.end()
+    return failure
+
+
+def wait_for_mirror(job: Job) -> str | None:
+    """Wait, on every rank, for the last upload, which is tried twice; on rank 0 why it failed, or None."""
+    mirror, begin = job.mirror, time.perf_counter()
+    for attempt in range(2):
+        if attempt and mirror is not None:
+            mirror.try_again()
+        while any(job.ranks.any(mirror is not None and mirror.is_uploading(UPLOAD_S))):
+            job.watchdog.restart()  # it may take longer than a collective
+    if mirror is not None:
+        log.info("the run waited %.1f s for the last upload to its mirror", time.perf_counter() - begin)
+    return mirror.failure if mirror is not None else None
 
 
 def say_prolonged(config: Config, corpus: Corpus, duration: float, update: int) -> None:

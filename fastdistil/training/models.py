@@ -111,8 +111,8 @@ def read_source(
         return config.teacher.path, teacher
     if not Path(init).exists():
         raise ValueError(
-            f"--student.init must be `teacher`, `random` or a Hugging Face folder, and there is no folder {init}: a "
-            "model on the hub is fetched by `hf download NAME --local-dir DIR`"
+            f"--student.init must be `teacher`, `random`, a Hugging Face folder or a name on the hub, and there is no "
+            f"folder {init}"
         )
     head = config.loss.has_head
     return Path(init), read_model("--student.init", Path(init), meta, notes, head=head, need_head=False)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastdistil.data import tokenizer
-from fastdistil.data.shards import Meta, read_meta, together
+from fastdistil.data.shards import Meta, fetch, read_meta, together
 from fastdistil.model import sentence
 from fastdistil.model.architecture import Architecture, FlopsPerToken, flops_per_token, from_record
+from fastdistil.remote import hub
+from fastdistil.remote.storage import url_of
 from fastdistil.run import folder
 from fastdistil.run.command import gpu_bytes, is_installed, require
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
@@ -155,6 +157,8 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_losses(config)
 
     # The text, and the models that are to read it.
+    config = _with_inputs_here(config)
+    assert config.data.shards is not None
     _check_inputs_are_here(config)
     metas = tuple(read_meta(text.folder) for text in config.data.texts)
     _check_one_tokenizer(config, metas)
@@ -238,6 +242,27 @@ def _ranks_meant(config: Config, world_size: int) -> int:
     if config.world_size < 1:
         raise ValueError(f"--world-size must be 1 or more, got {config.world_size}")
     return config.world_size
+
+
+def _with_inputs_here(config: Config) -> Config:
+    """With folders of this machine in the place of URLs of shards, and of models' names on the hub.
+
+    A run that goes on has the weights that it started from.
+    """
+    data, teacher, student = config.data, config.teacher, config.student
+    texts = []
+    for text in data.texts:
+        url = url_of(text.folder)
+        there = text.folder if url is None else fetch("--data.shards", url, data.cache)
+        texts.append(str(there) if text.weight is None else f"{there}:{text.weight!r}")
+    data = replace(data, shards=tuple(texts))
+    if data.validation is not None and (url := url_of(data.validation)) is not None:
+        data = replace(data, validation=fetch("--data.validation", url, data.cache))
+    if teacher.path is not None:
+        teacher = replace(teacher, path=hub.folder_of("--teacher.path", teacher.path))
+    if student.init not in NO_PATHS and not folder.has_checkpoint(config.out):
+        student = replace(student, init=str(hub.folder_of("--student.init", student.init)))
+    return replace(config, data=data, teacher=teacher, student=student)
 
 
 def _check_inputs_are_here(config: Config) -> None:

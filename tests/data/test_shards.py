@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from fastdistil.data import shards
 from fastdistil.data.shards import Meta, Shards, ShardWriter, read_meta
+from tests.support import stores, toy
 
 SPECIAL_IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -239,3 +241,57 @@ def test_a_folder_of_before_losses_were_counted(folder):
     path.write_text(json.dumps({name: value for name, value in record.items() if name not in _LATER}))
     meta = Shards(folder).meta
     assert (meta.dropped_share, meta.bad_records) == (0.0, 0)
+
+
+class TestFetch:
+    """A prepared folder at a URL becomes a copy on this machine."""
+
+    @pytest.fixture(autouse=True)
+    def no_fault(self):
+        yield
+        stores.Faulty.set()
+
+    def test_a_copy_is_made_once(self, tmp_path, caplog):
+        there = toy.make_shards(tmp_path / "wiki")
+        with caplog.at_level("INFO", logger="fastdistil"):
+            here = shards.fetch("--data.shards", f"faulty://{there}", tmp_path / "cache")
+        assert here.parent == tmp_path / "cache"
+        assert here.name.startswith("wiki-")
+        assert f"copying 0.0 MB in 5 files to {here}" in caplog.text
+
+        def contents(folder):
+            return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+        assert contents(here) == contents(there)
+        (there / "counts.npy").unlink()  # it is not looked at again
+        assert shards.fetch("--data.shards", f"faulty://{there}", tmp_path / "cache") == here
+        # Another text under the same name has another copy.
+        other = toy.make_shards(tmp_path / "other" / "wiki", seed=1)
+        assert shards.fetch("--data.shards", f"faulty://{other}", tmp_path / "cache") != here
+
+    @pytest.mark.parametrize("name", ["shard-00001.tokens", "shard-00000.offsets", "counts.npy"])
+    def test_what_is_damaged_there_is_no_copy(self, tmp_path, name):
+        there = toy.make_shards(tmp_path / "wiki")
+        whole = (there / name).read_bytes()
+        (there / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"--data.shards faulty://.*: {name} is not as meta.json says \(SHA-256"):
+            shards.fetch("--data.shards", f"faulty://{there}", tmp_path / "cache")
+        assert not list((tmp_path / "cache").glob("*/meta.json"))
+        # Once it is whole there, the copy goes on with what has come.
+        (there / name).write_bytes(whole)
+        here = shards.fetch("--data.shards", f"faulty://{there}", tmp_path / "cache")
+        assert len(shards.Shards(here)) == 400
+
+    def test_what_is_no_preparation(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"--data.shards faulty://.*empty holds no finished preparation"):
+            shards.fetch("--data.shards", f"faulty://{tmp_path}/empty", tmp_path / "cache")
+        (tmp_path / "empty" / "meta.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"--data.shards faulty://.*empty/meta.json: lacks|empty.* lacks the field"):
+            shards.fetch("--data.shards", f"faulty://{tmp_path}/empty", tmp_path / "cache")
+
+    def test_a_disk_that_is_too_small(self, tmp_path, monkeypatch):
+        there = toy.make_shards(tmp_path / "wiki")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(ValueError, match=r"is [\d,]+ bytes, and .*cache has 1,000 free: give a --data.cache with"):
+            shards.fetch("--data.shards", f"faulty://{there}", tmp_path / "cache")

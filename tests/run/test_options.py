@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastdistil import efficiency, evaluate, export, prepare, report
+from fastdistil.remote.storage import url_of
 from fastdistil.run import options, recipes
 from fastdistil.run.options import parse
 from fastdistil.run.recipes import NAMES
@@ -161,7 +162,12 @@ def test_the_deepspeed_launchers_rank_is_not_ours(monkeypatch):
         (prepare.PrepareConfig, "prepare", ["--sources", "a"], "is given without an option"),
         (prepare.PrepareConfig, "prepare", [], "missing: --tokenizer STR A Hugging Face folder"),
         (prepare.PrepareConfig, "prepare", ["--tokenizer", "t", "--out", "o"], "no source: give files, folders or"),
-        (export.ExportConfig, "export", [], "missing: PATH Folder of the run.; --out PATH Folder to write"),
+        (
+            export.ExportConfig,
+            "export",
+            [],
+            "missing: PATH Folder of the run, or the URL that was its --mirror.; --out PATH Folder to write",
+        ),
         (export.ExportConfig, "export", ["a", "--output", "b"], "there is no --output: use --out"),
         (evaluate.EvaluateConfig, "evaluate", ["a", "--tasks", "b"], "no --tasks: did you mean --task?"),
         (evaluate.EvaluateConfig, "evaluate", ["a", "--learning_rate", "1"], "use --lr"),
@@ -189,34 +195,36 @@ def test_options_in_one_word_want_an_equals_sign():
 
 
 @pytest.mark.parametrize(
-    ("value", "fix"),
+    "value",
     [
-        ("s3://bucket/run", "use a folder of this machine, and copy it there afterwards"),
-        ("gs://bucket/run", "copy it there afterwards"),
-        ("hdfs:///run", "copy it there afterwards"),
-        ("abfss://box@host/run", "copy it there afterwards"),
-        ("dbfs:/run", "copy it there afterwards"),
-        ("me@host:/run", "copy it there afterwards"),
-        ("C:\\runs", "copy it there afterwards"),
-        ("file:///tmp/run", "use /tmp/run"),
+        *("s3://bucket/run", "gs://bucket/run", "hdfs:///run", "abfss://box@host/run", "dbfs:/run", "me@host:/run"),
+        *("C:\\runs", "file:///tmp/run"),
     ],
 )
 @pytest.mark.parametrize("joined", [True, False])
-def test_nothing_is_written_to_a_url(tmp_path, monkeypatch, value, fix, joined):
+def test_nothing_is_written_to_a_url(tmp_path, monkeypatch, value, joined):
     monkeypatch.chdir(tmp_path)
     words = [f"--out={value}"] if joined else ["--out", value]
     (line,) = answer("mlm", *words)
-    assert line.startswith(f"{value} is not on this machine")
-    assert line.endswith(fix)
-    assert answer("a", *words, kind=export.ExportConfig, command="export") == [line]
+    fix = "use /tmp/run" if value.startswith("file:") else f"use a folder of this machine, and --mirror {value} to have"
+    assert line.startswith(f"{value} is not on this machine: {fix}")
+    (line,) = answer("a", *words, kind=export.ExportConfig, command="export")
+    assert line.endswith("use /tmp/run" if value.startswith("file:") else "and copy it there afterwards")
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_read_from_a_url():
+def test_what_is_read_from_a_url():
     (line,) = answer("mlm", "--teacher.path", "https://huggingface.co/bert-base-uncased")
-    assert "hf download NAME" in line
-    (line,) = answer("mlm", "--data.shards=s3://bucket/wiki")
-    assert line.endswith("copy it to this machine first, or mount it")
+    assert "give the model's name alone" in line
+    got = recipes.parse(["mlm", "--data.shards=s3://bucket/wiki", "--data.validation", "hf://datasets/lab/wiki"])
+    assert list(map(url_of, (got.data.shards, got.data.validation))) == ["s3://bucket/wiki", "hf://datasets/lab/wiki"]
+    for words in (["--mirror", "file:///mnt/a"], ["--mirror=s3://bucket/a"], ["--mirror", "/mnt/a"]):
+        assert recipes.parse(["mlm", *words]).mirror == words[-1].removeprefix("--mirror=")
+    given = parse(export.ExportConfig, ["s3://bucket/a", "--out", "o"], "export")
+    assert url_of(given.run) == "s3://bucket/a"
+    for value, fix in (("host:/wiki", "a URL begins with s3://"), ("file:///data/wiki", "use /data/wiki")):
+        (line,) = answer("mlm", "--data.shards", value)
+        assert fix in line
     given = ("https://host/a.txt", "--tokenizer", "t", "--out", "o")
     assert "https://host/a.txt is not on" in answer(*given, kind=prepare.PrepareConfig, command="prepare")[0]
 

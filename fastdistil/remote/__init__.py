@@ -1,0 +1,1 @@
+"""What lies elsewhere: models on the hub, files on object stores."""
