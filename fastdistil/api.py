@@ -12,6 +12,7 @@ out/shards        the same, prepared            out/student   the Hugging Face f
 
 import faulthandler
 import filecmp
+import gc
 import html
 import json
 import logging
@@ -152,7 +153,9 @@ def distil(
         prepare.prepare(options.parse(prepare.PrepareConfig, [*sources, *_words(for_prepare)], "prepare"))
         _pretrain(config)
         exported = export.ExportConfig(run=config.out, out=out / "student", overwrite=True)
-        return Distilled(exported.out, config.out, export.export(exported))
+        student = Distilled(exported.out, config.out, export.export(exported))
+        log.info(student.summary.partition("\n")[0])
+        return student
 
 
 def _words(given: Mapping[str, Any]) -> Iterator[str]:
@@ -287,3 +290,4 @@ def _in_this_process() -> Iterator[None]:
             sys.modules["torch"].set_num_threads(threads)
         if not dumps:
             faulthandler.disable()
+        gc.collect()  # models, and executors whose threads wait for it
