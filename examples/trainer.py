@@ -2,8 +2,8 @@
 
     python examples/trainer.py bert-base-uncased notes.txt --out small
 
-The models, the data and the loop are transformers'; the loss makes no (tokens, vocabulary) tensor. Wants `transformers`,
-`datasets` and `accelerate`.
+The models, the data and the loop are transformers'; the loss makes no (tokens, vocabulary) tensor. Wants the packages
+transformers, datasets and accelerate.
 """
 
 import argparse

@@ -30,7 +30,7 @@ from fastdistil import export, prepare, pretrain
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
 from fastdistil.run import folder, options, recipes
-from fastdistil.run.command import STOPPED, launched
+from fastdistil.run.command import STOPPED, Failed, launched
 from fastdistil.run.config import LOSS_TERMS, Config, flatten
 from fastdistil.run.files import read_json, read_json_lines
 from fastdistil.training.preflight import resolve
@@ -47,7 +47,7 @@ class Distilled:
     """A student: where it lies, what it is, and how it came to be."""
 
     path: Path
-    """Hugging Face folder: `from_pretrained` of transformers loads it, SentenceTransformer where it makes embeddings."""
+    """Hugging Face folder: transformers' `from_pretrained` loads it, SentenceTransformer if it makes embeddings."""
     run: Path
     """The run folder, which goes on if `distil` is called with a larger duration."""
     summary: str
@@ -130,9 +130,22 @@ def distil(
         raise ValueError(
             "distil works in one process, and this is one of several: use `torchrun -m fastdistil.pretrain ...`"
         )
-    out = Path(out).expanduser()
-    given = dict(overrides)
-    for_prepare = {"tokenizer": teacher, **given.pop("prepare", {}), "out": out / "shards"}
+    for_prepare = overrides.pop("prepare", {})
+    try:
+        return _distil(recipe, teacher, texts, Path(out).expanduser(), overrides, for_prepare)
+    except (ValueError, OSError, Failed, KeyboardInterrupt) as error:
+        raise error.with_traceback(None) from None  # it says what to do: the rest is of no use to whoever reads it
+
+
+def _distil(
+    recipe: str,
+    teacher: str | Path | None,
+    texts: str | Path | Iterable[Any],
+    out: Path,
+    given: dict[str, Any],
+    for_prepare: dict[str, Any],
+) -> Distilled:
+    for_prepare = {"tokenizer": teacher, **for_prepare, "out": out / "shards"}
     given = {
         "teacher": {"path": teacher} if teacher is not None else {},
         **given,

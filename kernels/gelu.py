@@ -480,7 +480,10 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor | None) -> Tensor:
 
 
 def linear_gelu(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
-    """gelu(x @ weight.T + bias), (N, F) or (B, L, F); arguments as `linear` and `bias_gelu` have them. On the CPU, where a GEMM adds its bias for nothing, by PyTorch's own."""
+    """gelu(x @ weight.T + bias), (N, F) or (B, L, F); arguments as `linear` and `bias_gelu` have them.
+
+    On the CPU, where a GEMM adds its bias for nothing, by PyTorch's own.
+    """
     if x_ND.device.type not in TRITON_DEVICES:
         return F.gelu(linear(x_ND, weight_FD, bias_F))
     return bias_gelu(F.linear(x_ND, weight_FD), bias_F)

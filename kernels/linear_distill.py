@@ -205,6 +205,37 @@ def _backward(ctx, grad_loss, *_grad_others):
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _check_heads(
+    op: str, student: Tensor, student_weight: Tensor, student_bias: Tensor | None,
+    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError unless both have hidden states of the same tokens and a head of the same vocabulary."""
+    for model, hidden, weight, bias in (
+        ("student", student, student_weight, student_bias),
+        ("teacher", teacher, teacher_weight, teacher_bias),
+    ):
+        if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{op} wants {model} hidden states (N, D) or (B, L, D) and weight (V, D), got "
+                f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op} wants one {model} bias for each of the {weight.shape[0]} rows of its weight, "
+                f"got shape {tuple(bias.shape)}"
+            )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        found = [math.prod(x.shape[:-1]) if x.ndim == 2 else tuple(x.shape[:-1]) for x in (student, teacher)]
+        raise ValueError(
+            f"{op} wants hidden states of the same tokens, got {found[0]} of the student and {found[1]} of the teacher"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"{op} wants two heads of one vocabulary, got {student_weight.shape[0]} rows of the "
+            f"student and {teacher_weight.shape[0]} of the teacher: pad both to the same multiple"
+        )
+
+
 def linear_distill_loss(
     student_ND: Tensor,
     student_weight_VD: Tensor,
@@ -240,30 +271,7 @@ def linear_distill_loss(
         ValueError: on shapes, dtypes, devices or scalars that do not fit.
     """
     op = "linear_distill_loss"
-    for model, hidden, weight, bias in (
-        ("student", student_ND, student_weight_VD, student_bias_V),
-        ("teacher", teacher_ND, teacher_weight_VE, teacher_bias_V),
-    ):
-        if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                f"{op} wants {model} hidden states (N, D) or (B, L, D) and weight (V, D), got "
-                f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{op} wants one {model} bias for each of the {weight.shape[0]} rows of its weight, "
-                f"got shape {tuple(bias.shape)}"
-            )
-    if student_ND.shape[:-1] != teacher_ND.shape[:-1]:
-        found = [math.prod(x.shape[:-1]) if x.ndim == 2 else tuple(x.shape[:-1]) for x in (student_ND, teacher_ND)]
-        raise ValueError(
-            f"{op} wants hidden states of the same tokens, got {found[0]} of the student and {found[1]} of the teacher"
-        )
-    if student_weight_VD.shape[0] != teacher_weight_VE.shape[0]:
-        raise ValueError(
-            f"{op} wants two heads of one vocabulary, got {student_weight_VD.shape[0]} rows of the "
-            f"student and {teacher_weight_VE.shape[0]} of the teacher: pad both to the same multiple"
-        )
+    _check_heads(op, student_ND, student_weight_VD, student_bias_V, teacher_ND, teacher_weight_VE, teacher_bias_V)
     vocab_size = len(student_weight_VD) if vocab_size is None else vocab_size
     labels = check_operands(op, student_ND, labels_N, vocab_size, num_rows)
     if vocab_size > student_weight_VD.shape[0]:
