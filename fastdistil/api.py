@@ -16,6 +16,7 @@ import gc
 import html
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -279,6 +280,7 @@ class _LiveLine(logging.Handler):
 @contextmanager
 def _in_this_process() -> Iterator[None]:
     """Around work in a process that is somebody else's: the log is heard, and all that it changes is put back."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `command` has it; of use if this call imports torch
     level, dumps = log.level, faulthandler.is_enabled()
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
     handler = None
