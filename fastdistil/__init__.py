@@ -1,14 +1,78 @@
 """fastdistil: DistilBERT-style distillation of BERT-like encoders during pre-training.
 
-Importing the package imports nothing heavy: `--help` and configuration errors must come before torch does.
+`fastdistil.distil` does it from Python, and the operators of kernels/ are here by their names. Importing the package
+imports nothing heavy, each of them comes when it is asked for: `--help` and configuration errors must come before torch
+does.
 """
 
+import importlib
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastdistil.api import Distilled, distil
+    from fastdistil.evaluation.trainer import DistilTrainer
+    from fastdistil.kernels.attention import attention
+    from fastdistil.kernels.cosine import CosineLoss, cosine_loss
+    from fastdistil.kernels.distill import DistillLoss, distill_loss
+    from fastdistil.kernels.dropout import dropout, new_dropout_seed
+    from fastdistil.kernels.gelu import bias_gelu, linear_gelu
+    from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
+    from fastdistil.kernels.layout import SequenceLayout, padded_layout, sequence_layout
+    from fastdistil.kernels.linear import linear
+    from fastdistil.kernels.linear_distill import linear_distill_loss
+
+__all__ = [
+    "CosineLoss",
+    "DistilTrainer",
+    "DistillLoss",
+    "Distilled",
+    "SequenceLayout",
+    "attention",
+    "bias_gelu",
+    "cosine_loss",
+    "distil",
+    "distill_loss",
+    "dropout",
+    "dropout_add_layernorm",
+    "layernorm",
+    "linear",
+    "linear_distill_loss",
+    "linear_gelu",
+    "new_dropout_seed",
+    "padded_layout",
+    "sequence_layout",
+]
+_HOMES = {
+    "api": "Distilled distil",
+    "evaluation.trainer": "DistilTrainer",
+    "kernels.attention": "attention",
+    "kernels.cosine": "CosineLoss cosine_loss",
+    "kernels.distill": "DistillLoss distill_loss",
+    "kernels.dropout": "dropout new_dropout_seed",
+    "kernels.gelu": "bias_gelu linear_gelu",
+    "kernels.layernorm": "dropout_add_layernorm layernorm",
+    "kernels.layout": "SequenceLayout padded_layout sequence_layout",
+    "kernels.linear": "linear",
+    "kernels.linear_distill": "linear_distill_loss",
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
 INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command goes on from there"
+
+
+def __getattr__(name: str) -> object:
+    """One of `__all__`, from where it is at home."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def end_at_once(number: int, _frame: object) -> None:

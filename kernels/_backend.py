@@ -183,3 +183,17 @@ def device_scalar(operator: str, name: str, value: float | Tensor, x: Tensor) ->
             f"{tuple(value.shape)} on {value.device}"
         )
     return value.detach().float()
+
+
+def host_number(operator: str, name: str, value: float | Tensor) -> Tensor:
+    """0-dim of a number above 0 that the host reads: fp64 on the CPU, unless it is a tensor already.
+
+    Raises ValueError for what is none; a tensor's value is looked at where it is read.
+    """
+    if isinstance(value, Tensor) and value.ndim:
+        raise ValueError(f"{operator} wants {name} as a float or a 0-dim tensor, got shape {tuple(value.shape)}")
+    if isinstance(value, Tensor):
+        return value.detach()
+    if not value > 0:
+        raise ValueError(f"{operator}: {name} must be > 0, got {value}")
+    return torch.full((), value, dtype=torch.float64, device="cpu")

@@ -61,7 +61,7 @@ from .attention_backends import (
 )
 from .attention_tiles import MAX_HEAD_DIM, Tile, block_d, tiles_for
 from .dropout import check_dropout, keep, keep_reference, row_and_column_keys, threshold
-from .layout import TILE_ROWS, SequenceLayout
+from .layout import TILE_ROWS, SequenceLayout, sequence_layout
 from .linear import add_column_sum
 
 INTERPRETED = tl.constexpr(INTERPRET)
@@ -580,7 +580,7 @@ def check_heads(backend: ResolvedBackend, head_dim: int, device: torch.device) -
 
 def attention(
     qkv_N3HD: Tensor,
-    layout: SequenceLayout,
+    layout: SequenceLayout | None = None,
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -590,8 +590,10 @@ def attention(
     """Attention of every token to all tokens of its own sequence, scaled by 1 / sqrt(D).
 
     Args:
-        qkv_N3HD: queries, keys and values of all heads. fp32, bf16 or fp16. Gets a gradient.
-        layout: of the N tokens.
+        qkv_N3HD: queries, keys and values of all heads, (N, 3, H, D) or (B, L, 3, H, D). fp32, bf16 or fp16. Gets a
+            gradient.
+        layout: of the N or B * L tokens: `sequence_layout` of lengths, or `padded_layout` of an attention mask. None:
+            every one of B texts is L tokens long.
         dropout_p: probability in [0, 1) that an attention weight is dropped.
         seed: of `new_dropout_seed`, on the same device; without one nothing is dropped, whatever dropout_p. With one,
             backends other than fused draw from torch's default generator of the device instead.
@@ -599,15 +601,24 @@ def attention(
         backend: see `resolve_backend`.
 
     Returns:
-        (N, H, D) in the dtype of the input.
+        (N, H, D) or (B, L, H, D) in the dtype of the input.
 
     Raises:
         ValueError: where shapes, dropout or the backend do not fit.
     """
-    if qkv_N3HD.ndim != 4 or qkv_N3HD.shape[1] != 3:
+    if qkv_N3HD.ndim not in (4, 5) or qkv_N3HD.shape[-3] != 3:
         raise ValueError(
-            "attention wants queries, keys and values as one (N, 3, heads, head width) tensor, "
-            f"got {tuple(qkv_N3HD.shape)}"
+            "attention wants queries, keys and values as one (N, 3, heads, head width) tensor, or (B, L, 3, heads, "
+            f"head width), got {tuple(qkv_N3HD.shape)}"
+        )
+    if qkv_N3HD.ndim == 5:
+        B, L, *_ = qkv_N3HD.shape
+        layout = sequence_layout([L] * B, qkv_N3HD.device) if layout is None else layout
+        options: Any = {"dropout_p": dropout_p, "seed": seed, "stream": stream, "backend": backend}
+        return attention(qkv_N3HD.flatten(0, 1), layout, **options).unflatten(0, (B, L))
+    if layout is None:
+        raise ValueError(
+            "attention of (N, 3, heads, head width) wants the layout of its tokens: sequence_layout([...])"
         )
     if qkv_N3HD.shape[0] != layout.num_tokens:
         raise ValueError(

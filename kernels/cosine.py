@@ -29,6 +29,7 @@ from ._backend import (
     tl,
     triton,
 )
+from .layout import KeptRows, as_rows, check_mask
 
 EPS = 1e-12  # of torch.nn.functional.cosine_embedding_loss
 MAX_WIDTH = 8192  # a row lies in registers: 16 fp32 of each model a thread, at most 16 warps
@@ -151,13 +152,18 @@ def forward(student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Te
 
 
 @torch.library.custom_op("fastdistil::cosine", mutates_args=())
-def _cosine(student: Tensor, teacher: Tensor, num_rows: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cosine(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, num_rows: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = None if mask is None else KeptRows(mask)
+    if kept is not None:
+        (student, teacher), num_rows = kept.take(student, teacher), kept.num_rows
     total, dstudent = forward(student.contiguous(), teacher.contiguous(), num_rows, scale)
-    return scale * total, total, dstudent
+    return scale * total, total, dstudent if kept is None else kept.put_back(dstudent)
 
 
 @_cosine.register_fake
-def _(student, teacher, num_rows, scale):
+def _(student, teacher, mask, num_rows, scale):
     loss, total = (student.new_empty((), dtype=torch.float32) for _ in range(2))
     return loss, total, torch.empty_like(student, memory_format=torch.contiguous_format)
 
@@ -171,41 +177,50 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, _grad_total, _grad_dstudent):
     if grad_loss is None:
-        return None, None, None, None
+        return (None,) * 5
     (dstudent,) = ctx.saved_tensors
     # Of one dimension, not of none: that would be rounded to bf16 before it multiplies a bf16 gradient.
-    return (grad_loss.view(1) * dstudent).to(dstudent.dtype), None, None, None
+    return (grad_loss.view(1) * dstudent).to(dstudent.dtype), *[None] * 4
 
 
 _cosine.register_autograd(_backward, setup_context=_setup_context)
 
 
 def cosine_loss(
-    student_ND: Tensor, teacher_ND: Tensor, *, scale: float | Tensor = 1.0, num_rows: Tensor | None = None
+    student_ND: Tensor,
+    teacher_ND: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    num_rows: Tensor | None = None,
 ) -> CosineLoss:
     """`scale` times the sum over rows of 1 - cos(student, teacher); the gradient is made in the forward.
 
     Args:
-        student_ND: hidden states, fp32, bf16 or fp16, D up to 8,192. Gets a gradient.
+        student_ND: hidden states (N, D) or (B, L, D), fp32, bf16 or fp16, D up to 8,192. Gets a gradient.
         teacher_ND: of the same shape; converted to the student's dtype. Gets no gradient.
         scale: weight of the sum; 1 / (number of tokens) belongs here. A number, or a 0-dim tensor on the same device.
             Gets no gradient.
-        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for nothing and get gradient
-            0. All rows by default.
+        mask: bool (N,) or (B, L), True for the rows that count; the others get gradient 0. On CUDA the host waits for
+            their number.
+        num_rows: 0-dim int32 or int64 tensor on the same device, in place of a mask: rows from there on count for
+            nothing and get gradient 0, without a sync. All rows by default.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit.
     """
-    if student_ND.ndim != 2 or student_ND.shape != teacher_ND.shape:
+    op = "cosine_loss"
+    if student_ND.ndim < 2 or student_ND.shape != teacher_ND.shape:
         raise ValueError(
-            f"cosine_loss wants two (N, D) tensors of one shape, got student "
+            f"cosine_loss wants two (N, D) or (B, L, D) tensors of one shape, got student "
             f"{tuple(student_ND.shape)} and teacher {tuple(teacher_ND.shape)}: where widths differ, "
             f"project the student first"
         )
     check_dtype("cosine_loss", student_ND)
-    if not 1 <= student_ND.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[1]}")
+    if not 1 <= student_ND.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"cosine_loss wants a width of 1 to {MAX_WIDTH}, got {student_ND.shape[-1]}")
     check_num_rows("cosine_loss", num_rows, student_ND)
     factor = device_scalar("cosine_loss", "scale", scale, student_ND)
-    loss, total, _ = _cosine(student_ND, teacher_ND.detach().to(student_ND.dtype), num_rows, factor)
+    rows = as_rows(op, "student", student_ND), as_rows(op, "teacher", teacher_ND.detach().to(student_ND.dtype))
+    loss, total, _ = _cosine(*rows, check_mask(op, mask, student_ND, num_rows), num_rows, factor)
     return CosineLoss(loss, total)

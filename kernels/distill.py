@@ -51,9 +51,11 @@ from ._backend import (
     check_dtype,
     check_num_rows,
     device_scalar,
+    host_number,
     tl,
     triton,
 )
+from .layout import KeptRows, as_rows, check_mask
 
 # 16 warps a row: two CTAs fill an SM, and the rows of all CTAs in flight (32 MB on an H100) stay in L2.
 NUM_WARPS = 16
@@ -338,23 +340,36 @@ if CPU_BACKEND == "torch":
 
 @torch.library.custom_op("fastdistil::distill", mutates_args=())
 def _distill(
-    student: Tensor, teacher: Tensor, labels: Tensor, num_rows: Tensor | None,
-    temperature: float, scales: Tensor, vocab_size: int, needs_grad: bool,
+    student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor | None, num_rows: Tensor | None,
+    temperature: Tensor, scales: Tensor, vocab_size: int, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = None if mask is None else KeptRows(mask)
+    if kept is not None:
+        (student, teacher, labels), num_rows = kept.take(student, teacher, labels), kept.num_rows
     student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     rows = distill_rows(
         student, teacher, labels.contiguous(), num_rows, dstudent if needs_grad else None, 0,
-        temperature, scales, vocab_size,
+        read_temperature("distill_loss", temperature), scales, vocab_size,
     )  # fmt: skip
+    if kept is not None and needs_grad:
+        dstudent = kept.put_back(dstudent)
     return *weighted_sums(rows, scales), dstudent
 
 
 @_distill.register_fake
-def _(student, teacher, labels, num_rows, temperature, scales, vocab_size, needs_grad):
+def _(student, teacher, labels, mask, num_rows, temperature, scales, vocab_size, needs_grad):
     loss = student.new_empty((), dtype=torch.float32)
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     return loss, student.new_empty(3, dtype=torch.float32), dstudent
+
+
+def read_temperature(operator: str, temperature: Tensor) -> float:
+    """Its value. Raises ValueError unless it is above 0, which of a tensor is only known here."""
+    value = temperature.item()
+    if not value > 0:
+        raise ValueError(f"{operator}: temperature must be > 0, got {value}")
+    return value
 
 
 def weighted_sums(rows_3N: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,7 +393,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_dstudent):
     (dstudent,) = ctx.saved_tensors
-    return (None if grad_loss is None else grad_loss * dstudent, *[None] * 7)
+    return (None if grad_loss is None else grad_loss * dstudent, *[None] * 8)
 
 
 _distill.register_autograd(_backward, setup_context=_setup_context)
@@ -387,69 +402,75 @@ _distill.register_autograd(_backward, setup_context=_setup_context)
 def distill_loss(
     student_NV: Tensor,
     teacher_NV: Tensor,
-    labels_N: Tensor,
+    labels_N: Tensor | None,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     kd_scale: float | Tensor,
     mlm_scale: float | Tensor,
     vocab_size: int | None = None,
+    mask: Tensor | None = None,
     num_rows: Tensor | None = None,
 ) -> DistillLoss:
     """Weighted distillation loss of rows of logits; the student's gradient is made in the forward.
 
     Args:
-        student_NV: logits, fp32, bf16 or fp16. Gets a gradient, and is left as it is: only
+        student_NV: logits (N, V) or (B, L, V), fp32, bf16 or fp16. Gets a gradient, and is left as it is: only
             `linear_distill_loss` has gradients written over logits, which are buffers of its own.
         teacher_NV: logits of the same shape and dtype. Gets none.
-        labels_N: int64, the original id of a masked token; negative where there is none. A label outside the vocabulary
-            raises IndexError on the CPU and gives a loss of NaN on CUDA.
-        temperature: > 0, of the KD term.
+        labels_N: int64 (N,) or (B, L), the original id of a masked token; negative, as -100, where there is none, which
+            takes the row out of the masked-LM term alone. None: nowhere. A label outside the vocabulary raises
+            IndexError on the CPU and gives a loss of NaN on CUDA.
+        temperature: > 0, of the KD term. A number, or a 0-dim tensor, which the host reads: one on the CPU costs no
+            sync.
         kd_scale, mlm_scale: weights of the two sums; 1 / (number of tokens) belongs here. Numbers, which inside
             torch.compile are constants of the graph, or 0-dim tensors on the same device, which may change. Get none.
         vocab_size: columns that exist, the others being padding; all of them by default.
-        num_rows: 0-dim int32 or int64 tensor on the same device; rows from there on count for nothing and get gradient
-            0. All rows by default.
+        mask: bool (N,) or (B, L), True for the rows that count, as an attention mask; the others count in no term, get
+            gradient 0 and are not computed. On CUDA the host waits for their number.
+        num_rows: 0-dim int32 or int64 tensor on the same device, in place of a mask: rows from there on count for
+            nothing and get gradient 0, without a sync. All rows by default.
 
     Raises:
         ValueError: on shapes, dtypes, devices or scalars that do not fit.
     """
-    vocab_size = student_NV.shape[-1] if vocab_size is None else vocab_size
-    if student_NV.ndim != 2 or student_NV.shape != teacher_NV.shape:
+    op, vocab_size = "distill_loss", student_NV.shape[-1] if vocab_size is None else vocab_size
+    if student_NV.ndim < 2 or student_NV.shape != teacher_NV.shape:
         raise ValueError(
-            f"distill_loss wants two (N, V) tensors of one shape, got "
+            f"distill_loss wants two (N, V) or (B, L, V) tensors of one shape, got "
             f"student {tuple(student_NV.shape)} and teacher {tuple(teacher_NV.shape)}"
         )
-    check_operands("distill_loss", student_NV, labels_N, temperature, vocab_size, num_rows)
+    labels = check_operands(op, student_NV, labels_N, vocab_size, num_rows)
     if not student_NV.dtype == teacher_NV.dtype:
         raise ValueError(
             f"distill_loss wants logits of one dtype, got student {student_NV.dtype} and teacher "
             f"{teacher_NV.dtype}: convert one of them"
         )
-    if vocab_size > student_NV.shape[1]:
-        raise ValueError(f"distill_loss: vocab_size {vocab_size} is more than the {student_NV.shape[1]} columns")
+    if vocab_size > student_NV.shape[-1]:
+        raise ValueError(f"distill_loss: vocab_size {vocab_size} is more than the {student_NV.shape[-1]} columns")
     needs_grad = torch.is_grad_enabled() and student_NV.requires_grad
     loss, sums, _ = _distill(
-        student_NV, teacher_NV.detach(), labels_N, num_rows, float(temperature),
-        scale_pair("distill_loss", kd_scale, mlm_scale, student_NV), vocab_size, needs_grad,
+        as_rows(op, "student", student_NV), as_rows(op, "teacher", teacher_NV.detach()), labels,
+        check_mask(op, mask, student_NV, num_rows), num_rows, host_number(op, "temperature", temperature),
+        scale_pair(op, kd_scale, mlm_scale, student_NV), vocab_size, needs_grad,
     )  # fmt: skip
     return DistillLoss(loss, *sums.unbind())
 
 
-def check_operands(
-    op: str, student: Tensor, labels: Tensor, temperature: float, vocab_size: int, num_rows: Tensor | None
-) -> None:
-    """Raises ValueError naming `op` unless what the two public losses share fits together."""
+def check_operands(op: str, student: Tensor, labels: Tensor | None, vocab_size: int, num_rows: Tensor | None) -> Tensor:
+    """(N,) labels. Raises ValueError naming `op` unless what the two public losses share fits together."""
     check_dtype(op, student)
-    if student.shape[0] == 0:
+    if student.numel() == 0:
         raise ValueError(f"{op} wants at least one row, got none")
-    if labels.shape != student.shape[:1] or labels.dtype != torch.int64:
+    if labels is None:
+        labels = torch.full(student.shape[:-1], -100, device=student.device)
+    if labels.shape != student.shape[:-1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"{op} wants int64 labels of shape ({student.shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
+            f"{op} wants int64 labels of shape {tuple(student.shape[:-1])}, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
         )
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be > 0, got {temperature}")
     if vocab_size < 1:
         raise ValueError(f"{op}: vocab_size must be 1 or more, got {vocab_size}")
     check_num_rows(op, num_rows, student)
     if labels.device != student.device:
         raise ValueError(f"{op} wants everything on {student.device}, got labels on {labels.device}")
+    return labels.flatten()

@@ -186,7 +186,7 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
     """x with elements dropped at rate dropout_p and the others scaled by 1 / (1 - dropout_p), in its own dtype.
 
     Args:
-        x_ND: fp32, bf16 or fp16. Gets a gradient, through the same mask.
+        x_ND: (N, D) or (B, L, D), fp32, bf16 or fp16. Gets a gradient, through the same mask.
         seed: of `new_dropout_seed`, on the same device. Without one, or at dropout_p = 0, x itself comes back.
         stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
         dropout_p: probability in [0, 1).
@@ -194,12 +194,14 @@ def dropout(x_ND: Tensor, seed: Tensor | None, *, stream: int, dropout_p: float)
     Raises:
         ValueError: on a shape, a seed or a probability that does not fit.
     """
-    if x_ND.ndim != 2:
-        raise ValueError(f"dropout wants an (N, D) tensor, got {tuple(x_ND.shape)}")
+    if x_ND.ndim < 2:
+        raise ValueError(f"dropout wants an (N, D) or (B, L, D) tensor, got {tuple(x_ND.shape)}")
     check_dtype("dropout", x_ND)
     check_dropout("dropout", x_ND, seed, stream, dropout_p)
     if seed is None or dropout_p == 0:
         return x_ND
+    if x_ND.ndim > 2:
+        return _dropout(x_ND.flatten(0, -2), seed, stream, dropout_p).view(x_ND.shape)
     return _dropout(x_ND, seed, stream, dropout_p)
 
 

@@ -457,18 +457,24 @@ def _backward(ctx, dout):
 gelu_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
-    """gelu(x + bias), (N, F) in the dtype of x; exact erf, not its tanh approximation.
+def bias_gelu(x_NF: Tensor, bias_F: Tensor | None) -> Tensor:
+    """gelu(x + bias), of the shape and dtype of x; exact erf, not its tanh approximation.
 
     Args:
-        x_NF: a GEMM's output without its bias; fp32, bf16 or fp16. Gets a gradient.
-        bias_F: of the same dtype. Gets a gradient, summed in fp32.
+        x_NF: a GEMM's output without its bias, (N, F) or (B, L, F); fp32, bf16 or fp16. Gets a gradient.
+        bias_F: of the same dtype, or None. Gets a gradient, summed in fp32.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit.
     """
-    if x_NF.ndim != 2 or bias_F.shape != x_NF.shape[1:]:
-        raise ValueError(f"bias_gelu wants (N, F) and (F,), got {tuple(x_NF.shape)} and {tuple(bias_F.shape)}")
+    if bias_F is None:
+        bias_F = x_NF.new_zeros(x_NF.shape[-1:])
+    if x_NF.ndim < 2 or bias_F.shape != x_NF.shape[-1:]:
+        raise ValueError(
+            f"bias_gelu wants (N, F) or (B, L, F) and (F,), got {tuple(x_NF.shape)} and {tuple(bias_F.shape)}"
+        )
+    if x_NF.ndim > 2:
+        return bias_gelu(x_NF.flatten(0, -2), bias_F).view(x_NF.shape)
     check_dtype("bias_gelu", x_NF)
     check_parameter("bias_gelu", "bias", bias_F, x_NF)
     if x_NF.device.type not in TRITON_DEVICES:
@@ -476,8 +482,11 @@ def bias_gelu(x_NF: Tensor, bias_F: Tensor) -> Tensor:
     return gelu_forward(x_NF.contiguous(), bias_F.contiguous())
 
 
-def linear_gelu(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-    """gelu(x @ weight.T + bias), (N, F). On the CPU, where a GEMM adds its bias for nothing, by PyTorch's own."""
+def linear_gelu(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """gelu(x @ weight.T + bias), (N, F) or (B, L, F); arguments as `linear` and `bias_gelu` have them.
+
+    On the CPU, where a GEMM adds its bias for nothing, by PyTorch's own.
+    """
     if x_ND.device.type not in TRITON_DEVICES:
         return F.gelu(linear(x_ND, weight_FD, bias_F))
     return bias_gelu(F.linear(x_ND, weight_FD), bias_F)

@@ -1,6 +1,9 @@
 """Where the sequences of a packed micro-batch begin and end, and the tiles that the attention kernels take them in.
 
-Shapes: S sequences, T tiles, N tokens of the micro-batch.
+And what the public operators make of inputs that are not packed: rows of any leading dimensions, of which a mask says
+which count.
+
+Shapes: S sequences, T tiles, N tokens of the micro-batch; (..., D) is (N, D) or (B, L, D), B texts of L tokens.
 """
 
 from collections.abc import Sequence
@@ -85,3 +88,64 @@ def sequence_layout(
         num_tokens=int(bounds[-1]),
         runs=tuple(zip(counts.tolist(), length_S[changes].tolist(), strict=True)),
     ).to(device)
+
+
+def padded_layout(mask_BL: Tensor) -> SequenceLayout:
+    """The layout of a padded batch, flattened to B * L rows, on its device: each text and each padding is a sequence.
+
+    Padding attends to itself, and no text to it. Made once for all layers; on CUDA the mask is read by the host.
+
+    Args:
+        mask_BL: an attention mask of transformers: True or 1 for a token, False or 0 for padding, on either side.
+
+    Raises ValueError where the tokens of a text do not follow one another.
+    """
+    if mask_BL.ndim != 2 or not mask_BL.numel():
+        raise ValueError(f"padded_layout wants a mask (B, L) of a token or more, got {tuple(mask_BL.shape)}")
+    real_BL = mask_BL.cpu().numpy() != 0
+    begins_BL = np.diff(real_BL, axis=1, prepend=~real_BL[:, :1])
+    if ((begins_BL & real_BL).sum(1) > 1).any():
+        raise ValueError("padded_layout wants the tokens of a text side by side, got padding between them: move it")
+    starts = np.flatnonzero(begins_BL)
+    return sequence_layout(np.diff(starts, append=real_BL.size).tolist(), mask_BL.device)
+
+
+def as_rows(operator: str, name: str, x: Tensor) -> Tensor:
+    """(N, D) of (..., D). Raises ValueError for a tensor without rows."""
+    if x.ndim < 2:
+        raise ValueError(f"{operator} wants {name} of shape (N, D) or (B, L, D), got {tuple(x.shape)}")
+    return x if x.ndim == 2 else x.flatten(0, -2)
+
+
+def check_mask(operator: str, mask: Tensor | None, like: Tensor, num_rows: Tensor | None) -> Tensor | None:
+    """(N,) bool of a mask that has the leading dimensions of `like`. Raises ValueError for any other."""
+    if mask is None:
+        return None
+    if mask.shape != like.shape[:-1] or mask.dtype != torch.bool or mask.device != like.device:
+        raise ValueError(
+            f"{operator} wants mask as bool of shape {tuple(like.shape[:-1])} on {like.device}, got {mask.dtype} of "
+            f"shape {tuple(mask.shape)} on {mask.device}: an attention mask of 0 and 1 is `mask.bool()`"
+        )
+    if num_rows is not None:
+        raise ValueError(f"{operator} wants mask or num_rows, got both: leave num_rows out")
+    return mask.flatten()
+
+
+class KeptRows:
+    """The rows of a mask that count, gathered before an operator and put back after it; on CUDA the host waits once.
+
+    Where none counts one row stays, so that there is something to compute, and `num_rows` says that it is none.
+    """
+
+    def __init__(self, mask_N: Tensor) -> None:
+        index = mask_N.nonzero()[:, 0]
+        self.num_all, self.num_rows = len(mask_N), None if len(index) else index.new_zeros(())
+        self.index = index if len(index) else index.new_zeros(1)
+
+    def take(self, *tensors: Tensor) -> list[Tensor]:
+        """Those rows of each."""
+        return [x.index_select(0, self.index) for x in tensors]
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """All rows, with 0 where none was taken."""
+        return x.new_zeros((self.num_all, *x.shape[1:])).index_copy_(0, self.index, x)

@@ -222,19 +222,21 @@ def _backward(ctx, dout):
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
-    """(N, F) x @ weight.T + bias in the dtype of x, as torch.nn.functional.linear; all three get gradients.
+def linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, (N, F) or (B, L, F) in the dtype of x, as torch.nn.functional.linear; all get gradients.
 
     Raises ValueError where oneDNN would see shapes or dtypes that do not fit.
     """
-    if runs_on_onednn(x_ND):
-        if x_ND.shape[1:] != weight_FD.shape[1:] or bias_F.shape != weight_FD.shape[:1]:
+    if bias_F is not None and runs_on_onednn(x_ND):
+        if x_ND.ndim < 2 or x_ND.shape[-1:] != weight_FD.shape[1:] or bias_F.shape != weight_FD.shape[:1]:
             shapes = [tuple(t.shape) for t in (x_ND, weight_FD, bias_F)]
-            raise ValueError(f"linear wants (N, D), (F, D) and (F,), got {shapes}")
+            raise ValueError(f"linear wants (N, D) or (B, L, D), (F, D) and (F,), got {shapes}")
         if not x_ND.dtype == weight_FD.dtype == bias_F.dtype:
             raise ValueError(
                 f"linear wants one dtype, got {x_ND.dtype}, {weight_FD.dtype} and {bias_F.dtype}: "
                 "convert the module to the dtype of its input"
             )
+        if x_ND.ndim > 2:
+            return _linear(x_ND.flatten(0, -2), weight_FD, bias_F).unflatten(0, x_ND.shape[:-1])
         return _linear(x_ND, weight_FD, bias_F)
     return F.linear(x_ND, weight_FD, bias_F)

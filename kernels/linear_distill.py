@@ -22,6 +22,7 @@ Shapes: N = tokens, V = rows of both weights (the vocabulary, padded to a multip
 E = width of the teacher.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import distill
-from .distill import DistillLoss, check_operands, distill_loss_reference, scale_pair
+from ._backend import host_number
+from .distill import DistillLoss, check_operands, distill_loss_reference, read_temperature, scale_pair
+from .layout import KeptRows, as_rows, check_mask
 from .linear import add_column_sum, add_product, linear_product, runs_on_onednn
 
 LinearDistillLoss = DistillLoss
@@ -125,19 +128,27 @@ def forward(
 @torch.library.custom_op("fastdistil::linear_distill", mutates_args=())
 def _linear_distill(
     student: Tensor, student_weight: Tensor, student_bias: Tensor,
-    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, labels: Tensor, num_rows: Tensor | None,
-    temperature: float, scales: Tensor, vocab_size: int, chunk_tokens: int, needs_grad: bool,
+    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, labels: Tensor,
+    mask: Tensor | None, num_rows: Tensor | None,
+    temperature: Tensor, scales: Tensor, vocab_size: int, chunk_tokens: int, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kept = None if mask is None else KeptRows(mask)
+    if kept is not None:
+        (student, teacher, labels), num_rows = kept.take(student, teacher, labels), kept.num_rows
     # Under autocast the body of a custom op still casts what it calls: the dtypes are settled here.
     with torch.autocast(student.device.type, enabled=False):
         dweight, dbias = _room(needs_grad, student_weight, student_bias)
         loss, sums, dstudent = forward(
             student, student_weight.to(student.dtype), student_bias.to(student.dtype),
             teacher, teacher_weight.to(teacher.dtype), teacher_bias.to(teacher.dtype), labels.contiguous(), num_rows,
-            temperature, scales, vocab_size, chunk_tokens,
+            read_temperature("linear_distill_loss", temperature), scales, vocab_size, chunk_tokens,
             dweight=dweight if needs_grad else None, dbias=dbias if needs_grad else None, accumulate=False,
         )  # fmt: skip
-        return loss, sums, student.new_empty(0) if dstudent is None else dstudent, dweight, dbias
+        if dstudent is None:
+            dstudent = student.new_empty(0)
+        elif kept is not None:
+            dstudent = kept.put_back(dstudent)
+        return loss, sums, dstudent, dweight, dbias
 
 
 def _buffer(hidden: Tensor, chunk: int, num_columns: int) -> Tensor | None:
@@ -161,7 +172,7 @@ def _room(needs_grad: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 @_linear_distill.register_fake
 def _(
-    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, num_rows,
+    student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, mask, num_rows,
     temperature, scales, vocab_size, chunk_tokens, needs_grad,
 ):  # fmt: skip
     loss = student.new_empty((), dtype=torch.float32)
@@ -187,39 +198,72 @@ def times_gradient(grad_loss: Tensor, gradients: Sequence[Tensor]) -> Sequence[T
 
 def _backward(ctx, grad_loss, *_grad_others):
     if grad_loss is None:
-        return (None,) * 13
-    return (*times_gradient(grad_loss, ctx.saved_tensors), *[None] * 10)
+        return (None,) * 14
+    return (*times_gradient(grad_loss, ctx.saved_tensors), *[None] * 11)
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _check_heads(
+    op: str, student: Tensor, student_weight: Tensor, student_bias: Tensor | None,
+    teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError unless both have hidden states of the same tokens and a head of the same vocabulary."""
+    for model, hidden, weight, bias in (
+        ("student", student, student_weight, student_bias),
+        ("teacher", teacher, teacher_weight, teacher_bias),
+    ):
+        if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{op} wants {model} hidden states (N, D) or (B, L, D) and weight (V, D), got "
+                f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op} wants one {model} bias for each of the {weight.shape[0]} rows of its weight, "
+                f"got shape {tuple(bias.shape)}"
+            )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        found = [math.prod(x.shape[:-1]) if x.ndim == 2 else tuple(x.shape[:-1]) for x in (student, teacher)]
+        raise ValueError(
+            f"{op} wants hidden states of the same tokens, got {found[0]} of the student and {found[1]} of the teacher"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"{op} wants two heads of one vocabulary, got {student_weight.shape[0]} rows of the "
+            f"student and {teacher_weight.shape[0]} of the teacher: pad both to the same multiple"
+        )
+
+
 def linear_distill_loss(
     student_ND: Tensor,
     student_weight_VD: Tensor,
-    student_bias_V: Tensor,
+    student_bias_V: Tensor | None,
     teacher_ND: Tensor,
     teacher_weight_VE: Tensor,
-    teacher_bias_V: Tensor,
-    labels_N: Tensor,
+    teacher_bias_V: Tensor | None,
+    labels_N: Tensor | None,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     kd_scale: float | Tensor,
     mlm_scale: float | Tensor,
-    vocab_size: int,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
     num_rows: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LinearDistillLoss:
     """Weighted distillation loss of two models' hidden states under their vocabulary heads.
 
     Args:
-        student_ND, student_weight_VD, student_bias_V: get gradients. The hidden states' dtype (fp32, bf16, fp16; under
-            autocast, its dtype) is that of the GEMMs and logits; a weight of another dtype is converted for them and
-            gets its gradient in its own.
-        teacher_ND, teacher_weight_VE, teacher_bias_V: get none. Likewise in a dtype of their own.
-        labels_N, temperature, kd_scale, mlm_scale, num_rows: as in `distill_loss`.
-        vocab_size: rows of the weights that exist; those beyond it are padding, count in neither softmax and get
-            gradient 0.
+        student_ND: hidden states (N, D) or (B, L, D).
+        student_weight_VD, student_bias_V: of its vocabulary head; the bias may be None. All three get gradients. The
+            hidden states' dtype (fp32, bf16, fp16; under autocast, its dtype) is that of the GEMMs and logits; a weight
+            of another dtype is converted for them and gets its gradient in its own.
+        teacher_ND, teacher_weight_VE, teacher_bias_V: get none. Likewise in a dtype and of a width of their own.
+        labels_N, temperature, kd_scale, mlm_scale, mask, num_rows: as in `distill_loss`.
+        vocab_size: rows of the weights that exist, by default all; those beyond it are padding, count in neither
+            softmax and get gradient 0.
         chunk_tokens: tokens taken at a time; by default what measured best for the device. Memory grows with it, 2 V
             elements a token.
 
@@ -227,31 +271,9 @@ def linear_distill_loss(
         ValueError: on shapes, dtypes, devices or scalars that do not fit.
     """
     op = "linear_distill_loss"
-    for model, hidden, weight, bias in (
-        ("student", student_ND, student_weight_VD, student_bias_V),
-        ("teacher", teacher_ND, teacher_weight_VE, teacher_bias_V),
-    ):
-        if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{op} wants {model} hidden states (N, D) and weight (V, D), got "
-                f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-            )
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{op} wants one {model} bias for each of the {weight.shape[0]} rows of its weight, "
-                f"got shape {tuple(bias.shape)}"
-            )
-    if student_ND.shape[0] != teacher_ND.shape[0]:
-        raise ValueError(
-            f"{op} wants hidden states of the same tokens, got {student_ND.shape[0]} of the student "
-            f"and {teacher_ND.shape[0]} of the teacher"
-        )
-    if student_weight_VD.shape[0] != teacher_weight_VE.shape[0]:
-        raise ValueError(
-            f"{op} wants two heads of one vocabulary, got {student_weight_VD.shape[0]} rows of the "
-            f"student and {teacher_weight_VE.shape[0]} of the teacher: pad both to the same multiple"
-        )
-    check_operands(op, student_ND, labels_N, temperature, vocab_size, num_rows)
+    _check_heads(op, student_ND, student_weight_VD, student_bias_V, teacher_ND, teacher_weight_VE, teacher_bias_V)
+    vocab_size = len(student_weight_VD) if vocab_size is None else vocab_size
+    labels = check_operands(op, student_ND, labels_N, vocab_size, num_rows)
     if vocab_size > student_weight_VD.shape[0]:
         raise ValueError(
             f"{op}: vocab_size {vocab_size} is more than the {student_weight_VD.shape[0]} rows of the weights"
@@ -259,14 +281,19 @@ def linear_distill_loss(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{op}: chunk_tokens must be 1 or more, got {chunk_tokens}")
 
-    device = student_ND.device
+    device, mask = student_ND.device, check_mask(op, mask, student_ND, num_rows)
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         student_ND, teacher_ND = student_ND.to(dtype), teacher_ND.to(dtype)
-    trained = (student_ND, student_weight_VD, student_bias_V)
+    student_bias, teacher_bias = (
+        weight.new_zeros(len(weight)) if bias is None else bias
+        for weight, bias in ((student_weight_VD, student_bias_V), (teacher_weight_VE, teacher_bias_V))
+    )
+    trained = (as_rows(op, "student", student_ND), student_weight_VD, student_bias)
     loss, sums, *_ = _linear_distill(
-        *trained, teacher_ND.detach(), teacher_weight_VE.detach(), teacher_bias_V.detach(),
-        labels_N, num_rows, float(temperature), scale_pair(op, kd_scale, mlm_scale, student_ND), vocab_size,
+        *trained, as_rows(op, "teacher", teacher_ND.detach()), teacher_weight_VE.detach(), teacher_bias.detach(),
+        labels, mask, num_rows, host_number(op, "temperature", temperature),
+        scale_pair(op, kd_scale, mlm_scale, student_ND), vocab_size,
         chunk_tokens or default_chunk_tokens(student_weight_VD.shape[0], student_ND.dtype, device),
         torch.is_grad_enabled() and any(x.requires_grad for x in trained),
     )  # fmt: skip

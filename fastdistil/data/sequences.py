@@ -7,14 +7,17 @@ sentences, documents may be cut into these instead, all of them or every other o
 import os
 import re
 import signal
+import sys
 import threading
 from array import array
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastdistil.data import tokenizer
@@ -181,6 +184,16 @@ def _build(documents: list[bytes]) -> Sequences:
     return _builder.build(documents)
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Workers that start now do not run the script again that started them, which may lack its main guard."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def encode_in_order(
     batches: Iterator[DocumentBatch], *, workers: int, tokenizer_folder: Path, max_length: int, cut: Cut
 ) -> Iterator[tuple[DocumentBatch, Sequences]]:
@@ -198,7 +211,7 @@ def encode_in_order(
     try:
         for batch in batches:
             # It may start a worker, which inherits this: until that ignores Ctrl-C, it must not hear of it.
-            with blocked({signal.SIGINT}):
+            with blocked({signal.SIGINT}), _without_main():
                 waiting.append((batch, pool.submit(_build, batch.documents)))
             # Twice the workers, so that none waits while this process reads or writes.
             if len(waiting) > 2 * workers:

@@ -296,13 +296,18 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def output_of(model: Any, inputs: dict[str, Tensor]) -> Any:
-    """What a model of transformers returns for those of the inputs that it takes."""
+def readable(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the inputs that a model of transformers takes."""
     # A DistilBERT takes no token types and a RoBERTa knows one, whatever its tokenizer makes.
     accepted = set(inspect.signature(model.forward).parameters)
     if getattr(model.config, "type_vocab_size", 2) < 2:
         accepted.discard("token_type_ids")
-    return model(**{k: v for k, v in inputs.items() if k in accepted})
+    return {k: v for k, v in inputs.items() if k in accepted}
+
+
+def output_of(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """What a model of transformers returns for those of the inputs that it takes."""
+    return model(**readable(model, inputs))
 
 
 def forward(model: Any, inputs: dict[str, Tensor]) -> Tensor:

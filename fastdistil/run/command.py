@@ -357,7 +357,8 @@ class StopRequest:
             self.ask(signal.Signals(number).name)
             log.info("%s: stopping after this update; send it again after %g s to stop at once", self.reason, REPEATS_S)
         elif time.monotonic() - self.asked_at > REPEATS_S:
-            signal.signal(number, signal.SIG_DFL)
+            asks_python = self.before[signal.Signals(number)] is signal.default_int_handler  # a notebook stays alive
+            signal.signal(number, signal.default_int_handler if asks_python else signal.SIG_DFL)
             signal.raise_signal(number)
 
 

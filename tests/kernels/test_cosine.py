@@ -161,7 +161,9 @@ def test_registration():
     scale = torch.tensor(0.3, device=DEVICE)
     for num_rows, factor in ((None, scale), (torch.tensor(2, device=DEVICE), None)):
         torch.library.opcheck(torch.ops.fastdistil.cosine_rows.default, (*values, num_rows, factor))
-        torch.library.opcheck(torch.ops.fastdistil.cosine.default, (*leaves.values(), num_rows, scale))
+        torch.library.opcheck(torch.ops.fastdistil.cosine.default, (*leaves.values(), None, num_rows, scale))
+    mask = torch.arange(len(leaves["student_ND"]), device=DEVICE) % 2 == 0
+    torch.library.opcheck(torch.ops.fastdistil.cosine.default, (*leaves.values(), mask, None, scale))
 
 
 def test_compiles_without_graph_breaks():

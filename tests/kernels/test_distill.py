@@ -339,9 +339,11 @@ def test_registration():
         )
     for needs_grad in (True, False):
         leaf = student.clone().requires_grad_(needs_grad)
-        torch.library.opcheck(
-            torch.ops.fastdistil.distill.default, (leaf, teacher, labels, num_rows, 2.0, scales(), 48, needs_grad)
-        )
+        for rows in ((None, num_rows), (torch.arange(len(labels), device=DEVICE) % 2 == 0, None)):
+            torch.library.opcheck(
+                torch.ops.fastdistil.distill.default,
+                (leaf, teacher, labels, *rows, torch.tensor(2.0), scales(), 48, needs_grad),
+            )
 
 
 def test_compiles_without_graph_breaks():

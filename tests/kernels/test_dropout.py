@@ -282,7 +282,7 @@ def test_a_seed_and_its_use_do_not_read_the_device():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x_ND": torch.zeros(3)}, r"wants an \(N, D\) tensor, got \(3,\)"),
+        ({"x_ND": torch.zeros(3)}, r"wants an \(N, D\) or \(B, L, D\) tensor, got \(3,\)"),
         ({"dropout_p": 1.0}, "at least 0 and below 1, got 1.0"),
         ({"dropout_p": -0.1}, "at least 0 and below 1, got -0.1"),
         ({"stream": -1}, r"stream must be in \[0, 2\^31\), got -1"),

@@ -266,7 +266,7 @@ def test_reference_has_the_derivative_it_claims():
 @pytest.mark.parametrize(
     ("x", "bias", "message"),
     [
-        (torch.zeros(3), torch.zeros(3), r"wants \(N, F\) and \(F,\), got \(3,\)"),
+        (torch.zeros(3), torch.zeros(3), r"wants \(N, F\) or \(B, L, F\) and \(F,\), got \(3,\)"),
         (torch.zeros(2, 3), torch.zeros(4), r"got \(2, 3\) and \(4,\)"),
         (torch.zeros(2, 3).double(), torch.zeros(3).double(), "got torch.float64"),
         (torch.zeros(2, 3), torch.zeros(3).bfloat16(), r"got \(3,\) torch.bfloat16: convert the module"),

@@ -221,10 +221,11 @@ def test_registration():
     leaves = make_leaves(5)
     for needs_grad in (True, False):
         values = [v.detach().requires_grad_(needs_grad and k in TRAINED) for k, v in leaves.items()]
-        torch.library.opcheck(
-            torch.ops.fastdistil.linear_distill.default,
-            (*values, torch.tensor(4, device=DEVICE), 2.0, torch.ones(2, device=DEVICE), VOCAB, 3, needs_grad),
-        )
+        for rows in ((None, torch.tensor(4, device=DEVICE)), (torch.arange(5, device=DEVICE) % 2 == 0, None)):
+            torch.library.opcheck(
+                torch.ops.fastdistil.linear_distill.default,
+                (*values, *rows, torch.tensor(2.0), torch.ones(2, device=DEVICE), VOCAB, 3, needs_grad),
+            )
 
 
 def raw(leaves, *, dtype, accumulate=False, chunk_tokens=5, fill=0.0) -> dict[str, torch.Tensor]:
