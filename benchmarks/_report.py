@@ -148,8 +148,8 @@ def plot(path: Path, name: str, records: Sequence["Measured"], stamp: Mapping[st
     figure = plots.curves({title: rates(title) for title in titles}, "", unit, about)
     (axes,) = figure.axes
     for line, title in zip(axes.get_lines(), titles, strict=True):
-        bounds = (rates(title, end) for end in ("high_ms", "low_ms"))
-        axes.fill_between(labels, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
+        low, high = (rates(title, end) for end in ("high_ms", "low_ms"))
+        axes.fill_between(labels, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_ylim(bottom=0)
     figure.set_size_inches(max(7.5, 1.2 * len(records)), 4.5)
     plots.save_png(figure, path)

@@ -94,6 +94,7 @@ def packed(
 
     from benchmarks._harness import OURS, Problem, Provider
     from fastdistil.kernels.attention import attention, attention_reference
+    from fastdistil.kernels.attention_backends import AttentionBackend
     from fastdistil.kernels.dropout import new_dropout_seed
     from fastdistil.kernels.layout import sequence_layout
 
@@ -101,7 +102,7 @@ def packed(
     qkv = torch.randn(tokens, 3, heads, head_width, device=device, dtype=getattr(torch, dtype))
     qkv.requires_grad_(backward)
 
-    def by(title: str, backend: str) -> Provider:
+    def by(title: str, backend: AttentionBackend) -> Provider:
         of_another = "own mask" if dropout and backend != "fused" else ""
         return Provider(title, functools.partial(attention, backend=backend), of_another)
 
@@ -196,7 +197,8 @@ def on_gpu(qkv: Any, lengths: list[int], dropout: float) -> dict[str, "Provider"
         """PyTorch's own packed attention (2.10 and later); it has no dropout."""
         from torch.nn.attention.varlen import varlen_attn  # pyright: ignore[reportMissingImports]
 
-        out = varlen_attn(*leaves, bounds, bounds, max(lengths), max(lengths))
+        q, k, v = leaves
+        out: Any = varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths))
         return torch.autograd.grad(out, leaves, torch.ones_like(out)) if qkv.requires_grad else out
 
     if dropout == 0:

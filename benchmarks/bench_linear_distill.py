@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from benchmarks._harness import Problem, Provider
 
 WEIGHTS = {"temperature": 2.0, "kd_scale": 5.0, "mlm_scale": 2.0}
-MEMORY_CASE = dict(rows=4096, width=384, teacher_width=384, vocab=30522, dtype="float32", device="cpu")
+MEMORY_CASE: dict[str, Any] = dict(rows=4096, width=384, teacher_width=384, vocab=30522, dtype="float32", device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
