@@ -1,7 +1,7 @@
 """The main job: `torchrun --nproc-per-node N -m fastdistil.pretrain RECIPE [overrides]`. Read it from top to bottom.
 
-Prepared text and a teacher go in; a run folder comes out, for `python -m fastdistil.export`. torch is imported after
-the command line and everything it names have been checked: help and mistakes cost half a second.
+Prepared text and a teacher go in; a run folder comes out, for `fastdistil.export`. torch is imported after everything
+is checked: help and mistakes cost half a second.
 """
 
 import logging

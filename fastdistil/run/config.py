@@ -97,8 +97,8 @@ class DataConfig(_Section):
     """The text, as folders written by `python -m fastdistil.prepare`."""
 
     shards: tuple[str, ...] | None = None
-    """Folder of prepared shards to train on, or its URL on an object store (s3://bucket/wiki); or several as a mix: all
-    with a weight, their share of the tokens (wiki:0.7 pubmed:0.3), or none, which reads every sequence once an epoch."""
+    """Folder of prepared shards to train on, or its URL (s3://bucket/wiki); or several as a mix: all with a weight,
+    their share of the tokens (wiki:0.7 pubmed:0.3), or none, which reads every sequence once an epoch."""
     validation: Path | None = None
     """Folder of prepared shards to validate on; without it the last `validation-sequences` of --data.shards are held
     out, of a mix as many of each folder as its share."""

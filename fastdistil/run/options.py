@@ -275,7 +275,7 @@ def _on_this_machine(words: Sequence[str], command: str) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         option = name or option
-        may_be_url = option in _MAY_BE_URLS or (command == "export" and not option)
+        may_be_url = option in _MAY_BE_URLS or (command == "fastdistil.export" and not option)
         is_url = may_be_url and "://" in value and (option == "--mirror" or not value.startswith("file:"))
         is_here = is_url or not _ELSEWHERE.match(value) or bool(os.path.splitdrive(value)[0])  # a drive of Windows
         if (name and not equals) or is_here:
@@ -283,7 +283,7 @@ def _on_this_machine(words: Sequence[str], command: str) -> list[str]:
             continue
         if value.startswith("file:"):
             fix = f"use {re.sub('^file:/+', '/', value)}"
-        elif option == "--out" and command.startswith("pretrain"):
+        elif option == "--out" and command.startswith("fastdistil.pretrain"):
             fix = f"use a folder of this machine, and --mirror {value} to have it there, too"
         elif option in ("--out", "--save"):
             fix = "use a folder of this machine, and copy it there afterwards"

@@ -230,7 +230,7 @@ def setup(
 def open_folder(
     resolved: Resolved, corpus: Corpus, ranks: Ranks, update: int
 ) -> tuple[MetricsWriter, Saver, Mirror | None]:
-    """The run folder, on rank 0: what the run is, then its log, metrics and checkpoints from `update` on, and a copy."""
+    """The run folder, on rank 0: what the run is, then its log, metrics, checkpoints from `update` on, and a copy."""
     config = resolved.config
     duration_before = folder.start(config.out, record := describe(resolved, corpus, ranks), resolved.tokenizer_path)
     console.keep(config.out)

@@ -158,7 +158,6 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
 
     # The text, and the models that are to read it.
     config = _with_inputs_here(config)
-    assert config.data.shards is not None
     _check_inputs_are_here(config)
     metas = tuple(read_meta(text.folder) for text in config.data.texts)
     _check_one_tokenizer(config, metas)

@@ -139,11 +139,11 @@ def test_help_and_mistakes_come_before_torch(args):
 
 def test_the_configuration_of_an_older_run_is_read():
     """Which had log.tensorboard in the place of log.to."""
-    saved = config.to_json(recipes.distilbert())
+    saved = config.to_json(recipes.named("distilbert"))
     del saved["log"]["to"], saved["max_hours"]
     saved["log"]["tensorboard"] = False
-    assert config.from_json(saved) == recipes.distilbert()
-    assert config.resume_differences(saved, config.to_json(recipes.distilbert())) == []
+    assert config.from_json(saved) == recipes.named("distilbert")
+    assert config.resume_differences(saved, config.to_json(recipes.named("distilbert"))) == []
 
 
 def test_a_resumed_run_may_change_what_computes_nothing_and_nothing_else():

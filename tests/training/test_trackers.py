@@ -1,4 +1,4 @@
-"""training/trackers.py and --max-hours: the real clients, offline and read back; one that fails; a run that ends itself."""
+"""training/trackers.py by the real clients, offline and read back, and one that fails; --max-hours."""
 
 import json
 import sqlite3
