@@ -6,6 +6,7 @@ imported after the command line and the run have been checked.
 """
 
 import json
+import logging
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -100,6 +101,7 @@ class ExportConfig:
 @command
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the folder is there. 2: a wrong command line or run; nothing was written."""
+    logging.getLogger("fastdistil.kernels").setLevel(logging.ERROR)  # that they are slow here: none of them runs
     print(export(options.parse(ExportConfig, args, "export")))
     return 0
 
