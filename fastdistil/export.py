@@ -7,6 +7,7 @@ imported after the command line and the run have been checked.
 
 import json
 import re
+import logging
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -118,6 +119,7 @@ class ExportConfig:
 def main(args: list[str] | None = None) -> int:
     """Exit status 0: the folder is there, and pushed. 1: it could not be pushed. 2: a wrong command line or run, or
     no right to push; nothing was written."""
+    logging.getLogger("fastdistil.kernels").setLevel(logging.ERROR)  # that they are slow here: none of them runs
     print(export(options.parse(ExportConfig, args, "export")))
     return 0
 

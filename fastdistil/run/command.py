@@ -201,7 +201,7 @@ class Interruption:
 
 @contextlib.contextmanager
 def blocked(numbers: Collection[signal.Signals]) -> Iterator[None]:
-    """Inside, these signals wait, and processes that are started are deaf to them; Windows has no mask."""
+    """Inside, these signals wait, and processes started here are deaf to them; not on Windows, which has no mask."""
     if sys.platform == "win32":
         yield
         return
