@@ -1,4 +1,4 @@
-"""training/trackers.py and --max-hours: the real clients, offline and read back; one that fails; a run that ends itself."""
+"""training/trackers.py and --max-hours: the real clients, offline and read back; one that fails; a timely end."""
 
 import json
 import sqlite3
@@ -61,15 +61,13 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 
 def test_wandb(root, tmp_path):
-    pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     run = tmp_path / "run"
     stopped_and_resumed(root, run, "wandb", WANDB_MODE="offline")
     found, ids, config = {}, set(), {}
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         for data in records_of(path.read_bytes()):
-            record = Record.FromString(data)
+            record = pb2.Record.FromString(data)
             ids |= {record.run.run_id} - {""}
             config |= {item.key: item.value_json for item in record.run.config.update}
             items = {
