@@ -32,15 +32,15 @@ def stopped_and_resumed(root: Path, run: Path, name: str, **environment: str) ->
 
 def test_tensorboard_has_the_hyper_parameters(root, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+    pb2 = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
     run = tmp_path / "run"
     stopped_and_resumed(root, run, "tensorboard")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(wanted(run, "loss"))
     assert [e.step for e in events.Scalars("validation/loss")] == [6, 12]
     about = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    values = HParamsPluginData.FromString(about).session_start_info.hparams
+    values = pb2.HParamsPluginData.FromString(about).session_start_info.hparams
     assert values["optim.lr"].number_value == pytest.approx(5e-4)
     assert values["recipe"].string_value == "distilbert"
 
