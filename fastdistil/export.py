@@ -309,7 +309,7 @@ def model_card(
         (split, key, "not finite" if value is None else f"{value:.4g}", titles.get(key, ""))
         for split, values in metrics.items()
         for key, value in values.items()
-        if isinstance(value, float | None) and not key.endswith(("_per_s", "mfu"))
+        if isinstance(value, float | None) and not key.endswith(("_per_s", "mfu", "seconds", "_gib"))
     ]
     settings = flatten({key: config[key] for key in _CARD_SECTIONS if key in config})
     settings.pop("student.init", None)  # may be a path; the teacher's row says what it was

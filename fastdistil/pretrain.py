@@ -21,7 +21,7 @@ log = logging.getLogger("fastdistil")
 def main(args: list[str] | None = None) -> int:
     """The exit status, 0 for a run that finished.
 
-    1: the run failed, and RUN/status.json says why. 2: bad input. 75: a signal stopped it, with a checkpoint.
+    1: the run failed, and RUN/status.json says why. 2: bad input. 75: stopped by a signal or --max-hours, and saved.
     """
     # What is asked: the recipe with its overrides, checked against the files that it names.
     here = launched()

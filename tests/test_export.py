@@ -1,6 +1,7 @@
 """`python -m fastdistil.export`, as a user runs it: on a small run folder with a real checkpoint."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -269,6 +270,7 @@ def test_the_card_of_embeddings(embedder, tmp_path):
     _break(run, config=config)
     export(ExportConfig(run=run, out=tmp_path / "student", layers=2, dimensions=4))
     card = (tmp_path / "student" / "README.md").read_text()
+    assert not re.search("memory_gib|tokens_per_s|[|] seconds", card)
     for wanted in (
         "model = SentenceTransformer('student')",
         "| embedding | mean of the last hidden states, times the 4 rows of 2_Dense, scaled to length 1; of a text its "

@@ -23,7 +23,7 @@ from fastdistil.remote import hub
 from fastdistil.run import console
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    import rich.table
 
 log = logging.getLogger("fastdistil.evaluate")
 
@@ -428,7 +428,7 @@ def describe(task: str, num_rows: int, split: str) -> str:
     return f"{task}: {num_rows:,} {KINDS[task.partition(':')[0]].rows}, split {split}"
 
 
-def drawn(records: list[dict[str, Any]]) -> "Table":
+def drawn(records: list[dict[str, Any]]) -> "rich.table.Table":
     """The scores of several models on one table, a row each."""
     number = "{:.1f}".format
     rows = []

@@ -5,7 +5,7 @@ The environment that torchrun sets is read here and nowhere else. Exit statuses,
 0    done
 1    failed: the work went wrong, and the last line says why
 2    refused: the command line, or a file that it names, cannot be worked with, and the last line says what would be
-75   stopped by a signal, with a checkpoint: the same command with --resume auto goes on (pretrain alone)
+75   stopped by a signal or --max-hours, with a checkpoint: the same command with --resume auto goes on (pretrain alone)
 130  interrupted by SIGINT (Ctrl-C), 143 by SIGTERM, 129 and 138 by SIGHUP and SIGUSR1: what was finished is kept
 141  whoever read its output has gone (`| head`)
 """

@@ -195,7 +195,7 @@ def _live(made: Bar, terminal: _Terminal) -> Iterator[Callable[[], None]]:
     from rich.text import Text
 
     progress = _progress(terminal.console)
-    task = progress.add_task(made.title, total=made.total, completed=made.done, amount=made.amount())
+    task = progress.add_task(made.title, total=made.total, completed=int(made.begin), amount=made.amount())
 
     def picture() -> Group:
         return Group(progress.get_renderable(), *([Text(made.said)] if made.said else []))

@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,8 +79,7 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, run: Path, about: dict[str, Any], resumed_at: int) -> None:
-        import wandb
-
+        wandb = import_module("wandb")
         self.run = wandb.init(
             project=wandb.setup().settings.project or PROJECT,
             name=run.resolve().name,
@@ -102,15 +102,13 @@ class _Wandb:
 
 class _MLflow:
     def __init__(self, run: Path, about: dict[str, Any], resumed_at: int) -> None:
-        import mlflow
-
-        self.mlflow, path = mlflow, run / FOLDER / "mlflow"
+        self.mlflow, path = import_module("mlflow"), run / FOLDER / "mlflow"
         known = path.read_text().strip() if path.is_file() else None
-        made = mlflow.start_run(run_id=known, run_name=None if known else run.resolve().name)
+        made = self.mlflow.start_run(run_id=known, run_name=None if known else run.resolve().name)
         if known is None:
             path.parent.mkdir(exist_ok=True)
             write_text(path, made.info.run_id)
-            mlflow.log_params(about)
+            self.mlflow.log_params(about)
 
     def log(self, update: int, values: dict[str, float]) -> None:
         self.mlflow.log_metrics(values, step=update)
@@ -121,10 +119,8 @@ class _MLflow:
 
 class _Trackio:
     def __init__(self, run: Path, about: dict[str, Any], resumed_at: int) -> None:
-        import trackio
-
         name = f"{run.resolve().name}-{_known_as(run, 'trackio')}"
-        self.run = trackio.init(PROJECT, name=name, config=about, resume="allow", embed=False)
+        self.run = import_module("trackio").init(PROJECT, name=name, config=about, resume="allow", embed=False)
 
     def log(self, update: int, values: dict[str, float]) -> None:
         self.run.log(values, step=update)

@@ -1,4 +1,4 @@
-"""training/trackers.py by the real clients, offline and read back, and one that fails; --max-hours."""
+"""training/trackers.py and --max-hours: the real clients, offline and read back; one that fails; a timely end."""
 
 import json
 import sqlite3
@@ -32,15 +32,15 @@ def stopped_and_resumed(root: Path, run: Path, name: str, **environment: str) ->
 
 def test_tensorboard_has_the_hyper_parameters(root, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+    pb2 = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
     run = tmp_path / "run"
     stopped_and_resumed(root, run, "tensorboard")
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(wanted(run, "loss"))
     assert [e.step for e in events.Scalars("validation/loss")] == [6, 12]
     about = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    values = HParamsPluginData.FromString(about).session_start_info.hparams
+    values = pb2.HParamsPluginData.FromString(about).session_start_info.hparams
     assert values["optim.lr"].number_value == pytest.approx(5e-4)
     assert values["recipe"].string_value == "distilbert"
 
@@ -61,15 +61,13 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 
 def test_wandb(root, tmp_path):
-    pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     run = tmp_path / "run"
     stopped_and_resumed(root, run, "wandb", WANDB_MODE="offline")
     found, ids, config = {}, set(), {}
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         for data in records_of(path.read_bytes()):
-            record = Record.FromString(data)
+            record = pb2.Record.FromString(data)
             ids |= {record.run.run_id} - {""}
             config |= {item.key: item.value_json for item in record.run.config.update}
             items = {
