@@ -395,12 +395,13 @@ def _metadata(origins: dict[str, Path], sources: Any, use: _Use, licence: str | 
         about = {"license": licence or _UNKNOWN}
     # Where the weights come from, else what was imitated: the hub's tree of models has one root, and "finetune" for it.
     named = [found[0] for role in ("init", "teacher") if role in origins and (found := hub.snapshot(origins[role]))]
+    about.setdefault("license", _UNKNOWN)
     if named:
         about |= {"base_model": named[0], "base_model_relation": "finetune"}
     names = [str(s.get("name", "")) if isinstance(s, dict) else str(s) for s in sources or ()]
     on_hub = (re.match("hf:([^/:]+/[^/:]+)", name) for name in names)
     return ModelCardData(
-        **({"license": _UNKNOWN} | about),
+        **about,
         language=list(languages) or None,
         library_name=use.library,
         pipeline_tag=use.task,
