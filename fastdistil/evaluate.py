@@ -263,8 +263,9 @@ def with_results(text: str, name: str, records: list[dict[str, Any]], config: Ev
         for metric, value in record["metrics"].items()
     ]
     tasks_now = {one.task_name for one in found}
-    card.data.eval_results = [r for r in card.data.eval_results or () if r.task_name not in tasks_now] + found
-    card.data.model_name = card.data.model_name or name
+    about: Any = card.data  # ModelCardData, which its class does not say
+    about.eval_results = [r for r in about.eval_results or () if r.task_name not in tasks_now] + found
+    about.model_name = about.model_name or name
     return str(card)
 
 

@@ -390,23 +390,24 @@ def _metadata(origins: dict[str, Path], sources: Any, use: _Use, licence: str | 
     tags += ["sentence-transformers", "feature-extraction"] if use is _EMBEDDINGS else []
     cards = [hub.card_of(path) for path in origins.values()]
     languages = dict.fromkeys(one for card in cards for one in _listed(card.get("language")))
-    licences = {
+    about: dict[str, Any] = {
         name: card[name] for card in cards for name in ("license", "license_name", "license_link") if name in card
     }
     if licence is not None or len({card.get("license") for card in cards}) != 1:
-        licences = {"license": licence} if licence else {}
+        about = {"license": licence or _UNKNOWN}
     # Where the weights come from, else what was imitated: the hub's tree of models has one root, and "finetune" for it.
     named = [found[0] for role in ("init", "teacher") if role in origins and (found := hub.snapshot(origins[role]))]
+    about.setdefault("license", _UNKNOWN)
+    if named:
+        about |= {"base_model": named[0], "base_model_relation": "finetune"}
     names = [str(s.get("name", "")) if isinstance(s, dict) else str(s) for s in sources or ()]
+    on_hub = (re.match("hf:([^/:]+/[^/:]+)", name) for name in names)
     return ModelCardData(
-        **({"license": _UNKNOWN} | licences),
+        **about,
         language=list(languages) or None,
         library_name=use.library,
         pipeline_tag=use.task,
-        base_model=named[0] if named else None,
-        **({"base_model_relation": "finetune"} if named else {}),
-        datasets=list(dict.fromkeys(m[1] for m in (re.match("hf:([^/:]+/[^/:]+)", name) for name in names) if m))
-        or None,
+        datasets=list(dict.fromkeys(found[1] for found in on_hub if found)) or None,
         tags=tags,
     )
 

@@ -346,11 +346,13 @@ def test_the_card_says_what_was_kept(folders, similar, tmp_path, caplog):
         assert text.partition("\n---\n")[2].startswith("# other\n\n## What it kept\n")
         assert text.endswith("\n\n## Training\nlong\n")
         assert text.count("| sts, spearman, 30 rows | ") == text.count(f"of `{folders[0].name}` (95 %)") == 1
-        about = ModelCard(text).data
-        assert (about.license, about.model_name) == ("mit", "other")
-        (found,) = about.eval_results
-        assert (found.task_name, found.metric_type, found.dataset_split) == ("sts", "spearman", "train")
-        assert f"{found.metric_value:.1f} (" in text
+        about = ModelCard(text).data.to_dict()
+        (model,) = about["model-index"]
+        assert (about["license"], model["name"]) == ("mit", "other")
+        (found,) = model["results"]
+        metric = found["metrics"][0]
+        assert (found["task"]["name"], metric["type"], found["dataset"]["split"]) == ("sts", "spearman", "train")
+        assert f"{metric['value']:.1f} (" in text
 
 
 def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):

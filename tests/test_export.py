@@ -190,9 +190,13 @@ def test_the_card_says_where_the_model_comes_from(run, tmp_path):
     # Where the two do not agree nothing follows, and the publisher may say.
     Path(config["teacher"]["path"], "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
     export(ExportConfig(run=run, out=tmp_path / "student", overwrite=True))
-    assert ModelCard.load(tmp_path / "student" / "README.md").data.license == "unknown"
+    assert _metadata(tmp_path / "student")["license"] == "unknown"
     export(ExportConfig(run=run, out=tmp_path / "student", overwrite=True, license="apache-2.0"))
-    assert ModelCard.load(tmp_path / "student" / "README.md").data.license == "apache-2.0"
+    assert _metadata(tmp_path / "student")["license"] == "apache-2.0"
+
+
+def _metadata(folder: Path) -> dict:
+    return ModelCard.load(folder / "README.md").data.to_dict()
 
 
 def test_the_card_of_what_goes_on_training(tmp_path):
@@ -202,7 +206,7 @@ def test_the_card_of_what_goes_on_training(tmp_path):
     _break(run, config=config, layers=[0, 1])
     export(ExportConfig(run=run, out=tmp_path / "model"))
     card = (tmp_path / "model" / "README.md").read_text()
-    assert ModelCard(card).data.base_model == "bert-base-uncased"
+    assert _metadata(tmp_path / "model")["base_model"] == "bert-base-uncased"
     assert "| starts from | layers 0 1 of `bert-base-uncased` (commit 0a1b) |" in card
 
 

@@ -287,9 +287,7 @@ class TestFetch:
         with pytest.raises(ValueError, match=r"--data.shards faulty://.*empty holds no finished preparation"):
             shards.fetch("--data.shards", f"faulty://{tmp_path}/empty", tmp_path / "cache")
         (tmp_path / "empty" / "meta.json").write_text("{}")
-        with pytest.raises(
-            ValueError, match=r"--data.shards faulty://.*empty/meta.json: lacks|empty.* lacks the field"
-        ):
+        with pytest.raises(ValueError, match=r"--data.shards faulty://.*empty.* lacks the field"):
             shards.fetch("--data.shards", f"faulty://{tmp_path}/empty", tmp_path / "cache")
 
     def test_a_disk_that_is_too_small(self, tmp_path, monkeypatch):

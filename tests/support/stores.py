@@ -38,14 +38,14 @@ class Faulty(LocalFileSystem):
         if Faulty.on_write is not None:
             Faulty.on_write(Faulty.writes, path)
 
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **kwargs: Any) -> Any:
         if "w" in mode:
             self._count(path)
-        return super()._open(path, mode=mode, **kwargs)
+        return super()._open(path, mode=mode, block_size=block_size, **kwargs)
 
-    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+    def mv(self, path1: str, path2: str, recursive: bool = True, **kwargs: Any) -> None:
         self._count(path2)
-        super().mv(path1, path2, **kwargs)
+        super().mv(path1, path2, recursive=recursive, **kwargs)
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         here = Path(self._strip_protocol(path))
@@ -98,8 +98,8 @@ def s3_environment(port: int) -> dict[str, str]:
 @contextmanager
 def s3(port: int) -> Iterator[Any]:
     """moto's S3 with an empty bucket, and its client of boto3."""
-    import boto3
-    from moto.server import ThreadedMotoServer
+    import boto3  # pyright: ignore[reportMissingImports]
+    from moto.server import ThreadedMotoServer  # pyright: ignore[reportMissingImports]
 
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()

@@ -86,7 +86,11 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ({"teacher": {"path": None}}, r"imitates a teacher .*--loss.kd 5, .*and --teacher.path is missing"),
         (
             {"teacher": {"path": Path("nowhere")}},
-            r"^--teacher.path: not a Hugging Face folder: wanted config.json in nowhere, which does not exist: a model",
+            r"^--teacher.path nowhere: there is no such folder, and the hub does not give a model of",
+        ),
+        (
+            {"teacher": {"path": Path("/no/where")}},
+            r"^--teacher.path: not a Hugging Face folder: wanted config.json in /no/where, which does not exist",
         ),
         ({"loss": {"kd": 0.0, "cosine": 0.0}}, r"--teacher.path has no effect in recipe .* with --loss.mlm 2 alone"),
         (
@@ -127,7 +131,7 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
         ),
         (
             {"student": {"init": "techer"}},
-            r"--student.init must be `teacher`, `random` or .* no folder techer: a model",
+            "^--student.init techer: there is no such folder, and the hub does not give a model of that name",
         ),
         ({"student": {"init": "."}}, r"^--student.init: not a Hugging Face folder: wanted config.json in \.$"),
         ({"student": {"token_types": 0, "max_positions": 32}}, r"--student.max-positions 32 differs from the 64 of"),
