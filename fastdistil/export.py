@@ -6,8 +6,8 @@ imported after the command line and the run have been checked.
 """
 
 import json
-import re
 import logging
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping

@@ -593,12 +593,12 @@ def from_json(saved: dict[str, Any]) -> Config:
             return value
         hints = get_type_hints(type(like))
         given = {}
-        for name, item in value.items():
+        for name, stored in value.items():
             if (type(like), name) == (LogConfig, "tensorboard"):  # of a run of an older version, now --log.to
                 continue
             path = hints[name] is Path or Path in get_args(hints[name])
-            if name == "shards" and isinstance(item, str):  # of a run of before there were mixes
-                item = [item]
+            # A run of before there were mixes has the one folder as a string.
+            item: Any = [stored] if name == "shards" and isinstance(stored, str) else stored
             if dataclasses.is_dataclass(default := getattr(like, name)):
                 given[name] = build(item, default)
             elif item is not None and path:
