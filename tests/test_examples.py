@@ -43,8 +43,7 @@ def test_the_notebook(tmp_path, monkeypatch):
     """Executed anew, with outputs of the kinds that it was committed with."""
     nbclient = pytest.importorskip("nbclient", reason="it executes the notebook")
     pytest.importorskip("ipykernel", reason="it is the notebook's Python")
-    import nbformat
-
+    nbformat = pytest.importorskip("nbformat", reason="it reads the notebook")
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     committed = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)

@@ -50,12 +50,13 @@ def trainer_of(folder: Any, student: str, args: dict[str, Any] | None = None, **
 
 def plain(trainer: DistilTrainer, batches: list[dict[str, Tensor]]) -> Tensor:
     """The objective of an update in PyTorch's own functions, from logits."""
+    model: Any = trainer.model
     kd = mlm = cosine = torch.zeros(())
     num_tokens = num_masked = 0
     for inputs in batches:
         real, labels = inputs["attention_mask"].bool(), inputs["labels"]
         read = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-        student = trainer.model(**read, output_hidden_states=True)
+        student = model(**read, output_hidden_states=True)
         with torch.no_grad():
             teacher = trainer.teacher(**read, output_hidden_states=True)
         z, y = student.logits[real], teacher.logits[real]
@@ -77,12 +78,13 @@ def gradients(model: Any, loss: Tensor) -> list[Tensor]:
 def test_loss_and_gradients_are_those_of_the_plain_objective(tmp_path, student):
     """Of two batches of different lengths, accumulated: the means are over both."""
     trainer = trainer_of(tmp_path, student, {"gradient_accumulation_steps": 2})
-    trainer.model.train()
+    model: Any = trainer.model
+    model.train()
     parts, counts = trainer.get_batch_samples(iter([batch((9, 4, 12)), batch((5, 7), seed=1)]), 2, torch.device("cpu"))
-    total = torch.stack([trainer.compute_loss(trainer.model, part, num_items_in_batch=counts) for part in parts]).sum()
+    total = torch.stack([trainer.compute_loss(model, part, num_items_in_batch=counts) for part in parts]).sum()
     wanted = plain(trainer, parts)
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-5)
-    found, of_plain = gradients(trainer.model, total), gradients(trainer.model, wanted)
+    found, of_plain = gradients(model, total), gradients(model, wanted)
     assert len(found) == len(of_plain) > 20
     for mine, theirs in zip(found, of_plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
@@ -139,7 +141,8 @@ def test_it_trains_evaluates_and_saves(tmp_path):
     read = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     logits = loaded.eval()(**read).logits
     assert logits.shape == (1, 7, V)
-    torch.testing.assert_close(logits, trainer.model.eval()(**read).logits)
+    model: Any = trainer.model
+    torch.testing.assert_close(logits, model.eval()(**read).logits)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ def seed() -> Tensor:
     return torch.tensor(7, device=DEVICE)
 
 
+def scales(temperature: Tensor) -> dict[str, Any]:
+    return SCALES | {"temperature": temperature}
+
+
 WEIGHT, TEACHER_WEIGHT, BIAS = normal(V, D, seed=2) / 4, normal(V, 24, seed=3) / 4, normal(V, seed=4)
 Operator = Callable[..., Any]
 LOSSES: dict[str, tuple[Operator, list[Tensor]]] = {
@@ -85,9 +89,9 @@ LAYERS: dict[str, tuple[Operator, int]] = {
 
 def value_and_gradient(run: Operator, x: Tensor, *others: Any, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = x.detach().requires_grad_()
-    out = run(leaf, *others, **options)
+    out: Any = run(leaf, *others, **options)
     value = out if isinstance(out, Tensor) else torch.stack(list(out))
-    (gradient,) = torch.autograd.grad(value.square().sum() if value.ndim > 1 else out.loss, leaf)
+    (gradient,) = torch.autograd.grad(value.square().sum() if isinstance(out, Tensor) else out.loss, leaf)
     return value.detach(), gradient
 
 
@@ -220,11 +224,11 @@ def test_numbers_that_are_tensors_change_without_a_recompilation(name):
             "got both: leave num_rows out",
         ),
         (
-            lambda: distill_loss(normal(2, V), normal(2, V), None, **SCALES | {"temperature": torch.ones(2)}),
+            lambda: distill_loss(normal(2, V), normal(2, V), None, **scales(torch.ones(2))),
             r"temperature as a float or a 0-dim tensor, got shape \(2,\)",
         ),
         (
-            lambda: distill_loss(normal(2, V), normal(2, V), None, **SCALES | {"temperature": torch.tensor(0.0)}),
+            lambda: distill_loss(normal(2, V), normal(2, V), None, **scales(torch.tensor(0.0))),
             "temperature must be > 0, got 0.0",
         ),
         (
