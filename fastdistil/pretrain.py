@@ -1,7 +1,6 @@
 """The main job: `torchrun --nproc-per-node N -m fastdistil.pretrain RECIPE [overrides]`. Read it from top to bottom.
 
-Prepared text and a teacher go in; a run folder comes out, for `fastdistil.export`. torch is imported after everything
-is checked: help and mistakes cost half a second.
+Text and a teacher go in, a run folder comes out. torch is imported after all is checked: mistakes cost half a second.
 """
 
 import logging

@@ -52,9 +52,9 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (8300, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
-    "evaluation": (2160, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (2980, ("kernels", "../csrc")),
+    "core": (9310, ("data", "model", "training", "run", "prepare.py", "pretrain.py", "export.py")),
+    "evaluation": (2660, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
+    "kernels": (3120, ("kernels", "../csrc")),
 }
 MOST_FILES = 13  # in a folder of the product
 LONGEST_FUNCTION = 60
