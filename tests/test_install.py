@@ -110,7 +110,7 @@ def link(names: set[str], into: Path) -> None:
         assert files is not None, f"{name} has no list of its files"
         for first in {file.parts[0] for file in files} - {"..", "__pycache__"}:
             if not (into / first).exists():
-                (into / first).symlink_to(distribution(name).locate_file(first))
+                (into / first).symlink_to(str(distribution(name).locate_file(first)))
 
 
 def run(*words: object, cwd: Path, path: str = "") -> subprocess.CompletedProcess[str]:
