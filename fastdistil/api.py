@@ -266,7 +266,7 @@ class _LiveLine(logging.Handler):
         from IPython import display  # type: ignore[import-not-found]  # a notebook brings it
 
         super().__init__()
-        self.shown = display.display(display.HTML(""), display_id=True)
+        self.shown: Any = display.display(display.HTML(""), display_id=True)
         self.display, self.kept, self.since = display, [], time.perf_counter()
 
     def emit(self, record: logging.LogRecord) -> None:
