@@ -210,7 +210,7 @@ def _sources(texts: str | Path | Iterable[Any], path: Path, field: str) -> list[
                 'name it by prepare={"text_field": ...}'
             )
         texts = texts[field]  # type: ignore[index]
-    rows = iter(texts)
+    rows: Iterator[Any] = iter(texts)  # type: ignore[call-overload]
     first = next(rows, None)
     if isinstance(first, Path):
         return [str(first), *map(str, rows)]
@@ -263,10 +263,10 @@ class _LiveLine(logging.Handler):
     """The newest line of the log in one place of a notebook; warnings stay above it."""
 
     def __init__(self) -> None:
-        from IPython import display
+        from IPython import display  # type: ignore[import-not-found]  # a notebook brings it
 
         super().__init__()
-        self.shown = display.display(display.HTML(""), display_id=True)
+        self.shown: Any = display.display(display.HTML(""), display_id=True)
         self.display, self.kept, self.since = display, [], time.perf_counter()
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -58,8 +58,9 @@ class DistilTrainer(transformers.Trainer):
             raise ValueError(
                 f"DistilTrainer wants a process a GPU, this one has {self.args.n_gpu}: start it by torchrun"
             )
-        heads = [model.get_output_embeddings() for model in (self.model, teacher)]
-        for name, model, head in zip(("model", "teacher"), (self.model, teacher), heads, strict=True):
+        models: tuple[Any, Any] = self.model, teacher
+        heads: list[Any] = [model.get_output_embeddings() for model in models]
+        for name, model, head in zip(("model", "teacher"), models, heads, strict=True):
             if head is None:
                 raise ValueError(f"DistilTrainer wants a {name} with a vocabulary, got {type(model).__name__}: load it "
                                  "by AutoModelForMaskedLM")  # fmt: skip
