@@ -195,7 +195,7 @@ def test_recipes_travel_with_the_package():
 
     root = Path(recipes.__file__).parents[2]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert data["fastdistil.run"] == ["recipes/*.yaml"]
+    assert "*.yaml" in data["*"]
     for name in recipes.NAMES:
         assert recipes._about(name).endswith((".", ":"))
         # What it says is not what holds anyway.
