@@ -181,10 +181,10 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def fetch(option: str, url: str, cache: Path) -> Path:
+def fetch(option: str, url: str, cache: Path | None) -> Path:
     """The folder of `cache` that is a copy of the prepared one at a URL, made where it is missing.
 
-    It is whole or has no meta.json; every file of tokens is compared with its SHA-256. An interrupted copy goes on with
+    `cache` is ~/.cache/fastdistil unless given. The copy is whole or has no meta.json; every file of tokens is compared with its SHA-256. An interrupted copy goes on with
     the files that are there. Processes of a machine wait for the one that copies. Copies are told apart by their
     meta.json, which holds all hashes, so that of a corpus that was prepared anew there is another one.
 
@@ -193,7 +193,7 @@ def fetch(option: str, url: str, cache: Path) -> Path:
     from filelock import FileLock
 
     system, root = storage(option, url)
-    cache = cache.expanduser()
+    cache = (cache or Path("~/.cache/fastdistil")).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     try:
         described = system.cat_file(f"{root}/{META_FILE}")

@@ -108,8 +108,8 @@ class DataConfig(_Section):
     num_workers: Annotated[int | None, AT_LEAST_0] = None
     """Processes that mask and pack ahead of the device; 0 does it in the training process. None: 2 beside a GPU, 0 on
     a CPU, whose cores they would take. Never changes results."""
-    cache: Path = Path("~/.cache/fastdistil")
-    """Where shards that lie at a URL are copied to; a disk of this machine is best."""
+    cache: Path | None = None
+    """Where shards that lie at a URL are copied to; a disk of this machine is best. None: ~/.cache/fastdistil."""
     verify: bool = True
     """Compare the SHA-256 of every shard with meta.json at the start; each rank hashes its part."""
 

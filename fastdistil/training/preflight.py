@@ -174,16 +174,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         source_path, source = read_source(config, teacher, meta, notes)
         begun = record if record and folder.has_checkpoint(config.out) else {}
         layers, student = layers_and_student(config, begun, teacher, source, meta)
-    if source is not None and 0 < source.token_types != student.token_types > 0:
-        notes.append(
-            f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
-            "copied, and others start as its row 0, the type of every token"
-        )
-    if world_size - config.teacher.ranks > 1 and config.engine.zero_stage is None and not is_installed("deepspeed"):
-        notes.append(
-            "DeepSpeed is not installed: every rank keeps the optimiser's state of the whole student (ZeRO stage 0); "
-            'pip install "fastdistil[deepspeed]" shares it between the ranks'
-        )
+    notes += _defaults_said(config, world_size - config.teacher.ranks, source, student)
     fresh_head = student.mlm_head and source_path is not None and not has_head(source_path)
     if fresh_head and teacher is None and config.optim.encoder_lr is None and not record:
         config = _with_encoder_lr(config, notes)
@@ -241,6 +232,22 @@ def _ranks_meant(config: Config, world_size: int) -> int:
     if config.world_size < 1:
         raise ValueError(f"--world-size must be 1 or more, got {config.world_size}")
     return config.world_size
+
+
+def _defaults_said(
+    config: Config, num_students: int, source: Architecture | None, student: Architecture
+) -> Iterator[str]:
+    """What a reader of the log should know of what was not asked for."""
+    if source is not None and 0 < source.token_types != student.token_types > 0:
+        yield (
+            f"--student.token-types {student.token_types}, of a model with {source.token_types}: their first rows are "
+            "copied, and others start as its row 0, the type of every token"
+        )
+    if num_students > 1 and config.engine.zero_stage is None and not is_installed("deepspeed"):
+        yield (
+            "DeepSpeed is not installed: every rank keeps the optimiser's state of the whole student (ZeRO stage 0); "
+            'pip install "fastdistil[deepspeed]" shares it between the ranks'
+        )
 
 
 def _with_inputs_here(config: Config) -> Config:

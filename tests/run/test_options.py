@@ -217,7 +217,11 @@ def test_what_is_read_from_a_url():
     (line,) = answer("mlm", "--teacher.path", "https://huggingface.co/bert-base-uncased")
     assert "give the model's name alone" in line
     got = recipes.parse(["mlm", "--data.shards=s3://bucket/wiki", "--data.validation", "hf://datasets/lab/wiki"])
-    assert list(map(url_of, (got.data.shards, got.data.validation))) == ["s3://bucket/wiki", "hf://datasets/lab/wiki"]
+    (shards,) = got.data.texts
+    assert list(map(url_of, (shards.folder, got.data.validation or ""))) == [
+        "s3://bucket/wiki",
+        "hf://datasets/lab/wiki",
+    ]
     for words in (["--mirror", "file:///mnt/a"], ["--mirror=s3://bucket/a"], ["--mirror", "/mnt/a"]):
         assert recipes.parse(["mlm", *words]).mirror == words[-1].removeprefix("--mirror=")
     given = parse(export.ExportConfig, ["s3://bucket/a", "--out", "o"], "export")
