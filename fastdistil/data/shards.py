@@ -184,9 +184,10 @@ def shard_name(index: int) -> str:
 def fetch(option: str, url: str, cache: Path | None) -> Path:
     """The folder of `cache` that is a copy of the prepared one at a URL, made where it is missing.
 
-    `cache` is ~/.cache/fastdistil unless given. The copy is whole or has no meta.json; every file of tokens is compared with its SHA-256. An interrupted copy goes on with
-    the files that are there. Processes of a machine wait for the one that copies. Copies are told apart by their
-    meta.json, which holds all hashes, so that of a corpus that was prepared anew there is another one.
+    `cache` is ~/.cache/fastdistil unless given. The copy is whole or has no meta.json; every file of tokens is compared
+    with its SHA-256. An interrupted copy goes on with the files that are there. Processes of a machine wait for the one
+    that copies. Copies are told apart by their meta.json, which holds all hashes, so that of a corpus that was prepared
+    anew there is another one.
 
     Raises ValueError where there is no whole preparation at the URL, it cannot be read, or the disk is too small.
     """
