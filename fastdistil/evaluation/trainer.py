@@ -82,7 +82,8 @@ class DistilTrainer(transformers.Trainer):
         if not batches:
             return batches, None
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0).to(device)
-        return batches, self.accelerator.gather(counts[None]).sum(0)
+        gathered: Any = self.accelerator.gather(counts[None])
+        return batches, gathered.sum(0)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,7 +99,8 @@ class DistilTrainer(transformers.Trainer):
         with self.accelerator.autocast():
             with torch.no_grad():
                 teacher_hidden, teacher_transformed = _below_vocabulary(self.teacher, self.teacher, inputs)
-            head, teacher_head = core.get_output_embeddings(), self.teacher.get_output_embeddings()
+            models: tuple[Any, Any] = core, self.teacher
+            head, teacher_head = (model.get_output_embeddings() for model in models)
             found = linear_distill_loss(
                 transformed,
                 head.weight,
