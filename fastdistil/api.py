@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from fastdistil import export, prepare, pretrain
 from fastdistil.model import headers
 from fastdistil.model.architecture import read_architecture
+from fastdistil.remote import hub
 from fastdistil.run import folder, options, recipes
 from fastdistil.run.command import STOPPED, Failed, launched
 from fastdistil.run.config import LOSS_TERMS, Config, flatten
@@ -88,7 +89,8 @@ class Distilled:
         """The losses of the last validation, each with its title."""
         titles = {term.name: term.title for term in LOSS_TERMS}
         last = next((r for r in reversed(self.metrics) if r["split"] == "validation"), {})
-        return [(titles.get(k, k), f"{v:.4g}") for k, v in last.items() if isinstance(v, float)]
+        losses = {k: v for k, v in last.items() if isinstance(v, float) and not k.endswith(("seconds", "_gib"))}
+        return [(titles.get(k, k), f"{v:.4g}") for k, v in losses.items()]
 
     def __repr__(self) -> str:
         rows = [f"  {value:>8}  {name}" for name, value in self._rows()]
@@ -187,9 +189,9 @@ def _words(given: Mapping[str, Any]) -> Iterator[str]:
 
 def _check_teacher(config: Config) -> None:
     """What pretrain would refuse of the teacher's folder, before hours of preparation. Raises ValueError or OSError."""
-    path = config.teacher.path
-    if path is None:
+    if config.teacher.path is None:
         return
+    path = hub.folder_of("--teacher.path", config.teacher.path)
     try:
         headers.match(path, read_architecture(path), headers.read_headers(path), need_head=config.loss.kd > 0)
     except ValueError as error:
