@@ -77,6 +77,9 @@ def main(args: list[str] | None = None) -> int:
     if config.out is not None:
         write_json(config.out, found)
         print(f"{config.out}: {len(found['models'])} model(s)")
+    if len(config.models) == 2:
+        reference, model = config.models
+        print(f"next: {console.command_line('evaluate', model, '--reference', reference)} --task sts --data PAIRS")
     return 0
 
 

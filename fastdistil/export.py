@@ -162,13 +162,12 @@ def export(config: ExportConfig) -> str:
         files.write_text(part / "README.md", card)
     use, teacher_path = _use(exported, pooling), flatten(record["config"]).get("teacher.path")
     reference = f"--reference {shlex.quote(teacher_path)} " if teacher_path else ""
-    pushed = f"\n{hub.push(config.out, config.push, private=config.private)}" if config.push else ""
+    pushed = f"{hub.push(config.out, config.push, private=config.private)}\n" if config.push else ""
     return (
         f"{config.out}: {_class_name(exported)}, {exported.num_parameters:,} parameters, after update "
         f"{progress['update']:,}{_skipped(progress)}; load it with "
         f"{use.load.format(repr(str(config.out)))}\n"
-        f"{pushed}"
-        f"\nnext: {console.command_line('evaluate', config.out)} {use.score.format(reference)}"
+        f"{pushed}next: {console.command_line('evaluate', config.out)} {use.score.format(reference)}"
     )
 
 

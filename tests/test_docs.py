@@ -37,3 +37,20 @@ def test_what_a_page_links_to_is_there(page):
     local = [a or b for a, b in targets if not re.match(r"(https?|mailto):|#", a or b)]
     missing = [target for target in local if not (page.parent / target.partition("#")[0]).exists()]
     assert not missing
+
+
+def test_the_tutorial_works_as_it_stands(tmp_path):
+    """Its blocks of shell, one after another in an empty folder."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL | re.MULTILINE)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    script = "\n".join(("set -e", *blocks))
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "finished after update 30 of 30" in done.stdout
+    assert "(384,)" in done.stdout
+    kept = re.search(r"^small +[\d.]+ +[\d.]+–[\d.]+ .* ([\d.]+) %", done.stdout, re.MULTILINE)
+    assert kept
+    assert 88 < float(kept[1]) < 98, "the page says 92.7 %"
+    assert "The student keeps" in (tmp_path / "report.html").read_text()

@@ -434,10 +434,10 @@ def drawn(records: list[dict[str, Any]]) -> "rich.table.Table":
     rows = []
     for record in records:
         (score, value), *others = record["metrics"].items()
-        row = {"model": record["model"], score: number(value), "95 %": " to ".join(map(number, record["interval"]))}
+        row = {"model": record["model"], score: number(value), "95 %": "–".join(map(number, record["interval"]))}
         row |= {name: number(value) for name, value in others}
         if any("of_reference" in other for other in records):
-            row["of the reference"] = number(record["of_reference"]) + " %" if "of_reference" in record else "-"
-            row["95 % of that"] = " to ".join(map(number, record.get("of_reference_interval", ()))) or "-"
-        rows.append(row | {"seconds": number(record["seconds"])})
+            row["kept"] = number(record["of_reference"]) + " %" if "of_reference" in record else "-"
+            row["95 % of that"] = "–".join(map(number, record.get("of_reference_interval", ()))) or "-"
+        rows.append(row)
     return console.table(tuple(rows[0]), (row.values() for row in rows))

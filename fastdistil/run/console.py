@@ -7,6 +7,7 @@ there is no bar, and every line begins with its date and time. rich is imported 
 import contextlib
 import logging
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,8 @@ EVERY_S = 30.0
 """Between two lines of a loop where there is no bar."""
 REDRAWN_S = 0.5
 """Between two looks of a bar. The loop draws it, no thread: data workers are forked, and would inherit its lock."""
+UNFOLDED = 1000
+"""Columns of what is no terminal."""
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "red"}
 
 
@@ -258,11 +261,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> "Table":
 
 
 def show(what: Any, *lines: str) -> None:
-    """Print a table, or whatever rich draws, on stdout, as wide as the terminal is, 80 columns where there is none;
-    then the lines as they are."""
+    """Print a table, or whatever rich draws, on stdout, as wide as the terminal is; then the lines as they are.
+
+    Where there is no terminal nothing is folded.
+    """
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
+    console = Console(file=sys.stdout, width=shutil.get_terminal_size((UNFOLDED, 25)).columns)
     with console.capture() as drawn:  # rich would end the program where nobody reads its output any more
         console.print(what)
     print("\n".join([*(line.rstrip() for line in drawn.get().splitlines()), *lines]))

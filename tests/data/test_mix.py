@@ -123,6 +123,7 @@ def test_lengths_as_they_are_drawn():
 
 def test_the_sequences_of_a_mix_are_those_of_its_folders(shards, tmp_path):
     other = Shards(toy.make_shards(tmp_path / "med", num_sequences=30, seed=3))
+    shards = Shards(shards.folder)  # of its own: other tests change counts
     mix = Mix([Shards(shards.folder), other], [1.0, 2.5])
     assert (len(mix), mix.meta.num_sequences, mix.meta.num_tokens) == (
         430,

@@ -136,7 +136,7 @@ def test_from_names_to_a_pushed_student(hub, root, tmp_path):
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert f"models--lab--teacher/snapshots/{teacher.main}" in record["config"]["teacher"]["path"]
     done = run("fastdistil.export", "run", "--out", "student", "--push", "me/student", "--private")
-    assert done.stdout.splitlines()[-1] == f"{hub.endpoint}/me/student"
+    assert f"{hub.endpoint}/me/student" in done.stdout.splitlines()
 
     pushed = hub.repositories["models/me/student"]
     assert pushed.private
@@ -153,8 +153,8 @@ def test_from_names_to_a_pushed_student(hub, root, tmp_path):
         "tags": ["fastdistil", "knowledge-distillation"],
     }
     done = run("fastdistil.efficiency", "lab/teacher", "me/student", "--rounds", 1, "--length", 8, "--batch-size", 2)
-    assert done.stdout.startswith("teacher: ")
-    assert "\nstudent: " in done.stdout
+    names = [line.split()[0] for line in done.stdout.splitlines() if line.split()]
+    assert {"teacher", "student"} <= {*names}
 
 
 @pytest.mark.parametrize(

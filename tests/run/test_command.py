@@ -357,6 +357,7 @@ def test_a_later_signal_ends_the_process(monkeypatch, second):
     monkeypatch.setattr("fastdistil.run.command.REPEATS_S", 0.0)
     child = os.fork()
     if child == 0:
+        signal.signal(second, signal.SIG_DFL)  # Python's own of Ctrl-C raises, as a notebook wants it
         with StopRequest():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(second)
