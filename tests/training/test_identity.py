@@ -310,6 +310,6 @@ class TestWhatTheTeacherKnows:
         said = []
         for name, ranks, more in (("a", 2, {}), ("b", 3, {"teacher__ranks": 1})):
             done = forked.run(*arguments(root, tmp_path / name, **few, **more), ranks=ranks)
-            said += [line[9:] for line in done.stdout.splitlines() if "teacher: masked LM loss" in line]
+            said += [line.partition(" ")[2] for line in done.stdout.splitlines() if "teacher: masked LM loss" in line]
         assert len(said) == 2
         assert said[0] == said[1]
