@@ -26,7 +26,7 @@ SMALL = {
     "batch": {"size": 24, "token_budget": 256},
     "optim": {"duration": 6, "unit": "updates"},
     "engine": {"threads": 1},
-    "log": {"tensorboard": False},
+    "log": {"to": "none"},
     "prepare": {"workers": 1, "max_length": 48},
 }
 
@@ -68,7 +68,7 @@ def test_it_makes_what_the_commands_make(root, student, tmp_path):
     assert prepare.main([str(w) for w in (student.path.parent / "texts.jsonl", *words)]) == 0
     options = ["--batch.size", 24, "--batch.token-budget", 256, "--optim.duration", 6, "--optim.unit", "updates"]
     options += ["--teacher.path", root / "teacher", "--data.shards", tmp_path / "shards", "--out", tmp_path / "run"]
-    assert pretrain.main(["distilbert", *map(str, options), "--log.no-tensorboard", "--engine.threads", "1"]) == 0
+    assert pretrain.main(["distilbert", *map(str, options), "--log.to", "none", "--engine.threads", "1"]) == 0
     assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "student")]) == 0
     assert runs.same(*(load_file(p / "model.safetensors") for p in (student.path, tmp_path / "student")))
     model = transformers.AutoModelForMaskedLM.from_pretrained(student.path)
@@ -137,11 +137,11 @@ def test_ctrl_c_ends_it_and_the_same_call_goes_on(root, student, tmp_path, when,
     when(words, lambda: signal.raise_signal(signal.SIGINT))
     before = surroundings()
     with pytest.raises(KeyboardInterrupt):
-        distil(root, tmp_path / "out", log={"every": 1, "tensorboard": False})
+        distil(root, tmp_path / "out", log={"every": 1, "to": "none"})
     assert is_as(before)
     if words.startswith("update"):
         assert runs.status(tmp_path / "out" / "run")["state"] == "stopped"
-    again = distil(root, tmp_path / "out", log={"every": 1, "tensorboard": False})
+    again = distil(root, tmp_path / "out", log={"every": 1, "to": "none"})
     assert runs.same(*(load_file(s.path / "model.safetensors") for s in (student, again)))
 
 
@@ -151,7 +151,7 @@ def test_another_signal_reaches_whoever_handles_it(root, tmp_path, when):
     try:
         when("update 1/6", lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt, match="with a checkpoint: the same call goes on"):
-            distil(root, tmp_path / "out", log={"every": 1, "tensorboard": False})
+            distil(root, tmp_path / "out", log={"every": 1, "to": "none"})
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]

@@ -174,7 +174,11 @@ def test_the_wheel_is_for_any_system_and_holds_what_is_read_at_run_time(wheel):
     code = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("fastdistil/**/*.py")}
     code |= {f"fastdistil/kernels/{p.name}" for p in ROOT.glob("kernels/*.py")}
     assert {n for n in names if n.endswith(".py")} == {n for n in code if "__pycache__" not in n}
-    assert {"fastdistil/evaluation/report.html", "fastdistil/py.typed"} <= set(names)
+    page = {f"fastdistil/evaluation/page/{p.name}" for p in ROOT.glob("fastdistil/evaluation/page/*")}
+    recipes = {f"fastdistil/run/recipes/{p.name}" for p in ROOT.glob("fastdistil/run/recipes/*")}
+    assert len(page) >= 6
+    assert len(recipes) >= 8
+    assert page | recipes | {"fastdistil/py.typed"} <= set(names)
     assert not [n for n in names if n.endswith(".so") or not n.startswith("fastdistil")]
     assert {f"Provides-Extra: {extra}" for extra in PROJECT["optional-dependencies"]} <= set(metadata.splitlines())
 
