@@ -252,7 +252,7 @@ def test_what_evaluate_would_refuse_is_refused_before_anything_is_trained(folder
         ({"seeds": 0}, "--seeds must be 1 or more, got 0"),
         ({"variants": "no-kid"}, "--variants must be some of distilbert no-kd"),
         ({"data": "nowhere"}, "--data nowhere is not a folder"),
-        ({"teacher": "nowhere"}, "wanted config.json in nowhere"),
+        ({"teacher": "nowhere"}, "--teacher nowhere: there is no such folder, and the hub does not give"),
         ({"shards": "nowhere"}, "nowhere/meta.json does not exist"),
         ({"launcher": "torchrun", "jobs": 2}, "takes the devices of several --jobs"),
         ({"teacher-options": "--seed 3"}, "has no effect with --teacher"),
