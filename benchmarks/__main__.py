@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from fastdistil.run.command import command, leave
+
 FOLDER = Path(__file__).parent
 OPERATORS = ("attention", "cosine", "distill", "dropout", "gelu", "layernorm", "linear_distill")
 
@@ -13,8 +15,9 @@ def about(path: Path) -> str:
     return " ".join(words).partition(". ")[0].partition(": ")[0].rstrip(".")
 
 
-def main() -> None:
-    """Print every command of this folder with the first line of its docstring."""
+@command
+def main(_args: list[str] | None = None) -> int:
+    """Print every command of this folder with the first line of its docstring. Exit status 0."""
     everything = sorted(FOLDER.glob("[!_]*.py"))
     files = {p.stem: p for p in everything if '\nif __name__ == "__main__":' in p.read_text()}
     operators = [f"bench_{name}" for name in OPERATORS]
@@ -29,7 +32,8 @@ def main() -> None:
     print(
         "--help says more of each. Results that are committed lie in benchmarks/results/: python -m benchmarks._harness"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())
