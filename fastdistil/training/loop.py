@@ -415,7 +415,6 @@ def finish(job: Job, failure: str | None, seconds: float) -> str | None:
         job.saving_s += time.perf_counter() - begin
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
-    job.ranks.any()  # once one has gone with 75, launchers end the others, half a minute later by SIGKILL
     lacks = wait_for_mirror(job) if job.config.mirror else None
     if lacks and not failure and job.update == job.corpus.num_updates:
         failure = f"the run is finished, and whole in {job.config.out}, but {lacks}: --resume auto sends it again"
@@ -434,6 +433,8 @@ def finish(job: Job, failure: str | None, seconds: float) -> str | None:
     )
     if job.mirror is not None:
         job.mirror.end()
+    # Only now: once one has gone with 75, launchers end the others, half a minute later by SIGKILL.
+    job.ranks.any()
     return failure
 
 

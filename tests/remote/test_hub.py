@@ -56,7 +56,7 @@ def test_what_is_fetched(hub, tmp_path):
     assert look(hub, tmp_path / "home", f"lab/teacher@{first}")[0].split()[0].endswith(first)
 
     # A folder of the cache of another machine is that name at that commit.
-    there = f"/home/somebody/.cache/huggingface/hub/models--lab--teacher/snapshots/{teacher.main}"
+    there = f"/elsewhere/.cache/huggingface/hub/models--lab--teacher/snapshots/{teacher.main}"
     assert look(hub, tmp_path / "elsewhere", there)[0].split()[1:] == wanted
 
     # Without the network the cache is enough, and a cache without a part of it is not.
