@@ -833,13 +833,13 @@ def peers(s: Setting) -> Any:
     return commands.text("peers").splitlines()[1:10]
 
 
-@stage(150, by_default=False)
+@stage(210, by_default=False)
 def bench(s: Setting) -> Any:
     """Operators beside their floors and their peers (benchmarks/bench_*.py); their results go to the logs."""
     if not s.on_gpu:
         return []  # on a CPU `make bench` keeps them
     commands = Commands(s)
-    names = ("attention", "gelu", "layernorm", "distill", "linear_distill", "cosine", "dropout")
+    names = ("distill", "linear_distill", "layernorm", "attention", "gelu", "cosine", "dropout")
     chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
     paths = [f"benchmarks/bench_{name}.py" for name in names]
     words = ["-q", "-s", "--tb=line", "-k", chosen, "--results", commands.logs]
