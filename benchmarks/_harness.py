@@ -9,6 +9,8 @@ statistics are of ours alone. `python -m benchmarks._harness [FOLDER]` prints on
 kept for this device.
 """
 
+import contextlib
+import fcntl
 import inspect
 import json
 import math
@@ -18,9 +20,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -307,6 +310,17 @@ def _round_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
     return seconds
 
 
+@contextlib.contextmanager
+def device_to_itself() -> Iterator[None]:
+    """On a GPU benchmarks wait for each other here: what one times, no other one that is timed disturbs."""
+    if DEVICE != "cuda":
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / "fastdistil-benchmarks.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def in_turn(
     calls: Mapping[str, Callable[[], object]], device: str, *, rounds: int | None, budget_s: float
 ) -> dict[str, list[float]]:
@@ -314,11 +328,12 @@ def in_turn(
     every = list(calls.values())
     if rounds == 0:
         return {}
-    one = partial(_round_on_gpu, every, Flush(every)) if device == "cuda" else partial(_round_on_cpu, every)
-    one()  # caches, clocks
-    deadline, found = time.perf_counter() + budget_s, []
-    while len(found) < (rounds or 5) or (rounds is None and time.perf_counter() < deadline and len(found) < 100):
-        found.append(one())
+    with device_to_itself():
+        one = partial(_round_on_gpu, every, Flush(every)) if device == "cuda" else partial(_round_on_cpu, every)
+        one()  # caches, clocks
+        deadline, found = time.perf_counter() + budget_s, []
+        while len(found) < (rounds or 5) or (rounds is None and time.perf_counter() < deadline and len(found) < 100):
+            found.append(one())
     return dict(zip(calls, map(list, zip(*found, strict=True)), strict=True))
 
 

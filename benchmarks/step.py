@@ -11,14 +11,18 @@ scaled_dot_product_attention, fused AdamW and, in bf16, autocast over fp32 weigh
 of a provider is timed, it must agree with the first one on the loss without dropout.
 
 Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. They take
-turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU they all
-get ready at once, which is what takes the time, but for Hugging Face as it is, which comes last and alone: it holds
-the logits in fp32 many times over. With --apart the memory of every one is given back before the next one starts.
-A provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a
+turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU, where
+getting ready is what takes the time, they take their turns beside ours in three groups: those that are ready in
+seconds; Hugging Face as it is, which holds the logits in fp32 many times over; and compiled, which gets ready from the
+beginning on and may take minutes. With --apart the memory of every one is given back before the next one starts. A
+provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a
 CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the
-same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin. MFU
-counts real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds in an update:
-of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included.
+same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin; it
+compiles for any batch and length, as it does of itself from the second shape on, and its loss without dropout is that
+of the function that it compiles. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is
+all that a process holds in an update: of the GPU's memory what is allocated, on a CPU what is resident, its libraries'
+included. On a GPU mJ/token and MHz, by NVML, are of some seconds of updates one after the other: a chip at the limit of
+its power is slower than its data sheet.
 """
 
 import argparse
@@ -46,7 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import DEVICE, OURS, device_name, keep, time_call
+from benchmarks._harness import DEVICE, OURS, device_name, device_to_itself, keep, time_call
 from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch, micro_batches
 from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
@@ -227,7 +231,7 @@ class HuggingFace:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.compute: Callable[..., Tensor] = self._loss
         if compiled:
-            self.compute = torch.compile(self._loss)
+            self.compute = torch.compile(self._loss, dynamic=True)
         if liger:
             from liger_kernel import transformers as fused  # pyright: ignore[reportMissingImports]
 
@@ -347,6 +351,7 @@ def _hugging_face(model: MaskedLM) -> Any:
 
 
 FP8, LIGER = f"{OURS}, FP8 teacher", "HF + Liger"
+EAGER, COMPILED = "HF eager", "HF torch.compile"
 MASKED = ", masked rows"
 MEMORY_KEPT = ("HF eager, memory kept", "HF compiled, memory kept")
 PROVIDERS: dict[str, Callable[..., Any]] = {
@@ -355,17 +360,16 @@ PROVIDERS: dict[str, Callable[..., Any]] = {
     f"{OURS}, compiled": partial(Ours, compile_mode="default"),
     f"{OURS}, launch by launch": partial(Ours, graph=False),
     FP8: partial(Ours, fp8_teacher=True),
-    "HF eager": HuggingFace,
-    "HF torch.compile": partial(HuggingFace, compiled=True),
+    EAGER: HuggingFace,
+    COMPILED: partial(HuggingFace, compiled=True),
     MEMORY_KEPT[0]: partial(HuggingFace, keep_memory=True),
     MEMORY_KEPT[1]: partial(HuggingFace, compiled=True, keep_memory=True),
     LIGER: partial(HuggingFace, liger=True),
     OURS + MASKED: partial(Ours, kd_rows="masked"),
     "HF eager" + MASKED: partial(HuggingFace, restrict_ce_to_mask=True),
 }
-COMPILED = "HF torch.compile"
 ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", "HF eager", COMPILED, *MEMORY_KEPT)
-ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, "HF eager", COMPILED, LIGER)
+ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, LIGER, EAGER, COMPILED)
 """What is worth a GPU's minutes: the step, what its graph and FP8 are worth, and the ways to do without us."""
 OF_MASKED = (OURS, OURS + MASKED, "HF eager" + MASKED)
 
@@ -389,7 +393,7 @@ def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
         provider = PROVIDERS[name](args)
         loss = provider.evaluate()
         provider.run()  # compiles, allocates the moments
-        commands = {"seconds": time_call, "joules": joules}
+        commands = {"seconds": time_call, "energy": energy}
         with torch.compiler.set_stance("fail_on_recompile"):
             connection.send((loss, provider.padding, peak_mib(provider.run)))
             while True:
@@ -414,8 +418,15 @@ def peak_mib(call: Callable[[], object]) -> float | None:
     return int(peak[1]) / 2**10 if peak else None
 
 
-def joules(call: Callable[[], object]) -> float | None:
-    """The GPU's energy for one call (NVML), from as many as fill some seconds; None where nobody counts."""
+class Energy(NamedTuple):
+    """Of one call, and the clock at which the GPU made it."""
+
+    joules: float
+    mhz: float
+
+
+def energy(call: Callable[[], object]) -> Energy | None:
+    """By NVML, from as many calls as fill some seconds; None where nobody counts."""
     if DEVICE != "cuda" or not importlib.util.find_spec("pynvml"):
         return None
     import pynvml  # pyright: ignore[reportMissingImports]
@@ -423,11 +434,12 @@ def joules(call: Callable[[], object]) -> float | None:
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-        before, begin, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.monotonic(), 0
+        before, begin, clocks = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), time.monotonic(), []
         while time.monotonic() - begin < ENERGY_S:
             time_call(call)  # which waits for the GPU
-            calls += 1
-        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3 / calls
+            clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+        used = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3
+        return Energy(used / len(clocks), statistics.median(clocks))
     except pynvml.NVMLError as error:  # a driver or a share of a GPU that does not count it
         print(f"no energy: {error}", flush=True)
         return None
@@ -465,6 +477,7 @@ class Process:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         self.limit_s = args.limit_s
+        self.loss: float | None = None  # until it is ready
         self.connection, there = context.Pipe()
         # not a daemon, which may have no data workers: its connection's end ends it
         self.process: BaseProcess = context.Process(target=serve, args=(there, name, args))
@@ -477,7 +490,8 @@ class Process:
 
     def ready(self) -> "Process":
         """Raises RuntimeError with what the provider died of."""
-        self.loss, self.padding, self.peak_mib = self._answer()
+        if self.loss is None:
+            self.loss, self.padding, self.peak_mib = self._answer()
         return self
 
     def ask(self, command: str) -> Any:
@@ -510,14 +524,16 @@ class Measured(NamedTuple):
 
     processes: dict[str, Process]
     seconds: dict[str, list[float]]
-    joules: dict[str, float | None]
+    energy: dict[str, Energy | None]
     failed: dict[str, dict[str, Any]]
 
 
-def measure(names: Sequence[str], args: argparse.Namespace, losses: dict[str, float]) -> Measured:
+def measure(
+    names: Sequence[str], begun: dict[str, Process], args: argparse.Namespace, losses: dict[str, float]
+) -> Measured:
     """Providers that take turns, round by round; each must agree with the first of `losses`, to which theirs are added.
 
-    A provider that fails, at whatever it is asked, is left out from then on.
+    One that fails, at whatever it is asked, is left out from then on, and of those that have `begun`.
     """
     found = Measured({}, {}, {}, {})
 
@@ -526,25 +542,31 @@ def measure(names: Sequence[str], args: argparse.Namespace, losses: dict[str, fl
             return work()
         except RuntimeError as error:
             found.failed[name] = {"error": str(error)}
-            if process := found.processes.pop(name, None):
-                process.close()
+            begun.pop(name).close()
+            found.processes.pop(name, None)
 
-    # On a CPU one after the other: compiling takes both time and cores.
-    begun = {name: Process(name, args) for name in names if DEVICE == "cuda"}
-    for name in names:
-        if process := tried(name, lambda name=name: (begun.get(name) or Process(name, args)).ready()):
-            found.processes[name] = process
-            losses[name] = process.loss
+    new = [name for name in names if name not in losses]
+    for name in names:  # on a CPU one after the other: compiling takes both time and cores
+        begun[name] = begun.get(name) or Process(name, args)
+        if process := tried(name, begun[name].ready):
+            found.processes[name], losses[name] = process, process.loss
             tried(name, partial(require_agreement, name, losses, args.precision))
-    for _ in range(args.rounds):
-        for name, process in tuple(found.processes.items()):
-            time.sleep(0.05)  # idle threads of another process spin: not in this one's time
-            if seconds := tried(name, partial(process.ask, "seconds")):
-                found.seconds.setdefault(name, []).append(seconds)
-    for name, process in tuple(found.processes.items()):
-        found.joules[name] = tried(name, partial(process.ask, "joules"))
-        process.close()
+    with device_to_itself():
+        for _ in range(args.rounds):
+            for name, process in tuple(found.processes.items()):
+                time.sleep(0.05)  # idle threads of another process spin: not in this one's time
+                if seconds := tried(name, partial(process.ask, "seconds")):
+                    found.seconds.setdefault(name, []).append(seconds)
+        for name in found.processes.keys() & set(new):
+            found.energy[name] = tried(name, partial(found.processes[name].ask, "energy"))
     return found
+
+
+def in_groups(names: Sequence[str]) -> list[list[str]]:
+    """Who takes turns with whom: all of them, on a GPU ours with those that are ready soon, and with each other one."""
+    late = [name for name in names if DEVICE == "cuda" and name.startswith((EAGER, COMPILED))]
+    first = [name for name in names if name not in late]
+    return [*filter(None, [first]), *([*({OURS} & set(first)), name] for name in late)]
 
 
 def require_agreement(name: str, losses: dict[str, float], precision: str) -> None:
@@ -560,7 +582,7 @@ def require_agreement(name: str, losses: dict[str, float], precision: str) -> No
 
 def row_of(name: str, found: Measured, ours: list[float] | None, *, num_tokens: int, flops: float, ceiling: Any) -> Row:
     """A provider's line of the table."""
-    seconds, joules = found.seconds[name], found.joules[name]
+    seconds, energy = found.seconds[name], found.energy[name]
     speed = num_tokens / statistics.median(seconds)
     # The ratio of a round to ours of the same round: what a machine with other work to do disturbs least.
     ratios = [x / y for x, y in zip(seconds, ours or (), strict=False)]
@@ -570,7 +592,8 @@ def row_of(name: str, found: Measured, ours: list[float] | None, *, num_tokens: 
         "times_ours": statistics.median(ratios) if ratios else None,
         "padding": found.processes[name].padding,
         "peak_mib": found.processes[name].peak_mib,
-        "mj_per_token": None if joules is None else 1e3 * joules / num_tokens,
+        "mj_per_token": None if energy is None else 1e3 * energy.joules / num_tokens,
+        "mhz": None if energy is None else energy.mhz,
         "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
         "seconds": seconds,
     }
@@ -583,6 +606,7 @@ COLUMNS = (  # title, key, width, format
     ("padding", "padding", 9, ".1%"),
     ("peak MiB", "peak_mib", 10, ".0f"),
     ("mJ/token", "mj_per_token", 10, ".3f"),
+    ("MHz", "mhz", 6, ".0f"),
     ("hours for 13 B", "hours_for_13e9_tokens", 16, ",.1f"),
 )
 
@@ -627,16 +651,21 @@ def main() -> int:
     rows: dict[str, Row] = {}
     losses: dict[str, float] = {}
     ours = None
-    eager = [name for name in names if DEVICE == "cuda" and name.startswith("HF eager")]
-    together = [name for name in names if name not in eager]
-    for group in [[name] for name in names] if args.apart else filter(None, (together, eager)):
-        found = measure(group, args, losses)
+    groups = [[name] for name in names] if args.apart else in_groups(names)
+    early = [name for name in names if DEVICE == "cuda" and not args.apart and not name.startswith(EAGER)]
+    begun = {name: Process(name, args) for name in early}
+    for number, group in enumerate(groups):
+        found = measure(group, begun, args, losses)
         ours = found.seconds.get(OURS, ours)
         for name in group:
+            if name in rows:  # ours, measured again beside others
+                continue
             flops = masked if name.endswith(MASKED) else all_rows
             given = {"num_tokens": num_tokens, "flops": flops, "ceiling": ceiling}
             rows[name] = found.failed.get(name) or row_of(name, found, ours, **given)
             print(line_of(name, rows[name]), flush=True)
+        for name in set(group).difference(*groups[number + 1 :]) & set(begun):
+            begun.pop(name).close()
         if args.results and not args.only:
             record = {"providers": rows, "peak_flops": ceiling, "flops_per_token": {"all": all_rows, "masked": masked}}
             keep("step", what, record, folder=args.results)
