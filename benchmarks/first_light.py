@@ -884,7 +884,7 @@ def work_through(names: Sequence[str], args: argparse.Namespace) -> None:
                 record["found"] = STAGES[name].work(setting)
             setting.sync()
         except Exception as error:  # a stage may not end the others
-            trace = traceback.format_exc()[-3000:]
+            trace = traceback.format_exc()[-3000:].replace(f"{ROOT}{os.sep}", "")
             record |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:600]}", "trace": trace}
         hand_over(record | {"seconds": round(time.monotonic() - begin, 1)})
         if "CUDA error" in record.get("error", ""):
