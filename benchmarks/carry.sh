@@ -32,6 +32,8 @@ if [ -n "${PREWARM:-}" ]; then
   (cd "$tree" && export TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. && "$PREWARM" -m benchmarks.prewarm &&
     if [ -n "${TILES:-}" ]; then "$PREWARM" -m benchmarks.tiles --compile > /dev/null; fi)
   rm -rf "$tree"
+  # What a launch needs of it is the machine code: a fifth.
+  find /tmp/fastdistil-triton -type f ! -name '*.cubin' ! -name '*.json' ! -name '*.so' -delete
   tar czf carry/triton.tgz -C /tmp fastdistil-triton # its index names files absolutely
 fi
 cat > carry/run.sh <<'END'

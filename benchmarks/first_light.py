@@ -820,7 +820,7 @@ def learn(s: Setting) -> Any:
     return found
 
 
-@stage(240, by_default=False)
+@stage(420, by_default=False)
 def peers(s: Setting) -> Any:
     """The whole step beside Hugging Face's (benchmarks/step.py), on prepared text if there is; keeps its results."""
     commands = Commands(s)

@@ -20,9 +20,9 @@ CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memor
 same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin; it
 compiles for any batch and length, as it does of itself from the second shape on, and its loss without dropout is that
 of the function that it compiles. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is
-all that a process holds in an update: of the GPU's memory what is allocated, on a CPU what is resident, its libraries'
-included. On a GPU mJ/token and MHz, by NVML, are of some seconds of updates one after the other: a chip at the limit of
-its power is slower than its data sheet.
+all that a process holds: of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included. On
+a GPU what is sustained, mJ/token and MHz (NVML) are of some seconds of updates without a pause: at the limit of its
+power a chip lowers its clock, and a round among those of slower providers finds it rested.
 """
 
 import argparse
@@ -72,7 +72,7 @@ from fastdistil.training.teacher import Teacher, TeacherPrefetcher
 Row = dict[str, Any]  # of the table, or {"error": what a provider died of}
 PAPER_TOKENS = 13e9
 VOCAB = 30522
-ENERGY_S = 2.0  # NVML's counter moves some ten times a second
+ENERGY_S = 3.0  # NVML's counter moves some ten times a second
 
 
 def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
@@ -405,10 +405,11 @@ def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
 
 
 def peak_mib(call: Callable[[], object]) -> float | None:
-    """MiB that this process holds at its peak during a call, on the GPU or resident; None where nobody counts."""
+    """MiB that this process has held at its peak, on the GPU, or resident during a call; None where nobody counts.
+
+    On a GPU since its start: the memory of a CUDA graph counts while it is recorded, not while it is replayed.
+    """
     if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        call()
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform != "linux":
         return None
@@ -419,9 +420,10 @@ def peak_mib(call: Callable[[], object]) -> float | None:
 
 
 class Energy(NamedTuple):
-    """Of one call, and the clock at which the GPU made it."""
+    """Of one call among others without a pause, how long it took then, and the GPU's clock."""
 
     joules: float
+    seconds: float
     mhz: float
 
 
@@ -438,8 +440,9 @@ def energy(call: Callable[[], object]) -> Energy | None:
         while time.monotonic() - begin < ENERGY_S:
             time_call(call)  # which waits for the GPU
             clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+        seconds = time.monotonic() - begin
         used = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3
-        return Energy(used / len(clocks), statistics.median(clocks))
+        return Energy(used / len(clocks), seconds / len(clocks), statistics.median(clocks))
     except pynvml.NVMLError as error:  # a driver or a share of a GPU that does not count it
         print(f"no energy: {error}", flush=True)
         return None
@@ -463,7 +466,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--apart", action="store_true", help="no two providers at once, on a GPU")
     parser.add_argument(
-        "--limit-s", type=float, default=180 if on_gpu else 900, help="a provider may take for an answer"
+        "--limit-s", type=float, default=360 if on_gpu else 900, help="a provider may take for an answer"
     )
     parser.add_argument("--results", type=Path, help="put the results into this folder; without it they are printed")
     args = parser.parse_args()
@@ -592,6 +595,7 @@ def row_of(name: str, found: Measured, ours: list[float] | None, *, num_tokens: 
         "times_ours": statistics.median(ratios) if ratios else None,
         "padding": found.processes[name].padding,
         "peak_mib": found.processes[name].peak_mib,
+        "sustained": None if energy is None else num_tokens / energy.seconds,
         "mj_per_token": None if energy is None else 1e3 * energy.joules / num_tokens,
         "mhz": None if energy is None else energy.mhz,
         "hours_for_13e9_tokens": PAPER_TOKENS / speed / 3600,
@@ -605,6 +609,7 @@ COLUMNS = (  # title, key, width, format
     ("x ours", "times_ours", 8, ".2f"),
     ("padding", "padding", 9, ".1%"),
     ("peak MiB", "peak_mib", 10, ".0f"),
+    ("sustained", "sustained", 11, ",.0f"),
     ("mJ/token", "mj_per_token", 10, ".3f"),
     ("MHz", "mhz", 6, ".0f"),
     ("hours for 13 B", "hours_for_13e9_tokens", 16, ",.1f"),
