@@ -185,15 +185,37 @@ def device_scalar(operator: str, name: str, value: float | Tensor, x: Tensor) ->
     return value.detach().float()
 
 
-def host_number(operator: str, name: str, value: float | Tensor) -> Tensor:
-    """0-dim of a number above 0 that the host reads: fp64 on the CPU, unless it is a tensor already.
+def host_number(operator: str, name: str, value: float | Tensor) -> tuple[Tensor | None, float]:
+    """A number above 0 that the host reads: as a tensor, if it is one, else as it is; for `read_number`.
 
-    Raises ValueError for what is none; a tensor's value is looked at where it is read.
+    A float stays one: as a tensor Inductor would build a C++ kernel on a GPU's host to make it. Raises ValueError for
+    what is none.
     """
-    if isinstance(value, Tensor) and value.ndim:
-        raise ValueError(f"{operator} wants {name} as a float or a 0-dim tensor, got shape {tuple(value.shape)}")
     if isinstance(value, Tensor):
-        return value.detach()
+        if value.ndim:
+            raise ValueError(f"{operator} wants {name} as a float or a 0-dim tensor, got shape {tuple(value.shape)}")
+        return value.detach(), 0.0
     if not value > 0:
         raise ValueError(f"{operator}: {name} must be > 0, got {value}")
-    return torch.full((), value, dtype=torch.float64, device="cpu")
+    return None, float(value)
+
+
+def read_number(operator: str, name: str, tensor: Tensor | None, value: float) -> float:
+    """What `host_number` took apart. Raises ValueError unless it is above 0, which of a tensor is only known here."""
+    if tensor is not None:
+        value = tensor.item()
+        if not value > 0:
+            raise ValueError(f"{operator}: {name} must be > 0, got {value}")
+    return value
+
+
+def times_gradient(grad_loss: Tensor, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients that the forward made, times that of the loss, 0-dim fp32: in one pass each, rounded once."""
+    # A loss that ends its graph has gradient 1. On the CPU reading it costs nothing, and nothing is multiplied by 1. What
+    # stands for a tensor while a graph is traced has another type.
+    if type(grad_loss) is Tensor and grad_loss.is_cpu:
+        factor = grad_loss.item()
+        return gradients if factor == 1 else [factor * x for x in gradients]
+    # Of one dimension: one of none is rounded to bf16 before it multiplies a bf16 gradient. `out`: or there is a copy in
+    # fp32 in between.
+    return [torch.mul(grad_loss.view(1), x, out=torch.empty_like(x)) for x in gradients]

@@ -6,8 +6,7 @@
     loss = scale * sum_n (1 - cos[n])
 
 so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved, scaled before it is rounded: the
-backward of a loss that is summed as it is has nothing left to do. Memory: two reads and one write
-of (N, D). Over several mapped layers the caller sums several of these. Where widths differ the caller projects the
+backward of a loss that is summed as it is has nothing left to do. Memory: two reads and one write of (N, D). Over several mapped layers the caller sums several of these. Where widths differ the caller projects the
 student first, with a linear of its own that is trained along.
 
 Shapes: N = rows (tokens), D = width.
@@ -26,6 +25,7 @@ from ._backend import (
     check_dtype,
     check_num_rows,
     device_scalar,
+    times_gradient,
     tl,
     triton,
 )
@@ -178,9 +178,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_loss, _grad_total, _grad_dstudent):
     if grad_loss is None:
         return (None,) * 5
-    (dstudent,) = ctx.saved_tensors
-    # Of one dimension, not of none: that would be rounded to bf16 before it multiplies a bf16 gradient.
-    return (grad_loss.view(1) * dstudent).to(dstudent.dtype), *[None] * 4
+    return *times_gradient(grad_loss, ctx.saved_tensors), *[None] * 4
 
 
 _cosine.register_autograd(_backward, setup_context=_setup_context)

@@ -52,6 +52,8 @@ from ._backend import (
     check_num_rows,
     device_scalar,
     host_number,
+    read_number,
+    times_gradient,
     tl,
     triton,
 )
@@ -341,7 +343,7 @@ if CPU_BACKEND == "torch":
 @torch.library.custom_op("fastdistil::distill", mutates_args=())
 def _distill(
     student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor | None, num_rows: Tensor | None,
-    temperature: Tensor, scales: Tensor, vocab_size: int, needs_grad: bool,
+    temperature: Tensor | None, number: float, scales: Tensor, vocab_size: int, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kept = None if mask is None else KeptRows(mask)
     if kept is not None:
@@ -350,7 +352,7 @@ def _distill(
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     rows = distill_rows(
         student, teacher, labels.contiguous(), num_rows, dstudent if needs_grad else None, 0,
-        read_temperature("distill_loss", temperature), scales, vocab_size,
+        read_number("distill_loss", "temperature", temperature, number), scales, vocab_size,
     )  # fmt: skip
     if kept is not None and needs_grad:
         dstudent = kept.put_back(dstudent)
@@ -358,18 +360,10 @@ def _distill(
 
 
 @_distill.register_fake
-def _(student, teacher, labels, mask, num_rows, temperature, scales, vocab_size, needs_grad):
+def _(student, teacher, labels, mask, num_rows, temperature, number, scales, vocab_size, needs_grad):
     loss = student.new_empty((), dtype=torch.float32)
     dstudent = student.new_empty(student.shape if needs_grad else 0)
     return loss, student.new_empty(3, dtype=torch.float32), dstudent
-
-
-def read_temperature(operator: str, temperature: Tensor) -> float:
-    """Its value. Raises ValueError unless it is above 0, which of a tensor is only known here."""
-    value = temperature.item()
-    if not value > 0:
-        raise ValueError(f"{operator}: temperature must be > 0, got {value}")
-    return value
 
 
 def weighted_sums(rows_3N: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,8 +386,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_dstudent):
-    (dstudent,) = ctx.saved_tensors
-    return (None if grad_loss is None else grad_loss * dstudent, *[None] * 8)
+    if grad_loss is None:
+        return (None,) * 10
+    return *times_gradient(grad_loss, ctx.saved_tensors), *[None] * 9
 
 
 _distill.register_autograd(_backward, setup_context=_setup_context)
@@ -450,7 +445,7 @@ def distill_loss(
     needs_grad = torch.is_grad_enabled() and student_NV.requires_grad
     loss, sums, _ = _distill(
         as_rows(op, "student", student_NV), as_rows(op, "teacher", teacher_NV.detach()), labels,
-        check_mask(op, mask, student_NV, num_rows), num_rows, host_number(op, "temperature", temperature),
+        check_mask(op, mask, student_NV, num_rows), num_rows, *host_number(op, "temperature", temperature),
         scale_pair(op, kd_scale, mlm_scale, student_NV), vocab_size, needs_grad,
     )  # fmt: skip
     return DistillLoss(loss, *sums.unbind())

@@ -23,7 +23,6 @@ E = width of the teacher.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import distill
-from ._backend import host_number
-from .distill import DistillLoss, check_operands, distill_loss_reference, read_temperature, scale_pair
+from ._backend import host_number, read_number, times_gradient
+from .distill import DistillLoss, check_operands, distill_loss_reference, scale_pair
 from .layout import KeptRows, as_rows, check_mask
 from .linear import add_column_sum, add_product, linear_product, runs_on_onednn
 
@@ -130,7 +129,7 @@ def _linear_distill(
     student: Tensor, student_weight: Tensor, student_bias: Tensor,
     teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor, labels: Tensor,
     mask: Tensor | None, num_rows: Tensor | None,
-    temperature: Tensor, scales: Tensor, vocab_size: int, chunk_tokens: int, needs_grad: bool,
+    temperature: Tensor | None, number: float, scales: Tensor, vocab_size: int, chunk_tokens: int, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     kept = None if mask is None else KeptRows(mask)
     if kept is not None:
@@ -141,7 +140,7 @@ def _linear_distill(
         loss, sums, dstudent = forward(
             student, student_weight.to(student.dtype), student_bias.to(student.dtype),
             teacher, teacher_weight.to(teacher.dtype), teacher_bias.to(teacher.dtype), labels.contiguous(), num_rows,
-            read_temperature("linear_distill_loss", temperature), scales, vocab_size, chunk_tokens,
+            read_number("linear_distill_loss", "temperature", temperature, number), scales, vocab_size, chunk_tokens,
             dweight=dweight if needs_grad else None, dbias=dbias if needs_grad else None, accumulate=False,
         )  # fmt: skip
         if dstudent is None:
@@ -173,7 +172,7 @@ def _room(needs_grad: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
 @_linear_distill.register_fake
 def _(
     student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, labels, mask, num_rows,
-    temperature, scales, vocab_size, chunk_tokens, needs_grad,
+    temperature, number, scales, vocab_size, chunk_tokens, needs_grad,
 ):  # fmt: skip
     loss = student.new_empty((), dtype=torch.float32)
     sums = student.new_empty(3, dtype=torch.float32)
@@ -187,19 +186,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*gradients)
 
 
-def times_gradient(grad_loss: Tensor, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Gradients that the forward made, times that of the loss."""
-    # The trainer's loss is the end of its graph, so grad_loss is 1. On the CPU reading it costs nothing, and dweight is
-    # not multiplied by 1. What stands for a tensor while a graph is traced has another type.
-    if type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1:
-        return gradients
-    return [grad_loss * x for x in gradients]
-
-
 def _backward(ctx, grad_loss, *_grad_others):
     if grad_loss is None:
-        return (None,) * 14
-    return (*times_gradient(grad_loss, ctx.saved_tensors), *[None] * 11)
+        return (None,) * 15
+    return *times_gradient(grad_loss, ctx.saved_tensors), *[None] * 12
 
 
 _linear_distill.register_autograd(_backward, setup_context=_setup_context)
@@ -292,7 +282,7 @@ def linear_distill_loss(
     trained = (as_rows(op, "student", student_ND), student_weight_VD, student_bias)
     loss, sums, *_ = _linear_distill(
         *trained, as_rows(op, "teacher", teacher_ND.detach()), teacher_weight_VE.detach(), teacher_bias.detach(),
-        labels, mask, num_rows, host_number(op, "temperature", temperature),
+        labels, mask, num_rows, *host_number(op, "temperature", temperature),
         scale_pair(op, kd_scale, mlm_scale, student_ND), vocab_size,
         chunk_tokens or default_chunk_tokens(student_weight_VD.shape[0], student_ND.dtype, device),
         torch.is_grad_enabled() and any(x.requires_grad for x in trained),

@@ -26,6 +26,7 @@ from torch.nn.functional import embedding_bag
 from torch.utils import _pytree as pytree
 
 from fastdistil.kernels import attention, cosine, gelu, layernorm, linear, linear_distill
+from fastdistil.kernels._backend import times_gradient
 from fastdistil.kernels.attention_backends import ResolvedBackend
 from fastdistil.kernels.layout import SequenceLayout
 from fastdistil.model.flat import destination, is_flat, operand, to_autograd
@@ -428,7 +429,7 @@ class _Distill(Function):
         found = ctx.saved_tensors
         if ctx.written:
             return None, None, found[0], None, None
-        return None, None, *linear_distill.times_gradient(dloss, found)
+        return None, None, *times_gradient(dloss, found)
 
 
 def distillation(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -459,7 +460,7 @@ class _Cosine(Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _dtotal: None) -> tuple[Tensor | None, ...]:
         found = ctx.saved_tensors
-        (dstudent_ND,) = found if ctx.at_end else linear_distill.times_gradient(dloss, found)
+        (dstudent_ND,) = found if ctx.at_end else times_gradient(dloss, found)
         return None, dstudent_ND, None, None, None
 
 

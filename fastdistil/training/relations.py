@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
-from fastdistil.kernels.linear_distill import times_gradient
+from fastdistil.kernels._backend import times_gradient
 
 PADDED_TOKENS = {"cpu": 256, "cuda": 4096}
 """S x L whose relations are in memory at once. A CPU likes them in its cache and without padding: sequences of 20 to

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastdistil.kernels._backend import CPU_BACKEND, add_column_sums
+from fastdistil.kernels._backend import CPU_BACKEND, add_column_sums, times_gradient
 from tests.support.precision import DEVICE, INTERPRETED
 
 LOGGING = 'import logging; logging.basicConfig(format="%(levelname)s %(message)s")'
@@ -50,6 +50,17 @@ def test_sums_of_programs(programs, num_sums, width, accumulate):
         for out, place, wanted in zip(outs, places, partial.sum(0), strict=True):
             if out is not None:
                 torch.testing.assert_close(out, (wanted + 2.0 * accumulate).to(place.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter], ids=["eager", "as where it cannot be read"])
+def test_a_gradient_times_that_of_the_loss_is_rounded_once(kind):
+    gradient = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    third = torch.tensor(1 / 3, device=DEVICE)
+    of_loss = third if kind is torch.Tensor else torch.nn.Parameter(third, requires_grad=False)
+    (got,) = times_gradient(of_loss, [gradient])
+    assert torch.equal(got, (gradient.float() * third).bfloat16())
+    assert not torch.equal(got, gradient * third.bfloat16())
 
 
 def test_interpreter_is_chosen_by_the_environment():

@@ -344,7 +344,7 @@ def test_registration():
         for rows in ((None, num_rows), (torch.arange(len(labels), device=DEVICE) % 2 == 0, None)):
             torch.library.opcheck(
                 torch.ops.fastdistil.distill.default,
-                (leaf, teacher, labels, *rows, torch.tensor(2.0), scales(), 48, needs_grad),
+                (leaf, teacher, labels, *rows, torch.tensor(2.0), 0.0, scales(), 48, needs_grad),
             )
 
 
@@ -354,6 +354,22 @@ def test_compiles_without_graph_breaks():
     got = results(compiled(lambda **leaves: tuple(loss(**leaves))), leaves)
     for name, value in results(loss, leaves).items():
         torch.testing.assert_close(got[name], value)
+
+
+def test_a_temperature_that_is_a_number_is_no_tensor_of_the_graph():
+    """Inductor would build a C++ kernel for it where everything else is on a GPU: with a cold compiler, a minute."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph, _examples):
+        graphs.append(graph)
+        return graph.forward
+
+    loss = torch.compile(functools.partial(distill_loss, **OPTIONS), backend=keep, fullgraph=True)
+    loss(**make_leaves((3, 50)))
+    made = [node.kwargs.get("device") for graph in graphs for node in graph.graph.nodes if node.target is torch.full]
+    assert made  # of the scales
+    assert {torch.device(device).type for device in made} == {torch.device(DEVICE).type}
+    assert torch.float64 not in [n.kwargs.get("dtype") for graph in graphs for n in graph.graph.nodes]
 
 
 @of_the_definition

@@ -224,7 +224,7 @@ def test_registration():
         for rows in ((None, torch.tensor(4, device=DEVICE)), (torch.arange(5, device=DEVICE) % 2 == 0, None)):
             torch.library.opcheck(
                 torch.ops.fastdistil.linear_distill.default,
-                (*values, *rows, torch.tensor(2.0), torch.ones(2, device=DEVICE), VOCAB, 3, needs_grad),
+                (*values, *rows, None, 2.0, torch.ones(2, device=DEVICE), VOCAB, 3, needs_grad),
             )
 
 
