@@ -264,7 +264,7 @@ def check(results: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens-per-s", type=float, help="measured on one GPU, real tokens")
+    parser.add_argument("--tokens-per-s", type=float, help="of one GPU, real tokens; docs/gpu.md has an H100's")
     parser.add_argument("--parameters", type=int, default=66_985_530, help="of the student")
     parser.add_argument("--micro-batches", type=int, default=60, help="of an update")
     parser.add_argument("--token-budget", type=int, default=16384)
@@ -278,7 +278,7 @@ def main() -> None:
     elif args.check:
         check(args.results)
     elif args.tokens_per_s is None:
-        parser.error("--tokens-per-s is missing: no GPU has been measured yet (make gpu); or --check")
+        parser.error("--tokens-per-s is missing: what one GPU makes (docs/gpu.md); or --check")
     else:
         rows = predict(
             args.tokens_per_s,

@@ -98,7 +98,7 @@ def test_hours_are_measured_or_said_to_be_assumed(config, monkeypatch, tmp_path)
     cluster = replace(config, world_size=2)
     assumed = rows(cluster, world_size=2)["hours"]
     assert "at 50% (assumed, not measured) of 989 TFLOP/s a rank (H100, dense bf16" in assumed
-    providers = {"fastdistil": {"mfu": 0.25}}
+    providers = {"fastdistil": {"mfu": 0.30, "tokens_per_s": 600.0, "sustained": 500.0}}
     record = {"device": "NVIDIA H100 80GB HBM3", "commit": "c0ffee", "providers": providers}
     monkeypatch.setattr(forecast, "STEP_RESULTS", tmp_path)
     failed = [record | {"providers": {"fastdistil": row}} for row in ({"error": "out of memory"}, {"mfu": None})]
