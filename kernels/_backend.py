@@ -68,11 +68,12 @@ SUM_TILE = {"ROWS": 128, "COLUMNS": 16, "num_warps": 4}
 @triton.jit
 def _store_sum(out_ptr, column, live, rows, accumulate):
     if out_ptr is not None:
-        rows += tl.load(out_ptr + column, mask=live & accumulate, other=0.0).to(tl.float32)
+        rows += tl.load(out_ptr + column, mask=live & (accumulate != 0), other=0.0).to(tl.float32)
         tl.store(out_ptr + column, rows.to(out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=("P",))
+# `accumulate` is 0 or 1: what Triton 3.6's interpreter makes of a bool does not fit one.
+@triton.jit(do_not_specialize=("P", "accumulate"))
 def _column_sums_kernel(
     partial_ptr, out0_ptr, out1_ptr, out2_ptr,  # (P, M, K) fp32 contiguous; (K,) or None, of any dtype each
     P, K, accumulate, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -106,7 +107,7 @@ def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumula
         if any(out is not None for out in outs):
             first, second, third = (*outs, None, None)[:3]
             _column_sums_kernel[(triton.cdiv(K, SUM_TILE["COLUMNS"]), M)](
-                partial_PMK, first, second, third, P, K, accumulate, M, **SUM_TILE, **LAUNCH_OPTIONS
+                partial_PMK, first, second, third, P, K, int(accumulate), M, **SUM_TILE, **LAUNCH_OPTIONS
             )
         return
     for out, rows in zip(outs, partial_PMK.sum(0), strict=True):
