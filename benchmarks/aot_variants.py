@@ -233,14 +233,11 @@ def _column_sums_variant(*, num_sums: int, out: str) -> Variant:
     num_warps = tile.pop("num_warps")
     outs = {f"out{m}_ptr": f"*{out}" if m < num_sums else "constexpr" for m in range(3)}
     absent = {name: None for name, kind in outs.items() if kind == "constexpr"}
-    constants = {"M": num_sums} | tile
+    constants = {"M": num_sums, "ACCUMULATE": True} | tile
     return Variant(
         name=f"column sums of {num_sums} into {out}",
         kernel=_backend._column_sums_kernel,
-        signature={"partial_ptr": "*fp32"}
-        | outs
-        | {"P": "i32", "K": "i32", "accumulate": "u1"}
-        | dict.fromkeys(constants, "constexpr"),
+        signature={"partial_ptr": "*fp32"} | outs | {"P": "i32", "K": "i32"} | dict.fromkeys(constants, "constexpr"),
         constexprs=absent | constants,
         divisible=("K",),
         num_warps=num_warps,
@@ -288,13 +285,13 @@ def _dropout_variant(dtype: str, **ones: Any) -> Variant:
     signature = {
         "x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "seed_ptr": "*i64",
         "H": "i32", "R": "i32", "C": "i32", "first": "i32", "stream": "i32",
-        "threshold": "u32", "scale": "fp32", "ROWS": "constexpr", "COLUMNS": "constexpr",
+        "threshold": "u32", "scale": "fp32",
     }  # fmt: skip
-    tile = {"ROWS": dropout.BLOCK_ROWS, "COLUMNS": dropout.BLOCK_COLUMNS}
+    tile = dropout.tile(ones.get("C", 768))
     return Variant(
         name=f"dropout {dtype}" + "".join(f" {name}=1" for name in ones),
         kernel=dropout._dropout_kernel,
-        signature=signature | dict.fromkeys(ones, "constexpr"),
+        signature=signature | dict.fromkeys((*tile, *ones), "constexpr"),
         constexprs=tile | ones,
         divisible=() if "C" in ones else ("C",),
     )

@@ -66,17 +66,18 @@ SUM_TILE = {"ROWS": 128, "COLUMNS": 16, "num_warps": 4}
 
 
 @triton.jit
-def _store_sum(out_ptr, column, live, rows, accumulate):
+def _store_sum(out_ptr, column, live, rows, ACCUMULATE: tl.constexpr):
     if out_ptr is not None:
-        rows += tl.load(out_ptr + column, mask=live & (accumulate != 0), other=0.0).to(tl.float32)
+        if ACCUMULATE:
+            rows += tl.load(out_ptr + column, mask=live, other=0.0).to(tl.float32)
         tl.store(out_ptr + column, rows.to(out_ptr.dtype.element_ty), mask=live)
 
 
-# `accumulate` is 0 or 1: what Triton 3.6's interpreter makes of a bool does not fit one.
-@triton.jit(do_not_specialize=("P", "accumulate"))
+# ACCUMULATE is none of the arguments of a launch: Triton 3.6's interpreter takes no bool there.
+@triton.jit(do_not_specialize=("P",))
 def _column_sums_kernel(
     partial_ptr, out0_ptr, out1_ptr, out2_ptr,  # (P, M, K) fp32 contiguous; (K,) or None, of any dtype each
-    P, K, accumulate, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    P, K, ACCUMULATE: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -88,11 +89,11 @@ def _column_sums_kernel(
         total += tl.load(partial_ptr + at, mask=(row < P)[:, None] & live[None, :], other=0.0)
     rows = tl.sum(total, axis=0)
     if m == 0:
-        _store_sum(out0_ptr, column, live, rows, accumulate)
+        _store_sum(out0_ptr, column, live, rows, ACCUMULATE)
     elif m == 1:
-        _store_sum(out1_ptr, column, live, rows, accumulate)
+        _store_sum(out1_ptr, column, live, rows, ACCUMULATE)
     else:
-        _store_sum(out2_ptr, column, live, rows, accumulate)
+        _store_sum(out2_ptr, column, live, rows, ACCUMULATE)
 
 
 def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumulate: bool) -> None:
@@ -107,7 +108,7 @@ def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumula
         if any(out is not None for out in outs):
             first, second, third = (*outs, None, None)[:3]
             _column_sums_kernel[(triton.cdiv(K, SUM_TILE["COLUMNS"]), M)](
-                partial_PMK, first, second, third, P, K, int(accumulate), M, **SUM_TILE, **LAUNCH_OPTIONS
+                partial_PMK, first, second, third, P, K, accumulate, M, **SUM_TILE, **LAUNCH_OPTIONS
             )
         return
     for out, rows in zip(outs, partial_PMK.sum(0), strict=True):

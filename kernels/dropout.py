@@ -26,7 +26,7 @@ from torch import Tensor
 from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, tl, triton
 
 ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
-BLOCK_ROWS, BLOCK_COLUMNS = 8, 256  # of the plain dropout kernel: 16 elements a thread
+ROWS_PER_PROGRAM = 64  # of the plain dropout kernel, to all of which its column keys are of use
 
 
 def new_dropout_seed(device: torch.device | str) -> Tensor:
@@ -108,20 +108,28 @@ def _dropout_kernel(
     H, R, C, first, stream,
     threshold: tl.uint32,  # pyright: ignore[reportInvalidTypeForm] # Triton would type it by its size
     scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)  # of B * H matrices
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     b, head = block // H, block % H
     seed = tl.load(seed_ptr)
-    row_key = keys(seed, stream, ROW_SIDE, head, first + b * R + row)
     column_key = keys(seed, stream, COLUMN_SIDE, head, first + b * C + column)
-    at = (block.to(tl.int64) * R + row[:, None]) * C + column[None, :]
-    live = (row < R)[:, None] & (column < C)[None, :]
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    kept = keep(row_key[:, None], column_key[None, :], threshold)
-    tl.store(out_ptr + at, tl.where(kept, x * scale, 0.0).to(out_ptr.dtype.element_ty), mask=live)
+    first_row = tl.program_id(0) * ROWS_PER_PROGRAM
+    for begin in range(first_row, tl.minimum(first_row + ROWS_PER_PROGRAM, R), ROWS):
+        row = begin + tl.arange(0, ROWS)
+        row_key = keys(seed, stream, ROW_SIDE, head, first + b * R + row)
+        at = (block.to(tl.int64) * R + row[:, None]) * C + column[None, :]
+        live = (row < R)[:, None] & (column < C)[None, :]
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+        kept = keep(row_key[:, None], column_key[None, :], threshold)
+        tl.store(out_ptr + at, tl.where(kept, x * scale, 0.0).to(out_ptr.dtype.element_ty), mask=live)
+
+
+def tile(num_columns: int) -> dict[str, int]:
+    """Settings of the plain dropout kernel: 16 elements a thread at a time."""
+    columns = min(256, max(32, triton.next_power_of_2(num_columns)))
+    return {"ROWS": 2048 // columns, "COLUMNS": columns, "ROWS_PER_PROGRAM": ROWS_PER_PROGRAM}
 
 
 @torch.library.custom_op("fastdistil::dropout_into", mutates_args=("out",), device_types=TRITON_DEVICES)
@@ -132,10 +140,11 @@ def dropout_into(x: Tensor, out: Tensor, seed: Tensor, stream: int, first: int, 
     """
     B, H, R, C = x.shape
     if x.numel() > 0:
-        grid = (triton.cdiv(R, BLOCK_ROWS), B * H, triton.cdiv(C, BLOCK_COLUMNS))
+        settings = tile(C)
+        grid = (triton.cdiv(R, ROWS_PER_PROGRAM), B * H, triton.cdiv(C, settings["COLUMNS"]))
         _dropout_kernel[grid](
             x, out, seed, H, R, C, first, stream, threshold(dropout_p), 1 / (1 - dropout_p),
-            ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS, **LAUNCH_OPTIONS,
+            **settings, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
