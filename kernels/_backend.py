@@ -197,27 +197,24 @@ def host_number(operator: str, name: str, value: float | Tensor) -> tuple[Tensor
         if value.ndim:
             raise ValueError(f"{operator} wants {name} as a float or a 0-dim tensor, got shape {tuple(value.shape)}")
         return value.detach(), 0.0
-    if not value > 0:
-        raise ValueError(f"{operator}: {name} must be > 0, got {value}")
-    return None, float(value)
+    return None, read_number(operator, name, None, float(value))
 
 
 def read_number(operator: str, name: str, tensor: Tensor | None, value: float) -> float:
     """What `host_number` took apart. Raises ValueError unless it is above 0, which of a tensor is only known here."""
-    if tensor is not None:
-        value = tensor.item()
-        if not value > 0:
-            raise ValueError(f"{operator}: {name} must be > 0, got {value}")
-    return value
+    found = value if tensor is None else tensor.item()
+    if not found > 0:
+        raise ValueError(f"{operator}: {name} must be > 0, got {found}")
+    return found
 
 
 def times_gradient(grad_loss: Tensor, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """Gradients that the forward made, times that of the loss, 0-dim fp32: in one pass each, rounded once."""
-    # A loss that ends its graph has gradient 1. On the CPU reading it costs nothing, and nothing is multiplied by 1. What
-    # stands for a tensor while a graph is traced has another type.
+    # A loss that ends its graph has gradient 1. On the CPU reading it costs nothing, and nothing is multiplied by 1.
+    # What stands for a tensor while a graph is traced has another type.
     if type(grad_loss) is Tensor and grad_loss.is_cpu:
         factor = grad_loss.item()
         return gradients if factor == 1 else [factor * x for x in gradients]
-    # Of one dimension: one of none is rounded to bf16 before it multiplies a bf16 gradient. `out`: or there is a copy in
-    # fp32 in between.
+    # Of one dimension: one of none is rounded to bf16 before it multiplies a bf16 gradient. `out`: or there is a copy
+    # in fp32 in between.
     return [torch.mul(grad_loss.view(1), x, out=torch.empty_like(x)) for x in gradients]

@@ -6,8 +6,9 @@
     loss = scale * sum_n (1 - cos[n])
 
 so a zero vector has cosine 0 and costs 1. fp32 arithmetic; only the gradient is saved, scaled before it is rounded: the
-backward of a loss that is summed as it is has nothing left to do. Memory: two reads and one write of (N, D). Over several mapped layers the caller sums several of these. Where widths differ the caller projects the
-student first, with a linear of its own that is trained along.
+backward of a loss that is summed as it is has nothing left to do. Memory: two reads and one write of (N, D). Over
+several mapped layers the caller sums several of these. Where widths differ the caller projects the student first, with
+a linear of its own that is trained along.
 
 Shapes: N = rows (tokens), D = width.
 """

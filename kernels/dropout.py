@@ -26,7 +26,6 @@ from torch import Tensor
 from ._backend import CPU_BACKEND, LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, tl, triton
 
 ROW_SIDE, COLUMN_SIDE = tl.constexpr(0), tl.constexpr(1)
-ROWS_PER_PROGRAM = 64  # of the plain dropout kernel, to all of which its column keys are of use
 
 
 def new_dropout_seed(device: torch.device | str) -> Tensor:
@@ -127,9 +126,9 @@ def _dropout_kernel(
 
 
 def tile(num_columns: int) -> dict[str, int]:
-    """Settings of the plain dropout kernel: 16 elements a thread at a time."""
+    """Settings of the plain dropout kernel: 16 elements a thread at a time, 64 rows for which column keys are drawn."""
     columns = min(256, max(32, triton.next_power_of_2(num_columns)))
-    return {"ROWS": 2048 // columns, "COLUMNS": columns, "ROWS_PER_PROGRAM": ROWS_PER_PROGRAM}
+    return {"ROWS": 2048 // columns, "COLUMNS": columns, "ROWS_PER_PROGRAM": 64}
 
 
 @torch.library.custom_op("fastdistil::dropout_into", mutates_args=("out",), device_types=TRITON_DEVICES)
@@ -141,7 +140,7 @@ def dropout_into(x: Tensor, out: Tensor, seed: Tensor, stream: int, first: int, 
     B, H, R, C = x.shape
     if x.numel() > 0:
         settings = tile(C)
-        grid = (triton.cdiv(R, ROWS_PER_PROGRAM), B * H, triton.cdiv(C, settings["COLUMNS"]))
+        grid = (triton.cdiv(R, settings["ROWS_PER_PROGRAM"]), B * H, triton.cdiv(C, settings["COLUMNS"]))
         _dropout_kernel[grid](
             x, out, seed, H, R, C, first, stream, threshold(dropout_p), 1 / (1 - dropout_p),
             **settings, **LAUNCH_OPTIONS,
