@@ -10,7 +10,6 @@ kept for this device.
 """
 
 import contextlib
-import fcntl
 import inspect
 import json
 import math
@@ -312,11 +311,13 @@ def _round_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 @contextlib.contextmanager
 def device_to_itself() -> Iterator[None]:
-    """On a GPU benchmarks wait for each other here: what one times, no other one that is timed disturbs."""
-    if DEVICE != "cuda":
+    """On a GPU a user's benchmarks wait for each other here: what one times, no other one that is timed disturbs."""
+    if DEVICE != "cuda" or sys.platform == "win32":
         yield
         return
-    with open(Path(tempfile.gettempdir()) / "fastdistil-benchmarks.lock", "w") as lock:
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / f"fastdistil-benchmarks-{os.getuid()}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
