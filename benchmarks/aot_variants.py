@@ -233,11 +233,14 @@ def _column_sums_variant(*, num_sums: int, out: str) -> Variant:
     num_warps = tile.pop("num_warps")
     outs = {f"out{m}_ptr": f"*{out}" if m < num_sums else "constexpr" for m in range(3)}
     absent = {name: None for name, kind in outs.items() if kind == "constexpr"}
-    constants = {"M": num_sums, "ACCUMULATE": True} | tile
+    constants = {"M": num_sums} | tile
     return Variant(
         name=f"column sums of {num_sums} into {out}",
         kernel=_backend._column_sums_kernel,
-        signature={"partial_ptr": "*fp32"} | outs | {"P": "i32", "K": "i32"} | dict.fromkeys(constants, "constexpr"),
+        signature={"partial_ptr": "*fp32"}
+        | outs
+        | {"P": "i32", "K": "i32", "held": "i32"}
+        | dict.fromkeys(constants, "constexpr"),
         constexprs=absent | constants,
         divisible=("K",),
         num_warps=num_warps,

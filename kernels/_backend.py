@@ -66,18 +66,17 @@ SUM_TILE = {"ROWS": 128, "COLUMNS": 16, "num_warps": 4}
 
 
 @triton.jit
-def _store_sum(out_ptr, column, live, rows, ACCUMULATE: tl.constexpr):
+def _store_sum(out_ptr, column, live, rows, held):
     if out_ptr is not None:
-        if ACCUMULATE:
-            rows += tl.load(out_ptr + column, mask=live, other=0.0).to(tl.float32)
+        rows += tl.load(out_ptr + column, mask=column < held, other=0.0).to(tl.float32)
         tl.store(out_ptr + column, rows.to(out_ptr.dtype.element_ty), mask=live)
 
 
-# ACCUMULATE is none of the arguments of a launch: Triton 3.6's interpreter takes no bool there.
-@triton.jit(do_not_specialize=("P",))
+# A number of columns, not a bool, says what is added to: the interpreter of Triton 3.6 takes none.
+@triton.jit(do_not_specialize=("P", "held"))
 def _column_sums_kernel(
     partial_ptr, out0_ptr, out1_ptr, out2_ptr,  # (P, M, K) fp32 contiguous; (K,) or None, of any dtype each
-    P, K, ACCUMULATE: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    P, K, held, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # held: K to add to what is there, or 0
 ):  # fmt: skip
     m = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -89,11 +88,11 @@ def _column_sums_kernel(
         total += tl.load(partial_ptr + at, mask=(row < P)[:, None] & live[None, :], other=0.0)
     rows = tl.sum(total, axis=0)
     if m == 0:
-        _store_sum(out0_ptr, column, live, rows, ACCUMULATE)
+        _store_sum(out0_ptr, column, live, rows, held)
     elif m == 1:
-        _store_sum(out1_ptr, column, live, rows, ACCUMULATE)
+        _store_sum(out1_ptr, column, live, rows, held)
     else:
-        _store_sum(out2_ptr, column, live, rows, ACCUMULATE)
+        _store_sum(out2_ptr, column, live, rows, held)
 
 
 def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumulate: bool) -> None:
@@ -108,7 +107,7 @@ def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumula
         if any(out is not None for out in outs):
             first, second, third = (*outs, None, None)[:3]
             _column_sums_kernel[(triton.cdiv(K, SUM_TILE["COLUMNS"]), M)](
-                partial_PMK, first, second, third, P, K, accumulate, M, **SUM_TILE, **LAUNCH_OPTIONS
+                partial_PMK, first, second, third, P, K, K if accumulate else 0, M, **SUM_TILE, **LAUNCH_OPTIONS
             )
         return
     for out, rows in zip(outs, partial_PMK.sum(0), strict=True):
