@@ -68,7 +68,8 @@ SUM_TILE = {"ROWS": 128, "COLUMNS": 16, "num_warps": 4}
 @triton.jit
 def _store_sum(out_ptr, column, live, rows, held):
     if out_ptr is not None:
-        rows += tl.load(out_ptr + column, mask=column < held, other=0.0).to(tl.float32)
+        # `column * 0`: the same for all columns, so that loads stay wide, and no bool in the interpreter.
+        rows += tl.load(out_ptr + column, mask=live & (column * 0 < held), other=0.0).to(tl.float32)
         tl.store(out_ptr + column, rows.to(out_ptr.dtype.element_ty), mask=live)
 
 
