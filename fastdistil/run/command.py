@@ -334,7 +334,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.asked, self.reason, self.asked_at = False, "", 0.0
+        self.asked, self.reason, self.asked_at = False, "", float("inf")
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -354,6 +354,7 @@ class StopRequest:
 
     def _ask(self, number: int, _frame: object) -> None:
         if not self.asked:
+            self.asked = True  # before anything is called, where the second of two signals would come in between
             self.ask(signal.Signals(number).name)
             log.info("%s: stopping after this update; send it again after %g s to stop at once", self.reason, REPEATS_S)
         elif time.monotonic() - self.asked_at > REPEATS_S:

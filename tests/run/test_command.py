@@ -352,6 +352,23 @@ def test_the_first_signal_asks_and_what_follows_at_once_is_the_same_request(capl
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
+def test_a_second_signal_in_the_middle_of_the_first_is_the_same_request(monkeypatch, caplog):
+    """As a scheduler's and torchrun's arrive: the handler itself is interrupted."""
+    named = signal.Signals
+
+    def and_again(number):
+        monkeypatch.setattr(signal, "Signals", named)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return named(number)
+
+    with caplog.at_level(logging.INFO, "fastdistil"), StopRequest() as stop:
+        monkeypatch.setattr(signal, "Signals", and_again)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        assert stop.reason == "SIGTERM"
+    assert caplog.text.count("stopping after this update") == 1
+
+
 @pytest.mark.parametrize("second", STOP_SIGNALS)
 def test_a_later_signal_ends_the_process(monkeypatch, second):
     monkeypatch.setattr("fastdistil.run.command.REPEATS_S", 0.0)
