@@ -239,7 +239,7 @@ def _column_sums_variant(*, num_sums: int, out: str) -> Variant:
         kernel=_backend._column_sums_kernel,
         signature={"partial_ptr": "*fp32"}
         | outs
-        | {"P": "i32", "K": "i32", "held": "i32"}
+        | {"P": "i32", "K": "i32", "accumulate": "i32"}
         | dict.fromkeys(constants, "constexpr"),
         constexprs=absent | constants,
         divisible=("K",),

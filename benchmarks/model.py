@@ -7,7 +7,7 @@ What is launched, moved and computed is counted by micro_batch.py. The rates are
 fast, expected and slow. Those marked "measured" come from single kernels and products at 16,384 and 32,768 tokens
 (docs/gpu.md); the others are guesses: what large copies reach of the data sheet's peak, lowered by what the compiled
 code (aot.py) says of a kernel. The estimate for 16,384 tokens was 25.9 ms when all were guesses, and 25.5 were
-measured; then 23.5 for other kernels, and 24.05 were. A limit of power, which slows what runs without a pause by 3 to
+measured; then 23.5 for other kernels, and 24.05 were. A limit of power, which slows what runs without a pause by 2 to
 5 %, is not in it.
 
 One stream, kernels one after the other, the host never late: no overlap is assumed. Time of a launch: the larger of its

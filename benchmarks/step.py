@@ -353,7 +353,7 @@ def _hugging_face(model: MaskedLM) -> Any:
 FP8, LIGER = f"{OURS}, FP8 teacher", "HF + Liger"
 EAGER, COMPILED = "HF eager", "HF torch.compile"
 MASKED = ", masked rows"
-MEMORY_KEPT = ("HF eager, memory kept", "HF compiled, memory kept")
+MEMORY_KEPT = (f"{EAGER}, memory kept", "HF compiled, memory kept")
 PROVIDERS: dict[str, Callable[..., Any]] = {
     OURS: Ours,
     f"{OURS}, 2 data workers": partial(Ours, num_workers=2),
@@ -366,12 +366,12 @@ PROVIDERS: dict[str, Callable[..., Any]] = {
     MEMORY_KEPT[1]: partial(HuggingFace, compiled=True, keep_memory=True),
     LIGER: partial(HuggingFace, liger=True),
     OURS + MASKED: partial(Ours, kd_rows="masked"),
-    "HF eager" + MASKED: partial(HuggingFace, restrict_ce_to_mask=True),
+    EAGER + MASKED: partial(HuggingFace, restrict_ce_to_mask=True),
 }
-ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", "HF eager", COMPILED, *MEMORY_KEPT)
+ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", EAGER, COMPILED, *MEMORY_KEPT)
 ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, LIGER, EAGER, COMPILED)
 """What is worth a GPU's minutes: the step, what its graph and FP8 are worth, and the ways to do without us."""
-OF_MASKED = (OURS, OURS + MASKED, "HF eager" + MASKED)
+OF_MASKED = (OURS, OURS + MASKED, EAGER + MASKED)
 
 
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:

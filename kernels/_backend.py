@@ -66,18 +66,18 @@ SUM_TILE = {"ROWS": 128, "COLUMNS": 16, "num_warps": 4}
 
 
 @triton.jit
-def _store_sum(out_ptr, column, live, rows, held):
+def _store_sum(out_ptr, column, live, rows, accumulate):
     if out_ptr is not None:
-        # `column * 0`: the same for all columns, so that loads stay wide, and no bool in the interpreter.
-        rows += tl.load(out_ptr + column, mask=live & (column * 0 < held), other=0.0).to(tl.float32)
+        # A block, whatever the interpreter makes of a scalar; the same for all columns, so that loads stay wide.
+        rows += tl.load(out_ptr + column, mask=live & (column * 0 < accumulate), other=0.0).to(tl.float32)
         tl.store(out_ptr + column, rows.to(out_ptr.dtype.element_ty), mask=live)
 
 
-# A number of columns, not a bool, says what is added to: the interpreter of Triton 3.6 takes none.
-@triton.jit(do_not_specialize=("P", "held"))
+# `accumulate` is 0 or 1: the interpreter of Triton 3.6 takes no bool.
+@triton.jit(do_not_specialize=("P", "accumulate"))
 def _column_sums_kernel(
     partial_ptr, out0_ptr, out1_ptr, out2_ptr,  # (P, M, K) fp32 contiguous; (K,) or None, of any dtype each
-    P, K, held, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # held: K to add to what is there, or 0
+    P, K, accumulate, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -89,11 +89,11 @@ def _column_sums_kernel(
         total += tl.load(partial_ptr + at, mask=(row < P)[:, None] & live[None, :], other=0.0)
     rows = tl.sum(total, axis=0)
     if m == 0:
-        _store_sum(out0_ptr, column, live, rows, held)
+        _store_sum(out0_ptr, column, live, rows, accumulate)
     elif m == 1:
-        _store_sum(out1_ptr, column, live, rows, held)
+        _store_sum(out1_ptr, column, live, rows, accumulate)
     else:
-        _store_sum(out2_ptr, column, live, rows, held)
+        _store_sum(out2_ptr, column, live, rows, accumulate)
 
 
 def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumulate: bool) -> None:
@@ -108,7 +108,7 @@ def add_column_sums(partial_PMK: Tensor, outs: Sequence[Tensor | None], accumula
         if any(out is not None for out in outs):
             first, second, third = (*outs, None, None)[:3]
             _column_sums_kernel[(triton.cdiv(K, SUM_TILE["COLUMNS"]), M)](
-                partial_PMK, first, second, third, P, K, K if accumulate else 0, M, **SUM_TILE, **LAUNCH_OPTIONS
+                partial_PMK, first, second, third, P, K, int(accumulate), M, **SUM_TILE, **LAUNCH_OPTIONS
             )
         return
     for out, rows in zip(outs, partial_PMK.sum(0), strict=True):
@@ -201,7 +201,10 @@ def host_number(operator: str, name: str, value: float | Tensor) -> tuple[Tensor
 
 
 def read_number(operator: str, name: str, tensor: Tensor | None, value: float) -> float:
-    """What `host_number` took apart. Raises ValueError unless it is above 0, which of a tensor is only known here."""
+    """What `host_number` took apart; a tensor on a GPU costs a sync.
+
+    Raises ValueError unless it is above 0, which of a tensor is only known here.
+    """
     found = value if tensor is None else tensor.item()
     if not found > 0:
         raise ValueError(f"{operator}: {name} must be > 0, got {found}")
