@@ -329,7 +329,7 @@ def layer_errors(s: Setting) -> list[str]:
     import torch
 
     from benchmarks.step import architecture
-    from fastdistil.model.encoder import MaskedLM
+    from fastdistil.model.masked_lm import MaskedLM
 
     sizes: Any = architecture("distilbert", 2, s.D)
     if not s.on_gpu:
@@ -617,7 +617,7 @@ class Commands:
         from benchmarks.step import architecture
         from fastdistil.data.shards import read_meta
         from fastdistil.export import write_hugging_face_folder
-        from fastdistil.model.encoder import MaskedLM
+        from fastdistil.model.masked_lm import MaskedLM
 
         if self.s.shards is None and not (self.shards / "meta.json").is_file():
             docstrings.write(self.work / "docs.jsonl")

@@ -19,7 +19,7 @@ import torch
 from fastdistil.data.tokenizer import read_vocabulary
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 
 NUM_LAYERS, NUM_HEADS, WIDTH, POSITIONS = 4, 2, 128, 128
 LOOKING_LAYERS = 2

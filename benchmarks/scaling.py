@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdistil.model.encoder import MaskedLM
+    from fastdistil.model.masked_lm import MaskedLM
     from fastdistil.run.ranks import Ranks
 
 GPUS_A_NODE = 8
@@ -123,7 +123,7 @@ WIDTH, LAYERS, VOCAB, TOKENS, ROUNDS = 128, 2, 8192, 512, 2
 def toy_model(num_layers: int) -> "MaskedLM":
     """A DistilBERT of so many layers; a teacher has twice a student's."""
     from fastdistil.model.architecture import Architecture
-    from fastdistil.model.encoder import MaskedLM
+    from fastdistil.model.masked_lm import MaskedLM
 
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,

@@ -46,6 +46,7 @@ from typing import Any, Literal, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,8 +57,8 @@ from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model import weights
-from fastdistil.model.architecture import Architecture, flops_per_token
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.architecture import Architecture, attended, flops_per_token
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import recipes
 from fastdistil.run.metrics import peak_flops
 from fastdistil.run.ranks import init_ranks, keep_freed_memory
@@ -629,10 +630,11 @@ def main() -> int:
     args = arguments()
     batches = make_batches(args)
     num_tokens = sum(b.num_tokens for b in batches)
-    attended = sum(n * n for b in batches for n in b.real_lengths) / num_tokens
+    lengths = np.concatenate([b.real_lengths for b in batches])
     share = sum(b.num_masked for b in batches) / num_tokens
     all_rows, masked = (
-        flops_per_token(*architectures(args.size), attended, head_fraction=f).total for f in (1.0, share)
+        flops_per_token(*architectures(args.size), partial(attended, lengths), head_fraction=f).total
+        for f in (1.0, share)
     )
     del batches
     ceiling, source = peak_flops(torch.device(DEVICE), DTYPES[args.precision])

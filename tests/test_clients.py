@@ -17,7 +17,7 @@ from fastdistil.data import tokenizer
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from tests.support import clients
 from tests.support.launch import ROOT

@@ -20,7 +20,8 @@ from torch.nn import functional
 from fastdistil.export import ExportConfig, export
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import KeptOutputs, MaskedLM
+from fastdistil.model.encoder import KeptOutputs
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import checkpoint
 from fastdistil.run.config import to_json
 from fastdistil.run.recipes import named

@@ -3,6 +3,8 @@
 Configuration errors have to come before torch is imported, so this module knows sizes and no tensors.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ INITIALIZER_RANGE = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """The sizes of a post-LN BERT encoder, with a tied MLM head or without. ValueError where they do not fit."""
+    """The sizes of a BERT or ModernBERT encoder, with a tied MLM head or without. ValueError where they do not fit."""
 
     model_type: str = "bert"
     """Its family, one of families.FAMILIES, by Hugging Face's name."""
@@ -47,24 +49,47 @@ class Architecture:
     """Whether there is an MLM head; an encoder that only hands out hidden states has none."""
     embedding_size: int = 0
     """Width of a linear projection behind the last hidden states, 0 without one."""
+    global_every: int = 0
+    """Of a ModernBERT: of so many layers the first attends to the whole sequence, the others to a window. 0: all do."""
+    local_attention: int = 0
+    """Tokens of that window: half of them on either side."""
+    global_theta: float = 0.0
+    """Base of the angles by which queries and keys of those layers are rotated, and 0 of a model with positions."""
+    local_theta: float = 0.0
+    """Of the others."""
 
     def __post_init__(self) -> None:
         family = self.family
+        fixed = dict.fromkeys({*_OF_WINDOWS} - {*family.fields}, 0) | family.fixed
+        may_be_0 = {"pad_id", "embedding_size", *fixed}
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("pad_id", "embedding_size") or field.name in family.fixed else 1
+            least = 0 if field.name in may_be_0 else 1
             if field.type is int and (type(value) is not int or value < least):
                 raise ValueError(f"{field.name} must be an integer of {least} or more, got {value!r}")
-            if field.type is float and (type(value) not in (int, float) or not 0 <= value < 1):
+            if field.type is float and type(value) not in (int, float):
+                raise ValueError(f"{field.name} must be a number, got {value!r}")
+            if field.name.endswith("theta") and not least <= value < math.inf:
+                raise ValueError(f"{field.name} must be a number of {least} or more, got {value!r}")
+            if field.type is float and not field.name.endswith("theta") and not 0 <= value < 1:
                 raise ValueError(f"{field.name} must be a number of at least 0 and below 1, got {value!r}")
-            if value != family.fixed.get(field.name, value):
+            if value != fixed.get(field.name, value):
                 raise ValueError(
-                    f"this is a {family.title}, whose {field.name} is {family.fixed[field.name]}, got {value}: "
+                    f"this is a {family.title}, whose {field.name} is {fixed[field.name]}, got {value}: "
                     "its config.json has no field for another, use that value or another model_type"
                 )
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"num_heads must divide hidden_size, got {self.num_heads} heads for a width of {self.hidden_size}"
+            )
+        if self.rotates and self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"num_heads must leave heads of an even width, which are rotated in pairs, got {self.num_heads} heads "
+                f"for a width of {self.hidden_size}"
+            )
+        if self.local_attention % 2:
+            raise ValueError(
+                f"local_attention must be even, half of it on either side of a token, got {self.local_attention}"
             )
         if self.pad_id >= self.vocab_size:
             raise ValueError(f"pad_id must lie below vocab_size {self.vocab_size}, got {self.pad_id}")
@@ -73,6 +98,15 @@ class Architecture:
     def family(self) -> Family:
         """What Hugging Face calls its parts."""
         return families.find(self.model_type)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their positions, in place of a table of position embeddings."""
+        return self.global_theta > 0
+
+    def window(self, layer: int) -> int:
+        """How far the tokens of a layer, counted from 0, see on either side; 0: the whole sequence."""
+        return self.local_attention // 2 if self.global_every and layer % self.global_every else 0
 
     @property
     def padded_vocab_size(self) -> int:
@@ -85,14 +119,16 @@ class Architecture:
         return families.unused_positions(self.model_type, self.pad_id)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a tensor of our state dict as files hold it: q, k and v each, all positions, no vocabulary padding."""
-        width, ffn = self.hidden_size, self.ffn_size
+        """Of a tensor of our state dict as files hold it: all positions, no vocabulary padding, what is stacked of
+        several of theirs apart."""
+        width, ffn, family = self.hidden_size, self.ffn_size, self.family
         weights = {
             "word_embeddings": (self.vocab_size, width),
             "position_embeddings": (self.unused_positions + self.max_positions, width),
             "token_type_embeddings": (self.token_types, width),
-            **dict.fromkeys(("qkv", "attention_out", "dense"), (width, width)),
-            "ffn_in": (ffn, width),
+            "qkv": (3 * width // len(family.layer["qkv"]), width),
+            **dict.fromkeys(("attention_out", "dense"), (width, width)),
+            "ffn_in": ((1 + family.gated) * ffn, width),
             "ffn_out": (width, ffn),
             "head": (self.vocab_size, width),
             "projection": (self.embedding_size, width),
@@ -104,13 +140,17 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Parameters of encoder, head and projection; the tied decoder once, vocabulary padding not at all."""
-        width = self.hidden_size
-        embeddings = (self.vocab_size + self.max_positions + self.token_types + 2) * width
-        attention = 4 * width * width + 4 * width
-        feed_forward = 2 * width * self.ffn_size + self.ffn_size + width
-        head = (width * width + width + 2 * width + self.vocab_size) * self.mlm_head
-        layers = self.num_layers * (attention + feed_forward + 4 * width)
-        return embeddings + layers + head + self.embedding_size * width
+        names = self.family.tensor_names(self.num_layers, with_head=self.mlm_head)
+        held = sum(len(theirs) * math.prod(self.shape(ours)) for ours, theirs in names.items())
+        return held + (self.embedding_size - self.unused_positions) * self.hidden_size
+
+    @property
+    def layer_products(self) -> int:
+        """Elements of the matrices of a layer."""
+        return (4 * self.hidden_size + (2 + self.family.gated) * self.ffn_size) * self.hidden_size
+
+
+_OF_WINDOWS = ("global_every", "local_attention", "global_theta", "local_theta")
 
 
 def from_record(record: dict[str, Any]) -> Architecture:
@@ -145,7 +185,8 @@ def read_architecture(folder: str | Path) -> Architecture:
     try:
         model_type = config.get("model_type")
         family = families.find(model_type)
-        _refuse_what_is_not_computed(config, family.activation)
+        config = family.read(config)
+        _refuse_what_is_not_computed(config, family)
         sizes = dict(family.fixed)
         for field, name in family.fields.items():
             sizes[field] = family.defaults.get(field) if config.get(name) is None else config[name]
@@ -182,12 +223,19 @@ def _what_it_is(folder: Path) -> str:
     return f": give {' or '.join(models)}" if models else ""
 
 
-def _refuse_what_is_not_computed(config: dict[str, Any], activation: str) -> None:
-    if config.get(activation, "gelu") not in ("gelu", "gelu_python"):  # two names of one function
-        raise ValueError(
-            f"{activation} must be 'gelu' (exact erf), got {config[activation]!r}: "
-            "such a model cannot be computed exactly here, use another checkpoint"
-        )
+def _refuse_what_is_not_computed(config: dict[str, Any], family: Family) -> None:
+    for activation in family.activations:
+        if config.get(activation, "gelu") not in ("gelu", "gelu_python"):  # two names of one function
+            raise ValueError(
+                f"{activation} must be 'gelu' (exact erf), got {config[activation]!r}: "
+                "such a model cannot be computed exactly here, use another checkpoint"
+            )
+    for name, value in family.must_be.items():
+        if bool(config.get(name, value)) is not value:
+            raise ValueError(
+                f"{name} must be {str(value).lower()}, got {config[name]!r}: such a model cannot be computed exactly "
+                "here, use another checkpoint"
+            )
     if config.get("position_embedding_type") not in (None, "absolute"):
         raise ValueError(f"position_embedding_type must be 'absolute', got {config['position_embedding_type']!r}")
     for flag in ("is_decoder", "add_cross_attention"):
@@ -209,24 +257,37 @@ class FlopsPerToken(NamedTuple):
         return self.teacher + self.student
 
 
+def attended(lengths_S: Any, window: int) -> float:
+    """Tokens that a token attends to, on average over those of sequences of these lengths, (S,) of NumPy.
+
+    With w on either side, which is less than L - 1 for a window and else that, a sequence of L has L (2 w + 1) - w
+    (w + 1) pairs: L^2 without a window, which is 0.
+    """
+    length_S = lengths_S.astype(float)
+    farthest_S = (length_S - 1).clip(max=window or None)
+    pairs_S = length_S * (2 * farthest_S + 1) - farthest_S * (farthest_S + 1)
+    return float(pairs_S.sum() / length_S.sum())
+
+
 def flops_per_token(
-    teacher: Architecture | None, student: Architecture, mean_attended_length: float, *, head_fraction: float = 1.0
+    teacher: Architecture | None, student: Architecture, attended: Callable[[int], float], *, head_fraction: float = 1.0
 ) -> FlopsPerToken:
     """The cost model: matrix products, attention scores and vocabulary heads.
 
     Args:
         teacher: None where the student trains without one.
         student: the architecture that is trained.
-        mean_attended_length: tokens that a token attends to, on average: sum(L^2) / sum(L) over sequences.
+        attended: window -> tokens that a token attends to, on average; see the function of this name.
         head_fraction: share of the tokens that pass the MLM heads, of the models that have one: 1 in distillation, the
             masked share where only masked tokens are predicted.
     """
 
     def forward(model: Architecture) -> float:
         width = model.hidden_size
-        products = 2 * (4 * width * width + 2 * width * model.ffn_size)
-        scores = 4 * mean_attended_length * width  # q with k, and the weights with v
+        products = 2 * model.num_layers * model.layer_products
+        # q with k, and the weights with v
+        scores = sum(4 * attended(model.window(layer)) * width for layer in range(model.num_layers))
         head = 2 * width * (model.vocab_size + width) * model.mlm_head
-        return model.num_layers * (products + scores) + head_fraction * head + 2 * width * model.embedding_size
+        return products + scores + head_fraction * head + 2 * width * model.embedding_size
 
     return FlopsPerToken(teacher=forward(teacher) if teacher else 0.0, student=3 * forward(student))

@@ -1,33 +1,30 @@
-"""One packed BERT encoder and its MLM head, for teacher and student. Knows no ranks and no masks.
+"""What all packed encoders share: their modules, the walk through their layers, and the head. For teacher and student.
 
-Post-LN as in Devlin et al. 2018: LayerNorm after each residual sum (eps 1e-12), exact-erf GELU. A DistilBERT is the
-same encoder without a token-type table and with one dropout less a layer. A micro-batch is a flat row of N tokens; the
-sequence layout says where its sequences begin and end, and only the attention needs to know.
+Knows no ranks and no masks. What an encoder computes stands in a file of its family: bert.py, modernbert.py. A
+micro-batch is a flat row of N tokens; the sequence layout says where its sequences begin and end, and only the
+attention needs to know.
 
 Inside, the operators compute in fp32 whatever the dtype: in bf16 an eps of 1e-12 would vanish.
-
-To freeze the positions as DistilBERT's authors did: `model.encoder.position_embeddings.requires_grad_(False)`.
 
 Shapes: N tokens of the micro-batch, D hidden width, H heads, V padded vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdistil.kernels.attention import attention
 from fastdistil.kernels.attention_backends import AttentionBackend, ResolvedBackend, resolve_backend
-from fastdistil.kernels.dropout import dropout, new_dropout_seed
+from fastdistil.kernels.dropout import new_dropout_seed
 from fastdistil.kernels.gelu import linear_gelu
 from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
 from fastdistil.kernels.layout import SequenceLayout
 from fastdistil.kernels.linear import linear
 from fastdistil.model import functions
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture
+from fastdistil.model.functions import LayerCall
 
 
 class Linear(nn.Linear):
@@ -51,7 +48,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def __init__(self, architecture: Architecture, *, dropout_p: float = 0.0, stream: int = 0) -> None:
-        super().__init__(architecture.hidden_size, eps=architecture.layer_norm_eps)
+        super().__init__(architecture.hidden_size, eps=architecture.layer_norm_eps, bias=architecture.family.biases)
         self.dropout_p, self.stream = dropout_p, stream
 
     def dropout(self, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
@@ -73,58 +70,6 @@ class LayerNorm(nn.LayerNorm):
         )
 
 
-class EncoderLayer(nn.Module):
-    """Attention and feed-forward layer, each with residual and LayerNorm: (N, D) -> (N, D)."""
-
-    def __init__(self, architecture: Architecture, index: int) -> None:
-        super().__init__()
-        width, dropout_p = architecture.hidden_size, architecture.dropout
-        self.num_heads = architecture.num_heads
-        self.attention_dropout = architecture.attention_dropout
-        # Places of dropout in the model: 0 is the embeddings', then three a layer.
-        self.stream = 1 + 3 * index
-        self.qkv = Linear(width, 3 * width)  # rows: all heads' queries, then keys, then values
-        self.attention_out = Linear(width, width)
-        # transformers' DistilBERT, which the authors trained, has no dropout here; BERT has.
-        self.attention_norm = LayerNorm(
-            architecture, dropout_p=dropout_p if architecture.token_types else 0.0, stream=self.stream + 1
-        )
-        self.ffn_in = LinearGelu(width, architecture.ffn_size)
-        self.ffn_out = Linear(architecture.ffn_size, width)
-        self.ffn_norm = LayerNorm(architecture, dropout_p=dropout_p, stream=self.stream + 2)
-
-    def dropout(self, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-        """(seed, stream, probability) of the attention, no seed where nothing is dropped."""
-        return seed if self.attention_dropout else None, self.stream, self.attention_dropout
-
-    def forward(
-        self,
-        hidden_ND: Tensor,
-        layout: SequenceLayout,
-        dropout_seed: Tensor | None,
-        backend: AttentionBackend,
-        with_qkv: bool = False,
-    ) -> Any:
-        """The layer's output (N, D); `with_qkv` a pair of it and its queries, keys and values (N, 3D).
-
-        This is the definition. `functions.encoder_layer` computes the same, for less.
-        """
-        qkv_N3D = self.qkv(hidden_ND)
-        attended_ND = attention(
-            qkv_N3D.unflatten(1, (3, self.num_heads, -1)),
-            layout,
-            dropout_p=self.attention_dropout,
-            seed=dropout_seed,
-            stream=self.stream,
-            backend=backend,
-        ).flatten(1)
-        kept_N3D = qkv_N3D if with_qkv else None
-        del qkv_N3D  # a teacher, which has no backward, needs the memory now
-        hidden_ND = self.attention_norm(self.attention_out(attended_ND), hidden_ND, dropout_seed)
-        output_ND = self.ffn_norm(self.ffn_out(self.ffn_in(hidden_ND)), hidden_ND, dropout_seed)
-        return output_ND if kept_N3D is None else (output_ND, kept_N3D)
-
-
 class KeptOutputs(NamedTuple):
     """What an encoder hands out beside its last hidden states."""
 
@@ -135,22 +80,42 @@ class KeptOutputs(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Embeddings and layers: token ids to last hidden states."""
+    """Embeddings and layers: token ids to last hidden states. A family has its own, which says what these are."""
+
+    embedding_norm: LayerNorm
+    layers: nn.ModuleList
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        width = architecture.hidden_size
         # Set by whoever runs the model; neither changes a weight.
         self.activation_checkpointing = False
         self.attention_backend: AttentionBackend = "auto"
         self.by_modules = False  # module by module, as ZeRO-3, torch.compile and FP8 need it, instead of functions.py
         # As in transformers, [PAD] gets no gradient as an input; it does occur in one, as a random replacement.
-        self.word_embeddings = nn.Embedding(architecture.padded_vocab_size, width, padding_idx=architecture.pad_id)
-        self.position_embeddings = nn.Embedding(architecture.max_positions, width)
-        self.token_type_embeddings = nn.Embedding(architecture.token_types, width) if architecture.token_types else None
-        self.embedding_norm = LayerNorm(architecture)
+        self.word_embeddings = nn.Embedding(
+            architecture.padded_vocab_size, architecture.hidden_size, padding_idx=architecture.pad_id
+        )
         self.dropout_p, self.attention_dropout = architecture.dropout, architecture.attention_dropout
-        self.layers = nn.ModuleList(EncoderLayer(architecture, index) for index in range(architecture.num_layers))
+
+    def embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
+        """Input of the first layer, (N, D). The definition, as the layers' forward is."""
+        raise AssertionError("a family's")
+
+    def raw_embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
+        """`embedded` as one function."""
+        raise AssertionError("a family's")
+
+    def rotations(self, position_ids_N: Tensor) -> tuple[Tensor, ...]:
+        """What the layers rotate queries and keys by."""
+        return ()
+
+    def ended(self, hidden_ND: Tensor, *, by_modules: bool) -> Tensor:
+        """The output of a layer as it is handed out, as if that layer were the last: (N, D)."""
+        return hidden_ND
+
+    def initial_deviation(self, name: str) -> float:
+        """Standard deviation of a fresh weight, by its name in the state dict of a MaskedLM."""
+        return INITIALIZER_RANGE
 
     def forward(
         self,
@@ -182,26 +147,28 @@ class Encoder(nn.Module):
         asked = kept_outputs or KeptOutputs()
 
         by_modules = self.by_modules or torch.compiler.is_compiling()
-        embedded = self.embedded if by_modules else partial(functions.embeddings, self)
+        embedded = self.embedded if by_modules else self.raw_embedded
         hidden_ND = embedded(input_ids_N, position_ids_N, dropout_seed)
 
-        call = functions.LayerCall(layout, dropout_seed, self._backend(hidden_ND, dropout_seed))
+        backend = self.attention_backend if by_modules else self._backend(hidden_ND, dropout_seed)
+        call = LayerCall(layout, dropout_seed, backend, self.rotations(position_ids_N))
         outputs: dict[int, Tensor] = {}
         qkv: Sequence[Tensor] = ()
         for index, layer in enumerate(self.layers):
             with_qkv = index == asked.qkv
-            arguments = (hidden_ND, layout, dropout_seed, self.attention_backend, with_qkv)
             if not by_modules:
                 again = self.activation_checkpointing
                 hidden_ND = functions.encoder_layer(layer, hidden_ND, call, again=again, with_qkv=with_qkv)
             elif self.activation_checkpointing and torch.is_grad_enabled():
-                hidden_ND = checkpoint(layer, *arguments, use_reentrant=False)
+                hidden_ND = checkpoint(layer, hidden_ND, call, with_qkv, use_reentrant=False)
             else:
-                hidden_ND = layer(*arguments)
+                hidden_ND = layer(hidden_ND, call, with_qkv)
             if with_qkv:
                 hidden_ND, *qkv = hidden_ND
             if index in asked.layers:
-                outputs[index] = hidden_ND
+                outputs[index] = self.ended(hidden_ND, by_modules=by_modules)
+        last = outputs.get(len(self.layers) - 1)
+        hidden_ND = self.ended(hidden_ND, by_modules=by_modules) if last is None else last
         if kept_outputs is None:
             return hidden_ND
         return hidden_ND, (*(outputs[i] for i in asked.layers), *qkv)
@@ -211,14 +178,6 @@ class Encoder(nn.Module):
         dropout_p = 0.0 if dropout_seed is None else self.attention_dropout
         on = {"device": hidden_ND.device, "dtype": hidden_ND.dtype}
         return resolve_backend(self.attention_backend, **on, dropout_p=dropout_p, training=self.training)
-
-    def embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
-        """Input of the first layer, (N, D). The definition, as EncoderLayer.forward is."""
-        embedded_ND = self.word_embeddings(input_ids_N) + self.position_embeddings(position_ids_N)
-        if self.token_type_embeddings is not None:
-            # Every token is of type 0. Looked up through the module: ZeRO-3 gathers its table only there.
-            embedded_ND = embedded_ND + self.token_type_embeddings(torch.zeros_like(input_ids_N[:1]))
-        return dropout(self.embedding_norm(embedded_ND), dropout_seed, stream=0, dropout_p=self.dropout_p)
 
 
 class VocabHead(nn.Module):
@@ -232,7 +191,8 @@ class VocabHead(nn.Module):
         super().__init__()
         self.vocab_size = architecture.vocab_size
         self.by_modules = False  # as the encoder's
-        self.dense = LinearGelu(architecture.hidden_size, architecture.hidden_size)
+        width = architecture.hidden_size
+        self.dense = LinearGelu(width, width, bias=architecture.family.biases)
         self.norm = LayerNorm(architecture)
         self.weight = word_embeddings.weight
         self.bias = nn.Parameter(torch.empty(architecture.padded_vocab_size))
@@ -261,58 +221,3 @@ class Projection(nn.Linear):
         if self.by_modules or torch.compiler.is_compiling():
             return super().forward(input)
         return functions.linear_map(input, self.weight)
-
-
-class MaskedLM(nn.Module):
-    """Encoder, and MLM head and projection where the architecture has them, with fresh weights.
-
-    They are drawn from `generator` alone (without one: seed 0).
-
-    Its state_dict holds the tied weight once, as `encoder.word_embeddings.weight`, so that its keys are those of
-    named_parameters(); load_state_dict wants the same keys.
-    """
-
-    def __init__(self, architecture: Architecture, *, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.architecture = architecture
-        self.encoder = Encoder(architecture)
-        # VocabHead or None. Any, since whoever runs it knows that there is one.
-        self.head: Any = VocabHead(architecture, self.encoder.word_embeddings) if architecture.mlm_head else None
-        width, embedding_size = architecture.hidden_size, architecture.embedding_size
-        self.projection = Projection(width, embedding_size, bias=False) if embedding_size else None
-        self.register_state_dict_post_hook(_drop_tied_weight)
-        self.register_load_state_dict_pre_hook(_restore_tied_weight)
-        self._initialise(generator or torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def _initialise(self, generator: torch.Generator) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, INITIALIZER_RANGE, generator=generator)
-        self.encoder.word_embeddings.weight[self.architecture.vocab_size :] = 0.0
-        self.encoder.word_embeddings.weight[self.architecture.pad_id] = 0.0
-
-    def run_by_modules(self) -> None:
-        """From now on, as its modules are written, instead of by functions.py."""
-        for part in (self.encoder, self.head, self.projection):
-            if part is not None:
-                part.by_modules = True
-
-    def forward(
-        self, input_ids_N: Tensor, position_ids_N: Tensor, layout: SequenceLayout, dropout_seed: Tensor | None = None
-    ) -> Tensor:
-        """Logits (N, vocab_size) of every token; arguments as in `Encoder.forward`."""
-        return self.head(self.encoder(input_ids_N, position_ids_N, layout, dropout_seed))
-
-
-def _drop_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    state.pop(f"{prefix}head.weight", None)
-
-
-def _restore_tied_weight(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if module.head is not None and f"{prefix}encoder.word_embeddings.weight" in state:
-        state[f"{prefix}head.weight"] = state[f"{prefix}encoder.word_embeddings.weight"]

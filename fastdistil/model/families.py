@@ -1,20 +1,22 @@
-"""What Hugging Face's families of encoders call the parts of the one encoder that we compute. Standard library only.
+"""What Hugging Face's families of encoders call the parts of the encoders that we compute. Standard library only.
 
-BERT, DistilBERT and RoBERTa compute the same thing (encoder.py) under different names: of the fields in config.json, of
-the tensors in the weights file, of the class in transformers. One entry of FAMILIES is all that this package knows
-about a family, so another family of the same computation is one more entry and nothing else.
+BERT, DistilBERT and RoBERTa compute the same thing (bert.py) under different names: of the fields in config.json, of
+the tensors in the weights file, of the class in transformers. ModernBERT computes another (modernbert.py). One entry of
+FAMILIES is all that this package knows of a family's names, so another family of a computation that we have is one more
+entry and nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-_EMBEDDINGS = {
+_BERT_MODULES = {
     "encoder.word_embeddings": "embeddings.word_embeddings",
     "encoder.position_embeddings": "embeddings.position_embeddings",
     "encoder.token_type_embeddings": "embeddings.token_type_embeddings",
     "encoder.embedding_norm": "embeddings.LayerNorm",
 }
-"""Our module -> theirs below Family.prefix, the same in every family."""
+"""Our module -> theirs below Family.prefix, of every family that computes what BERT does."""
 
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 """Below Family.prefix, in files of old releases: 0, 1, 2, ... and zeros."""
@@ -38,18 +40,26 @@ class Family:
     fields: dict[str, str]
     """Field of Architecture -> its name in config.json."""
     defaults: dict[str, Any]
-    """What transformers assumes where an old config.json lacks a field. The others must be there."""
+    """What transformers assumes where a config.json lacks a field. The others must be there."""
+    read: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """The config.json, with the fields of `fields` where today's transformers spells them in another way."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Fields of Architecture that config.json cannot name, because all models of the family have these values."""
-    activation: str = "hidden_act"
-    """What config.json calls the activation, which must be gelu."""
+    activations: tuple[str, ...] = ("hidden_act",)
+    """What config.json calls the activations, which must be gelu."""
     constants: dict[str, Any]
     """What else an exported config.json says."""
+    must_be: dict[str, Any] = field(default_factory=dict)
+    """What of it a config.json that is read must not say otherwise, for that is not computed here."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Other fields of an exported config.json -> the fields of Architecture whose values they have."""
     positions_after_pad: bool = False
     """Whether positions count from pad_id + 1. The rows of the position table before that are never used."""
 
     prefix: str
     """Where ...ForMaskedLM keeps the encoder."""
+    modules: dict[str, str] = field(default_factory=_BERT_MODULES.copy)
+    """Our module of the encoder beside its layers -> theirs below `prefix`."""
     layers: str = "encoder.layer"
     """Where the encoder keeps its layers."""
     layer: dict[str, tuple[str, ...]]
@@ -58,6 +68,14 @@ class Family:
     """Our module of the MLM head -> theirs. `head` itself holds the bias; its weight is the word embeddings."""
     decoder: str
     """Where old files hold the decoder, a second copy of the word embeddings and perhaps of the bias."""
+    not_in_first_layer: tuple[str, ...] = ()
+    """Our modules of a layer that the first one has not."""
+    biases: bool = True
+    """Whether linear layers and LayerNorms have one; that of the decoder is always there."""
+    gated: bool = False
+    """Whether the feed-forward layer is a gated one, whose first matrix has twice its width."""
+    classifiers_have_head: bool = False
+    """Whether models of other tasks have the MLM head's dense layer and LayerNorm, too, under the same names."""
 
     @property
     def encoder(self) -> str:
@@ -66,20 +84,21 @@ class Family:
 
     def tensor_names(self, num_layers: int, *, with_head: bool = True) -> dict[str, tuple[str, ...]]:
         """Key of our state dict -> the keys in the weights file that it is stacked from, for the whole model."""
-        modules: dict[str, tuple[str, ...]] = {ours: (self.prefix + theirs,) for ours, theirs in _EMBEDDINGS.items()}
+        modules: dict[str, tuple[str, ...]] = {ours: (self.prefix + theirs,) for ours, theirs in self.modules.items()}
         if self.fixed.get("token_types") == 0:
-            del modules["encoder.token_type_embeddings"]
+            modules.pop("encoder.token_type_embeddings", None)
         for i in range(num_layers):
             for ours, theirs in self.layer.items():
-                modules[f"encoder.layers.{i}.{ours}"] = tuple(
-                    f"{self.prefix}{self.layers}.{i}.{name}" for name in theirs
-                )
+                if i > 0 or ours not in self.not_in_first_layer:
+                    modules[f"encoder.layers.{i}.{ours}"] = tuple(
+                        f"{self.prefix}{self.layers}.{i}.{name}" for name in theirs
+                    )
         modules |= {ours: (theirs,) for ours, theirs in self.head.items() if with_head}
         names = {}
         for ours, theirs in modules.items():
             if ours != "head":
                 names[f"{ours}.weight"] = tuple(f"{name}.weight" for name in theirs)
-            if not ours.endswith("_embeddings"):
+            if ours == "head" or (self.biases and not ours.endswith("_embeddings")):
                 names[f"{ours}.bias"] = tuple(f"{name}.bias" for name in theirs)
         return names
 
@@ -87,7 +106,8 @@ class Family:
         """What today's ...ForMaskedLM calls the tensor that a file calls `key`; None for a buffer of constants."""
         name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
         name = name.replace(".gamma", ".weight").replace(".beta", ".bias")  # TensorFlow's, in the first releases
-        if name.startswith(("embeddings.", "pooler.", f"{self.layers.partition('.')[0]}.")):
+        parts = {"pooler", *(module.partition(".")[0] for module in (self.layers, *self.modules.values()))}
+        if name.partition(".")[0] in parts:
             name = self.prefix + name  # saved from the bare encoder
         return None if name.removeprefix(self.prefix) in _BUFFERS else name
 
@@ -99,7 +119,7 @@ class Family:
     @property
     def aliases(self) -> dict[str, str]:
         """Second name of a tensor, which old files hold -> its first. Where both are there, they must be equal."""
-        words = f"{self.prefix}{_EMBEDDINGS['encoder.word_embeddings']}.weight"
+        words = f"{self.prefix}{self.modules['encoder.word_embeddings']}.weight"
         return {f"{self.decoder}.weight": words, f"{self.decoder}.bias": f"{self.head['head']}.bias"}
 
 
@@ -156,7 +176,7 @@ _DISTILBERT = Family(
     },
     defaults={"dropout": 0.1, "attention_dropout": 0.1, "pad_id": 0},
     fixed={"token_types": 0, "layer_norm_eps": 1e-12},
-    activation="activation",
+    activations=("activation",),
     constants={"sinusoidal_pos_embds": False, "tie_weights_": True},
     prefix="distilbert.",
     layers="transformer.layer",
@@ -184,12 +204,112 @@ _ROBERTA = Family(
     head={"head.dense": "lm_head.dense", "head.norm": "lm_head.layer_norm", "head": "lm_head"},
     decoder="lm_head.decoder",
 )
+_MODERNBERT_ROPE = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+
+
+def _modernbert(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a ModernBERT as transformers 4 writes it and the hub has it.
+
+    transformers 5 has a list of layer types in the place of the distance between global layers, and a dictionary of
+    angles. Raises ValueError where they say what the older form cannot.
+    """
+    found, types = dict(config), config.get("layer_types")
+    if types is not None:
+        everywhere = [i for i, kind in enumerate(types) if kind == "full_attention"]
+        every = everywhere[1] if len(everywhere) > 1 else len(types)
+        if types != ["sliding_attention" if i % every else "full_attention" for i in range(len(types))]:
+            raise ValueError(
+                f"layer_types must have the full_attention layers at one distance from the first on, got {types}: "
+                "such a model cannot be computed exactly here, use another checkpoint"
+            )
+        found["global_attn_every_n_layers"] = every
+    for kind, name in _MODERNBERT_ROPE.items():
+        rope = (config.get("rope_parameters") or {}).get(kind) or {}
+        if (config.get("rope_scaling") or rope).get("rope_type", "default") != "default":
+            raise ValueError(
+                f"rope_parameters must have the rope_type 'default', got {config.get('rope_scaling') or rope}: such a "
+                "model cannot be computed exactly here, use another checkpoint"
+            )
+        found[name] = rope.get("rope_theta", config.get(name))
+    if found["local_rope_theta"] is None:  # then transformers takes the other
+        found["local_rope_theta"] = found["global_rope_theta"] if "local_rope_theta" in config else None
+    return found
+
+
+_MODERNBERT = Family(
+    title="ModernBERT",
+    masked_lm="ModernBertForMaskedLM",
+    pooler="",
+    students={},
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "ffn_size": "intermediate_size",
+        "max_positions": "max_position_embeddings",
+        "dropout": "mlp_dropout",
+        "attention_dropout": "attention_dropout",
+        "layer_norm_eps": "norm_eps",
+        "pad_id": "pad_token_id",
+        "global_every": "global_attn_every_n_layers",
+        "local_attention": "local_attention",
+        "global_theta": "global_rope_theta",
+        "local_theta": "local_rope_theta",
+    },
+    defaults={
+        "max_positions": 8192,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layer_norm_eps": 1e-5,
+        "pad_id": 50283,
+        "global_every": 3,
+        "local_attention": 128,
+        "global_theta": 160000.0,
+        "local_theta": 10000.0,
+    },
+    read=_modernbert,
+    fixed={"token_types": 0},
+    activations=("hidden_activation", "classifier_activation"),
+    # The ids that it assumes without these lie beyond a smaller vocabulary; no encoder reads them.
+    constants=dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    must_be={
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_bias": False,
+        "classifier_bias": False,
+        "decoder_bias": True,
+    },
+    copies={"embedding_dropout": "dropout"},
+    prefix="model.",
+    modules={
+        "encoder.word_embeddings": "embeddings.tok_embeddings",
+        "encoder.embedding_norm": "embeddings.norm",
+        "encoder.final_norm": "final_norm",
+    },
+    layers="layers",
+    layer={
+        "attention_norm": ("attn_norm",),
+        "qkv": ("attn.Wqkv",),
+        "attention_out": ("attn.Wo",),
+        "ffn_norm": ("mlp_norm",),
+        "ffn_in": ("mlp.Wi",),
+        "ffn_out": ("mlp.Wo",),
+    },
+    head={"head.dense": "head.dense", "head.norm": "head.norm", "head": "decoder"},
+    decoder="decoder",
+    not_in_first_layer=("attention_norm",),
+    biases=False,
+    gated=True,
+    classifiers_have_head=True,
+)
 FAMILIES = {
     "bert": _BERT,
     "distilbert": _DISTILBERT,
     "roberta": _ROBERTA,
     "xlm-roberta": replace(_ROBERTA, title="XLM-RoBERTa", masked_lm="XLMRobertaForMaskedLM"),
     "camembert": replace(_ROBERTA, title="CamemBERT", masked_lm="CamembertForMaskedLM"),
+    "modernbert": _MODERNBERT,
 }
 """By the model_type of config.json."""
 

@@ -13,6 +13,7 @@ that nobody trains, is read as it is, and its gradient is returned to autograd.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def is_flat(parameter: Tensor) -> bool:
+def is_flat(parameter: Tensor | None) -> bool:
     """Whether it is a slice of a flat buffer, into which its gradient is written."""
     return getattr(parameter, "slot", None) is not None
 
@@ -47,26 +48,33 @@ def operand(parameter: Tensor) -> Tensor:
     return parameter.detach() if slot is None else slot.copy
 
 
-def destination(*parameters: Tensor) -> tuple[list[Tensor], bool]:
+def optional(parameter: Tensor | None) -> Tensor | None:
+    """`operand` of a bias, which some models have and others have not."""
+    return None if parameter is None else operand(parameter)
+
+
+def destination(*parameters: Tensor | None) -> tuple[list[Any], bool]:
     """Where the gradients of parameters go, and whether they are added to what is there.
 
-    The parameters get their gradients always together.
+    The parameters get their gradients always together. Of those that a model has not, which are None, it is None.
     """
-    slots: list[Slot | None] = [getattr(p, "slot", None) for p in parameters]
-    if slots[0] is None:
-        return [torch.empty_like(p, dtype=p.grad_dtype) for p in parameters], False
-    fresh = slots[0].fresh
-    found = []
-    for slot in slots:
-        assert slot is not None
-        assert slot.gradient is not None
-        assert slot.fresh == fresh
-        slot.fresh = False
-        found.append(slot.gradient)
-    return found, not fresh
+    found: list[Tensor | None] = []
+    fresh = None
+    for parameter in parameters:
+        slot: Slot | None = getattr(parameter, "slot", None)
+        if parameter is None:
+            found.append(None)
+        elif slot is None:
+            found.append(torch.empty_like(parameter, dtype=parameter.grad_dtype))
+        else:
+            assert slot.gradient is not None
+            assert fresh in (None, slot.fresh)
+            fresh, slot.fresh = slot.fresh, False
+            found.append(slot.gradient)
+    return found, fresh is False
 
 
-def to_autograd(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+def to_autograd(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """What a backward returns for a parameter whose gradient was written to `destination`."""
     return None if is_flat(parameter) else gradient
 

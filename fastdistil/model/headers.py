@@ -230,10 +230,13 @@ def match(folder: Path, architecture: Architecture, found: Mapping[str, TensorIn
                 raise ValueError(differs(key, first))
             copies[key] = first
 
-    # A folder without a single tensor of the head is a bare encoder. One with a part of the head is incomplete.
+    # A folder without a single tensor of the head is a bare encoder. One with a part of the head is incomplete, unless
+    # models of other tasks have that part, too.
     names = family.tensor_names(architecture.num_layers)
     head = {ours for ours in names if ours.startswith("head.")}
-    if not any(name in keys for ours in head for name in names[ours]):
+    telling = {"head.bias"} if family.classifiers_have_head else head
+    without_head = not any(name in keys for ours in telling for name in names[ours])
+    if without_head:
         if need_head:
             raise ValueError(_no_head_message(folder))
         names = {ours: theirs for ours, theirs in names.items() if ours not in head}
@@ -241,6 +244,8 @@ def match(folder: Path, architecture: Architecture, found: Mapping[str, TensorIn
         raise ValueError(f"{folder} says that tie_word_embeddings is false, and has no {family.decoder}.weight")
 
     others = {name for name in keys if not family.is_part(name)}
+    if without_head and family.classifiers_have_head:
+        others |= {name for name in keys if not name.startswith(family.prefix)}
     wanted = {name for theirs in names.values() for name in theirs}
     part = keys.keys() - others
     refuse_other_keys(f"{folder} does not hold this model", wanted, part if wanted <= part else keys.keys())

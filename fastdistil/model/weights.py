@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fastdistil.model import headers, sentence
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture, read_architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import files
 
 _VOCAB_ROWS = ("encoder.word_embeddings.weight", "head.bias")
@@ -131,15 +131,16 @@ def student_from_teacher(
             f"the layer map must name {architecture.num_layers} layers, one for each of the student's, "
             f"from 0 to {source.num_layers - 1} of the teacher, got {list(layers)}"
         )
-    sizes = ("vocab_size", "hidden_size", "num_heads", "ffn_size", "max_positions")
+    sizes = ("vocab_size", "hidden_size", "num_heads", "ffn_size", "max_positions", "global_theta", "local_theta")
     same = all(getattr(architecture, name) == getattr(source, name) for name in sizes)
+    same &= all(architecture.window(i) == source.window(layer) for i, layer in enumerate(layers))
     # The student is what its teacher is, or the same without token types where the family has such students.
     has_types = architecture.token_types > 0
     kind = source.family.students.get(has_types, source.model_type)
     if not same or architecture.model_type != kind or (has_types and not source.token_types):
         raise ValueError(
-            "a student that starts from teacher layers must have the teacher's widths, heads, vocabulary and "
-            f"positions, got {architecture} for {source}: change them back, or start from random weights"
+            "a student that starts from teacher layers must have the teacher's widths, heads, vocabulary, positions "
+            f"and windows, got {architecture} for {source}: change them back, or start from random weights"
         )
     student = MaskedLM(architecture, generator=generator)
     teacher_state = teacher.state_dict()
@@ -178,9 +179,11 @@ def hugging_face_config(architecture: Architecture) -> dict[str, Any]:
         "dtype": "float32",
         "initializer_range": INITIALIZER_RANGE,
         "tie_word_embeddings": True,
-        family.activation: "gelu",
+        **dict.fromkeys(family.activations, "gelu"),
+        **family.must_be,
         **family.constants,
         **sizes,
+        **{name: getattr(architecture, field) for name, field in family.copies.items()},
     }
 
 

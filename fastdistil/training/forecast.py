@@ -6,7 +6,7 @@ enough. A number that was not measured says so.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,7 +85,7 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     corpus = load_corpus(replace(resolved, config=quick), rank=0, world_size=1)
     if len(corpus.folders) > 1:
         yield "mix of tokens", corpus.shares()
-    flops = resolved.flops_per_token(corpus.mean_attended_length)
+    flops = resolved.flops_per_token(corpus.attended)
     parts = f"teacher {flops.teacher / 1e6:,.1f}, student {flops.student / 1e6:,.1f}"
     yield "FLOPs a token", f"{flops.total / 1e6:,.1f} million: {parts}"
     num_updates, tokens_per_update, about = _length(resolved, corpus.plan)
@@ -177,7 +177,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def floors(
     resolved: Resolved,
-    mean_attended_length: float,
+    attended: Callable[[int], float],
     *,
     num_tokens: float,
     num_stepped: int,
@@ -200,8 +200,8 @@ def floors(
     }
     if peak is None:
         return found
-    with_heads = resolved.flops_per_token(mean_attended_length)
-    without = flops_per_token(resolved.teacher, resolved.student, mean_attended_length, head_fraction=0.0)
+    with_heads = resolved.flops_per_token(attended)
+    without = flops_per_token(resolved.teacher, resolved.student, attended, head_fraction=0.0)
     heads = with_heads.total - without.total
     # The fused loss makes its own gradient; masked LM alone leaves it to the backward.
     in_loss = heads if resolved.config.loss.kd else heads / 3

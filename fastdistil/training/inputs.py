@@ -5,7 +5,7 @@ Made alike on every rank, without a word between them.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from fastdistil.data.plan import Plan, Pool, UpdatePlan, joined, pools_of, seed_
 from fastdistil.data.shards import Mix, Shards
 from fastdistil.kernels.attention import check_heads
 from fastdistil.kernels.attention_backends import resolve_backend
-from fastdistil.model.encoder import Encoder, MaskedLM
+from fastdistil.model.architecture import attended
+from fastdistil.model.encoder import Encoder
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import load_masked_lm, start_head, student_from_teacher
 from fastdistil.run.config import Config
 from fastdistil.run.ranks import Ranks
@@ -43,8 +45,8 @@ class Corpus:
     """Of all of them."""
     validation_collator: Collator
     num_updates: int
-    mean_attended_length: float
-    """Tokens a token attends to, on average: sum(L^2) / sum(L)."""
+    attended: Callable[[int], float]
+    """Window -> tokens that a token attends to, on average over an epoch; see `architecture.attended`."""
     num_workers: int | None
     """Processes that make micro-batches for training; None: as the device wants."""
 
@@ -141,7 +143,7 @@ def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
         validation=joined(validations),
         validation_collator=collate(other, lengths=drawn if other is shards and len(parts) > 1 else None),
         num_updates=num_updates,
-        mean_attended_length=float(np.square(drawn, dtype=np.float64).sum() / drawn.sum()),
+        attended=partial(attended, drawn),
         num_workers=data.num_workers,
     )
 
@@ -205,7 +207,8 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
             model.encoder.attention_backend = config.engine.attention
             if config.engine.compile:
                 compile_encoder(model.encoder)
-    student.encoder.position_embeddings.weight.requires_grad_(not config.student.freeze_positions)
+    if config.student.freeze_positions:
+        student.encoder.position_embeddings.requires_grad_(False)
     if teacher is None:
         return Models(None, student, digests)
     if not config.loss.kd:  # its distribution is not asked for
@@ -255,11 +258,15 @@ def _student(resolved: Resolved, source: MaskedLM | None, generator: torch.Gener
 
 
 def digest(model: MaskedLM) -> str:
-    """SHA-256 of what a model computes: its tensors in fp32, heads and epsilon, whatever the format of its files.
+    """SHA-256 of what a model computes: its tensors in fp32, heads, epsilon and windows, whatever the format of its files.
 
     0.6 s for the 440 MB of a BERT-base, on every rank alike.
     """
-    found = hashlib.sha256(f"{model.architecture.num_heads} {model.architecture.layer_norm_eps}".encode())
+    shape = model.architecture
+    found = hashlib.sha256(f"{shape.num_heads} {shape.layer_norm_eps}".encode())
+    if shape.rotates:
+        windows = [shape.window(layer) for layer in range(shape.num_layers)]
+        found.update(f"{windows} {shape.global_theta} {shape.local_theta}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(tensor.numpy())

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastdistil import __version__
 from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.remote.mirror import Mirror
 from fastdistil.run import console, folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, folder_of, require_space
@@ -188,7 +188,7 @@ def setup(
 
     # What a reader of the log wants to know first.
     peak, peak_source = peak_flops(ranks.device, resolved.dtype(ranks.device))
-    flops = resolved.flops_per_token(corpus.mean_attended_length).total
+    flops = resolved.flops_per_token(corpus.attended).total
     forecast.say(resolved, corpus, ranks, engine.description)
     log.info(
         f"MFU = real tokens/s x {flops / 1e6:,.1f} MFLOP (teacher forward, student forward and backward) / "
@@ -217,7 +217,7 @@ def setup(
         ranks.device,
         lambda: forecast.floors(
             resolved,
-            corpus.mean_attended_length,
+            corpus.attended,
             num_tokens=job.plan.num_tokens / ranks.world_size,
             num_stepped=resolved.student.num_parameters // engine.num_shards,
             peak=peak,

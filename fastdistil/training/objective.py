@@ -49,9 +49,10 @@ from torch.nn import functional as F
 from fastdistil.data.batches import MicroBatch
 from fastdistil.kernels import linear_distill
 from fastdistil.kernels.attention_backends import resolve_backend, seed_generator
-from fastdistil.model.encoder import KeptOutputs, MaskedLM
+from fastdistil.model.encoder import KeptOutputs
 from fastdistil.model.flat import is_flat
 from fastdistil.model.functions import cosine_distance, distillation, pooled
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import COUNTED, LOSS_TERMS, LossConfig
 from fastdistil.run.profile import span

@@ -31,7 +31,7 @@ the feed-forward layer 1.0e-2): there is no one of them that bf16 would have to 
 
 import logging
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from fastdistil.data.batches import MicroBatch
 from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
 from fastdistil.kernels.linear_distill import linear_distill_loss
-from fastdistil.model.encoder import Encoder, EncoderLayer
+from fastdistil.model.encoder import Encoder, LinearGelu
 from fastdistil.model.weights import load_masked_lm
 from fastdistil.run.config import TeacherConfig
 from fastdistil.run.ranks import Ranks
@@ -100,29 +100,26 @@ def quantise_encoder(encoder: Encoder) -> None:
 
     Raises ValueError where a width is not divisible by 16.
     """
-    for layer in map(_layer, encoder.layers):
+    for module in encoder.layers:
+        layer = cast(Any, module)  # of one family or another
         weights = (layer.qkv.weight, layer.attention_out.weight, layer.ffn_out.weight)
         if any(size % 16 for weight in weights for size in weight.shape):
             raise ValueError(
                 f"--teacher.precision fp8 wants widths divisible by 16, got {layer.ffn_out.weight.shape[0]} and "
                 f"{layer.ffn_out.weight.shape[1]} (feed-forward layer): use --teacher.precision bf16"
             )
-        qkv, attention_out = layer.qkv, layer.attention_out
         ffn_in, ffn_out = layer.ffn_in, layer.ffn_out
+        # GELU is part of what quantises its result; a gated one comes before that.
+        in_next = isinstance(ffn_in, LinearGelu)
         replacements = {
-            "qkv": Fp8Linear(qkv.weight, qkv.bias),
-            "attention_out": Fp8Linear(attention_out.weight, attention_out.bias),
-            # GELU is part of what quantises its result
+            "qkv": Fp8Linear(layer.qkv.weight, layer.qkv.bias),
+            "attention_out": Fp8Linear(layer.attention_out.weight, layer.attention_out.bias),
             "ffn_in": Fp8Linear(ffn_in.weight, None),
-            "ffn_out": Fp8Linear(ffn_out.weight, ffn_out.bias, ffn_in.bias),
+            "ffn_out": Fp8Linear(ffn_out.weight, ffn_out.bias, ffn_in.bias if in_next else None),
         }
-        for name, module in replacements.items():
-            setattr(layer, name, module)
+        for name, replacement in replacements.items():
+            setattr(layer, name, replacement)
     encoder.by_modules = True
-
-
-def _layer(module: nn.Module) -> EncoderLayer:
-    return cast(EncoderLayer, module)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ got and what to do. Whatever follows from that alone, and later rooms need, is a
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,9 +115,9 @@ class Resolved:
         loss = self.config.loss
         return 1.0 if loss.kd and loss.kd_rows == "all" else self.config.masking.fraction * loss.has_head
 
-    def flops_per_token(self, mean_attended_length: float) -> FlopsPerToken:
-        """Of a training step, for tokens that attend to so many on average."""
-        return flops_per_token(self.teacher, self.student, mean_attended_length, head_fraction=self.head_fraction)
+    def flops_per_token(self, attended: Callable[[int], float]) -> FlopsPerToken:
+        """Of a training step, for tokens that attend to so many on average, by the layers' windows."""
+        return flops_per_token(self.teacher, self.student, attended, head_fraction=self.head_fraction)
 
     def dtype(self, device: "torch.device") -> "torch.dtype":
         """What the arithmetic runs in: bf16 on CUDA, fp32 on CPU, unless the configuration says."""

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastdistil.data.batches import MicroBatch
-from fastdistil.model.encoder import KeptOutputs, MaskedLM, VocabHead
+from fastdistil.model.encoder import KeptOutputs, VocabHead
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run.config import Config
 from fastdistil.run.link import TeacherLink
 from fastdistil.run.profile import span, spanned

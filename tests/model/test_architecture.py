@@ -34,9 +34,11 @@ def test_known_parameter_counts():
 
 
 def test_cost_model_of_performance_md():
-    flops = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), 512)
-    without_scores = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), 0)
-    without_heads = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), 512, head_fraction=0)
+    flops = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), lambda _window: 512)
+    without_scores = flops_per_token(BERT_BASE, student_of(BERT_BASE, num_layers=6), lambda _window: 0)
+    without_heads = flops_per_token(
+        BERT_BASE, student_of(BERT_BASE, num_layers=6), lambda _window: 512, head_fraction=0
+    )
     transforms = 4 * 2 * 768 * 768  # of the teacher's head and three times of the student's, in front of the vocabulary
     heads = flops.total - without_heads.total - transforms
     scores = flops.total - without_scores.total
@@ -45,10 +47,10 @@ def test_cost_model_of_performance_md():
 
 
 def test_flops_without_teacher_and_with_a_part_of_the_head():
-    whole = flops_per_token(None, BERT_BASE, 512)
-    part = flops_per_token(None, BERT_BASE, 512, head_fraction=0.15)
+    whole = flops_per_token(None, BERT_BASE, lambda _window: 512)
+    part = flops_per_token(None, BERT_BASE, lambda _window: 512, head_fraction=0.15)
     assert whole.teacher == 0
-    assert whole.total == whole.student == 3 * flops_per_token(BERT_BASE, BERT_BASE, 512).teacher
+    assert whole.total == whole.student == 3 * flops_per_token(BERT_BASE, BERT_BASE, lambda _window: 512).teacher
     head = 6 * 768 * (30522 + 768)
     assert whole.total - part.total == pytest.approx(0.85 * head)
 

@@ -12,7 +12,8 @@ from torch import nn
 from fastdistil.kernels.dropout import keep_reference, new_dropout_seed
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import KeptOutputs, MaskedLM
+from fastdistil.model.encoder import KeptOutputs
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 

@@ -19,8 +19,8 @@ from fastdistil.export import write_hugging_face_folder
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.kernels.linear_distill import linear_distill_loss, linear_distill_loss_reference
 from fastdistil.model.architecture import Architecture, from_record, read_architecture
-from fastdistil.model.encoder import MaskedLM
 from fastdistil.model.families import FAMILIES, unused_positions
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import hugging_face_config, load_masked_lm, student_from_teacher, write_model
 from tests.support import forked
 from tests.support.launch import options

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastdistil.kernels.layout import SequenceLayout, sequence_layout
-from fastdistil.model.encoder import KeptOutputs, MaskedLM
+from fastdistil.model.encoder import KeptOutputs
 from fastdistil.model.flat import FlatParameters
 from fastdistil.model.functions import pooled
+from fastdistil.model.masked_lm import MaskedLM
 from tests.support import toy
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore:.*reduced precision")]

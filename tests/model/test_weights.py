@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.kernels.layout import sequence_layout
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import (
     hugging_face_config,
     hugging_face_state,

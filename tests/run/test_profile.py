@@ -201,7 +201,7 @@ def test_floors_are_the_work_of_an_update(root, monkeypatch, has_teacher):
     assert found.pop("optimiser") == pytest.approx(32 * 500 / 1e6)
     assert found.pop("waiting for data") == 0.0
     share = 1.0 if has_teacher else config.masking.fraction
-    all_flops = flops_per_token(resolved.teacher, resolved.student, 20.0, head_fraction=share).total
+    all_flops = flops_per_token(resolved.teacher, resolved.student, lambda _window: 20.0, head_fraction=share).total
     assert sum(found.values()) == pytest.approx(1000 * all_flops / 1e9)
     if not has_teacher:  # the loss is a forward like the student's own
         assert found["backward"] == pytest.approx(2 * (found["student forward"] + found["loss"]))

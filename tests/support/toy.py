@@ -12,7 +12,7 @@ from fastdistil.data.batches import Collator
 from fastdistil.data.plan import Plan
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import files
 from fastdistil.run.config import MaskingConfig
 

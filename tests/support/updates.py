@@ -11,7 +11,7 @@ from fastdistil.data.plan import UpdatePlan
 from fastdistil.data.shards import Shards
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher
 from fastdistil.run.config import LossConfig

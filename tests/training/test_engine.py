@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from fastdistil.kernels.layout import sequence_layout
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run.config import Config, LossConfig, OptimConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import Bf16Compute, PlainEngine, learning_rate, make_optimizer

@@ -5,7 +5,8 @@ from functools import partialmethod
 import torch
 
 from fastdistil.kernels.layout import sequence_layout
-from fastdistil.model.encoder import Encoder, MaskedLM
+from fastdistil.model.encoder import Encoder
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.training import inputs
 from tests.support import toy
 

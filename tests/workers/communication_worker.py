@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistil.data.batches import one_token
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run.config import Config, EngineConfig, LossConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import DeepSpeedEngine, PlainEngine

@@ -15,7 +15,7 @@ import torch
 from fastdistil.data.batches import NO_LABEL, MicroBatch
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
-from fastdistil.model.encoder import MaskedLM
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import BatchConfig, Config, EngineConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
