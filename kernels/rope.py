@@ -84,10 +84,11 @@ def _rope_kernel(
         # All loads before the first store: behind it none may begin, since it might be of what was stored.
         q1, q2 = _load_halves(qkv_ptr, at, live, R)
         k1, k2 = _load_halves(qkv_ptr, at + H * D, live, R)
+        if VALUES:
+            v1, v2 = _load_halves(qkv_ptr, at + 2 * H * D, live, R)
         _store_turned(out_ptr, at, live, R, q1, q2, cos, sin)
         _store_turned(out_ptr, at + H * D, live, R, k1, k2, cos, sin)
         if VALUES:
-            v1, v2 = _load_halves(qkv_ptr, at + 2 * H * D, live, R)
             tl.store(out_ptr + at + 2 * H * D, v1.to(out_ptr.dtype.element_ty), mask=live)
             tl.store(out_ptr + at + 2 * H * D + R, v2.to(out_ptr.dtype.element_ty), mask=live)
         at += D
