@@ -146,9 +146,15 @@ def _layernorm_variant(
     dropout: bool,
     residual: bool = True,
     embeddings: bool = False,
+    prenorm: bool = False,
+    bias: bool = True,
     **ones: Any,
 ) -> Variant:
-    """`embeddings`: x is the sum of rows of tables, of which `residual` stands for that of types."""
+    """`embeddings`: x is the sum of rows of tables, of which `residual` stands for those of positions and types.
+
+    `prenorm`: the sum is an output, too, and stands in the backward in place of x; without a residual the gradient of
+    that sum is not there either.
+    """
     itemsize = TRITON_DTYPES[dtype]
     settings = layernorm.tile(width, itemsize)
     if not backward:
@@ -159,15 +165,21 @@ def _layernorm_variant(
         signature = {"ids_ptr": "*i32", "position_ids_ptr": "*i32", "word_ptr": x, "position_ptr": x, "type_ptr": x}
     signature["weight_ptr"] = x
     if backward:
-        signature = {"dout_ptr": x} | signature | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
+        signature = {"dout_ptr": x} | ({} if embeddings else {"dsum_ptr": x}) | signature
+        signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
         signature |= {"dy_ptr": x} | ({} if embeddings else {"dx_ptr": x}) | {"partial_ptr": "*fp32"}
+        absent["SUMS"] = (1 + bias) if embeddings or prenorm else 3
     else:
-        signature |= {"bias_ptr": x, "seed_ptr": "*i64", "out_ptr": x, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+        signature |= {"bias_ptr": x, "seed_ptr": "*i64"} | ({} if embeddings else {"sum_ptr": x})
+        signature |= {"out_ptr": x, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
     signature |= {"N": "i32", "D": "i32"} | ({} if backward else {"eps": "fp32"})
     signature |= {} if embeddings else {"stream": "i32"}
     signature |= {"threshold": "i32", "scale": "fp32", "rows_per_program": "i32"}
-    signature |= {"ROWS": "constexpr", "BLOCK_D": "constexpr"}
-    optional = {"residual_ptr": residual, "type_ptr": residual, "seed_ptr": dropout, "dx_ptr": dropout}
+    signature |= dict.fromkeys(absent, "constexpr") | {"ROWS": "constexpr", "BLOCK_D": "constexpr"}
+    optional = dict.fromkeys(("position_ids_ptr", "position_ptr", "type_ptr"), residual)
+    optional |= {"residual_ptr": residual or (prenorm and backward), "x_ptr": not (prenorm and backward)}
+    optional |= {"sum_ptr": prenorm, "dsum_ptr": prenorm and residual}
+    optional |= {"bias_ptr": bias, "seed_ptr": dropout, "dx_ptr": dropout}
     for name, given in optional.items():
         if name in signature and not given:
             absent[name] = None
@@ -180,10 +192,11 @@ def _layernorm_variant(
         (True, True): layernorm._embedding_backward_kernel,
     }
     return Variant(
-        name=("embedding layernorm" if embeddings else "layernorm")
+        name=("embedding layernorm" if embeddings else "prenorm layernorm" if prenorm else "layernorm")
         + f" {'backward' if backward else 'forward'} {dtype} D={width}"
-        + (" types" if embeddings else " residual") * residual
-        + " dropout" * dropout,
+        + (" tables" if embeddings else " residual") * residual
+        + " dropout" * dropout
+        + " without bias" * (not bias),
         kernel=kernels[embeddings, backward],
         signature=signature | dict.fromkeys(ones, "constexpr"),
         constexprs=absent | settings | ones,
@@ -356,8 +369,17 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
         for width in layernorm_widths:
             yield _layernorm_variant(dtype, width, backward=backward, dropout=True)
             yield _layernorm_variant(dtype, width, backward=backward, dropout=True, embeddings=True)
+            yield _layernorm_variant(dtype, width, backward=backward, dropout=True, prenorm=True, bias=False)
         for residual in (False, True):
             yield _layernorm_variant(dtype, 768, backward=backward, dropout=False, residual=residual)
+            if residual or backward:
+                yield _layernorm_variant(
+                    dtype, 768, backward=backward, dropout=False, residual=residual, prenorm=True, bias=False
+                )
+        yield _layernorm_variant(dtype, 768, backward=backward, dropout=True, prenorm=True)
+        yield _layernorm_variant(
+            dtype, 768, backward=backward, dropout=False, residual=False, embeddings=True, bias=False
+        )
 
 
 def specialised_variants() -> Iterator[Variant]:

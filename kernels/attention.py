@@ -43,6 +43,7 @@ long sequences start first for all heads.
 Shapes: N tokens, H heads, D width of a head, T tiles, M and N in BLOCK_M and BLOCK_N rows of queries and of keys.
 """
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -65,10 +66,17 @@ from .layout import TILE_ROWS, SequenceLayout, sequence_layout
 from .linear import add_column_sum
 
 INTERPRETED = tl.constexpr(INTERPRET)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def attention_reference(
-    qkv_N3HD: Tensor, layout: SequenceLayout, *, dropout_p: float = 0.0, seed: Tensor | None = None, stream: int = 0
+    qkv_N3HD: Tensor,
+    layout: SequenceLayout,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    window: int = 0,
 ) -> Tensor:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs): (N, H, D) in that dtype."""
     qkv = qkv_N3HD.to(torch.promote_types(qkv_N3HD.dtype, torch.float32))
@@ -76,9 +84,12 @@ def attention_reference(
     outputs = []
     for start, end in pairwise(layout.cu_seqlens.tolist()):
         q_HLD, k_HLD, v_HLD = qkv[start:end].permute(1, 2, 0, 3)
-        weight_HLL = torch.softmax(q_HLD @ k_HLD.mT * q_HLD.shape[-1] ** -0.5, dim=-1)
+        score_HLL = q_HLD @ k_HLD.mT * q_HLD.shape[-1] ** -0.5
+        row = torch.arange(start, end, device=qkv.device)
+        if window:
+            score_HLL = score_HLL.masked_fill((row[:, None] - row).abs() > window, -math.inf)
+        weight_HLL = torch.softmax(score_HLL, dim=-1)
         if seed is not None and dropout_p > 0:
-            row = torch.arange(start, end, device=qkv.device)
             kept_HLL = keep_reference(seed, stream, dropout_p, heads, row, row)
             weight_HLL = torch.where(kept_HLL, weight_HLL / (1 - dropout_p), 0.0)
         outputs.append((weight_HLL @ v_HLD).transpose(0, 1))
@@ -138,6 +149,22 @@ def _tile(tile_ptr, H: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _span(first, start, end, ROWS: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr):
+    """Start and end of what ROWS rows from `first` on see of their sequence: whole steps, or up to its end."""
+    if WINDOW:
+        start = tl.maximum(first - WINDOW, start)
+        end = tl.minimum(start + tl.cdiv(first + ROWS + WINDOW - start, STEP) * STEP, end)
+    return start, end
+
+
+@triton.jit
+def _in_window(s, ahead, WINDOW: tl.constexpr):
+    """Scores, -inf where row and column are more than WINDOW apart; the first column is `ahead` of the first row."""
+    distance = ahead + tl.arange(0, s.shape[1])[None, :] - tl.arange(0, s.shape[0])[:, None]
+    return tl.where(tl.abs(distance) <= WINDOW, s, -float("inf"))
+
+
+@triton.jit
 def _store_partial(partial_ptr, sums, part, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """This program's row of partial sums for queries, keys or values (part 0, 1, 2), and zeros in ROWS - 1 below."""
     row = (tl.program_id(0) // H).to(tl.int64) * ROWS
@@ -150,14 +177,16 @@ def _store_partial(partial_ptr, sums, part, H: tl.constexpr, D: tl.constexpr, RO
 
 @triton.jit
 def _forward_step(
-    acc, total, top, q, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
-    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    acc, total, top, q, k_ptr, v_ptr, at, row_key, key_ptr, num_left, ahead, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, at.shape[0])
     k = _rows(k_ptr, at, num_left, D, MASKED)
     s = _dot(q, tl.trans(k))
     if MASKED:
         s = tl.where((column < num_left)[None, :], s, -float("inf"))
+    if WINDOW:
+        s = _in_window(s, ahead, WINDOW)
     new_top = tl.maximum(top, tl.max(s, 1) * scale2)
     p = tl.exp2(s * scale2 - new_top[:, None])
     alpha = tl.exp2(top - new_top)
@@ -178,7 +207,7 @@ def _forward_kernel(
     out_ptr, lse_ptr,            # (N, H, D), (H, N) fp32
     N, scale2, threshold, keep_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
     if first >= end:
@@ -188,32 +217,34 @@ def _forward_kernel(
     STRIDE: tl.constexpr = 3 * H * D
     # Scalars carry what may pass 2^31, blocks hold int32: half the registers.
     q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
-    k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
+    low, high = _span(first, start, end, BLOCK_M, BLOCK_N, WINDOW)
+    k_ptr = qkv_ptr + low.to(tl.int64) * STRIDE + (H + head) * D
     v_ptr = k_ptr + H * D
     number = head.to(tl.int64) * N
     q = _rows(q_ptr, row[:, None] * STRIDE + column[None, :], end - first, D, True)
     row_key, column_key_ptr = row, key_ptr
     if DROPOUT:
         row_key = _keys(key_ptr + number + first, row, end - first, True)
-        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + start
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + low
     at = tl.arange(0, BLOCK_N)[:, None] * STRIDE + column[None, :]
-    length = end - start
+    length = high - low
     full = length // BLOCK_N * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    for _ in range(0, full, BLOCK_N):
+    # With a window a row may see nothing of a block: -inf less -inf would be NaN.
+    top = tl.full((BLOCK_M,), LOWEST if WINDOW else -float("inf"), tl.float32)
+    for done in range(0, full, BLOCK_N):
         acc, total, top = _forward_step(
-            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, scale2, threshold,
-            D, DROPOUT, False,
+            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, low - first + done,
+            scale2, threshold, D, DROPOUT, False, WINDOW,
         )  # fmt: skip
         k_ptr, v_ptr = k_ptr + BLOCK_N * STRIDE, v_ptr + BLOCK_N * STRIDE
         if DROPOUT:
             column_key_ptr += BLOCK_N
     if full < length:
         acc, total, top = _forward_step(
-            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full,
-            scale2, threshold, D, DROPOUT, True,
+            acc, total, top, q, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full, low - first + full,
+            scale2, threshold, D, DROPOUT, True, WINDOW,
         )  # fmt: skip
     tl.store(lse_ptr + number + first + row, top + tl.log2(total), mask=row < end - first)
     out_ptr += first.to(tl.int64) * (H * D) + head * D
@@ -223,14 +254,16 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, key_ptr, num_left, scale2, threshold,
-    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, key_ptr, num_left, ahead, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, at.shape[0])
     k = _rows(k_ptr, at, num_left, D, MASKED)
     s = _dot(q, tl.trans(k))
     if MASKED:
         s = tl.where((column < num_left)[None, :], s, -float("inf"))
+    if WINDOW:
+        s = _in_window(s, ahead, WINDOW)
     p = tl.exp2(s * scale2 - lse[:, None])
     v = _rows(v_ptr, at, num_left, D, MASKED)
     dp = _dot(dout, tl.trans(v))
@@ -248,7 +281,7 @@ def _dq_kernel(
     partial_ptr,  # (programs a head * ROWS, 3, H, D) fp32 or None: the queries' part
     N, scale2, threshold, keep_p, dq_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_M)
     STRIDE: tl.constexpr = 3 * H * D
@@ -260,7 +293,8 @@ def _dq_kernel(
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     DROPOUT: tl.constexpr = key_ptr is not None  # pyright: ignore[reportAssignmentType]
     q_ptr = qkv_ptr + first.to(tl.int64) * STRIDE + head * D
-    k_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + (H + head) * D
+    low, high = _span(first, start, end, BLOCK_M, BLOCK_N, WINDOW)
+    k_ptr = qkv_ptr + low.to(tl.int64) * STRIDE + (H + head) * D
     v_ptr = k_ptr + H * D
     number = head.to(tl.int64) * N
     at_q = row[:, None] * STRIDE + column[None, :]
@@ -276,23 +310,23 @@ def _dq_kernel(
     row_key, column_key_ptr = row, key_ptr
     if DROPOUT:
         row_key = _keys(key_ptr + number + first, row, left, True)
-        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + start
+        column_key_ptr = key_ptr + H * N.to(tl.int64) + number + low
     at = tl.arange(0, BLOCK_N)[:, None] * STRIDE + column[None, :]
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    length = end - start
+    length = high - low
     full = length // BLOCK_N * BLOCK_N
-    for _ in range(0, full, BLOCK_N):
+    for done in range(0, full, BLOCK_N):
         dq = _dq_step(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, scale2,
-            threshold, D, DROPOUT, False,
+            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, 0, low - first + done,
+            scale2, threshold, D, DROPOUT, False, WINDOW,
         )  # fmt: skip
         k_ptr, v_ptr = k_ptr + BLOCK_N * STRIDE, v_ptr + BLOCK_N * STRIDE
         if DROPOUT:
             column_key_ptr += BLOCK_N
     if full < length:
         dq = _dq_step(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full,
-            scale2, threshold, D, DROPOUT, True,
+            dq, q, dout, lse, delta, k_ptr, v_ptr, at, row_key, column_key_ptr, length - full, low - first + full,
+            scale2, threshold, D, DROPOUT, True, WINDOW,
         )  # fmt: skip
     dq_ptr = dqkv_ptr + first.to(tl.int64) * STRIDE + head * D
     dq *= dq_scale
@@ -304,14 +338,17 @@ def _dq_kernel(
 @triton.jit
 def _dkdv_step(
     dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key, key_ptr,
-    num_left, scale2, threshold,
-    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    num_left, ahead, scale2, threshold,
+    D: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, at_q.shape[0])
     q = _rows(q_ptr, at_q, num_left, D, MASKED)
     # Rows past the end have an infinite lse, hence probability 0: the scores need no mask.
     lse = _numbers(lse_ptr, row, num_left, float("inf"), MASKED)
-    p = tl.exp2(_dot(k, tl.trans(q)) * scale2 - lse[None, :])
+    s = _dot(k, tl.trans(q))
+    if WINDOW:
+        s = _in_window(s, ahead, WINDOW)
+    p = tl.exp2(s * scale2 - lse[None, :])
     dout = _rows(dout_ptr, at_out, num_left, D, MASKED)
     dp = _dot(v, tl.trans(dout))
     kept_p = p
@@ -332,7 +369,7 @@ def _dkdv_kernel(
     dqkv_ptr, partial_ptr,  # as in _dq_kernel, the keys' and the values' part
     N, scale2, threshold, dk_scale, dv_scale,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     head, start, end, first = _tile(tile_ptr, H, TILE, BLOCK_N)
     STRIDE: tl.constexpr = 3 * H * D
@@ -351,24 +388,25 @@ def _dkdv_kernel(
     k = _rows(qkv_ptr + offset, at, left, D, True)
     v = _rows(qkv_ptr + offset + H * D, at, left, D, True)
     number = head.to(tl.int64) * N
+    low, high = _span(first, start, end, BLOCK_N, BLOCK_M, WINDOW)
     column_key, row_key_ptr = row, key_ptr
     if DROPOUT:
         column_key_ptr = key_ptr + H * N.to(tl.int64) + number + first
         column_key = _keys(column_key_ptr, row, left, True)
-        row_key_ptr = key_ptr + number + start
-    q_ptr = qkv_ptr + start.to(tl.int64) * STRIDE + head * D
-    dout_ptr += start.to(tl.int64) * (H * D) + head * D
-    lse_ptr, delta_ptr = lse_ptr + number + start, delta_ptr + number + start
+        row_key_ptr = key_ptr + number + low
+    q_ptr = qkv_ptr + low.to(tl.int64) * STRIDE + head * D
+    dout_ptr += low.to(tl.int64) * (H * D) + head * D
+    lse_ptr, delta_ptr = lse_ptr + number + low, delta_ptr + number + low
     at_q = tl.arange(0, BLOCK_M)[:, None] * STRIDE + column[None, :]
     at_out = tl.arange(0, BLOCK_M)[:, None] * (H * D) + column[None, :]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    length = end - start
+    length = high - low
     full = length // BLOCK_M * BLOCK_M
-    for _ in range(0, full, BLOCK_M):
+    for done in range(0, full, BLOCK_M):
         dk, dv = _dkdv_step(
             dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
-            row_key_ptr, 0, scale2, threshold, D, DROPOUT, False,
+            row_key_ptr, 0, low - first + done, scale2, threshold, D, DROPOUT, False, WINDOW,
         )  # fmt: skip
         q_ptr, dout_ptr = q_ptr + BLOCK_M * STRIDE, dout_ptr + BLOCK_M * H * D
         lse_ptr, delta_ptr = lse_ptr + BLOCK_M, delta_ptr + BLOCK_M
@@ -377,7 +415,7 @@ def _dkdv_kernel(
     if full < length:
         dk, dv = _dkdv_step(
             dk, dv, k, v, q_ptr, dout_ptr, at_q, at_out, lse_ptr, delta_ptr, column_key,
-            row_key_ptr, length - full, scale2, threshold, D, DROPOUT, True,
+            row_key_ptr, length - full, low - first + full, scale2, threshold, D, DROPOUT, True, WINDOW,
         )  # fmt: skip
     # In this order: the others tried spill on one GPU or another.
     dv *= dv_scale
@@ -400,7 +438,7 @@ def _launch(kernel: Any, tile: Tile, block_rows: int, tiles: Tensor, qkv: Tensor
 
 
 def _launch_forward(
-    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float, window: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out, lse and the keys of the mask."""
     N, _, H, D = qkv.shape
@@ -410,14 +448,14 @@ def _launch_forward(
     scale2, keep_scale = D**-0.5 * LOG2_E, 1 / (1 - dropout_p)
     _launch(
         _forward_kernel, tile, tile.BLOCK_M, tiles, qkv,
-        keys, out, lse, N, scale2, threshold(dropout_p), keep_scale,
+        keys, out, lse, N, scale2, threshold(dropout_p), keep_scale, WINDOW=window,
     )  # fmt: skip
     return out, lse, keys
 
 
 def _launch_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, keys: Tensor | None, tiles: Tensor, dropout_p: float,
-    *, sums: bool = False,
+    window: int = 0, *, sums: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dqkv; with `sums` (P, 1, 3 H D) fp32 partial sums of its columns."""
     N, _, H, D = qkv.shape
@@ -430,12 +468,12 @@ def _launch_backward(
     _launch(
         _dq_kernel, dq, dq.BLOCK_M, tiles, qkv,
         keys, out, dout, lse, dqkv, delta, partial, N, scale * LOG2_E, limit, keep_p, scale / keep_p,
-        ROWS=dq.BLOCK_M // least,
+        ROWS=dq.BLOCK_M // least, WINDOW=window,
     )  # fmt: skip
     _launch(
         _dkdv_kernel, dkdv, dkdv.BLOCK_N, tiles, qkv,
         keys, dout, lse, delta, dqkv, partial, N, scale * LOG2_E, limit, scale / keep_p, 1 / keep_p,
-        ROWS=dkdv.BLOCK_N // least,
+        ROWS=dkdv.BLOCK_N // least, WINDOW=window,
     )  # fmt: skip
     return dqkv, partial
 
@@ -448,6 +486,8 @@ def forward(
     dropout_p: float,
     backend: ResolvedBackend,
     keep: bool = True,
+    *,
+    window: int = 0,
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """`attention` without checks and without autograd: (N, H, D), and what `backward` needs.
 
@@ -456,6 +496,7 @@ def forward(
         seed, dropout_p: nothing is dropped without a seed, nor at 0.
         backend: what `resolve_backend` returns.
         keep: whether a backward follows. Without one nothing is kept, and `saved` is no use.
+        window: as in `attention`.
     """
     if seed is None or dropout_p == 0:
         seed, dropout_p = None, 0.0
@@ -463,12 +504,12 @@ def forward(
         # The graph of this one call, which PyTorch or the package knows how to go back.
         with torch.set_grad_enabled(keep):
             leaf = qkv_N3HD.detach().requires_grad_(keep)
-            out = OTHERS[backend](leaf, layout, dropout_p)
+            out = OTHERS[backend](leaf, layout, dropout_p, window)
         return out.detach(), (leaf, out) if keep else ()
     if qkv_N3HD.device.type not in TRITON_DEVICES:
-        out, lse = attention_forward_torch(qkv_N3HD, layout.tiles, seed, stream, dropout_p)
+        out, lse = attention_forward_torch(qkv_N3HD, layout.tiles, seed, stream, dropout_p, window)
         return out, (lse, None)
-    out, lse, keys = _launch_forward(qkv_N3HD, layout.tiles, seed, stream, dropout_p)
+    out, lse, keys = _launch_forward(qkv_N3HD, layout.tiles, seed, stream, dropout_p, window)
     return out, (lse, keys)
 
 
@@ -485,6 +526,7 @@ def backward(
     *,
     dbias: Tensor | None,
     accumulate: bool,
+    window: int = 0,
 ) -> Tensor:
     """dqkv (N, 3, H, D), of what `forward` got and returned. Once for each forward.
 
@@ -498,7 +540,7 @@ def backward(
     if backend == "fused" and qkv_N3HD.device.type in TRITON_DEVICES:
         lse, keys = saved
         dqkv, partial = _launch_backward(
-            dout_NHD, qkv_N3HD, out_NHD, lse, keys, layout.tiles, dropout_p, sums=dbias is not None
+            dout_NHD, qkv_N3HD, out_NHD, lse, keys, layout.tiles, dropout_p, window, sums=dbias is not None
         )
         if partial is not None:
             add_column_sums(partial, [dbias], accumulate)
@@ -506,7 +548,9 @@ def backward(
     if backend != "fused":
         (dqkv,) = torch.autograd.grad(saved[1], saved[0], dout_NHD)
     else:
-        dqkv = attention_backward_torch(dout_NHD, qkv_N3HD, out_NHD, saved[0], layout.tiles, seed, stream, dropout_p)
+        dqkv = attention_backward_torch(
+            dout_NHD, qkv_N3HD, out_NHD, saved[0], layout.tiles, seed, stream, dropout_p, window
+        )
     if dbias is not None:
         add_column_sum(dbias, dqkv.flatten(1), accumulate)
     return dqkv
@@ -514,15 +558,15 @@ def backward(
 
 @torch.library.custom_op("fastdistil::attention_forward", mutates_args=(), device_types=TRITON_DEVICES)
 def attention_forward(
-    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(N, H, D) attention and (H, N) fp32 log-sum-exp of the scores, to base 2. qkv (N, 3, H, D) contiguous."""
-    out, lse, _ = _launch_forward(qkv, tiles, seed, stream, dropout_p)
+    out, lse, _ = _launch_forward(qkv, tiles, seed, stream, dropout_p, window)
     return out, lse
 
 
 @attention_forward.register_fake
-def _(qkv, tiles, seed, stream, dropout_p):
+def _(qkv, tiles, seed, stream, dropout_p, window=0):
     N, _, H, D = qkv.shape
     return qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
 
@@ -530,21 +574,21 @@ def _(qkv, tiles, seed, stream, dropout_p):
 @torch.library.custom_op("fastdistil::attention_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    seed: Tensor | None, stream: int, dropout_p: float,
+    seed: Tensor | None, stream: int, dropout_p: float, window: int = 0,
 ) -> Tensor:  # fmt: skip
     """dqkv (N, 3, H, D). All contiguous."""
     N, _, H, _ = qkv.shape
     keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
-    return _launch_backward(dout, qkv, out, lse, keys, tiles, dropout_p)[0]
+    return _launch_backward(dout, qkv, out, lse, keys, tiles, dropout_p, window)[0]
 
 
 @attention_backward.register_fake
-def _(dout, qkv, out, lse, tiles, seed, stream, dropout_p):
+def _(dout, qkv, out, lse, tiles, seed, stream, dropout_p, window=0):
     return torch.empty_like(qkv)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, tiles, seed, ctx.stream, ctx.dropout_p = inputs
+    qkv, tiles, seed, ctx.stream, ctx.dropout_p, ctx.window = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
@@ -553,10 +597,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, _dlse):
     if dout is None:
-        return (None,) * 5
+        return (None,) * 6
     qkv, out, lse, tiles, seed = ctx.saved_tensors
-    dqkv = attention_backward(dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p)
-    return dqkv, None, None, None, None
+    dqkv = attention_backward(dout.contiguous(), qkv, out, lse, tiles, seed, ctx.stream, ctx.dropout_p, ctx.window)
+    return dqkv, None, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -586,8 +630,9 @@ def attention(
     seed: Tensor | None = None,
     stream: int = 0,
     backend: AttentionBackend = "auto",
+    window: int = 0,
 ) -> Tensor:
-    """Attention of every token to all tokens of its own sequence, scaled by 1 / sqrt(D).
+    """Attention of every token to tokens of its own sequence, scaled by 1 / sqrt(D).
 
     Args:
         qkv_N3HD: queries, keys and values of all heads, (N, 3, H, D) or (B, L, 3, H, D). fp32, bf16 or fp16. Gets a
@@ -599,12 +644,13 @@ def attention(
             backends other than fused draw from torch's default generator of the device instead.
         stream: this place of dropout in the model, 0 or more; other numbers draw other masks.
         backend: see `resolve_backend`.
+        window: a token sees itself and those at most so many places before or behind it; 0: all of its sequence.
 
     Returns:
         (N, H, D) or (B, L, H, D) in the dtype of the input.
 
     Raises:
-        ValueError: where shapes, dropout or the backend do not fit.
+        ValueError: where shapes, dropout, the window or the backend do not fit.
     """
     if qkv_N3HD.ndim not in (4, 5) or qkv_N3HD.shape[-3] != 3:
         raise ValueError(
@@ -614,7 +660,7 @@ def attention(
     if qkv_N3HD.ndim == 5:
         B, L, *_ = qkv_N3HD.shape
         layout = sequence_layout([L] * B, qkv_N3HD.device) if layout is None else layout
-        options: Any = {"dropout_p": dropout_p, "seed": seed, "stream": stream, "backend": backend}
+        options: Any = {"dropout_p": dropout_p, "seed": seed, "stream": stream, "backend": backend, "window": window}
         return attention(qkv_N3HD.flatten(0, 1), layout, **options).unflatten(0, (B, L))
     if layout is None:
         raise ValueError(
@@ -625,14 +671,16 @@ def attention(
             f"attention: the layout holds {layout.num_tokens} tokens, the tensor {qkv_N3HD.shape[0]}: "
             "count the trailing pad sequence in the layout's lengths"
         )
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"attention wants window as a whole number of places, 0 for no window, got {window!r}")
     check_dropout("attention", qkv_N3HD, seed, stream, dropout_p)
     if seed is None or dropout_p == 0:
         seed, dropout_p = None, 0.0
     dtype, device = qkv_N3HD.dtype, qkv_N3HD.device
     training = torch.is_grad_enabled() and qkv_N3HD.requires_grad
-    chosen = resolve_backend(backend, device, dropout_p=dropout_p, training=training, dtype=dtype)
+    chosen = resolve_backend(backend, device, dropout_p=dropout_p, training=training, dtype=dtype, window=window)
     check_heads(chosen, qkv_N3HD.shape[3], device)
     if chosen != "fused":
-        return OTHERS[chosen](qkv_N3HD, layout, dropout_p)
+        return OTHERS[chosen](qkv_N3HD, layout, dropout_p, window)
     check_dtype("attention", qkv_N3HD, ": convert it, or use backend sdpa")
-    return attention_forward(qkv_N3HD.contiguous(), layout.tiles, seed, stream, dropout_p)[0]
+    return attention_forward(qkv_N3HD.contiguous(), layout.tiles, seed, stream, dropout_p, window)[0]

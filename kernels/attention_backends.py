@@ -27,7 +27,9 @@ The dropout masks of fused are those of kernels/dropout.py; the others draw from
 Shapes: N tokens of the micro-batch, H heads, D width of a head, B sequences of one length L.
 """
 
+import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -62,21 +64,35 @@ FASTEST: dict[int, Fastest] = {
     100: Fastest("fused", "fused"),
 }
 CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2; timings of 2^16 to 2^22 differ by less than their noise
+WINDOW_ROWS = 128
 LOG2_E = 1.4426950408889634
 
 
-def _chunks(tiles: Tensor, num_heads: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, B, L), in order: B neighbours of one length L, as many as have up to CHUNK_SCORES scores together."""
+def _chunks(tiles: Tensor, num_heads: int, window: int) -> Iterator[tuple[int, slice, slice]]:
+    """(B, rows of queries, rows that they see), in order: all of B neighbours of one length, or a block of one sequence.
+
+    As many neighbours as have up to CHUNK_SCORES scores together. Blocks are for sequences longer than what a block of
+    WINDOW_ROWS sees.
+    """
     # The first tile of every sequence that is not empty.
     whole = tiles[(tiles[:, 0] == tiles[:, 2]) & (tiles[:, 0] < tiles[:, 1])]
     whole = whole[whole[:, 0].argsort()]
     lengths, counts = torch.unique_consecutive(whole[:, 1] - whole[:, 0], return_counts=True)
     first = 0
     for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+        if window and length > WINDOW_ROWS + window:
+            for end in range(first + length, first + (count + 1) * length, length):
+                for begin in range(end - length, end, WINDOW_ROWS):
+                    stop = min(begin + WINDOW_ROWS, end)
+                    seen = slice(max(begin - window, end - length), min(stop + window, end))
+                    yield 1, slice(begin, stop), seen
+            first += count * length
+            continue
         most = max(1, CHUNK_SCORES // (num_heads * length**2))
         for done in range(0, count, most):
             batch = min(most, count - done)
-            yield first, batch, length
+            rows = slice(first, first + batch * length)
+            yield batch, rows, rows
             first += batch * length
 
 
@@ -87,60 +103,114 @@ def _by_head(rows: Tensor, batch: int) -> Tensor:
     return split.reshape(split.shape[0], batch * H, -1, D)
 
 
+def _put(by_head: Tensor, rows: Tensor, batch: int) -> None:
+    """What `_by_head` took, back into its rows."""
+    split = rows.unflatten(0, (batch, -1)).view(batch, rows.shape[0] // batch, -1, *rows.shape[-2:])
+    split.copy_(by_head.view(split.shape[2], batch, rows.shape[-2], -1, rows.shape[-1]).permute(1, 3, 0, 2, 4))
+
+
+def _hide(score: Tensor, rows: slice, seen: slice, window: int) -> Tensor:
+    """Scores (..., R, S), in place -inf where a row and one that its block sees are more than `window` apart."""
+    row, column = torch.arange(score.shape[1]), torch.arange(score.shape[2])
+    return score.masked_fill_((row[:, None] - column + (rows.start - seen.start)).abs() > window, -math.inf)
+
+
+def _drop(weight: Tensor, out: Tensor, rows: slice, seen: slice, *mask: Any) -> None:
+    """dropout_into of weights (B H, R, S). It has one index for rows and columns: a block is the middle of a square."""
+    B, H, R, S = weight.shape
+    seed, stream, dropout_p = mask
+    if R < S:
+        middle = slice(rows.start - seen.start, rows.stop - seen.start)
+        square = weight.new_empty((B, H, S, S))
+        square[:, :, middle] = weight
+        dropout_into(square, square, seed, stream, seen.start, dropout_p)
+        out.copy_(square[:, :, middle])
+    else:
+        dropout_into(weight, out, seed, stream, rows.start, dropout_p)
+
+
 def attention_forward_torch(
-    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float
+    qkv: Tensor, tiles: Tensor, seed: Tensor | None, stream: int, dropout_p: float, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     """`attention_forward` in PyTorch, which serves CPU tensors. Only CHUNK_SCORES scores exist at a time."""
     N, _, H, D = qkv.shape
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
-    for first, B, L in _chunks(tiles, H):
-        rows = slice(first, first + B * L)
-        q, k, v = _by_head(qkv[rows], B)
+    for B, rows, seen in _chunks(tiles, H, window):
+        q, k, v = _by_head(qkv[seen], B)
+        q = q[:, rows.start - seen.start :][:, : (rows.stop - rows.start) // B]
         weight = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=D**-0.5)
+        if window:
+            _hide(weight, rows, seen, window)
         top = weight.amax(2, keepdim=True)
         total = weight.sub_(top).exp_().sum(2, keepdim=True)
         chunk_lse = (top + total.log()) * LOG2_E
-        lse[:, rows].view(H, B, L).copy_(chunk_lse.view(B, H, L).transpose(0, 1))
+        lse[:, rows].view(H, B, -1).copy_(chunk_lse.view(B, H, -1).transpose(0, 1))
         if seed is not None:
-            matrices = weight.view(B, H, L, L)
-            dropout_into(matrices, matrices, seed, stream, first, dropout_p)
-        chunk_out = torch.bmm(weight, v).div_(total)
-        out[rows].view(B, L, H, D).copy_(chunk_out.view(B, H, L, D).transpose(1, 2))
+            matrices = weight.unflatten(0, (B, H))
+            _drop(matrices, matrices, rows, seen, seed, stream, dropout_p)
+        _put(torch.bmm(weight, v).div_(total), out[rows], B)
     return out, lse
 
 
 def attention_backward_torch(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    seed: Tensor | None, stream: int, dropout_p: float,
+    seed: Tensor | None, stream: int, dropout_p: float, window: int = 0,
 ) -> Tensor:  # fmt: skip
     """`attention_backward` in PyTorch, which serves CPU tensors. The gradient as attention.py derives it."""
     _, _, H, D = qkv.shape
     dqkv = torch.empty_like(qkv)
-    for first, B, L in _chunks(tiles, H):
-        rows = slice(first, first + B * L)
-        q, k, v = _by_head(qkv[rows], B)
+    dkdv, stop = qkv, 0  # of the chunk before, and where it ended
+    for B, rows, seen in _chunks(tiles, H, window):
+        q, k, v = _by_head(qkv[seen], B)
+        q = q[:, rows.start - seen.start :][:, : (rows.stop - rows.start) // B]
         (chunk_out,), (chunk_dout,) = _by_head(out[rows], B), _by_head(dout[rows], B)
         delta = (chunk_dout * chunk_out).sum(2, keepdim=True)
-        chunk_lse = lse[:, rows].view(H, B, L).transpose(0, 1).reshape(B * H, L, 1)
-        weight = torch.baddbmm(chunk_lse * (-1 / LOG2_E), q, k.mT, alpha=D**-0.5).exp_()
-        kept = weight
+        chunk_lse = lse[:, rows].view(H, B, -1).transpose(0, 1).reshape(B * H, -1, 1)
+        weight = torch.baddbmm(chunk_lse * (-1 / LOG2_E), q, k.mT, alpha=D**-0.5)
+        if window:
+            _hide(weight, rows, seen, window)
+        kept = weight.exp_()
         if seed is not None:
             kept = torch.empty_like(weight)
-            dropout_into(weight.view(B, H, L, L), kept.view(B, H, L, L), seed, stream, first, dropout_p)
+            _drop(weight.unflatten(0, (B, H)), kept.unflatten(0, (B, H)), rows, seen, seed, stream, dropout_p)
         dv = torch.bmm(kept.mT, chunk_dout)
         dscore = torch.bmm(chunk_dout, v.mT).mul_(kept).addcmul_(weight, delta, value=-1)
         dq, dk = torch.bmm(dscore, k).mul_(D**-0.5), torch.bmm(dscore.mT, q).mul_(D**-0.5)
-        chunk = torch.stack([dq, dk, dv]).view(3, B, H, L, D).permute(1, 3, 0, 2, 4)
-        dqkv[rows].view(B, L, 3, H, D).copy_(chunk)
+        before, dkdv = dkdv, torch.stack([dk, dv])
+        if seen.start < stop:  # a block of the same sequence: rows that both see are written anew, with both sums
+            dkdv[:, :, : stop - seen.start] += before[:, :, seen.start - stop :]
+        stop = seen.stop
+        _put(dq, dqkv[rows, 0], B)
+        _put(dkdv, dqkv[seen, 1:], B)
     return dqkv
 
 
 # The runs differ from one micro-batch to the next: traced, every new layout would recompile the encoder. With a graph
 # break here the code around it is compiled once, for the constant N.
 @torch.compiler.disable()
-def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float, window: int = 0) -> Tensor:
     """(N, H, D) by PyTorch's scaled_dot_product_attention."""
-    return _by_run(qkv_N3HD, layout, lambda *qkv: F.scaled_dot_product_attention(*qkv, dropout_p=dropout_p))
+    attend = functools.partial(F.scaled_dot_product_attention, dropout_p=dropout_p)
+    return _by_run(qkv_N3HD, layout, functools.partial(_in_blocks, attend, window) if window else attend)
+
+
+def _in_blocks(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with a window, (B, H, L, D), in one call: each block of rows and the slice that it sees are a text."""
+    B, _, L, _ = q.shape
+    if L <= WINDOW_ROWS + window:
+        row = torch.arange(L, device=q.device)
+        return attend(q, k, v, attn_mask=(row[:, None] - row).abs() <= window)
+    tail, width = -L % WINDOW_ROWS, WINDOW_ROWS + 2 * window
+    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (-1, WINDOW_ROWS)).transpose(1, 2)
+    # unfold, whose backward adds what slices share; that of a slice fills all of (B, H, L, D) with zeros.
+    k, v = (F.pad(x, (0, 0, window, window + tail)).unfold(2, width, WINDOW_ROWS).permute(0, 2, 1, 4, 3) for x in (k, v))
+    row = torch.arange(L + tail, device=q.device).view(-1, WINDOW_ROWS, 1)
+    column = row[:, :1] + torch.arange(-window, WINDOW_ROWS + window, device=q.device)
+    # Rows behind the end see each other: a row that sees nothing is NaN, and its gradient.
+    seen = ((row - column).abs() <= window) & ((column >= 0) & (column < L) | (row >= L))
+    mask = seen[:, None].repeat(B, 1, 1, 1)
+    out = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=mask)
+    return out.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :L]
 
 
 @torch.compiler.disable()  # as sdpa

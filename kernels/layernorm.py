@@ -1,4 +1,4 @@
-"""LayerNorm(residual + dropout(x)), forward and backward; without a residual, plain LayerNorm.
+"""LayerNorm(residual + dropout(x)), forward and backward; without a residual, plain LayerNorm. A bias may be None.
 
     y    = residual + dropout(x)                            (kernels/dropout.py, head 0)
     out  = xhat * weight + bias,  xhat = (y - mean) * rstd,  rstd = 1 / sqrt(var + eps)     (Ba et al. 2016)
@@ -12,16 +12,27 @@ fp32 arithmetic, one rounding. Saved: x, residual, mean and rstd. The backward a
 is exact and costs no store in the forward. The bias gradient of the linear layer before, which is the sum of dx over
 its rows, comes with it.
 
-The embeddings' LayerNorm looks its rows up itself, y = word[ids] + position[position_ids] + type, and dropout follows
-it. Saved: ids, tables, mean and rstd.
+In the pre-norm form (Xiong et al. 2020) y is an output, too, and goes on as the next residual: `add_layernorm`. So its
+gradient dsum arrives beside dout,
+
+    dresidual = dsum + dy;  dx = keep ? dresidual / (1 - p) : 0
+
+and out is made of y as it was rounded to be stored. Saved: y, mean and rstd, not x and residual.
+
+The embeddings' LayerNorm looks its rows up itself, y = word[ids] + position[position_ids] + type, of which the last two
+may be missing, and dropout follows it. Saved: ids, tables, mean and rstd.
 
 Memory: the forward reads (N, D) twice and writes it once, the backward three times and twice (without dropout once, dx
-being dresidual). Every program sums dweight, dbias and dx of its rows into rows of its own, and one reduction adds the
-programs up: no atomics, the same bits every time. That is 3 rows of fp32 for 32 of the input, 8 % of the backward's
-traffic in bf16.
+being dresidual). The pre-norm forward reads (N, D) twice and writes it twice, its backward as above with dsum for the
+residual. Every program sums dweight, dbias and dx of its rows into rows of its own, and one reduction adds the programs
+up: no atomics, the same bits every time. That is 3 rows of fp32 for 32 of the input, 8 % of the backward's traffic in
+bf16; a row each for dweight and dbias in the pre-norm form, and none for a bias that is not there.
 
 Shapes: N = rows (tokens), D = width.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +55,7 @@ def dropout_add_layernorm_reference(
     x_ND: Tensor,
     residual_ND: Tensor | None,
     weight_D: Tensor,
-    bias_D: Tensor,
+    bias_D: Tensor | None,
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
@@ -52,28 +63,45 @@ def dropout_add_layernorm_reference(
     stream: int = 0,
 ) -> Tensor:
     """The definition, in fp32 PyTorch (fp64 for fp64 inputs), in that dtype."""
-    x, weight, bias = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, weight_D, bias_D))
+    return add_layernorm_reference(
+        x_ND, residual_ND, weight_D, bias_D, eps=eps, dropout_p=dropout_p, seed=seed, stream=stream
+    )[1]
+
+
+def add_layernorm_reference(
+    x_ND: Tensor,
+    residual_ND: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(residual + dropout(x), its LayerNorm): the definition, as above."""
+    x, weight = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, weight_D))
     x = _dropout_reference(x, seed, stream, dropout_p)
     y = x if residual_ND is None else x + residual_ND
-    return F.layer_norm(y, y.shape[1:], weight, bias, eps)
+    return y, F.layer_norm(y, y.shape[1:], weight, None if bias_D is None else bias_D.to(weight.dtype), eps)
 
 
 def embedding_reference(
     ids_N: Tensor,
-    position_ids_N: Tensor,
+    position_ids_N: Tensor | None,
     word_VD: Tensor,
-    position_PD: Tensor,
+    position_PD: Tensor | None,
     type_D: Tensor | None,
     weight_D: Tensor,
-    bias_D: Tensor,
+    bias_D: Tensor | None,
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
     """dropout(LayerNorm(word[ids] + position[position_ids] + type)) as `dropout_add_layernorm_reference` has it."""
-    word, position = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (word_VD, position_PD))
-    embedded = word[ids_N] + position[position_ids_N]
+    embedded = word_VD.to(torch.promote_types(word_VD.dtype, torch.float32))[ids_N]
+    embedded = embedded if position_PD is None else embedded + position_PD[position_ids_N]
     embedded = embedded if type_D is None else embedded + type_D
     out = dropout_add_layernorm_reference(embedded, None, weight_D, bias_D, eps=eps)
     return _dropout_reference(out, seed, EMBEDDING_STREAM.value, dropout_p)
@@ -99,11 +127,15 @@ def _drop(x, live, seed, stream, row, column_key, threshold, scale):
 
 @triton.jit
 def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale):
-    """(residual + dropout(x) in fp32, mask of what is kept)."""
-    x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    y, kept = _drop(x, live, seed, stream, row, column_key, threshold, scale)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
+    """(residual + dropout(x) in fp32, mask of what is kept); without x, the residual is that sum already."""
+    if x_ptr is not None:
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+        y, kept = _drop(x, live, seed, stream, row, column_key, threshold, scale)
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
+    else:
+        y = tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
+        _, kept = _drop(y, live, seed, stream, row, column_key, threshold, scale)
     return y, kept
 
 
@@ -111,9 +143,12 @@ def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, thresh
 def _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D):
     """word[ids] + position[position_ids] + type in fp32."""
     word = tl.load(ids_ptr + row, mask=row < N, other=0).to(tl.int64)
-    position = tl.load(position_ids_ptr + row, mask=row < N, other=0).to(tl.int64)
+    position = 0
+    if position_ids_ptr is not None:
+        position = tl.load(position_ids_ptr + row, mask=row < N, other=0).to(tl.int64)
     y = tl.load(word_ptr + word[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
-    y += tl.load(position_ptr + position[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
+    if position_ptr is not None:
+        y += tl.load(position_ptr + position[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
     if type_ptr is not None:
         y += tl.load(type_ptr + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     return y
@@ -126,7 +161,19 @@ def _normalise(y, weight, bias, in_row, D, eps):
     # Two passes over registers: the difference of mean square and squared mean would cancel.
     y = tl.where(in_row[None, :], y - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(y * y, axis=1) / D + eps)
-    return y * rstd[:, None] * weight[None, :] + bias[None, :], mean, rstd
+    out = y * rstd[:, None] * weight[None, :]
+    if bias is not None:
+        out += bias[None, :]
+    return out, mean, rstd
+
+
+@triton.jit
+def _bias(bias_ptr, column, in_row):
+    """(BLOCK_D,) fp32, or None where there is none."""
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    return bias
 
 
 @triton.jit
@@ -145,8 +192,8 @@ _RUNTIME = ("N", "stream", "threshold", "rows_per_program")
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr,  # (N, D) contiguous, the second or None; (D,); () or None
-    out_ptr, mean_ptr, rstd_ptr,                          # (N, D), (N,) fp32 twice
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr,  # (N, D) contiguous, the second or None; (D,), the second or
+    sum_ptr, out_ptr, mean_ptr, rstd_ptr,                 # None; () or None; (N, D) or None, (N, D), (N,) fp32 twice
     N, D, eps, stream, threshold, scale, rows_per_program,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +201,7 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    bias = _bias(bias_ptr, column, in_row)
     seed = 0
     column_key = None
     if seed_ptr is not None:
@@ -165,6 +212,10 @@ def _forward_kernel(
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
         y, _ = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
+        if sum_ptr is not None:
+            rounded = y.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + at, rounded, mask=live)
+            y = rounded.to(tl.float32)  # as the backward finds it
         out, mean, rstd = _normalise(y, weight, bias, in_row, D, eps)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
         tl.store(mean_ptr + row, mean, mask=row < N)
@@ -173,10 +224,10 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _backward_kernel(
-    dout_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dy_ptr, dx_ptr, partial_ptr,  # (N, D); (N, D) or None; (programs, 3, D) fp32: dweight, dbias, sum of dx
+    dout_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dy_ptr, dx_ptr, partial_ptr,  # (N, D); (N, D) or None; (programs, SUMS, D) fp32: dweight, dbias, sum of dx
     N, D, stream, threshold, scale, rows_per_program,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -200,22 +251,28 @@ def _backward_kernel(
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
         dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
         dweight += tl.sum(dout * xhat, axis=0)
-        dbias += tl.sum(dout, axis=0)
+        if SUMS > 1:
+            dbias += tl.sum(dout, axis=0)
+        if dsum_ptr is not None:
+            dy += tl.load(dsum_ptr + at, mask=live, other=0.0).to(tl.float32)
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
         if dx_ptr is not None:
             dy = tl.where(kept, dy * scale, 0.0)
             tl.store(dx_ptr + at, dy.to(dx_ptr.dtype.element_ty), mask=live)
-        dx_sum += tl.sum(dy, axis=0)
-    partial_ptr += program * 3 * D + column
+        if SUMS > 2:
+            dx_sum += tl.sum(dy, axis=0)
+    partial_ptr += program * SUMS * D + column
     tl.store(partial_ptr, dweight, mask=in_row)
-    tl.store(partial_ptr + D, dbias, mask=in_row)
-    tl.store(partial_ptr + 2 * D, dx_sum, mask=in_row)
+    if SUMS > 1:
+        tl.store(partial_ptr + D, dbias, mask=in_row)
+    if SUMS > 2:
+        tl.store(partial_ptr + 2 * D, dx_sum, mask=in_row)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _embedding_forward_kernel(
-    ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr,  # (N,) integers twice; (V, D), (P, D), (D,) or None
-    weight_ptr, bias_ptr, seed_ptr,                               # (D,) twice, () or None
+    ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr,  # (N,) integers twice; (V, D), (P, D), (D,)
+    weight_ptr, bias_ptr, seed_ptr,  # (D,) twice, (); None may be seed, bias, type and what is of positions
     out_ptr, mean_ptr, rstd_ptr,                                  # (N, D), (N,) fp32 twice
     N, D, eps, threshold, scale, rows_per_program,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -224,7 +281,7 @@ def _embedding_forward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    bias = _bias(bias_ptr, column, in_row)
     seed = 0
     column_key = None
     if seed_ptr is not None:
@@ -244,9 +301,9 @@ def _embedding_forward_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _embedding_backward_kernel(
     dout_ptr, ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dy_ptr, partial_ptr,  # (N, D); (programs, 2, D) fp32: dweight, dbias
+    dy_ptr, partial_ptr,  # (N, D); (programs, SUMS, D) fp32: dweight, dbias
     N, D, threshold, scale, rows_per_program,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -270,11 +327,13 @@ def _embedding_backward_kernel(
         dout, _ = _drop(dout, live, seed, EMBEDDING_STREAM, row, column_key, threshold, scale)
         dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
         dweight += tl.sum(dout * xhat, axis=0)
-        dbias += tl.sum(dout, axis=0)
+        if SUMS > 1:
+            dbias += tl.sum(dout, axis=0)
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
-    partial_ptr += program * 2 * D + column
+    partial_ptr += program * SUMS * D + column
     tl.store(partial_ptr, dweight, mask=in_row)
-    tl.store(partial_ptr + D, dbias, mask=in_row)
+    if SUMS > 1:
+        tl.store(partial_ptr + D, dbias, mask=in_row)
 
 
 def tile(width: int, itemsize: int) -> dict[str, int]:
@@ -299,8 +358,8 @@ def _launch_forward(kernel, x: Tensor, seed: Tensor | None, *arguments) -> None:
     _launch(kernel, x.shape[0], FORWARD_ROWS_PER_PROGRAM, settings, *arguments)
 
 
-def _launch_backward(kernel, x: Tensor, *arguments) -> None:
-    settings = tile(x.shape[1], x.element_size())
+def _launch_backward(kernel, x: Tensor, num_sums: int, *arguments) -> None:
+    settings = {"SUMS": num_sums} | tile(x.shape[1], x.element_size())
     _launch(kernel, x.shape[0], _rows_per_program(x.shape[0], settings["ROWS"]), settings, *arguments)
 
 
@@ -323,7 +382,7 @@ def _partial_sums(x: Tensor, num_sums: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
     """(out, what `backward` needs), (N, D) and contiguous like the inputs. No checks, no gradient.
@@ -334,14 +393,41 @@ def forward(
     if x.device.type not in TRITON_DEVICES:
         y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
         return _normalise_cpu(y if residual is None else residual + y, weight, bias, eps)
+    out, mean, rstd = _forward_rows(x, residual, None, weight, bias, eps, seed, stream, dropout_p)
+    return out, (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
+
+
+def add_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    seed: Tensor | None, stream: int, dropout_p: float,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """(residual + dropout(x), its LayerNorm, what `add_backward` needs); the rest as in `forward`.
+
+    With neither residual nor dropout the sum is x itself, and is not written.
+    """
+    if x.device.type not in TRITON_DEVICES:
+        out, saved = forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
+        return saved[0], out, saved
+    seed = seed if dropout_p > 0 else None
+    into = None if residual is None and seed is None else torch.empty_like(x)
+    out, mean, rstd = _forward_rows(x, residual, into, weight, bias, eps, seed, stream, dropout_p)
+    total = x if into is None else into
+    return total, out, (total, mean, rstd)
+
+
+def _forward_rows(
+    x: Tensor, residual: Tensor | None, into: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    seed: Tensor | None, stream: int, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, mean, rstd). `into` is where the sum goes, if anybody wants it."""
     N, D = x.shape
     out, mean = torch.empty_like(x), x.new_empty(N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     _launch_forward(
-        _forward_kernel, x, seed, x, residual, weight, bias, seed, out, mean, rstd,
+        _forward_kernel, x, seed, x, residual, weight, bias, seed, into, out, mean, rstd,
         N, D, eps, stream, threshold(dropout_p), 1 / (1 - dropout_p),
     )  # fmt: skip
-    return out, (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
+    return out, mean, rstd
 
 
 def backward(
@@ -362,29 +448,64 @@ def backward(
             add_column_sum(dx_sum, dx, accumulate)
         return dy, dx
     x, mean, rstd, residual = saved if len(saved) == 4 else (*saved, None)
-    N, D = x.shape
-    dy, partial = torch.empty_like(x), _partial_sums(x, 3)
-    dx = None if seed is None else torch.empty_like(x)
+    sums = (dweight,) if dbias is None and dx_sum is None else (dweight, dbias, dx_sum)
+    return _backward_rows(
+        dout, None, x, residual, weight, mean, rstd, seed, stream, dropout_p, sums=sums, accumulate=accumulate
+    )
+
+
+def add_backward(
+    dout: Tensor, dsum: Tensor | None, saved: tuple[Tensor, ...], weight: Tensor,
+    seed: Tensor | None, stream: int, dropout_p: float, *,
+    dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dresidual, dx) of `add_forward`, one tensor without dropout; the rest as in `backward`.
+
+    dsum is the gradient of the sum but for what comes through its LayerNorm; contiguous, or None.
+    """
+    seed = seed if dropout_p > 0 else None
+    if dout.device.type not in TRITON_DEVICES:
+        dy = _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
+        dy = dy if dsum is None else dy.add_(dsum)
+        return dy, dropout(dy, seed, stream=stream, dropout_p=dropout_p)
+    total, mean, rstd = saved
+    sums = (dweight,) if dbias is None else (dweight, dbias)
+    return _backward_rows(
+        dout, dsum, None, total, weight, mean, rstd, seed, stream, dropout_p, sums=sums, accumulate=accumulate
+    )
+
+
+def _backward_rows(
+    dout: Tensor, dsum: Tensor | None, x: Tensor | None, residual: Tensor | None, weight: Tensor,
+    mean: Tensor, rstd: Tensor, seed: Tensor | None, stream: int, dropout_p: float, *,
+    sums: Sequence[Tensor | None], accumulate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dresidual, dx). Without x the residual is the sum already. `sums`: as many of dweight, dbias, dx_sum as count."""
+    dy, partial = torch.empty_like(dout), _partial_sums(dout, len(sums))
+    dx = None if seed is None else torch.empty_like(dout)
     _launch_backward(
-        _backward_kernel, x, dout, x, residual, weight, mean, rstd, seed, dy, dx, partial,
-        N, D, stream, threshold(dropout_p), 1 / (1 - dropout_p),
+        _backward_kernel, dout, len(sums), dout, dsum, x, residual, weight, mean, rstd, seed, dy, dx, partial,
+        *dout.shape, stream, threshold(dropout_p), 1 / (1 - dropout_p),
     )  # fmt: skip
-    add_column_sums(partial, (dweight, dbias, dx_sum), accumulate)
+    add_column_sums(partial, sums, accumulate)
     return dy, dy if dx is None else dx
 
 
 def embedding_forward(
-    ids: Tensor, position_ids: Tensor, word_VD: Tensor, position_PD: Tensor, type_D: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    ids: Tensor, position_ids: Tensor | None, word_VD: Tensor, position_PD: Tensor | None, type_D: Tensor | None,
+    weight: Tensor, bias: Tensor | None, eps: float, seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
     """(dropout(LayerNorm(word[ids] + position[position_ids] + type)) (N, D), what `embedding_backward` needs).
 
-    ids and position_ids are (N,) int32 or int64, all else of one dtype and contiguous. No checks, no gradient. The
-    backward looks the rows up again: that reads what reading their sum would, and spares the forward its store.
+    ids and position_ids are (N,) int32 or int64, all else of one dtype and contiguous; a model without a table of
+    positions has no position_ids either. No checks, no gradient. The backward looks the rows up again: that reads what
+    reading their sum would, and spares the forward its store.
     """
     seed = seed if dropout_p > 0 else None
     if word_VD.device.type not in TRITON_DEVICES:
-        embedded = F.embedding(ids, word_VD).add_(F.embedding(position_ids, position_PD))
+        embedded = F.embedding(ids, word_VD)
+        if position_ids is not None and position_PD is not None:
+            embedded += F.embedding(position_ids, position_PD)
         if type_D is not None:
             embedded += type_D
         out, saved = _normalise_cpu(embedded, weight, bias, eps)
@@ -396,12 +517,11 @@ def embedding_forward(
         _embedding_forward_kernel, out, seed, ids, position_ids, word_VD, position_PD, type_D, weight, bias, seed,
         out, mean, rstd, N, D, eps, threshold(dropout_p), 1 / (1 - dropout_p),
     )  # fmt: skip
-    saved = (ids, position_ids, word_VD, position_PD, mean, rstd)
-    return out, saved if type_D is None else (*saved, type_D)
+    return out, (ids, position_ids, word_VD, position_PD, type_D, mean, rstd)
 
 
 def embedding_backward(
-    dout: Tensor, saved: tuple[Tensor, ...], weight: Tensor, seed: Tensor | None, dropout_p: float, *,
+    dout: Tensor, saved: tuple[Any, ...], weight: Tensor, seed: Tensor | None, dropout_p: float, *,
     dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
 ) -> Tensor:  # fmt: skip
     """Gradient (N, D) of the sum of embeddings; dweight, dbias and `accumulate` as in `backward`."""
@@ -409,22 +529,24 @@ def embedding_backward(
     if dout.device.type not in TRITON_DEVICES:
         dout = dropout(dout, seed, stream=EMBEDDING_STREAM.value, dropout_p=dropout_p)
         return _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
-    ids, position_ids, word, position, mean, rstd, token_type = saved if len(saved) == 7 else (*saved, None)
-    dy, partial = torch.empty_like(dout), _partial_sums(dout, 2)
+    *tables, mean, rstd = saved
+    sums = (dweight,) if dbias is None else (dweight, dbias)
+    dy, partial = torch.empty_like(dout), _partial_sums(dout, len(sums))
     _launch_backward(
-        _embedding_backward_kernel, dout, dout, ids, position_ids, word, position, token_type, weight, mean, rstd, seed,
+        _embedding_backward_kernel, dout, len(sums), dout, *tables, weight, mean, rstd, seed,
         dy, partial, *dout.shape, threshold(dropout_p), 1 / (1 - dropout_p),
     )  # fmt: skip
-    add_column_sums(partial, (dweight, dbias), accumulate)
+    add_column_sums(partial, sums, accumulate)
     return dy
 
 
-def _normalise_cpu(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _normalise_cpu(y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """PyTorch's own, which keeps the sum: at 4,096 x 768 adding it up again cost more.
 
     Parameters in fp32 make it keep mean and rstd in fp32, too, and be no slower for it.
     """
-    out, mean, rstd = torch.native_layer_norm(y, y.shape[1:], weight.float(), bias.float(), eps)
+    bias = None if bias is None else bias.float()
+    out, mean, rstd = torch.native_layer_norm(y, y.shape[1:], weight.float(), bias, eps)
     return out, (y, mean, rstd)
 
 
@@ -448,7 +570,7 @@ def _normalise_cpu_backward(
 
 @torch.library.custom_op("fastdistil::dropout_add_layernorm", mutates_args=(), device_types=TRITON_DEVICES)
 def layernorm_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(N, D) LayerNorm, and (N,) fp32 mean and 1 / standard deviation. Inputs contiguous."""
@@ -465,26 +587,28 @@ def _(x, residual, weight, bias, eps, seed, stream, dropout_p):
 @torch.library.custom_op("fastdistil::dropout_add_layernorm_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def layernorm_backward(
     dout: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, stream: int, dropout_p: float,
+    seed: Tensor | None, stream: int, dropout_p: float, has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dresidual, dx, dweight, dbias); dx is empty without a seed, where it is dresidual."""
+    """(dresidual, dx, dweight, dbias); dx is empty without a seed, where it is dresidual, dbias without a bias."""
     saved = (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
     dy, dx = backward(
-        dout, saved, weight, seed, stream, dropout_p, dweight=dweight, dbias=dbias, dx_sum=None, accumulate=False
-    )
+        dout, saved, weight, seed, stream, dropout_p,
+        dweight=dweight, dbias=dbias if has_bias else None, dx_sum=None, accumulate=False,
+    )  # fmt: skip
     return dy, torch.empty_like(x[:0]) if seed is None else dx, dweight, dbias
 
 
 @layernorm_backward.register_fake
-def _(dout, x, residual, weight, mean, rstd, seed, stream, dropout_p):
+def _(dout, x, residual, weight, mean, rstd, seed, stream, dropout_p, has_bias):
     dx = torch.empty_like(x if seed is not None else x[:0])
-    return torch.empty_like(x), dx, torch.empty_like(weight), torch.empty_like(weight)
+    return torch.empty_like(x), dx, torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, _, _, seed, ctx.stream, ctx.dropout_p = inputs
+    x, residual, weight, bias, _, seed, ctx.stream, ctx.dropout_p = inputs
     _, mean, rstd = output
+    ctx.has_bias = bias is not None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
@@ -495,13 +619,76 @@ def _backward(ctx, dout, _dmean, _drstd):
         return (None,) * 8
     x, residual, weight, mean, rstd, seed = ctx.saved_tensors
     dy, dx, dweight, dbias = layernorm_backward(
-        dout.contiguous(), x, residual, weight, mean, rstd, seed, ctx.stream, ctx.dropout_p
+        dout.contiguous(), x, residual, weight, mean, rstd, seed, ctx.stream, ctx.dropout_p, ctx.has_bias
     )
-    dx = dy if seed is None else dx
+    dx, dbias = dy if seed is None else dx, dbias if ctx.has_bias else None
     return dx, None if residual is None else dy, dweight, dbias, None, None, None, None
 
 
 layernorm_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fastdistil::add_layernorm", mutates_args=(), device_types=TRITON_DEVICES)
+def add_layernorm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
+    seed: Tensor | None, stream: int, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(N, D) sum and its LayerNorm, and (N,) fp32 mean and 1 / standard deviation. Inputs contiguous."""
+    total, out, (_, mean, rstd) = add_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
+    return total, out, mean, rstd
+
+
+@add_layernorm_forward.register_fake
+def _(x, residual, weight, bias, eps, seed, stream, dropout_p):
+    mean = x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("fastdistil::add_layernorm_backward", mutates_args=(), device_types=TRITON_DEVICES)
+def add_layernorm_backward(
+    dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    seed: Tensor | None, stream: int, dropout_p: float, has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dresidual, dx, dweight, dbias), the second and the last empty as in `layernorm_backward`."""
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
+    dy, dx = add_backward(
+        dout, dsum, (total, mean, rstd), weight, seed, stream, dropout_p,
+        dweight=dweight, dbias=dbias if has_bias else None, accumulate=False,
+    )  # fmt: skip
+    return dy, torch.empty_like(dy[:0]) if seed is None else dx, dweight, dbias
+
+
+@add_layernorm_backward.register_fake
+def _(dout, dsum, total, weight, mean, rstd, seed, stream, dropout_p, has_bias):
+    dx = torch.empty_like(total if seed is not None else total[:0])
+    return torch.empty_like(total), dx, torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
+
+
+def _setup_add_context(ctx, inputs, output):
+    _, _, weight, bias, _, seed, ctx.stream, ctx.dropout_p = inputs
+    total, _, mean, rstd = output
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(total, weight, mean, rstd, seed)
+
+
+def _add_backward(ctx, dsum, dout, _dmean, _drstd):
+    total, weight, mean, rstd, seed = ctx.saved_tensors
+    dweight = dbias = None
+    if dout is None:  # nobody wanted more than the sum
+        dy = dsum
+        dx = None if dsum is None else dropout(dsum, seed, stream=ctx.stream, dropout_p=ctx.dropout_p)
+    else:
+        dy, dx, dweight, dbias = add_layernorm_backward(
+            dout.contiguous(), None if dsum is None else dsum.contiguous(), total, weight, mean, rstd,
+            seed, ctx.stream, ctx.dropout_p, ctx.has_bias,
+        )  # fmt: skip
+        dx, dbias = dy if seed is None else dx, dbias if ctx.has_bias else None
+    return dx, dy, dweight, dbias, None, None, None, None
+
+
+add_layernorm_forward.register_autograd(_add_backward, setup_context=_setup_add_context)
 
 
 def dropout_add_layernorm(
@@ -530,15 +717,44 @@ def dropout_add_layernorm(
     Raises:
         ValueError: on shapes, dtypes or dropout that do not fit.
     """
-    if residual_ND.shape != x_ND.shape or residual_ND.dtype != x_ND.dtype:
-        raise ValueError(
-            f"dropout_add_layernorm wants a residual like x, {tuple(x_ND.shape)} {x_ND.dtype}, got "
-            f"{tuple(residual_ND.shape)} {residual_ND.dtype}"
-        )
+    _check_residual("dropout_add_layernorm", x_ND, residual_ND)
     check_dropout("dropout_add_layernorm", x_ND, seed, stream, dropout_p)
     if seed is None or dropout_p == 0:
         seed, dropout_p = None, 0.0
     return _layernorm(x_ND, residual_ND, weight_D, bias_D, eps, seed, stream, dropout_p)
+
+
+def add_layernorm(
+    x_ND: Tensor,
+    residual_ND: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(residual + dropout(x), LayerNorm of that sum), which a pre-norm layer adds to and reads; both get a gradient.
+
+    Arguments and errors as in `dropout_add_layernorm`; eps is ModernBERT's.
+    """
+    _check_residual("add_layernorm", x_ND, residual_ND)
+    check_dropout("add_layernorm", x_ND, seed, stream, dropout_p)
+    _check_width("add_layernorm", x_ND)
+    x, residual = x_ND.flatten(0, -2), residual_ND.flatten(0, -2)
+    _check_parameters("add_layernorm", x, weight_D, bias_D)
+    if seed is None or dropout_p == 0:
+        seed, dropout_p = None, 0.0
+    if x.device.type not in TRITON_DEVICES:
+        total = residual + dropout(x, seed, stream=stream, dropout_p=dropout_p)
+        out = F.layer_norm(total, total.shape[1:], weight_D, bias_D, eps)
+    else:
+        bias = None if bias_D is None else bias_D.contiguous()
+        total, out, _, _ = add_layernorm_forward(
+            x.contiguous(), residual.contiguous(), weight_D.contiguous(), bias, eps, seed, stream, dropout_p
+        )
+    return total.view(x_ND.shape), out.view(x_ND.shape)
 
 
 def layernorm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float = 1e-12) -> Tensor:
@@ -550,20 +766,35 @@ def _layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    if x.ndim < 2 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"layernorm wants (N, D) or (B, L, D) with D of 1 to {MAX_WIDTH}, got {tuple(x.shape)}")
+    _check_width("layernorm", x)
     if x.ndim > 2:
         rows = None if residual is None else residual.flatten(0, -2)
         return _layernorm(x.flatten(0, -2), rows, weight, bias, eps, seed, stream, dropout_p).view(x.shape)
-    check_dtype("layernorm", x)
-    check_parameter("layernorm", "weight", weight, x)
-    if bias is not None:
-        check_parameter("layernorm", "bias", bias, x)
+    _check_parameters("layernorm", x, weight, bias)
     if x.device.type not in TRITON_DEVICES:
         # On the CPU PyTorch's own is the faster one: at 4,096 x 768 adding the sum again cost more than keeping it.
         y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
         return F.layer_norm(y if residual is None else residual + y, x.shape[1:], weight, bias, eps)
-    bias = torch.zeros_like(weight) if bias is None else bias
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
+    residual, bias = (None if t is None else t.contiguous() for t in (residual, bias))
     return layernorm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)[0]
+
+
+def _check_residual(operator: str, x: Tensor, residual: Tensor) -> None:
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"{operator} wants a residual like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} "
+            f"{residual.dtype}"
+        )
+
+
+def _check_width(operator: str, x: Tensor) -> None:
+    if x.ndim < 2 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{operator} wants (N, D) or (B, L, D) with D of 1 to {MAX_WIDTH}, got {tuple(x.shape)}")
+
+
+def _check_parameters(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_dtype(operator, x)
+    check_parameter(operator, "weight", weight, x)
+    if bias is not None:
+        check_parameter(operator, "bias", bias, x)
