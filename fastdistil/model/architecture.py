@@ -60,7 +60,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         family = self.family
-        fixed = dict.fromkeys({*_OF_WINDOWS} - {*family.fields}, 0) | family.fixed
+        fixed = dict.fromkeys({*OF_WINDOWS} - {*family.fields}, 0) | family.fixed
         may_be_0 = {"pad_id", "embedding_size", *fixed}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -150,7 +150,7 @@ class Architecture:
         return (4 * self.hidden_size + (2 + self.family.gated) * self.ffn_size) * self.hidden_size
 
 
-_OF_WINDOWS = ("global_every", "local_attention", "global_theta", "local_theta")
+OF_WINDOWS = ("global_every", "local_attention", "global_theta", "local_theta")
 
 
 def from_record(record: dict[str, Any]) -> Architecture:

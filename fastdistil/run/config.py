@@ -154,7 +154,7 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT or RoBERTa, or its name on the hub (NAME, NAME@REVISION), with a
+    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION), with a
     masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
     pooling: Literal["mean", "cls"] | None = None
     """How its last hidden states become the embedding of a text. None: as its folder says (sentence-transformers)."""
@@ -185,10 +185,14 @@ class StudentConfig(_Section):
     init: str = "teacher"
     """Where the weights start: `teacher` (layers of it), `random`, or a Hugging Face folder or name on the hub (layers
     of that)."""
+    family: str | None = None
+    """Of a student with random weights: what it is, by the model_type of config.json (modernbert, bert, ...). None: as
+    its teacher, without one a DistilBERT."""
     num_layers: Annotated[int | None, AT_LEAST_1] = None
     """Layers of the student. None: half of the model it starts from (all of it for a folder without a teacher)."""
     layers: tuple[int, ...] | None = None
-    """Which layers it takes. None: evenly spread from the first to the last ([0 2 4 7 9 11] for 6 of 12)."""
+    """Which layers it takes. None: evenly spread from the first to the last ([0 2 4 7 9 11] for 6 of 12); of a
+    ModernBERT each in the place of one that sees as much ([0 2 4 6 8 11 12 14 17 18 20] for 11 of 22)."""
     copy_transform: bool = False
     """Take the dense layer and LayerNorm of the masked-LM head too, not only its bias."""
     freeze_positions: bool = False

@@ -113,14 +113,15 @@ def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
     held = _num_elements(teacher) * s
     wants_head = int(bool(config.loss.kd))
     if config.teacher.precision == "fp8":  # one byte less an element of the layers' matrices
-        held -= teacher.num_layers * (4 * E * E + 2 * E * F)
+        held -= teacher.num_layers * teacher.layer_products
     token = resolved.token_budget * s
     wanted = {term.wants for term in config.loss.terms}
     # Last hidden states and the head's; what terms want of the layers, and queries, keys and values.
     layers = ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted)
     handed = token * E * (1 + wants_head + layers)
-    # GELU's input and output; the embeddings, the layer's input, what was attended, and its LayerNorm.
-    inference = token * (2 * F + 4 * E)
+    # GELU's input, with its gates where there are any, and output; the embeddings, the layer's input, what was attended,
+    # and its LayerNorm.
+    inference = token * ((2 + teacher.family.gated) * F + 4 * E)
     if config.teacher.ranks or config.teacher.device == "second":
         held, inference = teacher.padded_vocab_size * E * s * wants_head, 0
     elif device.type == "cuda" and config.teacher.overlap:
@@ -136,9 +137,11 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     config, student, dtype = resolved.config, resolved.student, resolved.dtype(device)
     s, N, V = dtype.itemsize, resolved.token_budget, student.padded_vocab_size
     D, F, token = student.hidden_size, student.ffn_size, N * s
-    # A layer keeps its input, q, k and v, what was attended, both LayerNorms' sums, the first one's result and GELU's
-    # input and output; in fp32 the log-sum-exp of the attention, means and deviations.
-    layer = token * (8 * D + 2 * F) + 4 * N * (student.num_heads + 4)
+    # A layer keeps q, k and v, what was attended, and 4 D more: its input, both LayerNorms' sums and the first one's
+    # result, or of a pre-norm layer both sums and both results. Then GELU's input, with its gates, and output; in fp32
+    # the log-sum-exp of the attention, means and deviations.
+    ffn = (2 + student.family.gated) * F
+    layer = token * (8 * D + ffn) + 4 * N * (student.num_heads + 4)
     dropout_p, of_backward = student.attention_dropout, 0
     backend = resolve_backend(config.engine.attention, device, dropout_p=dropout_p, training=True, dtype=dtype)
     if backend == "fused" and device.type == "cuda" and dropout_p:
@@ -153,6 +156,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
         kept, again = student.num_layers * token * D, layer
     head_tokens = int(resolved.head_fraction * N)
     kept += (2 * N + 4 * head_tokens) * D * s  # embeddings' sum, last hidden states; four of the head
+    if student.rotates:  # sines and cosines of two kinds of layers, in fp32
+        kept += 8 * N * D // student.num_heads
     # The vocabulary's gradient lies in the flat buffer at stage 0, else it is a tensor of its own in fp32. A CPU has no
     # product of bf16 with an fp32 result.
     dweight = 4 * V * D * (resolved.zero_stage > 0) * config.loss.has_head
@@ -169,7 +174,7 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
         S = int(N * num_sequences // num_tokens)  # sequences of a micro-batch, on average
         loss = max(loss, similarity_bytes(config.loss, S))
     yield "activations", kept, LOSS_AND_BACKWARD
-    yield "activations", again + of_backward + token * F, ("backward",)
+    yield "activations", again + of_backward + token * (1 + student.family.gated) * F, ("backward",)
     yield "loss", loss, ("loss",)
     yield "loss", dweight + V * D * s, ("backward",)  # and the table that the embeddings make
 

@@ -12,7 +12,7 @@ from typing import Any
 from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta
 from fastdistil.model import families, headers
-from fastdistil.model.architecture import Architecture, read_architecture
+from fastdistil.model.architecture import OF_WINDOWS, Architecture, read_architecture
 from fastdistil.run.config import Config, StudentConfig
 
 
@@ -146,6 +146,33 @@ def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
     return tuple(math.floor(i * (num_source - 1) / (num_layers - 1) + 0.5) for i in range(num_layers))
 
 
+def spread_layers(num_layers: int, source: Architecture) -> tuple[int, ...]:
+    """`num_layers` of the layers of a model for a student of its family."""
+    return of_one_pattern(num_layers, source) if source.global_every else spread(num_layers, source.num_layers)
+
+
+def of_one_pattern(num_layers: int, source: Architecture) -> tuple[int, ...]:
+    """`num_layers` of the layers of a model in which some see everything and others a window, so that each is put where
+    one of its kind stood: 11 of 22 -> 0 2 4 6 8 11 12 14 17 18 20.
+
+    In order, from the first, which has no LayerNorm of its own and is never another's; of all such choices the one that
+    is nearest to evenly spread, by the sum of the squared distances in layers, and of two the later. There is always
+    one: the first layers are.
+    """
+    apart = (source.num_layers - 1) / max(1, num_layers - 1)
+    # Best choices for the first layers of the student by where the last of them ends: (distance, layers).
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for i in range(1, num_layers):
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for layer in range(i, source.num_layers):
+            before = [choice for last, choice in best.items() if last < layer]
+            if source.window(layer) == source.window(i) and before:
+                distance, layers = min(before, key=lambda choice: (choice[0], [-n for n in choice[1]]))
+                found[layer] = distance + (layer - i * apart) ** 2, (*layers, layer)
+        best = found
+    return min(best.values(), key=lambda choice: (choice[0], [-n for n in choice[1]]))[1]
+
+
 def _layers(asked: StudentConfig, teacher: Architecture | None, source: Architecture | None) -> tuple[int, ...]:
     """For each layer of the student the one of its source, or any number where there is none."""
     model = source or teacher
@@ -170,12 +197,29 @@ def _layers(asked: StudentConfig, teacher: Architecture | None, source: Architec
                 f"--student.num-layers {num_layers} is too many, {of}: use {source.num_layers} or less, or "
                 "--student.init random"
             )
-        return spread(num_layers, source.num_layers)
+        return spread_layers(num_layers, source)
     if not asked.layers or min(asked.layers) < 0 or max(asked.layers) >= source.num_layers:
         raise ValueError(
             f"--student.layers {' '.join(map(str, asked.layers))} must be some of 0 to {source.num_layers - 1}, {of}"
         )
+    if source.global_every:
+        _check_pattern(asked.layers, source)
     return asked.layers
+
+
+def _check_pattern(layers: tuple[int, ...], source: Architecture) -> None:
+    """Raises ValueError where a layer would see a window in the student and everything in its source, or likewise."""
+    names = {True: "a window", False: "everything"}
+    for i, layer in enumerate(layers):
+        if source.window(i) != source.window(layer) or (i == 0) != (layer == 0):
+            wants = "layer 0, which has no LayerNorm before its attention"
+            if i:
+                wants = f"one that sees {names[source.window(i) > 0]}, from 1 on"
+            raise ValueError(
+                f"--student.layers {' '.join(map(str, layers))}: layer {i} of a {source.family.title} of this pattern "
+                f"wants {wants}, got {layer}: use e.g. "
+                f"{' '.join(map(str, of_one_pattern(len(layers), source)))}, or leave it out"
+            )
 
 
 def _student(
@@ -210,6 +254,10 @@ def _student(
         "max_positions": (asked.max_positions, _size(model, "max_positions"), meta.max_length),
     }
     model_type, token_types, layer_norm_eps = _family(asked, teacher, source)
+    # Windows and angles: as the model of its family has them, or as transformers assumes.
+    like = model if model is not None and model.model_type == model_type else None
+    assumed = families.find(model_type).defaults
+    of_windows = {name: getattr(like, name) if like else assumed.get(name, 0) for name in OF_WINDOWS}
     other_width = teacher.hidden_size if teacher is not None and teacher.hidden_size != hidden_size else 0
     return Architecture(
         model_type=model_type,
@@ -224,6 +272,7 @@ def _student(
         attention_dropout=asked.attention_dropout,
         mlm_head=config.loss.has_head,
         embedding_size=other_width if asked.projection else 0,
+        **of_windows,
     )
 
 
@@ -234,6 +283,8 @@ def _size(model: Architecture | None, name: str) -> int:
 def _family(asked: StudentConfig, teacher: Architecture | None, source: Architecture | None) -> tuple[str, int, float]:
     """(model_type, rows of the token-type table, eps of the LayerNorms) of the student."""
     model = source or teacher
+    if asked.family is not None:
+        return _asked_family(asked, source)
     if model is not None and not model.family.students:
         if asked.token_types is not None:
             name = model.family.title
@@ -252,3 +303,20 @@ def _family(asked: StudentConfig, teacher: Architecture | None, source: Architec
         )
     layer_norm_eps = source.layer_norm_eps if source is not None and token_types else 1e-12
     return families.find("bert").students[token_types > 0], token_types, layer_norm_eps
+
+
+def _asked_family(asked: StudentConfig, source: Architecture | None) -> tuple[str, int, float]:
+    """`_family` where it was asked for, of a student with random weights."""
+    assert asked.family is not None
+    if source is not None:
+        raise ValueError(
+            f"--student.family {asked.family} is for a student with random weights, and this one starts from a "
+            f"{source.family.title}: leave it out, or use --student.init random"
+        )
+    try:
+        family = families.find(asked.family)
+    except ValueError as error:
+        raise ValueError(f"--student.family: {error}") from None
+    assumed = family.defaults | family.fixed
+    token_types = assumed["token_types"] if asked.token_types is None else asked.token_types
+    return asked.family, token_types, assumed["layer_norm_eps"]

@@ -21,7 +21,7 @@ from fastdistil.run import folder
 from fastdistil.run.command import gpu_bytes, is_installed, require
 from fastdistil.run.config import LOSS_TERMS, NO_PATHS, Config
 from fastdistil.training import trackers
-from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread
+from fastdistil.training.models import has_head, layers_and_student, read_model, read_source, spread, spread_layers
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,8 @@ class Resolved:
             return ()
         if self.config.student.init == "teacher":
             return self.layers
+        if self.student.global_every == self.teacher.global_every:
+            return spread_layers(self.student.num_layers, self.teacher)
         return spread(self.student.num_layers, self.teacher.num_layers)
 
     @property
@@ -408,6 +410,10 @@ def _without_effect(config: Config, student: Architecture) -> Iterator[str]:
             config.student.fold_token_types and student.token_types > 0,
             "the student has a table of token types of its own",
         ),
+        "--student.freeze-positions": (
+            config.student.freeze_positions and student.rotates,
+            "the student has no table of positions, it rotates queries and keys",
+        ),
     }
     for name, (is_idle, why) in settings.items():
         if is_idle:
@@ -519,7 +525,8 @@ def token_budget(config: Config, student: Architecture, update_tokens: float, wo
     memory = None if config.engine.device == "cpu" else gpu_bytes() or (H100_BYTES if assumed else None)
     if memory is None:
         return LEAST_BUDGET
-    bytes_per_token = 2 * student.num_layers * (8 * student.hidden_size + 2 * student.ffn_size)
+    kept = 8 * student.hidden_size + (2 + student.family.gated) * student.ffn_size
+    bytes_per_token = 2 * student.num_layers * kept
     budget = MOST_BUDGET
     while budget > LEAST_BUDGET:
         count = max(1, round(update_tokens / budget))
