@@ -91,7 +91,7 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 
 
 def _attention_variant(
-    dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True
+    dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True, window: int = 0
 ) -> Variant:
     by_width = attention_tiles.TILES[arch][head_dim]
     tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
@@ -103,7 +103,7 @@ def _attention_variant(
     }[kernel]
     constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WINDOW": window,
     }  # fmt: skip
     if kernel != "forward":
         block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
@@ -118,7 +118,10 @@ def _attention_variant(
     absent = {"key_ptr": not dropout, "partial_ptr": "partial_ptr" in signature and not sums}
     constexprs |= dict.fromkeys((name for name, is_so in absent.items() if is_so), None)
     return Variant(
-        name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout + " without sums" * (not sums),
+        name=f"attention {kernel} {dtype} D={head_dim}"
+        + " dropout" * dropout
+        + " without sums" * (not sums)
+        + f" window {window}" * (window > 0),
         kernel={"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}[
             kernel
         ],
