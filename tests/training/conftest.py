@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.support import updates
+from tests.support import toy, updates
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,22 @@ def folder(root, tmp_path_factory):
     copy = shutil.copytree(root, tmp_path_factory.mktemp("students"), dirs_exist_ok=True)
     updates.write_students(copy)
     return copy
+
+
+@pytest.fixture(scope="session")
+def modern(root, tmp_path_factory):
+    """The same of a ModernBERT that teaches ModernBERTs."""
+    made = tmp_path_factory.mktemp("modern")
+    shutil.copytree(root / "shards", made / "shards")
+    toy.make_teacher(made / "teacher", made / "shards", **toy.MODERNBERT)
+    updates.write_students(made)
+    return made
+
+
+@pytest.fixture(scope="session", params=["folder", "modern"])
+def of_each(request):
+    """`folder`, then `modern`: for what must hold of every computation that there is."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module", autouse=True)
