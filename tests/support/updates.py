@@ -10,23 +10,26 @@ from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.data.shards import Shards
 from fastdistil.export import write_hugging_face_folder
-from fastdistil.model.architecture import Architecture
+from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher
 from fastdistil.run.config import LossConfig, MaskingConfig
-from fastdistil.training.models import spread, spread_layers
+from fastdistil.training.models import spread_layers
 from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
 from fastdistil.training.teacher import Teacher
 from tests.support import precision, toy
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(precision.DEVICE)  # CUDA runs the Triton kernels
-LAYERS = spread(2, 4)
-"""Of a BERT that teaches: those that a student of two layers begins as and imitates."""
 
 Gradients = dict[str, torch.Tensor]
 """By the names of Hugging Face."""
+
+
+def imitated_layers(root: Path) -> tuple[int, ...]:
+    """Of the teacher: those that a student of two layers begins as and imitates."""
+    return spread_layers(2, read_architecture(root / "teacher"))
 
 
 def write_students(root: Path) -> None:
@@ -41,7 +44,7 @@ def write_students(root: Path) -> None:
 
     def of_teacher(architecture: Architecture) -> MaskedLM:
         generator = torch.Generator().manual_seed(5)
-        layers = spread_layers(2, teacher.architecture)
+        layers = imitated_layers(root)
         return student_from_teacher(teacher, layers, architecture, copy_transform=False, generator=generator)
 
     students = {
@@ -80,8 +83,8 @@ def make_teacher(
     loss = loss or LossConfig()
     model = load_masked_lm(root / "teacher", need_head=True, with_head=bool(loss.kd))
     qkv = model.architecture.num_layers - 1 if loss.relation_layer is None else loss.relation_layer
-    layers = spread_layers(2, model.architecture)
-    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept_outputs(loss, layers, qkv))
+    kept = kept_outputs(loss, imitated_layers(root), qkv)
+    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept)
 
 
 def make_batches(

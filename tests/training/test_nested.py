@@ -42,9 +42,9 @@ def error_of(mine: torch.Tensor, example: torch.Tensor) -> float:
     return ((first - second).square().sum() / (len(mine) - 1)).item()
 
 
-def test_a_term_is_the_mean_over_the_nested_students(folder):
-    teacher, whole, half = embeddings(folder), embeddings(folder, 2), embeddings(folder, 1)
-    found = sums_of(folder, replace(LOSS, nested_layers=(1,), nested_dimensions=(8, 3)))
+def test_a_term_is_the_mean_over_the_nested_students(of_each):
+    teacher, whole, half = embeddings(of_each), embeddings(of_each, 2), embeddings(of_each, 1)
+    found = sums_of(of_each, replace(LOSS, nested_layers=(1,), nested_dimensions=(8, 3)))
     distance = [(1 - F.cosine_similarity(x, teacher)).sum().item() for x in (whole, half)]
     assert found["embedding"] == pytest.approx(sum(distance) / 2, rel=1e-4)
     errors = [error_of(x[:, :width], teacher) for x in (whole, half) for width in (x.shape[1], 8, 3)]
@@ -52,9 +52,9 @@ def test_a_term_is_the_mean_over_the_nested_students(folder):
     assert len({round(e, 6) for e in (*errors, *distance)}) == 8  # each has a part of its own
 
 
-def test_hidden_states_of_layers_are_the_same_beside_nested_ones(folder):
+def test_hidden_states_of_layers_are_the_same_beside_nested_ones(of_each):
     with_hidden = replace(LOSS, hidden=1.0)
-    alone = sums_of(folder, with_hidden)
-    beside = sums_of(folder, replace(with_hidden, nested_layers=(1,)))
+    alone = sums_of(of_each, with_hidden)
+    beside = sums_of(of_each, replace(with_hidden, nested_layers=(1,)))
     assert beside["hidden"] == alone["hidden"] > 0
-    assert beside["embedding"] == sums_of(folder, replace(LOSS, nested_layers=(1,)))["embedding"] != alone["embedding"]
+    assert beside["embedding"] == sums_of(of_each, replace(LOSS, nested_layers=(1,)))["embedding"] != alone["embedding"]
