@@ -58,12 +58,12 @@ def reference(root, name: str, micro_batches: int, config: LossConfig, pooling: 
                 examples = authors.layer_outputs(teacher, teacher(input_ids=ids, output_hidden_states=True))
             output = student(input_ids=ids, output_hidden_states=True)
             mine = [h if matrix is None else h @ matrix.T for h in authors.layer_outputs(student, output)]
-            pairs = [(h, examples[layer]) for h, layer in zip(mine, imitated_layers(root), strict=True)]
+            last, layers = (mine[-1], examples[-1]), imitated_layers(root)
             sums["mlm"].append(F.cross_entropy(output.logits[0], labels, ignore_index=-100, reduction="sum"))
             if config.cosine or config.hidden:  # else the widths may differ
-                sums["cosine"].append(distance(pairs[-1:]))
-                sums["hidden"].append(distance(pairs))
-            embeddings.append([embedding(states) for states in pairs[-1]])
+                sums["cosine"].append(distance([last]))
+                sums["hidden"].append(distance([(h, examples[i]) for h, i in zip(mine, layers, strict=True)]))
+            embeddings.append([embedding(states) for states in last])
             real, masked = real + len(labels), masked + int((labels >= 0).sum())
         for pair in embeddings if config.embedding else ():
             if config.embedding_distance == "l2":
