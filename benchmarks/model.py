@@ -152,7 +152,7 @@ def main() -> None:
     print(f"{'all, one stream, the host never late':<64}{total}")
     totals = micro_batch.totals(events)
     print(", ".join(f"{value:,.1f} {name}" for name, value in totals.items()))
-    flops = flops_per_token(*step.architectures("bert-base"), lambda _window: 512).total
+    flops = flops_per_token(*step.SIZES["bert-base"], lambda _window: 512).total
     for name, ms in total.ms._asdict().items():
         speed = args.tokens / ms * 1e3
         print(f"{name:<10}{ms:>6.1f} ms{speed:>12,.0f} tokens/s, MFU {speed * flops / PEAK_BF16:.1%}")

@@ -65,7 +65,7 @@ from fastdistil.run.ranks import init_ranks, keep_freed_memory
 from fastdistil.training.engine import PlainEngine
 from fastdistil.training.graph import Step
 from fastdistil.training.inputs import compile_encoder
-from fastdistil.training.models import spread
+from fastdistil.training.models import spread_layers
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.precision import quantise_encoder, require_fp8
 from fastdistil.training.teacher import Teacher, TeacherPrefetcher
@@ -89,14 +89,32 @@ def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
     )
 
 
+MODERNBERT = Architecture(
+    vocab_size=50368,
+    hidden_size=768,
+    num_layers=22,
+    num_heads=12,
+    ffn_size=1152,
+    max_positions=8192,
+    model_type="modernbert",
+    token_types=0,
+    dropout=0.0,
+    attention_dropout=0.0,
+    layer_norm_eps=1e-5,
+    global_every=3,
+    local_attention=128,
+    global_theta=160000.0,
+    local_theta=10000.0,
+)
+"""ModernBERT-base."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = {"toy": (2, 1, 48), "minilm": (6, 3, 384), "bert-base": (12, 6, 768)}  # teacher layers, student layers, width
-
-
-def architectures(size: str) -> tuple[Architecture, Architecture]:
-    """Of teacher and student."""
-    teacher_layers, student_layers, width = SIZES[size]
-    return architecture("bert", teacher_layers, width), architecture("distilbert", student_layers, width)
+SIZES = {
+    "toy": (architecture("bert", 2, 48), architecture("distilbert", 1, 48)),
+    "minilm": (architecture("bert", 6, 384), architecture("distilbert", 3, 384)),
+    "bert-base": (architecture("bert", 12, 768), architecture("distilbert", 6, 768)),
+    "modernbert-base": (MODERNBERT, replace(MODERNBERT, num_layers=11)),
+}
+"""Teacher and student."""
 
 
 def synthetic_batch(num_tokens: int, length: int, seed: int, of_update: int = 1) -> MicroBatch:
@@ -377,8 +395,8 @@ OF_MASKED = (OURS, OURS + MASKED, EAGER + MASKED)
 
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
     """(teacher, student), the same in every process."""
-    large, small = architectures(size)
-    teacher, layers = MaskedLM(large), spread(small.num_layers, large.num_layers)
+    large, small = SIZES[size]
+    teacher, layers = MaskedLM(large), spread_layers(small.num_layers, large)
     return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
 
 
@@ -633,7 +651,7 @@ def main() -> int:
     lengths = np.concatenate([b.real_lengths for b in batches])
     share = sum(b.num_masked for b in batches) / num_tokens
     all_rows, masked = (
-        flops_per_token(*architectures(args.size), partial(attended, lengths), head_fraction=f).total
+        flops_per_token(*SIZES[args.size], partial(attended, lengths), head_fraction=f).total
         for f in (1.0, share)
     )
     del batches

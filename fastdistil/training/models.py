@@ -148,7 +148,9 @@ def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
 
 def spread_layers(num_layers: int, source: Architecture) -> tuple[int, ...]:
     """`num_layers` of the layers of a model for a student of its family."""
-    return of_one_pattern(num_layers, source) if source.global_every else spread(num_layers, source.num_layers)
+    if source.global_every and num_layers <= source.num_layers:
+        return of_one_pattern(num_layers, source)
+    return spread(num_layers, source.num_layers)
 
 
 def of_one_pattern(num_layers: int, source: Architecture) -> tuple[int, ...]:
