@@ -651,8 +651,7 @@ def main() -> int:
     lengths = np.concatenate([b.real_lengths for b in batches])
     share = sum(b.num_masked for b in batches) / num_tokens
     all_rows, masked = (
-        flops_per_token(*SIZES[args.size], partial(attended, lengths), head_fraction=f).total
-        for f in (1.0, share)
+        flops_per_token(*SIZES[args.size], partial(attended, lengths), head_fraction=f).total for f in (1.0, share)
     )
     del batches
     ceiling, source = peak_flops(torch.device(DEVICE), DTYPES[args.precision])
