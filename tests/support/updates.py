@@ -33,7 +33,7 @@ def imitated_layers(root: Path) -> tuple[int, ...]:
 
 
 def write_students(root: Path) -> None:
-    """Beside `shards` and `teacher`, folders of two-layer students of its family, or of DistilBERT's where it is a BERT.
+    """Beside `shards` and `teacher`, folders of two-layer students of its family, of DistilBERT's where it is a BERT.
 
     student       two of the teacher's layers, no dropout
     dropping      the same weights, with dropout

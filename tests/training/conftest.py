@@ -17,11 +17,10 @@ def folder(root, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def modern(root, tmp_path_factory):
+def modern(tmp_path_factory):
     """The same of a ModernBERT that teaches ModernBERTs."""
     made = tmp_path_factory.mktemp("modern")
-    shutil.copytree(root / "shards", made / "shards")
-    toy.make_teacher(made / "teacher", made / "shards", **toy.MODERNBERT)
+    toy.make_teacher(made / "teacher", toy.make_shards(made / "shards"), **toy.MODERNBERT)
     updates.write_students(made)
     return made
 

@@ -61,6 +61,20 @@ def test_a_modernbert_with_the_masking_of_its_recipe_equals_the_authors(modern):
     assert error < 1e-4, where
 
 
+@pytest.mark.parametrize(("of_teacher", "of_student"), [("folder", "modern"), ("modern", "folder")])
+def test_teacher_and_student_of_two_families_equal_the_authors(request, tmp_path, of_teacher, of_student):
+    teacher, student = (request.getfixturevalue(name) for name in (of_teacher, of_student))
+    for path in (teacher / "shards", teacher / "teacher", student / "student"):
+        (tmp_path / path.name).symlink_to(path)
+    _, batches = make_batches(tmp_path, 4)
+    terms, exact = authors.one_update(tmp_path / "teacher", tmp_path / "student", batches)
+    losses, gradients = one_update(tmp_path, "student", 4, LossConfig())
+    for name, value in terms.items():
+        assert losses[name] == pytest.approx(value, rel=1e-4), name
+    error, where = authors.worst_relative_error(gradients, exact)
+    assert error < 1e-4, where
+
+
 def test_agreement_on_masked_rows_is_their_share(folder):
     """Of a student that is the teacher every one, whatever fills the rows up."""
     model = load_masked_lm(folder / "teacher", need_head=True).eval().to(DEVICE)
