@@ -103,11 +103,12 @@ def _attention_variant(
     }[kernel]
     constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WINDOW": window,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }  # fmt: skip
     if kernel != "forward":
         block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
         constexprs["ROWS"] = block // min(tiles.dq.BLOCK_M, tiles.dkdv.BLOCK_N)
+    constexprs["WINDOW"] = window
     statistics = ("lse_ptr", "delta_ptr", "partial_ptr")
     signature = {
         "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32",

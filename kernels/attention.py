@@ -24,10 +24,11 @@ ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics
 to the input's dtype before they meet a tensor core, as in the paper.
 
 With a window of w (Beltagy et al. 2020, sec. 3.1; w = 64 in ModernBERT's local layers, Warner et al. 2024) s[r, j] is
--inf where r and j are more than w apart. The loops begin and end with what a block of rows sees, w on either side of
-it: no other row of the sequence is read. Every block that is has the mask, three instructions a score in the compiled
-code of sm_80. One that needs none, all inside the window, is one in three at w = 64 with 64 rows of queries and of
-keys, and none with 128 of queries: a loop of its own would be a third copy of the body for that.
+-inf where r and j are more than w apart. The loops begin w before a block of rows and end w behind it, or with the step
+that holds that row: nothing else of the sequence is read. Every step has the mask, in the compiled forward of sm_80
+three instructions a score, by which 128 x 64 scores and the kernel around them have 2,472 where they had 2,072. Of the
+steps at w = 64 one in three would need none with 64 rows of queries and 64 of keys, and none with 128 of queries: not
+worth a third copy of the loop's body.
 
 Saved: qkv, out, lse; by the raw functions also the keys of the masks. The masks are those of dropout.py, where a
 token's index is its row in the micro-batch, so that they depend neither on tiles nor on the device. They are drawn
