@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastdistil.kernels.distill import DistillLoss, distill_loss
     from fastdistil.kernels.dropout import dropout, new_dropout_seed
     from fastdistil.kernels.gelu import bias_gelu, linear_gelu
-    from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
+    from fastdistil.kernels.layernorm import add_layernorm, dropout_add_layernorm, layernorm
     from fastdistil.kernels.layout import SequenceLayout, padded_layout, sequence_layout
     from fastdistil.kernels.linear import linear
     from fastdistil.kernels.linear_distill import linear_distill_loss
@@ -30,6 +30,7 @@ __all__ = [
     "DistillLoss",
     "Distilled",
     "SequenceLayout",
+    "add_layernorm",
     "attention",
     "bias_gelu",
     "cosine_loss",
@@ -53,7 +54,7 @@ _HOMES = {
     "kernels.distill": "DistillLoss distill_loss",
     "kernels.dropout": "dropout new_dropout_seed",
     "kernels.gelu": "bias_gelu linear_gelu",
-    "kernels.layernorm": "dropout_add_layernorm layernorm",
+    "kernels.layernorm": "add_layernorm dropout_add_layernorm layernorm",
     "kernels.layout": "SequenceLayout padded_layout sequence_layout",
     "kernels.linear": "linear",
     "kernels.linear_distill": "linear_distill_loss",
