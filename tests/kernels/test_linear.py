@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"linear wants .* got \[\(3, 4\), \(4, 5\)\]"):
         linear(x, weight.t(), None)
     for of_bias in (bias, None):
-        with pytest.raises(ValueError, match="one dtype, got torch.float32 and"):
+        with pytest.raises(ValueError, match=r"one dtype, got torch\.float32 and"):
             linear(x, weight.bfloat16(), of_bias)
 
 
