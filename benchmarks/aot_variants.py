@@ -95,7 +95,7 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 def _attention_variant(
     dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True, window: int = 0
 ) -> Variant:
-    by_width = attention_tiles.TILES[arch][head_dim]
+    by_width = attention_tiles.half_tiles(arch, head_dim, window)
     tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
     tile = {"forward": tiles.forward_dropout if dropout else tiles.forward, "dq": tiles.dq, "dkdv": tiles.dkdv}[kernel]
     pointers, scalars = {
@@ -105,11 +105,12 @@ def _attention_variant(
     }[kernel]
     constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WINDOW": window,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }  # fmt: skip
     if kernel != "forward":
         block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
         constexprs["ROWS"] = block // min(tiles.dq.BLOCK_M, tiles.dkdv.BLOCK_N)
+    constexprs["WINDOW"] = window
     statistics = ("lse_ptr", "delta_ptr", "partial_ptr")
     signature = {
         "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32",
@@ -173,7 +174,7 @@ def _layernorm_variant(
         signature = {"dout_ptr": x} | ({} if embeddings else {"dsum_ptr": x}) | signature
         signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
         signature |= {"dy_ptr": x} | ({} if embeddings else {"dx_ptr": x}) | {"partial_ptr": "*fp32"}
-        absent["SUMS"] = (1 + bias) if embeddings or prenorm else 3
+        absent["SUMS"] = 1 if not bias else 2 if embeddings else 3
     else:
         signature |= {"bias_ptr": x, "seed_ptr": "*i64"} | ({} if embeddings else {"sum_ptr": x})
         signature |= {"out_ptr": x, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
@@ -298,13 +299,12 @@ def _geglu_variant(dtype: str, *, backward: bool) -> Variant:
     )
 
 
-def _rope_variant(dtype: str, head_dim: int, *, values: bool) -> Variant:
-    """`values`: into another tensor, values and all."""
+def _rope_variant(dtype: str, head_dim: int) -> Variant:
     tile = rope.tile(head_dim)
     num_warps = tile.pop("num_warps")
-    constants = {"H": 12, "D": head_dim, "VALUES": values} | tile
+    constants = {"H": 12, "D": head_dim} | tile
     return Variant(
-        name=f"rope {dtype} D={head_dim}" + " values" * values,
+        name=f"rope {dtype} D={head_dim}",
         kernel=rope._rope_kernel,
         signature={
             "qkv_ptr": f"*{dtype}", "rotation_ptr": "*fp32", "out_ptr": f"*{dtype}", "N": "i32", "sign": "fp32",
@@ -375,6 +375,8 @@ def variants() -> Iterator[Variant]:
             yield _attention_variant("bf16", head_dim, kernel, arch, True)
             if kernel == "forward" and head_dim in (32, 64):  # which has a tile of its own without dropout
                 yield _attention_variant("bf16", head_dim, kernel, arch, False)
+            # That of ModernBERT, which was trained without dropout there.
+            yield _attention_variant("bf16", head_dim, kernel, arch, False, window=64)
 
 
 def rarer_variants() -> Iterator[Variant]:
@@ -389,6 +391,8 @@ def rarer_variants() -> Iterator[Variant]:
         for head_dim in (32, 64) if kernel != "forward" else ():
             yield _attention_variant("bf16", head_dim, kernel, arch, False)
             yield _attention_variant("bf16", head_dim, kernel, arch, True, sums=False)
+        for head_dim in attention_tiles.TILES[arch]:
+            yield _attention_variant("bf16", head_dim, kernel, arch, True, window=64)
 
 
 def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[Variant]:
@@ -403,8 +407,7 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     yield _strip_sums_variant(dtype)
     yield from _run_variants(dtype)
     for head_dim in (32, 64, 128):
-        yield _rope_variant(dtype, head_dim, values=False)
-    yield _rope_variant(dtype, 64, values=True)
+        yield _rope_variant(dtype, head_dim)
     for backward in (False, True):
         yield _gelu_variant(dtype, backward=backward)
         yield _geglu_variant(dtype, backward=backward)
