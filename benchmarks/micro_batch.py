@@ -55,10 +55,11 @@ OVERWRITES = {aten.copy_, *ZEROS, *FILLS}
 # Triton's kernels, by file and name. Products of 2 D FLOP for each head and pair of tokens that attend to each other:
 ATTENTION_PRODUCTS = {"attention._forward_kernel": 2, "attention._dq_kernel": 3, "attention._dkdv_kernel": 4}
 TABLES = {"word_ptr", "position_ptr"}
-# The share of an argument that a kernel touches, where it is not all of it; of RoPE's, which has no VALUES in place.
+# The share of an argument that a kernel touches, where it is not all of it; RoPE leaves values alone where it is in
+# place.
 SHARES = {
     ("attention._dq_kernel", "dqkv_ptr"): 1 / 3, ("attention._dkdv_kernel", "dqkv_ptr"): 2 / 3,
-    ("rope._rope_kernel", "qkv_ptr"): 2 / 3, ("rope._rope_kernel", "out_ptr"): 2 / 3,
+    ("rope._rope_kernel in place", "qkv_ptr"): 2 / 3, ("rope._rope_kernel in place", "out_ptr"): 2 / 3,
 }  # fmt: skip
 PRODUCT_KINDS = ("GEMM", "GEMM + GELU")  # cuBLAS' products, and our own with GELU behind them
 KINDS = {
@@ -151,11 +152,12 @@ class Recorder(TorchDispatchMode):
     def launch(self, launch: Launch) -> None:
         """The driver's `on_launch`."""
         name, arguments = launch.kernel.name, launch.arguments
+        what = f"{name} in place" if arguments.get("out_ptr") is arguments.get("qkv_ptr", name) else name
         moved = 0.0
         for key, x in arguments.items():
             x = x.base if isinstance(x, TensorDescriptor) else x
             if isinstance(x, Tensor):
-                whole = num_bytes(x) * (1.0 if arguments.get("VALUES") else SHARES.get((name, key), 1.0))
+                whole = num_bytes(x) * SHARES.get((what, key), 1.0)
                 rows = arguments["N"] * arguments["D"] * x.element_size() if key in TABLES else whole
                 moved += min(whole, rows)
         flops = 0.0
