@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdistil import export
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective
@@ -25,14 +27,16 @@ def sums_of(folder, loss: LossConfig) -> dict[str, float]:
 
 @torch.no_grad()
 def embeddings(folder, num_layers: int | None = None) -> torch.Tensor:
-    """(sequences, width) fp64, of the teacher, or of so many layers of the student."""
+    """(sequences, width) fp64, of the teacher, or of so many layers of the student, as an export has them alone."""
     _, (batch,) = make_batches(folder, 1, CPU)
     if num_layers is None:
         states = make_teacher(folder, CPU)(batch).encoder.hidden_ND
     else:
-        encoder = make_student(folder, "same", CPU).encoder.eval()
-        encoder.layers = encoder.layers[:num_layers]
-        states = encoder(batch.input_ids, batch.position_ids, batch.layout)
+        student = make_student(folder, "same", CPU)
+        part = replace(student.architecture, num_layers=num_layers)
+        alone = MaskedLM(part).eval()
+        alone.load_state_dict(export._first(student.state_dict(), student.architecture, part))
+        states = alone.encoder(batch.input_ids, batch.position_ids, batch.layout)
     return torch.stack([x.double().mean(0) for x in states[: batch.num_tokens].split(batch.real_lengths)])
 
 
