@@ -75,9 +75,16 @@ class Teacher:
         return _mixed(output, (other(batch).vocabularies for other in self.others), self.shares)
 
     def hidden(self, batch: MicroBatch) -> Tensor:
-        """Last hidden states (N, E) of each teacher in turn, as one row, on the encoder's device."""
-        found = [teacher._states(batch)[0].flatten() for teacher in (self, *self.others)]
-        return torch.cat(found) if self.others else found[0]
+        """(N, E) last hidden states, on the encoder's device."""
+        return self._states(batch)[0]
+
+    def answer(self, batch: MicroBatch) -> Tensor:
+        """What a RemoteTeacher asks for: (N, all widths), in whose memory one teacher's hidden states follow another's.
+
+        Each of them is contiguous, as the kernels of the head want it.
+        """
+        found = [teacher.hidden(batch) for teacher in (self, *self.others)]
+        return torch.cat([x.flatten() for x in found]).view(len(found[0]), -1) if self.others else found[0]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
     def _states(self, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -137,13 +144,13 @@ class RemoteTeacher:
     def ask(self, split: Split, number: int, num_tokens: int) -> Callable[[], TeacherOutput]:
         """Ask for the hidden states of micro-batch `number` of a split; the result waits for them."""
         sizes = [num_tokens * width for width in self.widths]
-        hidden = torch.empty(sum(sizes), device=self.device, dtype=self.dtype)
+        hidden = torch.empty(num_tokens, sum(self.widths), device=self.device, dtype=self.dtype)
         wait = self.link.ask((split, number), hidden)
 
         def answer() -> TeacherOutput:
             with span("teacher"):
                 wait()
-                states = [x.view(num_tokens, -1) for x in hidden.split(sizes)]
+                states = [x.view(num_tokens, -1) for x in hidden.flatten().split(sizes)]
                 first, *others = map(_output, self.heads, map(EncoderOutputs, states))
                 return _mixed(first, (other.vocabularies for other in others), self.shares)
 
@@ -168,7 +175,7 @@ def serve(teacher: Teacher, link: TeacherLink, batches_from: Callable[[int, Spli
             expected, batches = following.get((student, split), (None, iter(())))
             if number != expected:  # at the start, and a validation begins again at 0
                 batches = batches_from(student, Split(split), number)
-            link.reply(student, teacher.hidden(next(batches)))
+            link.reply(student, teacher.answer(next(batches)))
             following[student, split] = number + 1, batches
 
 
