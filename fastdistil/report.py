@@ -223,9 +223,9 @@ def _number(value: Any) -> float | None:
 def about(run: Run) -> str:
     """Recipe, teacher and text by their names."""
     parts = [f"recipe {run.config.get('recipe', '–')}"]
-    for title, key in (("teacher", "teacher.path"), ("text", "data.shards")):
-        value = run.config.get(key) or []
-        paths = [Path(str(path)).name for path in (value if isinstance(value, list) else [value])]
+    for title, *keys in (("teacher", "teacher.path", "teacher.others"), ("text", "data.shards")):
+        values = [run.config.get(key) or [] for key in keys]
+        paths = [Path(str(x)).name for value in values for x in (value if isinstance(value, list) else [value])]
         parts += [f"{title} {' + '.join(paths)}"] if paths else []
     return " · ".join(parts)
 
