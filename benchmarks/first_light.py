@@ -738,7 +738,7 @@ def zero(s: Setting) -> Any:
 
 TESTS = (
     *("distill", "linear_distill", "cosine", "dropout", "attention", "layernorm", "gelu", "linear", "fp8_rows"),
-    "backend",
+    *("mixture", "backend"),
 )
 TESTS_S = 150
 """After which the tests are ended, before their stage is."""
@@ -843,7 +843,7 @@ def bench(s: Setting) -> Any:
     commands.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
     words = ["-q", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", chosen, "--results", commands.logs]
-    names = ("distill", "linear_distill", "layernorm", "attention", "gelu", "cosine", "dropout")
+    names = ("distill", "linear_distill", "layernorm", "attention", "gelu", "cosine", "dropout", "mixture")
     # Side by side, since compiling the peers is what takes the time; to be timed they wait for each other.
     begun = {name: commands.start(f"bench-{name}", "pytest", f"benchmarks/bench_{name}.py", *words) for name in names}
     failed = [name for name, process in begun.items() if process.wait()]

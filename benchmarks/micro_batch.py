@@ -58,7 +58,7 @@ SHARES = {("attention._dq_kernel", "dqkv_ptr"): 1 / 3, ("attention._dkdv_kernel"
 PRODUCT_KINDS = ("GEMM", "GEMM + GELU")  # cuBLAS' products, and our own with GELU behind them
 KINDS = {
     "attention": "attention", "layernorm": "LayerNorm", "gelu": "GELU", "distill": "row kernel", "fp8_rows": "FP8 rows",
-    "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
+    "mixture": "mixture", "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
     "linear": "column sums",
 }  # fmt: skip
 

@@ -251,8 +251,8 @@ def _of_the_teacher(run: Run) -> str:
         ends = f" (95 %: {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         return f"The student keeps {share:.1f} %{ends} of its teacher’s score ({of}) with {size}{fast}."
     if agreement is not None:
-        share = f"agrees with its teacher on {100 * agreement:.1f} % of the tokens of held-out text"
-        return f"The student {share}, with {size}{fast}."
+        whom = "the mixture of its teachers" if run.record.get("others") else "its teacher"
+        return f"The student agrees with {whom} on {100 * agreement:.1f} % of the tokens of held-out text, with {size}{fast}."
     return f"The student has {size}{fast}; what it keeps of its teacher is not measured."
 
 

@@ -28,6 +28,7 @@ TOY = {
     "gelu": "--rows 130 --widths 7,20",
     "layernorm": "--rows 33 --widths 20",
     "linear_distill": "--rows 9 --widths 16 --teacher-width 32 --vocab 50",
+    "mixture": "--rows 9 --vocab 50 --teachers 2,3",
 }
 QUICK = "--device cpu --rounds 2 --providers"
 GELU = [

@@ -52,11 +52,11 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (9700, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
+    "core": (9810, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (2660, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (3120, ("kernels", "../csrc")),
+    "kernels": (3235, ("kernels", "../csrc")),
 }
-MOST_FILES = 13  # in a folder of the product
+MOST_FILES = {"kernels": 16}  # an operator a file; in any other folder of the product 13
 LONGEST_FUNCTION = 60
 LONGEST_LINE = 120
 
@@ -198,7 +198,9 @@ def test_no_line_is_wide(path):
 
 def test_no_folder_is_crowded():
     for folder in (PACKAGE, ROOT / "kernels", *(PACKAGE / room for room in MAY_IMPORT)):
-        assert len([p for p in folder.iterdir() if p.suffix == ".py" and p.stem != "__init__"]) <= MOST_FILES, folder
+        assert len([p for p in folder.iterdir() if p.suffix == ".py" and p.stem != "__init__"]) <= MOST_FILES.get(
+            folder.name, 13
+        )
 
 
 @pytest.mark.parametrize("path", [*MODULES, *KERNELS, *BENCHMARKS], ids=name_of)

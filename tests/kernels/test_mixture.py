@@ -43,7 +43,7 @@ def probabilities(logits_NV: Tensor, vocab_size: int | None = None, temperature:
 
 
 def check(logits: list[Tensor], weights=WEIGHTS, *, vocab_size: int | None = None, temperature: float = 2.0) -> Tensor:
-    """The probabilities are no worse than twice PyTorch's, for each time that logarithms are rounded, which it does once.
+    """The probabilities are no worse than twice PyTorch's, which rounds the logarithms once, for each time ours are.
 
     Where fp32 is truncated, by a unit more.
     """
