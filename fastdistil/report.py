@@ -243,8 +243,7 @@ def _of_the_teacher(run: Run) -> str:
     if 2 * student.num_layers == teacher.num_layers:
         layers = f"half its layers ({student.num_layers} of {teacher.num_layers})"
     size = f"{layers} and {100 * student.num_parameters / teacher.num_parameters:.0f} % of its parameters"
-    faster = speed(run.efficiency)
-    fast = f", {faster:.1f} times as fast" if faster else ""
+    fast = f", {faster:.1f} times as fast" if (faster := speed(run.efficiency)) else ""
     agreement = _number(run.validation[-1].get("agreement")) if run.validation else None
     if found := kept(run.scores):
         share, of, interval = found[0]
@@ -252,7 +251,8 @@ def _of_the_teacher(run: Run) -> str:
         return f"The student keeps {share:.1f} %{ends} of its teacher’s score ({of}) with {size}{fast}."
     if agreement is not None:
         whom = "the mixture of its teachers" if run.record.get("others") else "its teacher"
-        return f"The student agrees with {whom} on {100 * agreement:.1f} % of the tokens of held-out text, with {size}{fast}."
+        share = f"agrees with {whom} on {100 * agreement:.1f} % of the tokens of held-out text"
+        return f"The student {share}, with {size}{fast}."
     return f"The student has {size}{fast}; what it keeps of its teacher is not measured."
 
 
