@@ -1,5 +1,7 @@
 """The frozen teacher: hidden states for a micro-batch, never logits, never a gradient, never in an engine.
 
+Several teachers are one: the first has the others with it, whose heads' hidden states are all that they hand over.
+
 `TeacherPrefetcher` hands (micro-batch, teacher's output) to the loop. On CUDA the teacher works on the next
 micro-batch, on a stream of its own, while the student works on this one; on a CPU it precedes. The numbers are the
 same, bit for bit.

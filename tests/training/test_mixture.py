@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastdistil import replay
+import fastdistil
+from fastdistil import replay, report
 from fastdistil.export import write_hugging_face_folder
 from fastdistil.kernels.mixture import running_shares
 from fastdistil.model.weights import load_masked_lm
@@ -169,6 +170,9 @@ def test_teachers_of_another_vocabulary_or_without_a_head(folder, tmp_path):
     take_head_away(shutil.copytree(root / "teacher", root / "headless"))
     with pytest.raises(ValueError, match=r"^--teacher.others: .*masked-LM head"):
         resolve(config(root, "headless"), world_size=1)
+    others = {"teacher.others": [root / "headless"]}  # from Python, before a text is read
+    with pytest.raises(ValueError, match=r"^--teacher.others: .*masked-LM head"):
+        fastdistil.distil(root / "teacher", ["w1 w2"], out=root / "out", **others)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^--teacher.others: not a Hugging Face folder"):
         resolve(config(root, "nowhere"), world_size=1)
     short = toy.steep(toy.architecture(max_positions=40), seed=3)
@@ -236,6 +240,10 @@ def test_a_run_learns_from_both_and_says_so(run, folder, tmp_path):
     card = (tmp_path / "student" / "README.md").read_text()
     assert "other teachers | `narrow`, 2 layers, 24 wide" in card
     assert "All distributions are averaged, 2 : 1" in card
+    read = report.read("two", run)
+    assert "teacher teacher + narrow" in report.about(read)
+    said = report.verdict(read, report.ReportConfig(runs=(run,)))
+    assert "The student agrees with the mixture of its teachers on" in said
 
 
 def test_it_goes_on_bit_for_bit_and_only_with_the_same_teachers(run, folder, tmp_path, capsys):
