@@ -57,6 +57,7 @@ ALONE = {
         length=4,
         loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, similarity=1.0, nested_layers=(1,), nested_dimensions=(32,)),
     ),
+    "three teachers": replace(MINILM, others=(model(1, 384), model(4, 128))),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "BERT's vocabulary": Case(
         student=model(2, 384, vocab_size=30522), teacher=model(2, 384, vocab_size=30522), tokens=1024
@@ -97,7 +98,13 @@ def test_the_peak_is_as_predicted(measured, name):
 
 @pytest.mark.parametrize(
     ("more", "less"),
-    [("twice the tokens", "fp32"), ("no dropout", "fp32"), ("sdpa", "fp32"), ("deep", "checkpointing")],
+    [
+        ("twice the tokens", "fp32"),
+        ("no dropout", "fp32"),
+        ("sdpa", "fp32"),
+        ("deep", "checkpointing"),
+        ("three teachers", "fp32"),
+    ],
 )
 def test_what_makes_the_difference(measured, more, less):
     """A difference of two runs shows an error that 10 % of a whole run would hide."""
