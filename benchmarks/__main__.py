@@ -6,7 +6,7 @@ from pathlib import Path
 from fastdistil.run.command import command, leave
 
 FOLDER = Path(__file__).parent
-OPERATORS = ("attention", "cosine", "distill", "dropout", "gelu", "layernorm", "linear_distill")
+OPERATORS = ("attention", "cosine", "distill", "dropout", "geglu", "gelu", "layernorm", "linear_distill", "rope")
 
 
 def about(path: Path) -> str:

@@ -13,9 +13,11 @@ from fastdistil.kernels import (
     distill,
     dropout,
     fp8_rows,
+    geglu,
     gelu,
     layernorm,
     linear,
+    rope,
 )
 from fastdistil.kernels.layout import TILE_ROWS
 
@@ -91,7 +93,7 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 
 
 def _attention_variant(
-    dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True
+    dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True, window: int = 0
 ) -> Variant:
     by_width = attention_tiles.TILES[arch][head_dim]
     tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
@@ -103,7 +105,7 @@ def _attention_variant(
     }[kernel]
     constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WINDOW": window,
     }  # fmt: skip
     if kernel != "forward":
         block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
@@ -118,7 +120,10 @@ def _attention_variant(
     absent = {"key_ptr": not dropout, "partial_ptr": "partial_ptr" in signature and not sums}
     constexprs |= dict.fromkeys((name for name, is_so in absent.items() if is_so), None)
     return Variant(
-        name=f"attention {kernel} {dtype} D={head_dim}" + " dropout" * dropout + " without sums" * (not sums),
+        name=f"attention {kernel} {dtype} D={head_dim}"
+        + " dropout" * dropout
+        + " without sums" * (not sums)
+        + f" window {window}" * (window > 0),
         kernel={"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}[
             kernel
         ],
@@ -278,6 +283,39 @@ def _gelu_variant(dtype: str, *, backward: bool) -> Variant:
     )
 
 
+def _geglu_variant(dtype: str, *, backward: bool) -> Variant:
+    x, tile = f"*{dtype}", dict(geglu.TILE)
+    num_warps = tile.pop("num_warps")
+    pointers = ("dout_ptr", "x_ptr", "dx_ptr") if backward else ("x_ptr", "out_ptr")
+    return Variant(
+        name=f"geglu {'backward' if backward else 'forward'} {dtype}",
+        kernel=geglu._backward_kernel if backward else geglu._forward_kernel,
+        signature=dict.fromkeys(pointers, x) | {"N": "i32", "F": "i32"} | dict.fromkeys(tile, "constexpr"),
+        constexprs=tile,
+        divisible=("F",),
+        num_warps=num_warps,
+        max_narrow_loads=0,
+    )
+
+
+def _rope_variant(dtype: str, head_dim: int, *, values: bool) -> Variant:
+    """`values`: into another tensor, values and all."""
+    tile = rope.tile(head_dim)
+    num_warps = tile.pop("num_warps")
+    constants = {"H": 12, "D": head_dim, "VALUES": values} | tile
+    return Variant(
+        name=f"rope {dtype} D={head_dim}" + " values" * values,
+        kernel=rope._rope_kernel,
+        signature={
+            "qkv_ptr": f"*{dtype}", "rotation_ptr": "*fp32", "out_ptr": f"*{dtype}", "N": "i32", "sign": "fp32",
+            **dict.fromkeys(constants, "constexpr"),
+        },
+        constexprs=constants,
+        num_warps=num_warps,
+        max_narrow_loads=0,
+    )  # fmt: skip
+
+
 def _quantise_variant(dtype: str, width: int, *, gelu: bool) -> Variant:
     settings = fp8_rows.tile(width)
     num_warps = settings.pop("num_warps")
@@ -364,8 +402,12 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
         yield _column_sums_variant(num_sums=num_sums, out=dtype)
     yield _strip_sums_variant(dtype)
     yield from _run_variants(dtype)
+    for head_dim in (32, 64, 128):
+        yield _rope_variant(dtype, head_dim, values=False)
+    yield _rope_variant(dtype, 64, values=True)
     for backward in (False, True):
         yield _gelu_variant(dtype, backward=backward)
+        yield _geglu_variant(dtype, backward=backward)
         for width in layernorm_widths:
             yield _layernorm_variant(dtype, width, backward=backward, dropout=True)
             yield _layernorm_variant(dtype, width, backward=backward, dropout=True, embeddings=True)

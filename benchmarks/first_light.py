@@ -229,7 +229,7 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
     """(name, operator, its definition, leaves, gradient of the result) of every operator, at the model's shapes."""
     import torch
 
-    from fastdistil.kernels import attention, cosine, distill, dropout, gelu, layernorm
+    from fastdistil.kernels import attention, cosine, distill, dropout, geglu, gelu, layernorm, rope
 
     D, normal = s.D, s.normal
     x, r, w, b, dy = normal(n, D), normal(n, D), normal(D), normal(D), normal(n, D)
@@ -244,6 +244,16 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
         )
     wide = [normal(n, 4 * D), normal(4 * D)]
     yield "gelu", gelu.bias_gelu, gelu.bias_gelu_reference, wide, normal(n, 4 * D)
+    yield "geglu", geglu.geglu, geglu.geglu_reference, wide[:1], normal(n, 2 * D)
+    turns = rope.rotations(torch.arange(n, device=s.device), D // s.H, 1e4)
+    heads = normal(n, 3, s.H, D // s.H)
+    yield (
+        "rope",
+        lambda q: rope.rope(q, turns),
+        lambda q: rope.rope_reference(q, turns),
+        [heads],
+        torch.ones_like(heads),
+    )
     lengths = [512] * 6 + [301, 61, 512, 137, 13] if s.on_gpu else [20, 9, 3]
     layout, rows = s.layout(lengths), sum(lengths)
     for p in (0.0, 0.1):
@@ -356,7 +366,7 @@ def kernels(s: Setting) -> Any:
     """[ms, ms that its bytes take at 3 TB/s] of each kernel; for attention TFLOP/s beside torch's own."""
     import torch
 
-    from fastdistil.kernels import cosine, distill, fp8_rows, gelu, layernorm, linear
+    from fastdistil.kernels import cosine, distill, fp8_rows, geglu, gelu, layernorm, linear, rope
 
     found: dict[str, Any] = {}
     N, D, V, normal = s.N, s.D, s.V, s.normal
@@ -378,6 +388,11 @@ def kernels(s: Setting) -> Any:
     g, gb, dg = normal(N, 4 * D), normal(4 * D), normal(N, 4 * D)
     add("gelu", lambda: gelu.bias_gelu(g, gb), 8 * one)
     add("gelu backward", lambda: gelu.gelu_backward_rows(dg, g, gb, dbias=None, accumulate=False), 12 * one)
+    half = normal(N, 2 * D)
+    add("geglu", lambda: geglu.forward(g), 6 * one)
+    add("geglu backward", lambda: geglu.backward(half, g), 10 * one)
+    qkv, turns = normal(N, 3, s.H, D // s.H), rope.rotations(torch.arange(N, device=s.device), D // s.H, 1e4)
+    add("rope in place", lambda: rope.rotate_(qkv, turns), 4 * one + turns.numel() * 4)
     scale = torch.ones((), device=s.device)
     add("cosine", lambda: cosine.forward(x, r, None, scale), 3 * one)
     n = N // 4
@@ -738,7 +753,7 @@ def zero(s: Setting) -> Any:
 
 TESTS = (
     *("distill", "linear_distill", "cosine", "dropout", "attention", "layernorm", "gelu", "linear", "fp8_rows"),
-    "backend",
+    *("geglu", "rope", "backend"),
 )
 TESTS_S = 150
 """After which the tests are ended, before their stage is."""
@@ -843,7 +858,7 @@ def bench(s: Setting) -> Any:
     commands.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
     words = ["-q", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", chosen, "--results", commands.logs]
-    names = ("distill", "linear_distill", "layernorm", "attention", "gelu", "cosine", "dropout")
+    names = ("distill", "linear_distill", "layernorm", "attention", "gelu", "geglu", "rope", "cosine", "dropout")
     # Side by side, since compiling the peers is what takes the time; to be timed they wait for each other.
     begun = {name: commands.start(f"bench-{name}", "pytest", f"benchmarks/bench_{name}.py", *words) for name in names}
     failed = [name for name, process in begun.items() if process.wait()]

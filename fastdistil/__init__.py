@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from fastdistil.kernels.cosine import CosineLoss, cosine_loss
     from fastdistil.kernels.distill import DistillLoss, distill_loss
     from fastdistil.kernels.dropout import dropout, new_dropout_seed
+    from fastdistil.kernels.geglu import geglu
     from fastdistil.kernels.gelu import bias_gelu, linear_gelu
     from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
     from fastdistil.kernels.layout import SequenceLayout, padded_layout, sequence_layout
     from fastdistil.kernels.linear import linear
     from fastdistil.kernels.linear_distill import linear_distill_loss
+    from fastdistil.kernels.rope import rope, rotations
 
 __all__ = [
     "CosineLoss",
@@ -37,12 +39,15 @@ __all__ = [
     "distill_loss",
     "dropout",
     "dropout_add_layernorm",
+    "geglu",
     "layernorm",
     "linear",
     "linear_distill_loss",
     "linear_gelu",
     "new_dropout_seed",
     "padded_layout",
+    "rope",
+    "rotations",
     "sequence_layout",
 ]
 _HOMES = {
@@ -52,11 +57,13 @@ _HOMES = {
     "kernels.cosine": "CosineLoss cosine_loss",
     "kernels.distill": "DistillLoss distill_loss",
     "kernels.dropout": "dropout new_dropout_seed",
+    "kernels.geglu": "geglu",
     "kernels.gelu": "bias_gelu linear_gelu",
     "kernels.layernorm": "dropout_add_layernorm layernorm",
     "kernels.layout": "SequenceLayout padded_layout sequence_layout",
     "kernels.linear": "linear",
     "kernels.linear_distill": "linear_distill_loss",
+    "kernels.rope": "rope rotations",
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 

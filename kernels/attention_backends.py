@@ -64,7 +64,10 @@ FASTEST: dict[int, Fastest] = {
     100: Fastest("fused", "fused"),
 }
 CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2; timings of 2^16 to 2^22 differ by less than their noise
-WINDOW_ROWS = 128
+# Queries of a block where there is a window. With one of 64 (one thread of an EPYC with AVX-512, 12 heads of 64, fp32,
+# 8,192 tokens in one sequence) forward and backward took 300, 329, 425, 626 and 1,037 ms in blocks of 32 to 512; by sdpa
+# 440, 407, 447, 547 and 751 ms, and 9.3 s with a mask of the whole sequence. Those of 2,048 in 512s agree.
+WINDOW_ROWS = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -197,13 +200,15 @@ def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float, w
 def _in_blocks(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with a window, (B, H, L, D), in one call: each block of rows and the slice that it sees are a text."""
     B, _, L, _ = q.shape
-    if L <= WINDOW_ROWS + window:
+    if window + WINDOW_ROWS >= L:
         row = torch.arange(L, device=q.device)
         return attend(q, k, v, attn_mask=(row[:, None] - row).abs() <= window)
     tail, width = -L % WINDOW_ROWS, WINDOW_ROWS + 2 * window
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (-1, WINDOW_ROWS)).transpose(1, 2)
     # unfold, whose backward adds what slices share; that of a slice fills all of (B, H, L, D) with zeros.
-    k, v = (F.pad(x, (0, 0, window, window + tail)).unfold(2, width, WINDOW_ROWS).permute(0, 2, 1, 4, 3) for x in (k, v))
+    k, v = (
+        F.pad(x, (0, 0, window, window + tail)).unfold(2, width, WINDOW_ROWS).permute(0, 2, 1, 4, 3) for x in (k, v)
+    )
     row = torch.arange(L + tail, device=q.device).view(-1, WINDOW_ROWS, 1)
     column = row[:, :1] + torch.arange(-window, WINDOW_ROWS + window, device=q.device)
     # Rows behind the end see each other: a row that sees nothing is NaN, and its gradient.
@@ -214,8 +219,9 @@ def _in_blocks(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor,
 
 
 @torch.compiler.disable()  # as sdpa
-def attention_cudnn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
-    """(N, H, D) by cuDNN."""
+def attention_cudnn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float, window: int = 0) -> Tensor:
+    """(N, H, D) by cuDNN. Without a window: `resolve_backend` refuses one."""
+    assert not window
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] == 1:  # which cuDNN does not take
@@ -245,10 +251,11 @@ class _TorchFlash(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, bounds: Tensor, longest: int, dropout_p: float) -> Tensor:
+    def forward(ctx, qkv: Tensor, bounds: Tensor, longest: int, dropout_p: float, window: int) -> Tensor:
         ctx.arguments = longest, longest, dropout_p, False  # not causal
+        ctx.window = {"window_size_left": window, "window_size_right": window} if window else {}
         out, lse, *random_state, _ = torch.ops.aten._flash_attention_forward(
-            *qkv.unbind(1), bounds, bounds, *ctx.arguments, False
+            *qkv.unbind(1), bounds, bounds, *ctx.arguments, False, **ctx.window
         )
         ctx.save_for_backward(qkv, bounds, out, lse, *random_state)
         return out
@@ -258,9 +265,9 @@ class _TorchFlash(torch.autograd.Function):
         qkv, bounds, out, lse, *random_state = ctx.saved_tensors
         with _in_one_order():
             gradients = torch.ops.aten._flash_attention_backward(
-                *grad_outputs, *qkv.unbind(1), out, lse, bounds, bounds, *ctx.arguments, *random_state
+                *grad_outputs, *qkv.unbind(1), out, lse, bounds, bounds, *ctx.arguments, *random_state, **ctx.window
             )
-        return torch.stack(gradients, dim=1), None, None, None
+        return torch.stack(gradients, dim=1), None, None, None, None
 
 
 @contextmanager
@@ -278,29 +285,30 @@ def _in_one_order() -> Iterator[None]:
 
 
 @torch.compiler.disable()  # of the longest sequence it would be traced anew
-def attention_torch_flash(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+def attention_torch_flash(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float, window: int = 0) -> Tensor:
     """(N, H, D) by the flash attention inside PyTorch. Heads of a multiple of 8, up to 256."""
-    out: Any = _TorchFlash.apply(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p)
+    out: Any = _TorchFlash.apply(qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p, window)
     return out
 
 
 @torch.compiler.disable()  # the operators of another package
-def attention_flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float) -> Tensor:
+def attention_flash_attn(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float, window: int = 0) -> Tensor:
     """(N, H, D) by the package flash-attn."""
     from flash_attn import flash_attn_varlen_qkvpacked_func  # pyright: ignore[reportMissingImports]
 
+    options = {"window_size": (window, window)} if window else {}
     return flash_attn_varlen_qkvpacked_func(
-        qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p, deterministic=True
+        qkv_N3HD, layout.cu_seqlens, layout.max_length, dropout_p=dropout_p, deterministic=True, **options
     )
 
 
-OTHERS: dict[str, Callable[[Tensor, SequenceLayout, float], Tensor]] = {
+OTHERS: dict[str, Callable[[Tensor, SequenceLayout, float, int], Tensor]] = {
     "sdpa": attention_sdpa,
     "torch-flash": attention_torch_flash,
     "cudnn": attention_cudnn,
     "flash-attn": attention_flash_attn,
 }
-"""Backends besides fused: (qkv (N, 3, H, D), layout, dropout_p) -> (N, H, D), differentiable by PyTorch."""
+"""Backends besides fused: (qkv (N, 3, H, D), layout, dropout_p, window) -> (N, H, D), differentiable by PyTorch."""
 
 
 def seed_generator(device: torch.device | str, seed: int) -> None:
@@ -336,6 +344,7 @@ def resolve_backend(
     dropout_p: float = 0.0,
     training: bool | None = None,
     dtype: torch.dtype | None = None,
+    window: int = 0,
 ) -> ResolvedBackend:
     """What `attention(backend=...)` runs on this device, with dropout at this rate (0 in evaluation).
 
@@ -352,18 +361,29 @@ def resolve_backend(
         all 512             0.76 / 0.71 (0.58 / 0.70)    1.99 / 1.89 (3.18 / 2.48)
         like Wikipedia's    0.58 / 0.73 (0.59 / 0.74)    1.90 / 1.63 (2.40 / 2.03)
 
+    With a window auto is fused on CUDA, where the others were not measured with one, and on the CPU where a backward
+    follows. Time of sdpa over that of fused on one thread of an EPYC with AVX-512, window 64, 12 heads of 64, without
+    dropout, fp32 (bf16):
+
+        lengths    tokens    forward        forward and backward
+        128        2,048     0.71 (0.81)    0.80 (1.27)
+        512        2,048     0.88 (0.88)    1.21 (1.55)
+        8,192      8,192     0.94 (0.77)    1.24 (1.34)
+
     Args:
         training: whether a backward follows; None: where there is dropout.
+        window: as in `attention`, the same in all layers or that of some.
 
     Raises:
-        ValueError: if the backend is unknown, or cannot serve the device or, where it is given, the dtype.
+        ValueError: if the backend is unknown, or cannot serve the device, the window or, where it is given, the dtype.
     """
     device = torch.device(device)
     training = dropout_p > 0 if training is None else training
     if backend == "auto":
         if device.type == "cpu":
-            return "fused" if dropout_p > 0 or (training and dtype == torch.bfloat16) else "sdpa"
-        if device.type != "cuda" or dtype == torch.float32:
+            slow_backward = training and (dtype == torch.bfloat16 or window > 0)
+            return "fused" if dropout_p > 0 or slow_backward else "sdpa"
+        if device.type != "cuda" or dtype == torch.float32 or window:
             return "fused"
         fastest = FASTEST[architecture(device)]
         return fastest.training if training else fastest.forward
@@ -377,6 +397,11 @@ def resolve_backend(
         raise ValueError(
             f"attention backend {backend} wants bf16 or fp16 on CUDA, got "
             f"{dtype or 'a tensor'} on {device.type}: use backend auto"
+        )
+    if backend == "cudnn" and window:
+        raise ValueError(
+            f"attention backend cudnn has no window, got {window}: a mask would cost all of L x L; use backend fused, or "
+            "torch-flash"
         )
     if backend == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(

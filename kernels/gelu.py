@@ -298,6 +298,11 @@ def _product_kernel(
     )  # fmt: skip
 
 
+def _or_zeros(bias: Tensor | None, x: Tensor) -> Tensor:
+    """The bias of x; zeros where a head's layer has none, whose few tokens do not pay for kernels of their own."""
+    return x.new_zeros(x.shape[1:]) if bias is None else bias
+
+
 def _launch_forward(x: Tensor, bias: Tensor, out: Tensor) -> None:
     """out = gelu(x + bias), which may be x itself."""
     if x.numel() > 0:
@@ -349,7 +354,9 @@ def _takes_own_product(a: Tensor, b: Tensor, columns: int) -> bool:
     return a.is_contiguous() and b.is_contiguous() and (a.data_ptr() | b.data_ptr()) % 16 == 0  # as TMA reads
 
 
-def _launch_product(a: Tensor, b: Tensor, bias: Tensor, z: Tensor | None, out: Tensor, partial: Tensor | None) -> None:
+def _launch_product(
+    a: Tensor, b: Tensor, bias: Tensor | None, z: Tensor | None, out: Tensor, partial: Tensor | None
+) -> None:
     """The backward, if it has `partial` (rows of tiles, 1, F) fp32, for its sums of rows. All contiguous."""
     (N, F), K, backward = out.shape, a.shape[1], partial is not None
     side, depth, part = SIDE.value, DEPTH.value, PART.value
@@ -357,12 +364,14 @@ def _launch_product(a: Tensor, b: Tensor, bias: Tensor, z: Tensor | None, out: T
     _product_kernel[(_programs(a.device),)](
         _described(a, side, depth), _described(b, *b_block),
         None if z is None else _described(z, side, part), _described(out, side, part),
-        bias, partial, N, F, K, backward, z is not None and not backward,
+        _or_zeros(bias, out), partial, N, F, K, backward, z is not None and not backward,
         _layout(depth), _layout(b_block[1]), _layout(part), num_warps=4, maxnreg=REGISTERS, **LAUNCH_OPTIONS,
     )  # fmt: skip
 
 
-def linear_gelu_forward(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+def linear_gelu_forward(
+    x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """(gelu(x @ weight.T + bias) (N, F), z (N, F) for the backward if `keep`). No checks, no gradient.
 
     z is x @ weight.T with the bias on the CPU, where a product adds it for nothing, and without it elsewhere. All
@@ -378,12 +387,12 @@ def linear_gelu_forward(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, keep: b
         return out, z
     z = x_ND @ weight_FD.t()
     out = torch.empty_like(z) if keep else z
-    _launch_forward(z, bias_F, out)
+    _launch_forward(z, _or_zeros(bias_F, z), out)
     return out, z if keep else None
 
 
 def gelu_backward_product(
-    dy_ND: Tensor, weight_DF: Tensor, z_NF: Tensor, bias_F: Tensor, *, dbias: Tensor | None, accumulate: bool
+    dy_ND: Tensor, weight_DF: Tensor, z_NF: Tensor, bias_F: Tensor | None, *, dbias: Tensor | None, accumulate: bool
 ) -> Tensor:
     """dz (N, F) = (dy @ weight) * gelu'(z), z from `linear_gelu_forward`.
 
@@ -401,15 +410,17 @@ def gelu_backward_product(
 
 
 def gelu_backward_rows(
-    dout_NF: Tensor, z_NF: Tensor, bias_F: Tensor, *, dbias: Tensor | None, accumulate: bool
+    dout_NF: Tensor, z_NF: Tensor, bias_F: Tensor | None, *, dbias: Tensor | None, accumulate: bool
 ) -> Tensor:
     """dz (N, F) = dout * gelu'(z); the rest as in `gelu_backward_product`."""
     return _backward_into(torch.empty_like(dout_NF), dout_NF, z_NF, bias_F, dbias, accumulate)
 
 
-def _backward_into(dz: Tensor, dout: Tensor, z: Tensor, bias: Tensor, dbias: Tensor | None, accumulate: bool) -> Tensor:
+def _backward_into(
+    dz: Tensor, dout: Tensor, z: Tensor, bias: Tensor | None, dbias: Tensor | None, accumulate: bool
+) -> Tensor:
     if dout.device.type in TRITON_DEVICES:
-        _launch_backward(dout, z, bias, dz, dbias, accumulate)
+        _launch_backward(dout, z, _or_zeros(bias, z), dz, dbias, accumulate)
         return dz
     torch.ops.aten.gelu_backward.grad_input(dout, z, grad_input=dz)
     if dbias is not None:

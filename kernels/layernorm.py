@@ -143,7 +143,7 @@ def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, thresh
 def _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D):
     """word[ids] + position[position_ids] + type in fp32."""
     word = tl.load(ids_ptr + row, mask=row < N, other=0).to(tl.int64)
-    position = 0
+    position = word
     if position_ids_ptr is not None:
         position = tl.load(position_ids_ptr + row, mask=row < N, other=0).to(tl.int64)
     y = tl.load(word_ptr + word[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)

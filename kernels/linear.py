@@ -188,7 +188,7 @@ def add_rows(total_VD: Tensor, rows_ND: Tensor, index_N: Tensor, padding: int | 
 
 
 @torch.library.custom_op("fastdistil::linear", mutates_args=(), device_types="cpu")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear_product(x, weight, bias)
 
 
@@ -198,17 +198,20 @@ def _(x, weight, bias):
 
 
 @torch.library.custom_op("fastdistil::linear_backward", mutates_args=(), device_types="cpu")
-def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_product(dout, weight.t(), None), dout.t() @ x, dout.sum(0)
+def _linear_backward(dout: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias), the last empty without a bias."""
+    dbias = dout.sum(0) if has_bias else dout.new_empty(0)
+    return linear_product(dout, weight.t(), None), dout.t() @ x, dbias
 
 
 @_linear_backward.register_fake
-def _(dout, x, weight):
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+def _(dout, x, weight, has_bias):
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0] if has_bias else 0)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, bias = inputs
+    ctx.has_bias = bias is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight)
 
@@ -216,7 +219,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout):
     if dout is None:
         return None, None, None
-    return _linear_backward(dout, *ctx.saved_tensors)
+    dx, dweight, dbias = _linear_backward(dout, *ctx.saved_tensors, ctx.has_bias)
+    return dx, dweight, dbias if ctx.has_bias else None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
@@ -227,15 +231,16 @@ def linear(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
 
     Raises ValueError where oneDNN would see shapes or dtypes that do not fit.
     """
-    if bias_F is not None and runs_on_onednn(x_ND):
-        if x_ND.ndim < 2 or x_ND.shape[-1:] != weight_FD.shape[1:] or bias_F.shape != weight_FD.shape[:1]:
-            shapes = [tuple(t.shape) for t in (x_ND, weight_FD, bias_F)]
-            raise ValueError(f"linear wants (N, D) or (B, L, D), (F, D) and (F,), got {shapes}")
-        if not x_ND.dtype == weight_FD.dtype == bias_F.dtype:
+    if runs_on_onednn(x_ND):
+        given = [t for t in (x_ND, weight_FD, bias_F) if t is not None]
+        fits = bias_F is None or bias_F.shape == weight_FD.shape[:1]
+        if x_ND.ndim < 2 or x_ND.shape[-1:] != weight_FD.shape[1:] or not fits:
             raise ValueError(
-                f"linear wants one dtype, got {x_ND.dtype}, {weight_FD.dtype} and {bias_F.dtype}: "
-                "convert the module to the dtype of its input"
+                f"linear wants (N, D) or (B, L, D), (F, D) and (F,), got {[tuple(t.shape) for t in given]}"
             )
+        if any(t.dtype != x_ND.dtype for t in given):
+            dtypes = " and ".join(str(t.dtype) for t in given)
+            raise ValueError(f"linear wants one dtype, got {dtypes}: convert the module to the dtype of its input")
         if x_ND.ndim > 2:
             return _linear(x_ND.flatten(0, -2), weight_FD, bias_F).unflatten(0, x_ND.shape[:-1])
         return _linear(x_ND, weight_FD, bias_F)

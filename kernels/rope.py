@@ -5,8 +5,8 @@
 
 so that a score knows of two positions their difference alone. The pairs are column i of one half and of the other, as
 Hugging Face has them (rotate_half), where the paper has neighbours. The values stay as they are. The gradient is turned
-back: the same with -sin, which is the transpose. Nothing of qkv is saved. fp32 arithmetic, one rounding: Hugging Face in
-bf16 rounds cos and sin, too.
+back: the same with -sin, which is the transpose. Nothing of qkv is saved. fp32 arithmetic, one rounding; Hugging Face
+rounds cos and sin to bf16, too.
 
 Memory: queries and keys are read and written once, two thirds of qkv. cos and sin, made once a micro-batch, are 4 R
 bytes twice a row, read once for all 2 H heads: 4 % more at 12 heads of 64 in bf16. A program takes some rows and goes
@@ -84,8 +84,7 @@ def _rope_kernel(
         # All loads before the first store: behind it none may begin, since it might be of what was stored.
         q1, q2 = _load_halves(qkv_ptr, at, live, R)
         k1, k2 = _load_halves(qkv_ptr, at + H * D, live, R)
-        if VALUES:
-            v1, v2 = _load_halves(qkv_ptr, at + 2 * H * D, live, R)
+        v1, v2 = _load_halves(qkv_ptr, at + 2 * H * D, live, R) if VALUES else (q1, q2)
         _store_turned(out_ptr, at, live, R, q1, q2, cos, sin)
         _store_turned(out_ptr, at + H * D, live, R, k1, k2, cos, sin)
         if VALUES:

@@ -25,9 +25,11 @@ TOY = {
     "cosine": "--rows 33 --widths 20 --forward --backward",
     "distill": "--rows 9 --vocab 50",
     "dropout": "--rows 33 --widths 20",
+    "geglu": "--rows 33 --widths 20",
     "gelu": "--rows 130 --widths 7,20",
     "layernorm": "--rows 33 --widths 20",
     "linear_distill": "--rows 9 --widths 16 --teacher-width 32 --vocab 50",
+    "rope": "--rows 33 --head-widths 6",
 }
 QUICK = "--device cpu --rounds 2 --providers"
 GELU = [

@@ -54,9 +54,9 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 BUDGETS = {
     "core": (9700, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (2660, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (3120, ("kernels", "../csrc")),
+    "kernels": (3320, ("kernels", "../csrc")),
 }
-MOST_FILES = 13  # in a folder of the product
+MOST_FILES = {"kernels": 15}  # in a folder of the product, else 13: an operator a file
 LONGEST_FUNCTION = 60
 LONGEST_LINE = 120
 
@@ -198,7 +198,8 @@ def test_no_line_is_wide(path):
 
 def test_no_folder_is_crowded():
     for folder in (PACKAGE, ROOT / "kernels", *(PACKAGE / room for room in MAY_IMPORT)):
-        assert len([p for p in folder.iterdir() if p.suffix == ".py" and p.stem != "__init__"]) <= MOST_FILES, folder
+        files = [p for p in folder.iterdir() if p.suffix == ".py" and p.stem != "__init__"]
+        assert len(files) <= MOST_FILES.get(folder.name, 13), folder
 
 
 @pytest.mark.parametrize("path", [*MODULES, *KERNELS, *BENCHMARKS], ids=name_of)

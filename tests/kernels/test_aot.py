@@ -62,7 +62,14 @@ def test_places_rows_and_rates_share_one_compilation():
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    wanted = ("_dropout_kernel", "_keys_kernel", "_distill_kernel", "_cosine_kernel", "_strip_sums_kernel")
+    wanted = (
+        "_dropout_kernel",
+        "_keys_kernel",
+        "_distill_kernel",
+        "_cosine_kernel",
+        "_strip_sums_kernel",
+        "_rope_kernel",
+    )
     assert {name.partition(".")[2] for name in found} >= {*wanted}
     assert {name: count for name, count in found.items() if count != 1} == {}
 

@@ -3,6 +3,7 @@
 The backend under test is "fused" unless a test says otherwise: "auto" would be PyTorch's own on the CPU.
 """
 
+import collections
 import functools
 import importlib.machinery
 import itertools
@@ -17,6 +18,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdistil.kernels import attention as attention_module
 from fastdistil.kernels import attention_backends
@@ -43,6 +45,13 @@ pytestmark = pytest.mark.triton
 # Below, at and across the blocks of 32 and 64 and the tile of 128. The interpreter gets fewer: it takes 10 ms a
 # program.
 LENGTHS = [[1], [3, 3, 3], [31, 32, 33, 7, 7], [64, 130] if INTERPRETED else [63, 64, 65, 128, 130]]
+# And sequences below, at and across windows that are less, as much and more than a block.
+WINDOWS = [
+    (1, [1, 2, 3]),
+    (20, [20, 21, 41, 130]),
+    (64, [64, 200] if INTERPRETED else [64, 65, 128, 129, 300]),
+    (65, [197]),
+]
 
 
 def make_leaves(lengths, dtype=torch.float32, heads=2, width=20, seed=0, device=DEVICE) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def dropout(dropout_p=0.3, seed=2**62 + 12345, stream=7) -> dict[str, Any]:
     return {"dropout_p": dropout_p, "seed": torch.tensor(seed, device=DEVICE), "stream": stream}
 
 
-def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0) -> Tensor:
+def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0, window=0) -> Tensor:
     """What a PyTorch user would write: every step in the dtype of the input."""
     _, _, H, D = qkv_N3HD.shape
     heads = torch.arange(H, device=DEVICE)
@@ -65,7 +74,11 @@ def eager(qkv_N3HD: Tensor, layout, *, dropout_p=0.0, seed=None, stream=0) -> Te
     outputs = []
     for (batch, length), rows, part in zip(layout.runs, tokens, qkv_N3HD.split(sizes), strict=True):
         q, k, v = part.view(batch, length, 3, H, D).permute(2, 0, 3, 1, 4)
-        weight = (q @ k.mT / D**0.5).softmax(-1)
+        score = q @ k.mT / D**0.5
+        if window:
+            place = torch.arange(length, device=DEVICE)
+            score = score.masked_fill((place[:, None] - place).abs() > window, -math.inf)
+        weight = score.softmax(-1)
         if seed is not None:
             kept = [keep_reference(seed, stream, dropout_p, heads, row, row) for row in rows.view(batch, length)]
             weight = weight * torch.stack(kept) / (1 - dropout_p)
@@ -103,6 +116,13 @@ def test_no_worse_than_twice_pytorch(lengths, dropout_p, dtype):
     check(lengths, make_leaves(lengths, dtype), **(dropout(dropout_p) if dropout_p else {}))
 
 
+@each_dtype
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(("window", "lengths"), WINDOWS, ids=str)
+def test_no_worse_than_twice_pytorch_with_a_window(window, lengths, dropout_p, dtype):
+    check(lengths, make_leaves(lengths, dtype), window=window, **(dropout(dropout_p) if dropout_p else {}))
+
+
 @for_any(
     lambda st: {
         "lengths": st.lists(st.integers(1, 140), min_size=1, max_size=2 if INTERPRETED else 6),
@@ -110,10 +130,11 @@ def test_no_worse_than_twice_pytorch(lengths, dropout_p, dtype):
         "width": st.integers(1, 128),
         "dtype": st.sampled_from(DTYPES),
         "with_dropout": st.booleans(),
+        "window": st.integers(0, 140),
     },
-    always=[{"lengths": [65], "heads": 1, "width": 1, "dtype": torch.float32, "with_dropout": False}],
+    always=[{"lengths": [65], "heads": 1, "width": 1, "dtype": torch.float32, "with_dropout": False, "window": 0}],
 )
-def test_any_lengths_and_heads(lengths, heads, width, dtype, with_dropout):
+def test_any_lengths_and_heads(lengths, heads, width, dtype, with_dropout, window):
     """Gradients are judged with a size of theirs that grows with the scores, as the error of flash attention does.
 
     It computes a weight again, as exp(score - lse). By then the score has been summed twice, and lse, kept in fp32, has
@@ -124,7 +145,8 @@ def test_any_lengths_and_heads(lengths, heads, width, dtype, with_dropout):
     71 here, and by 21 in `eager`; at widths 32 and 64 the three err alike. In bf16 and fp16 the output, of which delta
     is made, has been rounded, which of a few tokens may be more than all that `eager` rounds.
     """
-    leaves, options = make_leaves(lengths, dtype, heads=heads, width=width), dropout() if with_dropout else {}
+    leaves = make_leaves(lengths, dtype, heads=heads, width=width)
+    options = {"window": window} | (dropout() if with_dropout else {})
     qkv = leaves["qkv_N3HD"].detach().double()
     score = max((q @ k.mT).max().item() for q, k, _ in (x.abs().permute(1, 2, 0, 3) for x in qkv.split(lengths)))
     exact = results(judged(eager, sequence_layout(lengths, DEVICE), **options), fp64(leaves))["dqkv_N3HD"]
@@ -175,8 +197,9 @@ def test_two_runs_agree_to_the_last_bit(dtype):
 
 
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("changed", [0, 2, 4])
-def test_sequences_do_not_see_each_other(changed, backend):
+def test_sequences_do_not_see_each_other(changed, window, backend):
     lengths = [5, 1, 33, 9, 3]
     layout, qkv = sequence_layout(lengths, DEVICE), make_leaves(lengths)["qkv_N3HD"].detach()
     start, end = sum(lengths[:changed]), sum(lengths[: changed + 1])
@@ -185,13 +208,78 @@ def test_sequences_do_not_see_each_other(changed, backend):
     outputs = []
     for x in (qkv, other):
         x = x.clone().requires_grad_()
-        out = attention(x, layout, backend=backend)
+        out = attention(x, layout, backend=backend, window=window)
         (gradient,) = torch.autograd.grad(out.sum(), x)
         outputs.append(torch.cat([out.detach()[:, None], gradient], dim=1))
     before, after = outputs
     assert torch.equal(before[:start], after[:start])
     assert torch.equal(before[end:], after[end:])
     assert after[start:end].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("with_dropout", [False, True])
+def test_what_a_window_hides_is_not_read(with_dropout, backend):
+    """Rows 256 to 383 see 236 to 403, whose own attention ends at 64 and at 640 in every block there is."""
+    lengths, options = [5, 700], dropout() if with_dropout and backend == "fused" else {}
+    layout, leaves = sequence_layout(lengths, DEVICE), make_leaves([705], heads=1, width=16)
+    judge, hidden = slice(5 + 256, 5 + 384), [slice(5 + 64), slice(5 + 640, None)]
+    outputs = []
+    for value in (1.0, float("nan")):
+        qkv, dout = (x.detach().clone() for x in leaves.values())
+        for rows in hidden:
+            qkv[rows], dout[rows] = value, value
+        out = attention(qkv.requires_grad_(), layout, backend=backend, window=20, **options)
+        (dqkv,) = torch.autograd.grad(out, qkv, dout)
+        outputs.append(torch.cat([out.detach()[judge, None], dqkv[judge]], dim=1))
+    assert outputs[0].isfinite().all()
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="no one counts what a GPU does")
+def test_work_grows_with_the_length_not_with_its_square(monkeypatch):
+    """Blocks in Triton's interpreter; elsewhere the FLOP of the products, which the raw functions do not hide."""
+    blocks = collections.Counter()
+    for name in ("_forward_step", "_dq_step", "_dkdv_step") if INTERPRETED else ():
+        step = getattr(attention_module, name)
+        monkeypatch.setattr(attention_module, name, lambda *a, step=step: blocks.update("+") or step(*a))
+    totals, window = [0], 32
+    for length in (192, 384, 576):
+        layout, leaves = sequence_layout([length], DEVICE), make_leaves([length], heads=1, width=16)
+        qkv, dout = (x.detach() for x in leaves.values())
+        with FlopCounterMode(display=False) as flops:
+            out, saved = attention_module.forward(qkv, layout, None, 0, 0.0, "fused", window=window)
+            attention_module.backward(
+                dout, qkv, out, saved, layout, None, 0, 0.0, "fused", dbias=None, accumulate=False, window=window
+            )
+        totals.append(blocks.total() if INTERPRETED else flops.get_total_flops())
+        blocks.clear()
+    first, second, third = (after - before for before, after in itertools.pairwise(totals))
+    assert third == second >= first > 0
+    # A block sees its own rows and a window on either side: of 32 rows three of 32, in each of three kernels; of 64 rows
+    # 128, in each of seven products.
+    assert second == (3 * 192 // 32 * 3 if INTERPRETED else 7 * 2 * 16 * 192 * (64 + 2 * window))
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("length", [1, 65, 200])
+def test_a_window_that_holds_the_sequence_is_none(length, backend):
+    leaves, layout = make_leaves([length]), sequence_layout([length], DEVICE)
+    operator = functools.partial(attention, backend=backend)
+    without = results(judged(operator, layout), leaves)
+    for window in (max(1, length - 1), length, 2**31 - 1):
+        for name, value in results(judged(operator, layout, window=window), leaves).items():
+            torch.testing.assert_close(value, without[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["fused", "sdpa"])
+def test_scores_far_below_zero_with_a_window(backend):
+    """A row that sees nothing of the first block starts from a number below every score."""
+    layout, leaves = sequence_layout([200], DEVICE), make_leaves([200])
+    qkv = leaves["qkv_N3HD"].detach()
+    qkv[:, 0], qkv[:, 1] = 1e9, -1e9
+    out = attention(qkv, layout, backend=backend, window=20)
+    torch.testing.assert_close(out, attention_reference(qkv, layout, window=20))
 
 
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
@@ -235,24 +323,27 @@ def test_seed_and_stream_choose_the_mask():
 
 
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
+@pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [[1], [33, 9, 9, 130]], ids=str)
-def test_raw_functions_are_the_operator(lengths, dtype, dropout_p, backend):
+def test_raw_functions_are_the_operator(lengths, dtype, dropout_p, window, backend):
     """Also where the layout ends in empty tiles and where the caller, an autograd function, has gradients off."""
     layout = sequence_layout(lengths, DEVICE, sequence_step=7, tile_step=8)
     leaves, options = make_leaves(lengths, dtype), dropout(dropout_p)
     qkv, dout = leaves["qkv_N3HD"], leaves["weight_NHD"]
     torch.manual_seed(3)  # for sdpa
-    expected = attention(qkv, layout, backend=backend, **options)
+    expected = attention(qkv, layout, backend=backend, window=window, **options)
     (expected_dqkv,) = torch.autograd.grad(expected, qkv, dout)
     arguments = options["seed"], options["stream"], dropout_p, backend
     with torch.no_grad():
         torch.manual_seed(3)
-        out, saved = attention_module.forward(qkv, layout, *arguments)
-        dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=None, accumulate=False)
+        out, saved = attention_module.forward(qkv, layout, *arguments, window=window)
+        dqkv = attention_module.backward(
+            dout, qkv, out, saved, layout, *arguments, dbias=None, accumulate=False, window=window
+        )
         torch.manual_seed(3)
-        alone, _ = attention_module.forward(qkv, layout, *arguments, keep=False)
+        alone, _ = attention_module.forward(qkv, layout, *arguments, keep=False, window=window)
     for got, wanted in ((out, expected), (alone, expected), (dqkv, expected_dqkv)):
         assert not got.requires_grad
         assert torch.equal(got, wanted)
@@ -261,11 +352,16 @@ def test_raw_functions_are_the_operator(lengths, dtype, dropout_p, backend):
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "total_dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ("dtype", "total_dtype", "window"),
+    [
+        (torch.float32, torch.float32, 0),
+        (torch.bfloat16, torch.float32, 0),
+        (torch.bfloat16, torch.bfloat16, 0),
+        (torch.bfloat16, torch.float32, 20),
+    ],
     ids=str,
 )
-def test_bias_gradient_is_the_column_sums(dtype, total_dtype, accumulate, backend):
+def test_bias_gradient_is_the_column_sums(dtype, total_dtype, window, accumulate, backend):
     lengths = [33, 9, 130]
     layout = sequence_layout(lengths, DEVICE, tile_step=8)
     leaves, options = make_leaves(lengths, dtype), dropout() if backend == "fused" else dropout(0.0)
@@ -273,8 +369,10 @@ def test_bias_gradient_is_the_column_sums(dtype, total_dtype, accumulate, backen
     arguments = options["seed"], options["stream"], options["dropout_p"], backend
     before = 3.0 if accumulate else float("nan")
     dbias = torch.full((3 * 2 * 20,), before, device=DEVICE, dtype=total_dtype)
-    out, saved = attention_module.forward(qkv, layout, *arguments)
-    dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=accumulate)
+    out, saved = attention_module.forward(qkv, layout, *arguments, window=window)
+    dqkv = attention_module.backward(
+        dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=accumulate, window=window
+    )
     rows = dqkv.double().flatten(1)
     expected = rows.sum(0) + (before if accumulate else 0)
     # Each addend is off by a rounding at most, to the dtype of dqkv or in the sum, and the total by its own.
@@ -318,17 +416,19 @@ def test_no_number_is_taken_from_torchs_generator(backend):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_reference_is_pytorchs_attention_in_fp64():
-    lengths = [3, 17, 17]
+@pytest.mark.parametrize("window", [0, 2, 70])
+def test_reference_is_pytorchs_attention_in_fp64(window):
+    lengths = [3, 17, 17, 150]
     qkv, layout = make_leaves(lengths)["qkv_N3HD"].double(), sequence_layout(lengths, DEVICE)
-    torch.testing.assert_close(attention_reference(qkv, layout), attention(qkv, layout, backend="sdpa"))
+    by_pytorch = attention(qkv, layout, backend="sdpa", window=window)
+    torch.testing.assert_close(attention_reference(qkv, layout, window=window), by_pytorch)
 
 
 @of_the_definition
 def test_reference_has_the_derivative_it_claims():
     layout = sequence_layout([1, 3], "cpu")
     qkv = torch.randn(4, 3, 1, 2, dtype=torch.float64, requires_grad=True)
-    for options in ({}, {"dropout_p": 0.3, "seed": torch.tensor(5), "stream": 1}):
+    for options in ({}, {"dropout_p": 0.3, "seed": torch.tensor(5), "stream": 1}, {"window": 1}):
         reference = functools.partial(attention_reference, layout=layout, **options)
         assert torch.autograd.gradcheck(reference, qkv)
 
@@ -337,7 +437,7 @@ def test_registration():
     lengths = [5, 3]
     leaves, layout = make_leaves(lengths, width=16), sequence_layout(lengths, DEVICE)
     qkv, weight = leaves.values()
-    for mask in ((None, 0, 0.0), (torch.tensor(5, device=DEVICE), 2, 0.3)):
+    for mask in ((None, 0, 0.0), (torch.tensor(5, device=DEVICE), 2, 0.3), (None, 0, 0.0, 3)):
         torch.library.opcheck(torch.ops.fastdistil.attention_forward.default, (qkv, layout.tiles, *mask))
         out, lse = torch.ops.fastdistil.attention_forward(qkv.detach(), layout.tiles, *mask)
         torch.library.opcheck(
@@ -345,13 +445,14 @@ def test_registration():
         )
 
 
-def test_compiles_to_one_graph_for_all_layouts():
+@pytest.mark.parametrize("window", [0, 4])
+def test_compiles_to_one_graph_for_all_layouts(window):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fused, fullgraph=True, backend=counter)
     for lengths in ([20, 3], [1, 2, 20], [5, 5, 3, 3, 3, 3, 1]):
         leaves, layout = make_leaves(lengths, torch.float16), sequence_layout(lengths, DEVICE)
-        expected = results(judged(fused, layout, **dropout()), leaves)
-        got = results(judged(compiled, layout, **dropout()), leaves)
+        expected = results(judged(fused, layout, window=window, **dropout()), leaves)
+        got = results(judged(compiled, layout, window=window, **dropout()), leaves)
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value)
     # The first layout, then once more for any number of tiles from 2 on.
@@ -379,28 +480,32 @@ def test_flash_attn_gets_what_it_wants(monkeypatch):
     torch.testing.assert_close(out, attention_reference(qkv, layout))
     in_evaluation: dict[str, Any] = dropout(0.25) | {"seed": None}
     attention(qkv, layout, **in_evaluation)
-    (arguments, options), (_, evaluation) = calls
+    attention(qkv, layout, window=3, **in_evaluation)
+    (arguments, options), (_, evaluation), (_, local) = calls
     assert arguments[0] is layout.cu_seqlens
     assert arguments[1] == 5
     always = {"deterministic": True}
     assert (options, evaluation) == ({"dropout_p": 0.25} | always, {"dropout_p": 0.0} | always)
+    assert local == evaluation | {"window_size": (3, 3)}
 
 
 class Calls(TorchDispatchMode):
-    """Records PyTorch's attention: operator, and whether deterministic kernels are asked for."""
+    """Records PyTorch's attention: operator, whether deterministic kernels are asked for, and its window."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, bool]] = []
+        self.windows: list[tuple[int | None, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "attention" in func.__name__:
             name = func.__name__.removesuffix(".default")
             self.made.append((name, torch.get_deterministic_debug_mode() == 2))
+            self.windows.append(tuple((kwargs or {}).get(f"window_size_{side}") for side in ("left", "right")))
         return func(*args, **kwargs or {})
 
 
-def on_fake_tensors(backend: Any, lengths: list[int], dropout_p: float) -> list[tuple[str, bool]]:
+def on_fake_tensors(backend: Any, lengths: list[int], dropout_p: float, window: int = 0) -> Calls:
     """What a backend for CUDA calls on tensors without data: PyTorch binds the arguments and says shapes and dtypes.
 
     On the CPU, wherever this runs: on CUDA the sum of the bias's gradient is a launch of Triton's, which gives the
@@ -412,21 +517,25 @@ def on_fake_tensors(backend: Any, lengths: list[int], dropout_p: float) -> list[
         qkv, dout = leaves["qkv_N3HD"].detach(), leaves["weight_NHD"]
         dbias = torch.empty(3 * 2 * 24)
         arguments = torch.tensor(5), 0, dropout_p, backend
-        out, saved = attention_module.forward(qkv, layout, *arguments)
-        dqkv = attention_module.backward(dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=True)
-        alone, nothing = attention_module.forward(qkv, layout, *arguments, keep=False)
+        out, saved = attention_module.forward(qkv, layout, *arguments, window=window)
+        dqkv = attention_module.backward(
+            dout, qkv, out, saved, layout, *arguments, dbias=dbias, accumulate=True, window=window
+        )
+        alone, nothing = attention_module.forward(qkv, layout, *arguments, keep=False, window=window)
     assert (out.shape, out.dtype, out.is_contiguous()) == (dout.shape, torch.bfloat16, True)
     assert (alone.shape, nothing) == (dout.shape, ())
     assert (dqkv.shape, dqkv.dtype, dqkv.is_contiguous()) == (qkv.shape, torch.bfloat16, True)
-    return calls.made
+    return calls
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of PyTorch's own calls, which are the same whatever serves the operator")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_torch_flash_is_one_call_each_way_in_one_order(dropout_p):
-    made = on_fake_tensors("torch-flash", [5, 3], dropout_p)
+@pytest.mark.parametrize("window", [0, 3])
+def test_torch_flash_is_one_call_each_way_in_one_order(window, dropout_p):
+    calls = on_fake_tensors("torch-flash", [5, 3], dropout_p, window)
     forward, backward = ("_flash_attention_forward", False), ("_flash_attention_backward", True)
-    assert made == [forward, backward, forward]
+    assert calls.made == [forward, backward, forward]
+    assert calls.windows == [(window, window) if window else (None, None)] * 3
     assert torch.get_deterministic_debug_mode() == 0
     assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -434,7 +543,7 @@ def test_torch_flash_is_one_call_each_way_in_one_order(dropout_p):
 @pytest.mark.skipif(INTERPRETED, reason="of PyTorch's own calls, which are the same whatever serves the operator")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_cudnn_is_one_call_for_each_run_above_one_token(dropout_p):
-    made = [name for name, _ in on_fake_tensors("cudnn", [5, 5, 1, 3], dropout_p) if "cudnn" in name]
+    made = [name for name, _ in on_fake_tensors("cudnn", [5, 5, 1, 3], dropout_p).made if "cudnn" in name]
     forward = "_scaled_dot_product_cudnn_attention"
     assert made == [forward] * 2 + [f"{forward}_backward"] * 2 + [forward] * 2
 
@@ -475,6 +584,7 @@ def test_the_default_on_cuda_is_read_from_the_table(monkeypatch):
     assert resolve_backend("auto", "cuda", dropout_p=0.1) == "torch-flash"
     assert resolve_backend("auto", "cuda", dropout_p=0.1, dtype=torch.float32) == "fused"
     assert resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
+    assert resolve_backend("auto", "cuda", dtype=torch.bfloat16, window=64) == "fused"
 
 
 def test_auto():
@@ -484,6 +594,8 @@ def test_auto():
     assert resolve_backend("auto", "cpu", dropout_p=0.1) == "fused"
     assert resolve_backend("auto", "cpu", training=True, dtype=torch.float32) == "sdpa"
     assert resolve_backend("auto", "cpu", training=True, dtype=torch.bfloat16) == "fused"
+    assert resolve_backend("auto", "cpu", training=True, dtype=torch.float32, window=64) == "fused"
+    assert resolve_backend("auto", "cpu", window=64) == "sdpa"
     for backend in ("fused", "sdpa"):
         assert resolve_backend(backend, "cpu") == backend
 
@@ -503,6 +615,12 @@ def test_backends_that_cannot_run(backend, device, dtype, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed, even where it is
     with pytest.raises(ValueError, match=message):
         resolve_backend(backend, device, dtype=dtype)
+
+
+def test_cudnn_refuses_a_window():
+    with pytest.raises(ValueError, match=r"cudnn has no window, got 64: .* use backend fused, or torch-flash"):
+        resolve_backend("cudnn", "cuda", dtype=torch.bfloat16, window=64)
+    assert resolve_backend("torch-flash", "cuda", dtype=torch.bfloat16, window=64) == "torch-flash"
 
 
 @pytest.mark.parametrize(
@@ -576,6 +694,8 @@ def test_layout_refuses_empty_sequences(lengths):
         ((5, 3, 3, 20), {"stream": -1}, r"stream must be in \[0, 2\^31\), got -1"),
         ((5, 3, 3, 20), {"seed": torch.tensor(1.0)}, "seed as a 0-dim int64 tensor"),
         ((5, 3, 3, 20), {"backend": "math"}, "got 'math'"),
+        ((5, 3, 3, 20), {"window": -1}, "wants window as a whole number of places, 0 for no window, got -1"),
+        ((5, 3, 3, 20), {"window": 2.0}, "0 for no window, got 2.0"),
     ],
 )
 def test_errors(shape, options, message):

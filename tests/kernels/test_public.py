@@ -19,11 +19,14 @@ from fastdistil import (
     distill_loss,
     dropout,
     dropout_add_layernorm,
+    geglu,
     layernorm,
     linear,
     linear_distill_loss,
     linear_gelu,
     padded_layout,
+    rope,
+    rotations,
     sequence_layout,
 )
 from tests.support.precision import DEVICE, compiled, of_the_definition
@@ -81,8 +84,15 @@ LAYERS: dict[str, tuple[Operator, int]] = {
         D,
     ),
     "bias_gelu": (lambda x: bias_gelu(x, WEIGHT[0]), D),
+    "geglu": (geglu, D),
     "linear_gelu": (lambda x: linear_gelu(x, WEIGHT, BIAS), D),
     "linear": (lambda x: linear(x, WEIGHT, BIAS), D),
+    "rope": (
+        lambda x: rope(
+            x.unflatten(-1, (3, 2, 4)), rotations(torch.arange(N, device=DEVICE).view(x.shape[:-1]), 4, 100.0)
+        ),
+        24,
+    ),
     "dropout": (lambda x: dropout(x, seed(), stream=1, dropout_p=0.4), D),
 }
 

@@ -1,4 +1,4 @@
-"""How often Triton compiles kernels of losses, dropout and sums for launches that differ in places, rows, rates alone.
+"""How often Triton compiles kernels of losses, dropout, sums, RoPE and GeGLU for launches that differ in places, rows, rates alone.
 
 Prints, as JSON, the number of compilations of each.
 """
@@ -9,7 +9,7 @@ import json
 import torch
 
 from benchmarks.no_gpu import pretend
-from fastdistil.kernels import cosine, distill, dropout, linear
+from fastdistil.kernels import cosine, distill, dropout, geglu, linear, rope
 
 PLACES = (0, 1, 5, 16, 4096)  # Triton would compile anew for a 1, and for multiples of 16
 ROWS = (1, 16, 100)
@@ -32,6 +32,8 @@ def launch_everything() -> None:
         for vocab_size in (30522, 30512):
             distill.forward(logits, logits, labels, num_rows, logits, place, 2.0, scales, vocab_size)
         cosine.forward(meta(rows, 768), meta(rows, 768), num_rows, scales[0])
+        rope.rotate_(meta(rows, 3, 12, 64), meta(rows, 2, 32, dtype=torch.float32), inverse=place > 1)
+        geglu.backward(geglu.forward(meta(rows, 2304)), meta(rows, 2304))
         linear.add_column_sum(meta(30528, dtype=torch.float32), logits, accumulate=True)
 
 
