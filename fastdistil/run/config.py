@@ -154,8 +154,8 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION), with a
-    masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION),
+    with a masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
     pooling: Literal["mean", "cls"] | None = None
     """How its last hidden states become the embedding of a text. None: as its folder says (sentence-transformers)."""
     normalise: bool | None = None

@@ -119,8 +119,8 @@ def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
     # Last hidden states and the head's; what terms want of the layers, and queries, keys and values.
     layers = ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted)
     handed = token * E * (1 + wants_head + layers)
-    # GELU's input, with its gates where there are any, and output; the embeddings, the layer's input, what was attended,
-    # and its LayerNorm.
+    # GELU's input, with its gates where there are any, and output; the embeddings, the layer's input, what was
+    # attended, and its LayerNorm.
     inference = token * ((2 + teacher.family.gated) * F + 4 * E)
     if config.teacher.ranks or config.teacher.device == "second":
         held, inference = teacher.padded_vocab_size * E * s * wants_head, 0
