@@ -59,7 +59,7 @@ EMBED: dict[str, str] = {
 """Those of a teacher without a masked-LM head; with one, both kinds can stand in one study."""
 VARIANTS = PAPER | EMBED
 SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_positions")
-"""Of a student, which the variants with a teacher have from it and the others are given."""
+"""Of a student, which the variants with a teacher have from it and the others are given, as they are its family."""
 FREE_AT_RESUME = ("out", "seeds", "variants", "jobs", "launcher")
 
 
@@ -282,8 +282,10 @@ class Study:
         recipe, *changes = VARIANTS[variant].split()
         words = [recipe, "--data.shards", self.config.shards, *shlex.split(self.config.options), *changes]
         if recipe == "mlm":
+            student = self._first.student
+            words += ["--student.family", student.model_type]
             for size in SIZES:
-                words += [f"--student.{size.replace('_', '-')}", getattr(self._first.student, size)]
+                words += [f"--student.{size.replace('_', '-')}", getattr(student, size)]
         else:
             words += ["--teacher.path", self.teacher]
         return [*words, "--seed", seed]

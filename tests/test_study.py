@@ -9,7 +9,7 @@ import pytest
 import tyro
 
 from fastdistil import study
-from tests.support import launch
+from tests.support import launch, toy
 
 OPTIONS = (
     "--batch.unit tokens --batch.size 512 --batch.token-budget 512 --log.validate-every 2 "
@@ -140,6 +140,19 @@ def test_a_second_start_does_nothing_again(finished):
     assert time.monotonic() - begin < 60
     changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
     assert changed <= {"settings.json", "study.json", "study.md"}
+
+
+def test_the_student_without_a_teacher_is_of_the_others_family(folders, tmp_path):
+    shards, _, data = folders
+    teacher = toy.make_teacher(
+        tmp_path / "teacher", shards, model_type="modernbert", token_types=0, global_every=3, local_attention=8,
+        global_theta=160000.0, local_theta=10000.0, num_layers=4,
+    )  # fmt: skip
+    made = parsed(command((shards, teacher, data), tmp_path / "study"))
+    students = [made._resolve(made._words(name, 1)).student for name in ("distilbert", "random-init", "no-teacher")]
+    assert {student.model_type for student in students} == {"modernbert"}
+    sizes = [[getattr(student, size) for size in study.SIZES] for student in students]
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 def test_a_step_whose_log_is_gone_is_done_again(finished, tmp_path):

@@ -17,7 +17,7 @@ from fastdistil import __version__
 from fastdistil.data.plan import Plan, random_words
 from fastdistil.kernels._backend import CPU_BACKEND
 from fastdistil.kernels.attention_backends import resolve_backend
-from fastdistil.model.architecture import Architecture, flops_per_token
+from fastdistil.model.architecture import flops_per_token
 from fastdistil.run import console
 from fastdistil.run.files import read_json
 from fastdistil.run.metrics import peak_flops
@@ -58,21 +58,13 @@ def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
     }
     for name, (model, origin) in origins.items():
         if model is not None:
-            sizes = f"{model.num_layers} layers, {model.hidden_size} wide{_windows(model)}"
+            sizes = "; ".join(filter(None, (f"{model.num_layers} layers, {model.hidden_size} wide", model.windows)))
             yield name, f"{model.num_parameters:,} parameters ({sizes}) from {origin}"
     if pooling := resolved.pooling:
         states = {"mean": "mean of the last hidden states", "cls": "last hidden state of the first token"}
         length = ", scaled to length 1" * pooling.normalise
         texts = f", of texts of up to {pooling.max_length} tokens" if pooling.max_length else ""
         yield "embeddings", f"{states[pooling.mode]}{length}{texts}"
-
-
-def _windows(model: Architecture) -> str:
-    """What its layers see, where they differ; its student's have what theirs saw."""
-    seen = [i for i in range(model.num_layers) if not model.window(i)]
-    if len(seen) == model.num_layers:
-        return ""
-    return f"; {' '.join(map(str, seen))} see everything, the others {model.local_attention // 2} tokens on either side"
 
 
 def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
