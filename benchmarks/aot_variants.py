@@ -105,11 +105,12 @@ def _attention_variant(
     }[kernel]
     constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WINDOW": window,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }  # fmt: skip
     if kernel != "forward":
         block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
         constexprs["ROWS"] = block // min(tiles.dq.BLOCK_M, tiles.dkdv.BLOCK_N)
+    constexprs["WINDOW"] = window
     statistics = ("lse_ptr", "delta_ptr", "partial_ptr")
     signature = {
         "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32",
@@ -375,6 +376,8 @@ def variants() -> Iterator[Variant]:
             yield _attention_variant("bf16", head_dim, kernel, arch, True)
             if kernel == "forward" and head_dim in (32, 64):  # which has a tile of its own without dropout
                 yield _attention_variant("bf16", head_dim, kernel, arch, False)
+            # That of ModernBERT, which was trained without dropout there.
+            yield _attention_variant("bf16", head_dim, kernel, arch, False, window=64)
 
 
 def rarer_variants() -> Iterator[Variant]:
@@ -389,6 +392,8 @@ def rarer_variants() -> Iterator[Variant]:
         for head_dim in (32, 64) if kernel != "forward" else ():
             yield _attention_variant("bf16", head_dim, kernel, arch, False)
             yield _attention_variant("bf16", head_dim, kernel, arch, True, sums=False)
+        for head_dim in attention_tiles.TILES[arch]:
+            yield _attention_variant("bf16", head_dim, kernel, arch, True, window=64)
 
 
 def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[Variant]:
