@@ -127,6 +127,11 @@ class Architecture:
         """Rows before the first position in Hugging Face's table; we do not keep them."""
         return families.unused_positions(self.model_type, self.pad_id)
 
+    @property
+    def widest_window(self) -> int:
+        """Of all layers that have one; 0 where none has."""
+        return max(map(self.window, range(self.num_layers)))
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Of a tensor of our state dict as files hold it: all positions, no vocabulary padding, what is stacked of
         several of theirs apart."""

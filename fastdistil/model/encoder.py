@@ -96,6 +96,7 @@ class Encoder(nn.Module):
             architecture.padded_vocab_size, architecture.hidden_size, padding_idx=architecture.pad_id
         )
         self.dropout_p, self.attention_dropout = architecture.dropout, architecture.attention_dropout
+        self.widest_window = architecture.widest_window
 
     def embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
         """Input of the first layer, (N, D). The definition, as the layers' forward is."""
@@ -177,7 +178,8 @@ class Encoder(nn.Module):
         """What serves the attention of this micro-batch."""
         dropout_p = 0.0 if dropout_seed is None else self.attention_dropout
         on = {"device": hidden_ND.device, "dtype": hidden_ND.dtype}
-        return resolve_backend(self.attention_backend, **on, dropout_p=dropout_p, training=self.training)
+        how = {"dropout_p": dropout_p, "training": self.training, "window": self.widest_window}
+        return resolve_backend(self.attention_backend, **on, **how)
 
 
 class VocabHead(nn.Module):

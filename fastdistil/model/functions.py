@@ -28,12 +28,13 @@ from torch.utils import _pytree as pytree
 
 from fastdistil.kernels import cosine, gelu, layernorm, linear, linear_distill
 from fastdistil.kernels._backend import times_gradient
-from fastdistil.kernels.attention_backends import AttentionBackend
 from fastdistil.kernels.layout import SequenceLayout
 from fastdistil.model.flat import destination, is_flat, operand, optional, to_autograd
 
-# Of encoder.py, which imports this file.
-EncoderLayer = LayerNorm = VocabHead = Any
+# Of encoder.py and the families, which import this file.
+EncoderLayer = Any
+LayerNorm = Any
+VocabHead = Any
 
 
 def weight_gradient(weight: Tensor, dout_NF: Tensor, x_ND: Tensor) -> Tensor | None:
@@ -57,8 +58,8 @@ class LayerCall(NamedTuple):
 
     layout: SequenceLayout
     seed: Tensor | None
-    backend: AttentionBackend
-    """What `resolve_backend` returned, for raw functions; modules resolve it themselves."""
+    backend: Any
+    """A ResolvedBackend, for raw functions; modules take any AttentionBackend, and resolve it themselves."""
     rotations: tuple[Tensor, ...] = ()
     """What queries and keys are rotated by in layers that attend to everything, and in those with a window."""
 

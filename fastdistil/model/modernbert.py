@@ -217,11 +217,11 @@ class _Norm(Function):
 
     @staticmethod
     def forward(ctx: Any, norm: LayerNorm, x_ND: Tensor, *_: Tensor) -> Tensor:
-        _, out_ND, saved = _add_norm(norm, x_ND, None, None)
+        _sum_ND, normed_ND, saved = _add_norm(norm, x_ND, None, None)
         ctx.norm = norm
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return out_ND
+        return normed_ND
 
     @staticmethod
     @once_differentiable

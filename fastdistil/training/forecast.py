@@ -163,11 +163,12 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
 
 def _attention_backends(resolved: Resolved, device: torch.device) -> Iterator[str]:
     asked = resolved.config.engine.attention
-    models = {"student": (resolved.student.attention_dropout, resolved.dtype(device), True)}
+    models = {"student": (resolved.student, resolved.student.attention_dropout, resolved.dtype(device), True)}
     if resolved.teacher:
-        models["teacher"] = 0.0, resolved.teacher_dtype(device), False
-    for name, (dropout_p, dtype, training) in models.items():
-        backend = resolve_backend(asked, device, dropout_p=dropout_p, training=training, dtype=dtype)
+        models["teacher"] = resolved.teacher, 0.0, resolved.teacher_dtype(device), False
+    for name, (model, dropout_p, dtype, training) in models.items():
+        how = {"dropout_p": dropout_p, "training": training, "window": model.widest_window}
+        backend = resolve_backend(asked, device, dtype=dtype, **how)
         yield f"{backend} ({name})"
 
 

@@ -52,6 +52,7 @@ def reason(engine: Engine, teacher: Teacher | RemoteTeacher | None, resolved: Re
         dropout_p=resolved.student.attention_dropout,
         training=True,
         dtype=resolved.dtype(engine.ranks.device),
+        window=resolved.student.widest_window,
     )
     reasons = {
         "--engine.graph is off": not config.engine.graph,

@@ -184,7 +184,8 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
     config, dtype = resolved.config, resolved.teacher_dtype(ranks.device)
     for arithmetic, model in ((resolved.dtype(ranks.device), resolved.student), (dtype, resolved.teacher)):
         for dropout_p in (0.0, resolved.student.attention_dropout):
-            backend = resolve_backend(config.engine.attention, ranks.device, dropout_p=dropout_p, dtype=arithmetic)
+            how = {"dropout_p": dropout_p, "dtype": arithmetic, "window": model.widest_window if model else 0}
+            backend = resolve_backend(config.engine.attention, ranks.device, **how)
             if model is not None:
                 check_heads(backend, model.hidden_size // model.num_heads, ranks.device)
     path = config.teacher.path

@@ -143,7 +143,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     ffn = (2 + student.family.gated) * F
     layer = token * (8 * D + ffn) + 4 * N * (student.num_heads + 4)
     dropout_p, of_backward = student.attention_dropout, 0
-    backend = resolve_backend(config.engine.attention, device, dropout_p=dropout_p, training=True, dtype=dtype)
+    how = {"dropout_p": dropout_p, "training": True, "window": student.widest_window}
+    backend = resolve_backend(config.engine.attention, device, dtype=dtype, **how)
     if backend == "fused" and device.type == "cuda" and dropout_p:
         layer += 8 * N * student.num_heads  # the keys of the masks
     if backend in ("sdpa", "cudnn"):

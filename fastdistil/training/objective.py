@@ -294,7 +294,8 @@ class Objective(nn.Module):
     def _student_outputs(self, batch: MicroBatch, *, with_kept: bool) -> EncoderOutputs:
         encoder, device = self.student.encoder, batch.input_ids.device
         dropout_p = self.student.architecture.attention_dropout
-        backend = resolve_backend(encoder.attention_backend, device, dropout_p=dropout_p, training=self.training)
+        how = {"dropout_p": dropout_p, "training": self.training, "window": encoder.widest_window}
+        backend = resolve_backend(encoder.attention_backend, device, **how)
         if self.training and dropout_p and backend != "fused":
             seed_generator(device, batch.generator_seed)  # from which the attention of others takes its dropout
         asked = self.kept_outputs if with_kept else KeptOutputs()
