@@ -90,12 +90,10 @@ def _chunks(tiles: Tensor, num_heads: int, window: int) -> Iterator[tuple[int, s
         most = 1 if in_blocks else max(1, CHUNK_SCORES // (num_heads * length**2))
         for done in range(0, count, most):
             batch = min(most, count - done)
-            end = first + batch * length
-            for begin in range(first, end, WINDOW_ROWS) if in_blocks else ():
-                stop = min(begin + WINDOW_ROWS, end)
-                yield 1, slice(begin, stop), slice(max(begin - window, first), min(stop + window, end))
-            if not in_blocks:
-                yield batch, slice(first, end), slice(first, end)
+            end, step = first + batch * length, WINDOW_ROWS if in_blocks else batch * length
+            for begin in range(first, end, step):
+                stop = min(begin + step, end)
+                yield batch, slice(begin, stop), slice(max(begin - window, first), min(stop + window, end))
             first = end
 
 
@@ -139,6 +137,7 @@ def attention_forward_torch(
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
     for B, rows, seen in _chunks(tiles, H, window):
         q, k, v = _by_head(qkv[seen], B)
+        # Those of a block lie in the middle of what it sees.
         q = q[:, rows.start - seen.start :][:, : (rows.stop - rows.start) // B]
         weight = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=D**-0.5)
         if window:
