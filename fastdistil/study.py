@@ -282,10 +282,9 @@ class Study:
         recipe, *changes = VARIANTS[variant].split()
         words = [recipe, "--data.shards", self.config.shards, *shlex.split(self.config.options), *changes]
         if recipe == "mlm":
-            student = self._first.student
-            words += ["--student.family", student.model_type]
+            words += ["--student.family", self._first.student.model_type]
             for size in SIZES:
-                words += [f"--student.{size.replace('_', '-')}", getattr(student, size)]
+                words += [f"--student.{size.replace('_', '-')}", getattr(self._first.student, size)]
         else:
             words += ["--teacher.path", self.teacher]
         return [*words, "--seed", seed]
