@@ -95,7 +95,7 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 def _attention_variant(
     dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True, window: int = 0
 ) -> Variant:
-    by_width = attention_tiles.TILES[arch][head_dim]
+    by_width = attention_tiles.half_tiles(arch, head_dim, window)
     tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
     tile = {"forward": tiles.forward_dropout if dropout else tiles.forward, "dq": tiles.dq, "dkdv": tiles.dkdv}[kernel]
     pointers, scalars = {

@@ -454,7 +454,8 @@ def _launch_forward(
     N, _, H, D = qkv.shape
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
     keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
-    tile = tiles_for(qkv).forward if seed is None else tiles_for(qkv).forward_dropout
+    without, with_dropout, *_ = tiles_for(qkv, window)
+    tile = without if seed is None else with_dropout
     scale2, keep_scale = D**-0.5 * LOG2_E, 1 / (1 - dropout_p)
     _launch(
         _forward_kernel, tile, tile.BLOCK_M, tiles, qkv,
@@ -471,7 +472,7 @@ def _launch_backward(
     N, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
-    _, _, dq, dkdv = tiles_for(qkv)
+    _, _, dq, dkdv = tiles_for(qkv, window)
     least = min(dq.BLOCK_M, dkdv.BLOCK_N)
     num_partial = tiles.shape[0] * (TILE_ROWS // least)
     partial = lse.new_empty((num_partial, 1, 3 * H * D)) if sums else None
