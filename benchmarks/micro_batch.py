@@ -193,7 +193,7 @@ def trainer(device: torch.device, teacher: Any, student: Any, batch: MicroBatch,
     return Trainer(
         lambda: engine.forward_backward(here, frozen(here)),
         lambda: engine.evaluate(here, frozen(here)),
-        lambda: kl_sum(exact(here), frozen(here), here, vocab_size=step.VOCAB),
+        lambda: kl_sum(exact(here), frozen(here), here, vocab_size=student.architecture.vocab_size),
         {p.shape for p in student.parameters()},
         sum(n * n for n in batch.lengths),
     )

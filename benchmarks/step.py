@@ -3,6 +3,7 @@
     python -m benchmarks.step                    MiniLM size on a CPU, BERT-base size on a GPU; sequences of one length
     python -m benchmarks.step --shards wiki      the packed micro-batches of prepared text
     python -m benchmarks.step --precision bf16
+    python -m benchmarks.step --size modernbert-base --length 8192
     python -m benchmarks.step --kd-rows masked   what it gains that the KL is of the masked rows alone
 
 A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and
@@ -56,7 +57,7 @@ from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch, micro_batche
 from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import sequence_layout
-from fastdistil.model import weights
+from fastdistil.model import families, weights
 from fastdistil.model.architecture import Architecture, attended, flops_per_token
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import recipes
@@ -65,7 +66,7 @@ from fastdistil.run.ranks import init_ranks, keep_freed_memory
 from fastdistil.training.engine import PlainEngine
 from fastdistil.training.graph import Step
 from fastdistil.training.inputs import compile_encoder
-from fastdistil.training.models import spread
+from fastdistil.training.models import spread_layers
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.precision import quantise_encoder, require_fp8
 from fastdistil.training.teacher import Teacher, TeacherPrefetcher
@@ -77,6 +78,18 @@ ENERGY_S = 3.0  # NVML's counter moves some ten times a second
 
 
 def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
+    if model_type == "modernbert":  # all but its sizes is what transformers assumes
+        family = families.find(model_type)
+        return Architecture(
+            model_type=model_type,
+            vocab_size=50368,
+            hidden_size=width,
+            num_layers=num_layers,
+            num_heads=12,
+            ffn_size=3 * width // 2,
+            **family.defaults,
+            **family.fixed,
+        )
     return Architecture(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -90,13 +103,20 @@ def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = {"toy": (2, 1, 48), "minilm": (6, 3, 384), "bert-base": (12, 6, 768)}  # teacher layers, student layers, width
+SIZES = {  # teacher layers, student layers, width
+    "toy": (2, 1, 48),
+    "minilm": (6, 3, 384),
+    "bert-base": (12, 6, 768),
+    "modernbert-toy": (4, 2, 48),
+    "modernbert-base": (22, 11, 768),
+}
 
 
 def architectures(size: str) -> tuple[Architecture, Architecture]:
     """Of teacher and student."""
     teacher_layers, student_layers, width = SIZES[size]
-    return architecture("bert", teacher_layers, width), architecture("distilbert", student_layers, width)
+    names = ("modernbert", "modernbert") if size.startswith("modernbert") else ("bert", "distilbert")
+    return architecture(names[0], teacher_layers, width), architecture(names[1], student_layers, width)
 
 
 def synthetic_batch(num_tokens: int, length: int, seed: int, of_update: int = 1) -> MicroBatch:
@@ -299,15 +319,15 @@ class HuggingFace:
         what it starts with, 0.
         """
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            t_hidden = self.teacher.bert(input_ids=ids, attention_mask=real).last_hidden_state
-            t = self.teacher.cls.predictions.transform(t_hidden)
+            t_hidden = self.teacher.base_model(input_ids=ids, attention_mask=real).last_hidden_state
+            t = _transformed(self.teacher, t_hidden)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            s_hidden = self.student.distilbert(input_ids=ids, attention_mask=real).last_hidden_state
-            s = self.student.vocab_layer_norm(F.gelu(self.student.vocab_transform(s_hidden)))
+            s_hidden = self.student.base_model(input_ids=ids, attention_mask=real).last_hidden_state
+            s = _transformed(self.student, s_hidden)
         kind = torch.bfloat16 if self.bf16 else torch.float32
         of_tokens = (x.flatten(0, 1) if real is None else x[real] for x in (s, t, s_hidden, t_hidden, labels))
         s, t, s_hidden, t_hidden, labels = of_tokens
-        head, decoder = self.student.vocab_projector, self.teacher.cls.predictions.decoder
+        head, decoder = self.student.get_output_embeddings(), self.teacher.get_output_embeddings()
         s, weight = s.to(kind), head.weight.to(kind)
         with torch.no_grad():
             target = (F.linear(t.to(kind), decoder.weight, decoder.bias) / 2).softmax(-1)
@@ -331,6 +351,14 @@ class HuggingFace:
         torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _transformed(model: Any, hidden_BLD: Tensor) -> Tensor:
+    """What the vocabulary matrix of a model of transformers multiplies."""
+    if model.config.model_type == "distilbert":
+        return model.vocab_layer_norm(F.gelu(model.vocab_transform(hidden_BLD)))
+    head = model.head if model.config.model_type == "modernbert" else model.cls.predictions.transform
+    return head(hidden_BLD)
 
 
 def _cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -378,7 +406,7 @@ OF_MASKED = (OURS, OURS + MASKED, EAGER + MASKED)
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
     """(teacher, student), the same in every process."""
     large, small = architectures(size)
-    teacher, layers = MaskedLM(large), spread(small.num_layers, large.num_layers)
+    teacher, layers = MaskedLM(large), spread_layers(small.num_layers, large)
     return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
 
 

@@ -485,9 +485,11 @@ def _losses(loss: dict[str, Any], *, distilled: bool) -> str:
 
 
 def _sizes(model: Architecture) -> str:
+    windows = f" ({model.windows})" if model.windows else ""
     return (
-        f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_heads} heads, feed-forward {model.ffn_size}, "
-        f"vocabulary {model.vocab_size:,}, {model.max_positions} positions"
+        f"{model.num_layers} layers{windows}, {model.hidden_size} wide, {model.num_heads} heads, "
+        f"{'gated ' * model.family.gated}feed-forward {model.ffn_size}, vocabulary {model.vocab_size:,}, "
+        f"{model.max_positions} positions"
     )
 
 

@@ -109,6 +109,15 @@ class Architecture:
         return self.local_attention // 2 if self.global_every and layer % self.global_every else 0
 
     @property
+    def windows(self) -> str:
+        """What its layers see, in words; empty where all see everything."""
+        everything = [i for i in range(self.num_layers) if not self.window(i)]
+        if len(everything) == self.num_layers:
+            return ""
+        side = self.local_attention // 2
+        return f"{' '.join(map(str, everything))} see everything, the others {side} tokens on either side"
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the word embeddings and of the decoder in memory: the next multiple of 64."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -155,8 +155,8 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION), with a
-    masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION),
+    with a masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
     others: tuple[Path, ...] = ()
     """More teachers of the same tokenizer, of any size and family, whose distributions are averaged with that of
     --teacher.path for --loss.kd. The other terms, and what a student starts from, know --teacher.path alone."""

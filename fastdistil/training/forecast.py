@@ -17,7 +17,6 @@ from fastdistil import __version__
 from fastdistil.data.plan import Plan, random_words
 from fastdistil.kernels._backend import CPU_BACKEND
 from fastdistil.kernels.attention_backends import resolve_backend
-from fastdistil.model.architecture import Architecture
 from fastdistil.run import console
 from fastdistil.run.files import read_json
 from fastdistil.run.metrics import peak_flops
@@ -55,7 +54,7 @@ def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
     asked = resolved.config.teacher
     origins = [("teacher", model, path) for model, path in zip(resolved.teachers, asked.paths, strict=True)]
     for name, model, origin in (*origins, ("student", resolved.student, layers or start)):
-        sizes = f"{model.num_layers} layers, {model.hidden_size} wide{_windows(model)}"
+        sizes = "; ".join(filter(None, (f"{model.num_layers} layers, {model.hidden_size} wide", model.windows)))
         yield name, f"{model.num_parameters:,} parameters ({sizes}) from {origin}"
     if resolved.others:
         weights = " : ".join(f"{weight:g}" for weight in asked.weights or [1.0] * len(origins))
@@ -65,14 +64,6 @@ def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
         length = ", scaled to length 1" * pooling.normalise
         texts = f", of texts of up to {pooling.max_length} tokens" if pooling.max_length else ""
         yield "embeddings", f"{states[pooling.mode]}{length}{texts}"
-
-
-def _windows(model: Architecture) -> str:
-    """What its layers see, where they differ; its student's have what theirs saw."""
-    seen = [i for i in range(model.num_layers) if not model.window(i)]
-    if len(seen) == model.num_layers:
-        return ""
-    return f"; {' '.join(map(str, seen))} see everything, the others {model.local_attention // 2} tokens on either side"
 
 
 def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:

@@ -275,7 +275,7 @@ def _student(resolved: Resolved, source: MaskedLM | None, generator: torch.Gener
 
 
 def digest(model: MaskedLM) -> str:
-    """SHA-256 of what a model computes: its tensors in fp32, heads, epsilon and windows, whatever the format of its files.
+    """SHA-256 of what a model computes: its tensors in fp32, heads, epsilon, windows, whatever the format of its files.
 
     0.6 s for the 440 MB of a BERT-base, on every rank alike.
     """
