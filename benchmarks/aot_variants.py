@@ -375,6 +375,8 @@ def variants() -> Iterator[Variant]:
             yield _attention_variant("bf16", head_dim, kernel, arch, True)
             if kernel == "forward" and head_dim in (32, 64):  # which has a tile of its own without dropout
                 yield _attention_variant("bf16", head_dim, kernel, arch, False)
+            # That of ModernBERT, which was trained without dropout there.
+            yield _attention_variant("bf16", head_dim, kernel, arch, False, window=64)
 
 
 def rarer_variants() -> Iterator[Variant]:
@@ -389,6 +391,8 @@ def rarer_variants() -> Iterator[Variant]:
         for head_dim in (32, 64) if kernel != "forward" else ():
             yield _attention_variant("bf16", head_dim, kernel, arch, False)
             yield _attention_variant("bf16", head_dim, kernel, arch, True, sums=False)
+        for head_dim in attention_tiles.TILES[arch]:
+            yield _attention_variant("bf16", head_dim, kernel, arch, True, window=64)
 
 
 def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[Variant]:

@@ -1,10 +1,11 @@
 """Packed attention, forward and with its backward, against padded and packed peers. Floor: matmuls of as many FLOP.
 
     python -m benchmarks.bench_attention --tokens 1024 --lengths 128,wikipedia --heads 12 --dropout 0 --dtype fp32
+    python -m benchmarks.bench_attention --lengths 8192 --tokens 16384 --window 64
     python -m pytest benchmarks/bench_attention.py -s
 
 FLOP counted: 4 sum(L^2) H Dh forward, 2.5 times that backward: what any implementation must compute, recomputation and
-padding left out.
+padding left out. With a window the pairs inside it stand for L^2.
 """
 
 import contextlib
@@ -52,6 +53,8 @@ class Attention(Options):
     """Columns of a head."""
     dropout: Rates = (0.0, 0.1)
     """Probabilities that a weight is dropped. Other than 0 the mask has to be that of dropout.keep_reference."""
+    window: int = 0
+    """Places before and behind a token that it sees, itself besides. 0: all of its sequence."""
 
     def __post_init__(self) -> None:
         # Not by super(): it knows no class with slots, which dataclass makes anew.
@@ -59,6 +62,8 @@ class Attention(Options):
         for kind in self.lengths:
             if kind != "wikipedia" and not (kind.isdigit() and int(kind)):
                 raise ValueError(f"--lengths wants whole numbers of 1 or more, or wikipedia, got {kind!r}")
+        if self.window < 0:
+            raise ValueError(f"--window wants a whole number of 0 or more, got {self.window}")
 
 
 def cases(options: Attention) -> Iterator[Case]:
@@ -73,9 +78,11 @@ def cases(options: Attention) -> Iterator[Case]:
         heads = options.heads or max(1, 768 // width)
         of_heads = f"{heads} heads of {width}" if options.heads else f"head {width}"
         name = f"{tokens} tokens, lengths {kind}, {of_heads}, dropout {dropout}, {dtype}, "
+        name += f"window {options.window}, " if options.window else ""
         name += "forward+backward" if backward else "forward"
         sizes = {"tokens": tokens, "lengths": kind, "head_width": width, "heads": heads, "dropout": dropout}
-        yield Case(name, sizes | {"dtype": dtype, "backward": backward}, packed)
+        sizes |= {"dtype": dtype, "backward": backward, "window": options.window}
+        yield Case(name, sizes, packed)
 
 
 def lengths_of(kind: str, num_tokens: int) -> list[int]:
@@ -87,8 +94,22 @@ def lengths_of(kind: str, num_tokens: int) -> list[int]:
     return lengths
 
 
+def pairs(length: int, window: int) -> int:
+    """Of tokens in a sequence of `length` that see each other, each itself included."""
+    return length * (2 * window + 1) - window * (window + 1) if 0 < window < length else length**2
+
+
 def packed(
-    *, tokens: int, lengths: str, heads: int, head_width: int, dropout: float, dtype: str, backward: bool, device: str
+    *,
+    tokens: int,
+    lengths: str,
+    heads: int,
+    head_width: int,
+    dropout: float,
+    dtype: str,
+    backward: bool,
+    window: int,
+    device: str,
 ) -> "Problem":
     import torch
 
@@ -109,20 +130,21 @@ def packed(
     providers = {
         "ours": by(OURS, "fused"),
         "sdpa": by("sdpa by run", "sdpa"),
-        "padded": padded("SDPA padded", qkv, several, dropout),
+        "padded": padded("SDPA padded", qkv, several, dropout, window),
     }
     if device == "cuda":
-        providers |= on_gpu(qkv, several, dropout)
         providers["torch-flash"] = by("torch flash varlen", "torch-flash")
-        providers["cudnn"] = by("cuDNN by run", "cudnn")
         providers["flash-attn"] = by("flash-attn varlen", "flash-attn")  # reported as failed where not installed
-    num_flops = 4 * sum(length**2 for length in several) * heads * head_width * (3.5 if backward else 1)
+        if not window:  # which these do not take
+            providers |= on_gpu(qkv, several, dropout)
+            providers["cudnn"] = by("cuDNN by run", "cudnn")
+    num_flops = 4 * sum(pairs(length, window) for length in several) * heads * head_width * (3.5 if backward else 1)
     # One square product of as many FLOP, in bf16 on the tensor cores.
     side = max(16, round((num_flops / 2) ** (1 / 3) / 16) * 16)
     a, b = (torch.randn(side, side, device=device, dtype=qkv.dtype) for _ in range(2))
     return Problem(
         arguments=[qkv, sequence_layout(several, device)],
-        options={"dropout_p": dropout, "seed": new_dropout_seed(device)},
+        options={"dropout_p": dropout, "seed": new_dropout_seed(device), "window": window},
         trained=[0] if backward else (),
         dout=torch.randn(tokens, heads, head_width, device=device, dtype=qkv.dtype),
         definition=attention_reference,
@@ -136,7 +158,7 @@ def packed(
     )
 
 
-def plain(qkv: Any, layout: Any, *, dropout_p: float, seed: Any) -> Any:
+def plain(qkv: Any, layout: Any, *, dropout_p: float, seed: Any, window: int) -> Any:
     """What a PyTorch user would write, every step in the dtype of the input."""
     import torch
 
@@ -146,15 +168,19 @@ def plain(qkv: Any, layout: Any, *, dropout_p: float, seed: Any) -> Any:
     heads = torch.arange(qkv.shape[2], device=qkv.device)
     for start, end in itertools.pairwise(layout.cu_seqlens.tolist()):
         q, k, v = qkv[start:end].permute(1, 2, 0, 3)
-        weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+        scores, row = q @ k.mT * q.shape[-1] ** -0.5, torch.arange(start, end, device=qkv.device)
+        if window:
+            scores = scores.masked_fill((row[:, None] - row).abs() > window, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
         if dropout_p:
-            row = torch.arange(start, end, device=qkv.device)
             weights = torch.where(keep_reference(seed, 0, dropout_p, heads, row, row), weights / (1 - dropout_p), 0.0)
         outputs.append((weights @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def padded(title: str, qkv: Any, lengths: list[int], dropout: float, backend: Any = None) -> "Provider":
+def padded(
+    title: str, qkv: Any, lengths: list[int], dropout: float, window: int = 0, backend: Any = None
+) -> "Provider":
     """SDPA on sequences padded to the longest, as most training code has it; padding itself is not timed."""
     import torch
     import torch.nn.functional as F
@@ -166,10 +192,14 @@ def padded(title: str, qkv: Any, lengths: list[int], dropout: float, backend: An
     batch = torch.nn.utils.rnn.pad_sequence(list(qkv.detach().split(lengths)), batch_first=True)
     leaves = [x.transpose(1, 2).requires_grad_(backward) for x in batch.unbind(2)]
     mask = None
+    row, length = torch.arange(longest, device=qkv.device), torch.tensor(lengths, device=qkv.device)
     # Flash takes no mask: the tails are computed, and their rows would be dropped.
     if min(lengths) < longest and backend is not SDPBackend.FLASH_ATTENTION:
-        length = torch.tensor(lengths, device=qkv.device)
-        mask = (torch.arange(longest, device=qkv.device) < length[:, None])[:, None, None, :]
+        mask = (row < length[:, None])[:, None, None, :]
+    if window:
+        near = (row[:, None] - row).abs() <= window
+        # Rows of padding, which may be far from all tokens, see all: one that sees nothing is NaN, and its gradient.
+        mask = near if mask is None else near & mask | ~mask.mT
 
     def run():
         with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
@@ -187,8 +217,8 @@ def on_gpu(qkv: Any, lengths: list[int], dropout: float) -> dict[str, "Provider"
     from benchmarks._harness import Provider
 
     found = {
-        "padded-flash": padded("SDPA padded flash", qkv, lengths, dropout, SDPBackend.FLASH_ATTENTION),
-        "padded-cudnn": padded("SDPA padded cuDNN", qkv, lengths, dropout, SDPBackend.CUDNN_ATTENTION),
+        "padded-flash": padded("SDPA padded flash", qkv, lengths, dropout, backend=SDPBackend.FLASH_ATTENTION),
+        "padded-cudnn": padded("SDPA padded cuDNN", qkv, lengths, dropout, backend=SDPBackend.CUDNN_ATTENTION),
     }
     leaves = [x.detach().contiguous().requires_grad_(qkv.requires_grad) for x in qkv.unbind(1)]
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=qkv.device)

@@ -3,7 +3,8 @@
     python -m benchmarks.tiles [--only attention]       fastest first, the one in use marked
     python -m benchmarks.tiles --compile                without a GPU: whether they compile, into Triton's cache
 
-Shapes are BERT-base's, and of attention also MiniLM's, 16,384 tokens in sequences of 512. Of a backward in two kernels,
+Shapes are BERT-base's, and of attention also MiniLM's and that of ModernBERT's local layers, 16,384 tokens in sequences
+of 512. Of a backward in two kernels,
 one is varied at a time.
 """
 
@@ -38,6 +39,7 @@ def variants(device: torch.device) -> Iterator[Variant]:
     """All there are to be tried; on meta tensors after no_gpu.pretend()."""
     for head_dim in (64, 32):
         yield from _attention(device, head_dim)
+    yield from _attention(device, 64, window=64)
     yield from _layernorm(device)
     yield from _rows(device)
 
@@ -48,13 +50,14 @@ DKDV = [(64, 64, 4), (32, 64, 4), (64, 128, 8), (32, 128, 8), (64, 128, 4), (128
 STAGES = (2, 3)
 
 
-def _attention(device: torch.device, head_dim: int) -> Iterator[Variant]:
+def _attention(device: torch.device, head_dim: int, window: int = 0) -> Iterator[Variant]:
     qkv = torch.randn(N, 3, H, head_dim, device=device).bfloat16()
     dout = torch.randn(N, H, head_dim, device=device).bfloat16()
     tiles = sequence_layout([L] * (N // L), tile_step=16).tiles.to(device)
     seed = torch.tensor(5, device=device)
     used = attention_tiles.TILES[attention_tiles.architecture(device)][head_dim]
-    out, lse, keys = attention._launch_forward(qkv, tiles, seed, 4, 0.1)
+    out, lse, keys = attention._launch_forward(qkv, tiles, seed, 4, 0.1, window)
+    shape_name = f"attention {head_dim}" + f" window {window}" * (window > 0)
 
     def variant(kernel: str, field: str, shape: tuple[int, int, int], call: Callable[[], object]) -> Iterator[Variant]:
         for stages in STAGES:
@@ -62,13 +65,13 @@ def _attention(device: torch.device, head_dim: int) -> Iterator[Variant]:
             patched = used._replace(**{field: tile})
             patch = partial(mock.patch.object, attention, "tiles_for", lambda _, t=patched: t)
             name = f"{tile.BLOCK_M} x {tile.BLOCK_N}, {tile.num_warps} warps, {stages} stages"
-            yield Variant(f"attention {head_dim} {kernel}", name, patched == used, patch, call)
+            yield Variant(f"{shape_name} {kernel}", name, patched == used, patch, call)
 
     def forward(seed: Any, p: float) -> object:
-        return attention._launch_forward(qkv, tiles, seed, 4, p)
+        return attention._launch_forward(qkv, tiles, seed, 4, p, window)
 
     def backward() -> object:
-        return attention._launch_backward(dout, qkv, out, lse, keys, tiles, 0.1, sums=True)
+        return attention._launch_backward(dout, qkv, out, lse, keys, tiles, 0.1, window, sums=True)
 
     for shape in FORWARD:
         yield from variant("forward", "forward", shape, partial(forward, None, 0.0))

@@ -23,6 +23,12 @@ delta is the softmax's own term, sum_j P dP: out holds the same sum with v appli
 ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics and sums are fp32. P and ds are rounded
 to the input's dtype before they meet a tensor core, as in the paper.
 
+With a window of w (Beltagy et al. 2020, sec. 3.1; w = 64 in ModernBERT's local layers, Warner et al. 2024) s[r, j] is
+-inf where r and j are more than w apart. The loops begin and end with what a block of rows sees, w on either side of
+it: no other row of the sequence is read. Every block that is has the mask, three instructions a score in the compiled
+code of sm_80. One that needs none, all inside the window, is one in three at w = 64 with 64 rows of queries and of
+keys, and none with 128 of queries: a loop of its own would be a third copy of the body for that.
+
 Saved: qkv, out, lse; by the raw functions also the keys of the masks. The masks are those of dropout.py, where a
 token's index is its row in the micro-batch, so that they depend neither on tiles nor on the device. They are drawn
 again from one key for each head and row and one for each head and column, which a small kernel draws beforehand: 8 H N
@@ -31,7 +37,8 @@ bytes.
 The backward is two kernels, dq by rows and dk with dv by columns. Each computes s and dP, so there are 7 products of
 2 L^2 D FLOP where 5 would do if tiles added to one dq. That is the price of a sum in one order, without atomics: a step
 is the same to the last bit each time. FLOP a head and sequence: 4 L^2 D forward, 14 L^2 D backward
-(benchmarks count 10).
+(benchmarks count 10). With a window shorter than the sequence L (2 w + 1) - w (w + 1) pairs stand for L^2, of which a
+block of R rows computes R + 2 w for each row, in whole blocks.
 
 Bytes: the forward reads qkv and writes out; the backward reads qkv and dout twice and out once, and writes dqkv, and
 12 H D of partial sums for every 64 rows or so, which are read again. A sequence's rows are read again by each of its
@@ -673,8 +680,8 @@ def attention(
             f"attention: the layout holds {layout.num_tokens} tokens, the tensor {qkv_N3HD.shape[0]}: "
             "count the trailing pad sequence in the layout's lengths"
         )
-    if not isinstance(window, int) or window < 0:
-        raise ValueError(f"attention wants window as a whole number of places, 0 for no window, got {window!r}")
+    if not isinstance(window, int) or not 0 <= window < 2**30:  # twice as much, and a row's place, are int32
+        raise ValueError(f"attention wants window as a whole number from 0, which is none, to 2^30, got {window!r}")
     check_dropout("attention", qkv_N3HD, seed, stream, dropout_p)
     if seed is None or dropout_p == 0:
         seed, dropout_p = None, 0.0

@@ -16,6 +16,8 @@ On an H100 fused is the fastest of those tried (docs/gpu.md); flash-attn was not
 
 * torch-flash and flash-attn add tiles to one dq, by default in no fixed order. Both are asked for the deterministic
   kernel, so that a step is the same to the last bit each time.
+* Both take a window. The others know it as a mask of all L x L scores alone: sdpa is called on blocks of rows instead,
+  each with the slice that it sees, and cudnn is refused.
 * cudnn has no such kernel in PyTorch, nor has sdpa where it chooses cuDNN, or flash attention without
   torch.use_deterministic_algorithms: two runs differ in their last bits.
 * cudnn plans anew for every (sequences, length) that a run has, so it is for texts of few lengths. Its packed form has
@@ -64,18 +66,18 @@ FASTEST: dict[int, Fastest] = {
     100: Fastest("fused", "fused"),
 }
 CHUNK_SCORES = 2**18  # 1 MiB of fp32, a core's L2; timings of 2^16 to 2^22 differ by less than their noise
-# Queries of a block where there is a window. With one of 64 (one thread of an EPYC with AVX-512, 12 heads of 64, fp32,
-# 8,192 tokens in one sequence) forward and backward took 300, 329, 425, 626 and 1,037 ms in blocks of 32 to 512; by sdpa
-# 440, 407, 447, 547 and 751 ms, and 9.3 s with a mask of the whole sequence. Those of 2,048 in 512s agree.
+# Queries of a block where there is a window. With one of 64 forward and backward of 8,192 tokens in one sequence (one
+# thread of an EPYC with AVX-512, 12 heads of 64, fp32) took 300, 329, 425, 626 and 1,037 ms in blocks of 32, 64, 128, 256
+# and 512; by sdpa 440, 407, 447, 547 and 751 ms, and 9.3 s with a mask of the whole sequence.
 WINDOW_ROWS = 64
 LOG2_E = 1.4426950408889634
 
 
 def _chunks(tiles: Tensor, num_heads: int, window: int) -> Iterator[tuple[int, slice, slice]]:
-    """(B, rows of queries, rows that they see), in order: all of B neighbours of one length, or a block of one sequence.
+    """(B, rows of queries, rows that they see), in order: B neighbours of one length, or a block of one sequence.
 
-    As many neighbours as have up to CHUNK_SCORES scores together. Blocks are for sequences longer than what a block of
-    WINDOW_ROWS sees.
+    As many neighbours as have up to CHUNK_SCORES scores together. Blocks are for sequences that a window, and
+    WINDOW_ROWS with it, do not hold.
     """
     # The first tile of every sequence that is not empty.
     whole = tiles[(tiles[:, 0] == tiles[:, 2]) & (tiles[:, 0] < tiles[:, 1])]
@@ -83,20 +85,17 @@ def _chunks(tiles: Tensor, num_heads: int, window: int) -> Iterator[tuple[int, s
     lengths, counts = torch.unique_consecutive(whole[:, 1] - whole[:, 0], return_counts=True)
     first = 0
     for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-        if window and length > WINDOW_ROWS + window:
-            for end in range(first + length, first + (count + 1) * length, length):
-                for begin in range(end - length, end, WINDOW_ROWS):
-                    stop = min(begin + WINDOW_ROWS, end)
-                    seen = slice(max(begin - window, end - length), min(stop + window, end))
-                    yield 1, slice(begin, stop), seen
-            first += count * length
-            continue
-        most = max(1, CHUNK_SCORES // (num_heads * length**2))
+        in_blocks = 0 < window < length - WINDOW_ROWS
+        most = 1 if in_blocks else max(1, CHUNK_SCORES // (num_heads * length**2))
         for done in range(0, count, most):
             batch = min(most, count - done)
-            rows = slice(first, first + batch * length)
-            yield batch, rows, rows
-            first += batch * length
+            end = first + batch * length
+            for begin in range(first, end, WINDOW_ROWS) if in_blocks else ():
+                stop = min(begin + WINDOW_ROWS, end)
+                yield 1, slice(begin, stop), slice(max(begin - window, first), min(stop + window, end))
+            if not in_blocks:
+                yield batch, slice(first, end), slice(first, end)
+            first = end
 
 
 def _by_head(rows: Tensor, batch: int) -> Tensor:
@@ -107,21 +106,20 @@ def _by_head(rows: Tensor, batch: int) -> Tensor:
 
 
 def _put(by_head: Tensor, rows: Tensor, batch: int) -> None:
-    """What `_by_head` took, back into its rows."""
-    split = rows.unflatten(0, (batch, -1)).view(batch, rows.shape[0] // batch, -1, *rows.shape[-2:])
-    split.copy_(by_head.view(split.shape[2], batch, rows.shape[-2], -1, rows.shape[-1]).permute(1, 3, 0, 2, 4))
+    """(P, B H, L, D) into its rows (B L, P, H, D)."""
+    _, P, H, D = rows.shape
+    rows.unflatten(0, (batch, -1)).copy_(by_head.view(P, batch, H, -1, D).permute(1, 3, 0, 2, 4))
 
 
-def _hide(score: Tensor, rows: slice, seen: slice, window: int) -> Tensor:
-    """Scores (..., R, S), in place -inf where a row and one that its block sees are more than `window` apart."""
+def _hide(score: Tensor, rows: slice, seen: slice, window: int) -> None:
+    """Scores (B H, R, S), in place -inf where one of the rows and one of those seen are more than `window` apart."""
     row, column = torch.arange(score.shape[1]), torch.arange(score.shape[2])
-    return score.masked_fill_((row[:, None] - column + (rows.start - seen.start)).abs() > window, -math.inf)
+    score.masked_fill_((row[:, None] - column + (rows.start - seen.start)).abs() > window, -math.inf)
 
 
-def _drop(weight: Tensor, out: Tensor, rows: slice, seen: slice, *mask: Any) -> None:
-    """dropout_into of weights (B H, R, S). It has one index for rows and columns: a block is the middle of a square."""
+def _drop(weight: Tensor, out: Tensor, rows: slice, seen: slice, seed: Tensor, stream: int, dropout_p: float) -> None:
+    """dropout_into of (B, H, R, S). It has one index for rows and columns: a block is the middle of a square."""
     B, H, R, S = weight.shape
-    seed, stream, dropout_p = mask
     if R < S:
         middle = slice(rows.start - seen.start, rows.stop - seen.start)
         square = weight.new_empty((B, H, S, S))
@@ -151,7 +149,7 @@ def attention_forward_torch(
         if seed is not None:
             matrices = weight.unflatten(0, (B, H))
             _drop(matrices, matrices, rows, seen, seed, stream, dropout_p)
-        _put(torch.bmm(weight, v).div_(total), out[rows], B)
+        _put(torch.bmm(weight, v).div_(total), out[rows, None], B)
     return out, lse
 
 
@@ -183,7 +181,7 @@ def attention_backward_torch(
         if seen.start < stop:  # a block of the same sequence: rows that both see are written anew, with both sums
             dkdv[:, :, : stop - seen.start] += before[:, :, seen.start - stop :]
         stop = seen.stop
-        _put(dq, dqkv[rows, 0], B)
+        _put(dq, dqkv[rows, :1], B)
         _put(dkdv, dqkv[seen, 1:], B)
     return dqkv
 
@@ -200,7 +198,7 @@ def attention_sdpa(qkv_N3HD: Tensor, layout: SequenceLayout, dropout_p: float, w
 def _in_blocks(attend: Callable[..., Tensor], window: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with a window, (B, H, L, D), in one call: each block of rows and the slice that it sees are a text."""
     B, _, L, _ = q.shape
-    if window + WINDOW_ROWS >= L:
+    if window >= L - WINDOW_ROWS:
         row = torch.arange(L, device=q.device)
         return attend(q, k, v, attn_mask=(row[:, None] - row).abs() <= window)
     tail, width = -L % WINDOW_ROWS, WINDOW_ROWS + 2 * window
@@ -400,8 +398,8 @@ def resolve_backend(
         )
     if backend == "cudnn" and window:
         raise ValueError(
-            f"attention backend cudnn has no window, got {window}: a mask would cost all of L x L; use backend fused, or "
-            "torch-flash"
+            f"attention backend cudnn has no window, got {window}, and a mask would cost all of L x L: use backend "
+            "fused or torch-flash"
         )
     if backend == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(

@@ -40,7 +40,9 @@ from tests.support.precision import (
 )
 from tests.support.properties import for_any
 
-pytestmark = pytest.mark.triton
+# In a block of rows that runs past the end of its sequence a row there may see nothing of a window: 0 / 0, which is not
+# stored. NumPy, which the interpreter computes with, says so.
+pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]
 
 # Below, at and across the blocks of 32 and 64 and the tile of 128. The interpreter gets fewer: it takes 10 ms a
 # program.
@@ -256,8 +258,8 @@ def test_work_grows_with_the_length_not_with_its_square(monkeypatch):
         blocks.clear()
     first, second, third = (after - before for before, after in itertools.pairwise(totals))
     assert third == second >= first > 0
-    # A block sees its own rows and a window on either side: of 32 rows three of 32, in each of three kernels; of 64 rows
-    # 128, in each of seven products.
+    # A block sees its own rows and a window on either side: of 32 rows three of 32, in each of three kernels; of 64 it
+    # is 128, in each of seven products.
     assert second == (3 * 192 // 32 * 3 if INTERPRETED else 7 * 2 * 16 * 192 * (64 + 2 * window))
 
 
@@ -267,7 +269,7 @@ def test_a_window_that_holds_the_sequence_is_none(length, backend):
     leaves, layout = make_leaves([length]), sequence_layout([length], DEVICE)
     operator = functools.partial(attention, backend=backend)
     without = results(judged(operator, layout), leaves)
-    for window in (max(1, length - 1), length, 2**31 - 1):
+    for window in (max(1, length - 1), length, 2**30 - 1):
         for name, value in results(judged(operator, layout, window=window), leaves).items():
             torch.testing.assert_close(value, without[name], rtol=1e-6, atol=1e-6)
 
@@ -618,7 +620,7 @@ def test_backends_that_cannot_run(backend, device, dtype, message, monkeypatch):
 
 
 def test_cudnn_refuses_a_window():
-    with pytest.raises(ValueError, match=r"cudnn has no window, got 64: .* use backend fused, or torch-flash"):
+    with pytest.raises(ValueError, match=r"cudnn has no window, got 64, .* use backend fused or torch-flash"):
         resolve_backend("cudnn", "cuda", dtype=torch.bfloat16, window=64)
     assert resolve_backend("torch-flash", "cuda", dtype=torch.bfloat16, window=64) == "torch-flash"
 
@@ -694,8 +696,9 @@ def test_layout_refuses_empty_sequences(lengths):
         ((5, 3, 3, 20), {"stream": -1}, r"stream must be in \[0, 2\^31\), got -1"),
         ((5, 3, 3, 20), {"seed": torch.tensor(1.0)}, "seed as a 0-dim int64 tensor"),
         ((5, 3, 3, 20), {"backend": "math"}, "got 'math'"),
-        ((5, 3, 3, 20), {"window": -1}, "wants window as a whole number of places, 0 for no window, got -1"),
-        ((5, 3, 3, 20), {"window": 2.0}, "0 for no window, got 2.0"),
+        ((5, 3, 3, 20), {"window": -1}, "window as a whole number from 0, which is none, to 2.30, got -1"),
+        ((5, 3, 3, 20), {"window": 2.0}, "got 2.0"),
+        ((5, 3, 3, 20), {"window": 2**30}, "got 1073741824"),
     ],
 )
 def test_errors(shape, options, message):
