@@ -246,13 +246,13 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
     yield "gelu", gelu.bias_gelu, gelu.bias_gelu_reference, wide, normal(n, 4 * D)
     yield "geglu", geglu.geglu, geglu.geglu_reference, wide[:1], normal(n, 2 * D)
     turns = rope.rotations(torch.arange(n, device=s.device), D // s.H, 1e4)
-    heads = normal(n, 3, s.H, D // s.H)
+    packed = normal(n, 3, s.H, D // s.H)
     yield (
         "rope",
         lambda q: rope.rope(q, turns),
         lambda q: rope.rope_reference(q, turns),
-        [heads],
-        torch.ones_like(heads),
+        [packed],
+        normal(n, 3, s.H, D // s.H),
     )
     lengths = [512] * 6 + [301, 61, 512, 137, 13] if s.on_gpu else [20, 9, 3]
     layout, rows = s.layout(lengths), sum(lengths)
