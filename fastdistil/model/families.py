@@ -314,10 +314,19 @@ FAMILIES = {
 """By the model_type of config.json."""
 
 
+_DISENTANGLED = (
+    "its disentangled attention adds two products with relative positions to every score, which the kernels for packed "
+    "sequences do not compute, use another model"
+)
+_REASONS = {None: "add what the model is", "deberta": _DISENTANGLED, "deberta-v2": _DISENTANGLED}
+"""What is said of a model_type beside that it is none of FAMILIES."""
+
+
 def find(model_type: Any) -> Family:
     """The family of a model_type. Raises ValueError where we do not know it."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        fix = "only these encoders are supported" if model_type is not None else "add what the model is"
+        known = model_type is None or isinstance(model_type, str)
+        fix = _REASONS.get(model_type if known else "", "only these encoders are supported")
         raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}: {fix}")
     return FAMILIES[model_type]
 

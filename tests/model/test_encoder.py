@@ -13,6 +13,7 @@ from fastdistil.kernels.dropout import keep_reference, new_dropout_seed
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import KeptOutputs
+from fastdistil.model.functions import LayerCall
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
@@ -320,7 +321,7 @@ def test_kept_outputs_are_layers_in_the_order_asked_for_then_queries_keys_and_va
         assert torch.equal(hidden, model.encoder(*batch))
         assert torch.equal(last, hidden)
         final: Any = model.encoder.layers[1]
-        assert torch.equal(final(first, batch[2], None, "auto"), hidden)
+        assert torch.equal(final(first, LayerCall(batch[2], None, "auto")), hidden)
         assert torch.equal(final.qkv(first), qkv)
         _, (earlier,) = model.encoder(*batch, kept_outputs=KeptOutputs(qkv=0))
         beginning: Any = model.encoder.layers[0]

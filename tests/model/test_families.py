@@ -47,9 +47,10 @@ BARE = [name.replace("ForMaskedLM", "Model") for name in HEADS]
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_an_old_config_lacks_is_what_transformers_assumes(model_type):
     family, config = FAMILIES[model_type], transformers.AutoConfig.for_model(model_type)
-    assumed = {field: getattr(config, name) for field, name in family.fields.items() if field in family.defaults}
-    assert assumed == family.defaults
-    assert getattr(config, family.activation) == "gelu"
+    says = family.read(config.to_dict())
+    assert {field: says[name] for field, name in family.fields.items() if field in family.defaults} == family.defaults
+    assert {says[name] for name in family.activations} == {"gelu"}
+    assert {name: says[name] for name in family.must_be} == family.must_be
 
 
 @pytest.mark.parametrize("class_name", [*BARE, *HEADS])
@@ -82,8 +83,9 @@ def test_what_was_read_is_written(class_name, tmp_path):
             assert not value[:unused].any()
         else:
             assert torch.equal(value, before[name]), name
-    told, tells = (json.loads((f / "config.json").read_text()) for f in (source, out))
-    names = ["model_type", "architectures", family.activation, *family.fields.values(), *family.constants]
+    told, tells = (family.read(json.loads((f / "config.json").read_text())) for f in (source, out))
+    names = ["model_type", "architectures", *family.activations, *family.fields.values(), *family.constants]
+    names += [*family.must_be, *family.copies]
     assert {name: tells[name] for name in names} == {name: told.get(name, tells[name]) for name in names}
 
 
@@ -124,7 +126,7 @@ def test_a_student_of_a_roberta_is_one(tmp_path):
     bert = replace(teacher.architecture, model_type="bert")
     distilbert = replace(bert, model_type="distilbert", token_types=0, layer_norm_eps=1e-12)
     for other in (bert, distilbert):
-        with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary and positions"):
+        with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary, positions and windows"):
             student_from_teacher(teacher, range(5), other, copy_transform=True)
 
 

@@ -350,11 +350,18 @@ def test_a_pickle_before_torch_1_6_that_was_cut_short(folder):
         check(folder)
 
 
-@pytest.mark.parametrize("kind", ["Electra", "Albert", "Deberta", "MPNet", "ModernBert", "GPT2", "DebertaV2"])
+@pytest.mark.parametrize("kind", ["Electra", "Albert", "MPNet", "ModernBertDecoder", "GPT2"])
 def test_other_encoders_are_refused_by_name(kind, tmp_path):
     config = getattr(transformers, f"{kind}Config")()
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"bert, .*camembert, got '{config.model_type}': only these encoders"):
+    with pytest.raises(ValueError, match=rf"bert, .*modernbert, got '{config.model_type}': only these encoders"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
+def test_what_a_deberta_adds_to_its_scores_is_the_reason(kind, tmp_path):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adds two products with relative positions to every score, which the kernels"):
         read_architecture(tmp_path)
 
 
