@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.support.models import MINILM, one_by_one, packed, random_model, save_
 SMALL = Architecture(
     vocab_size=101, hidden_size=60, num_layers=2, num_heads=3, ffn_size=77, max_positions=64, token_types=2
 )
+HEADS = ["BertForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"]
 DISTIL = replace(SMALL, model_type="distilbert", token_types=0)
 
 
@@ -45,21 +47,31 @@ def _model(architecture=SMALL, **options):
         ("BertForPreTraining", {"vocab_size": 128}),
         ("DistilBertForMaskedLM", {}),
         ("DistilBertForMaskedLM", {"dim": 36, "n_heads": 12, "n_layers": 3, "vocab_size": 64}),
+        ("ModernBertForMaskedLM", {"local_attention": 128}),
+        ("ModernBertForMaskedLM", {"local_attention": 2, "num_hidden_layers": 4, "norm_eps": 1e-6}),
+        ("ModernBertForMaskedLM", {"hidden_size": 66, "num_attention_heads": 11, "vocab_size": 128}),
+        ("ModernBertForMaskedLM", {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1}),
+        ("ModernBertForMaskedLM", {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"]}),
     ],
     ids=str,
 )
 def test_equals_transformers(class_name, sizes, tmp_path):
-    """Traps 6 (eps, erf), 7 (order of the head) and 8 (token type 0) of the recipe; sequences of 1 to 512 tokens."""
+    """Traps 6 (eps, erf), 7 (order of the head) and 8 (token type 0) of the recipe; sequences of 1 to 512 tokens.
+
+    By functions and by modules, with either attention that a CPU has.
+    """
     theirs = save_random(class_name, tmp_path, **sizes)
     ours = load_masked_lm(tmp_path, need_head=True).eval()
     lengths = [1, 512, 2, 17, 17, 128, 3, 64]
     ids, positions, layout = packed(lengths, theirs.config.vocab_size)
     hidden, logits = one_by_one(theirs, ids, lengths)
-    with torch.no_grad():
-        got = ours.encoder(ids, positions, layout)
-        torch.testing.assert_close(got, hidden, rtol=0, atol=2e-5)
-        torch.testing.assert_close(ours.head(got), logits, rtol=0, atol=2e-5)
-        assert torch.equal(ours(ids, positions, layout), ours.head(got))
+    for backend, by_modules in product(("fused", "sdpa"), (False, True)):
+        ours.encoder.attention_backend, ours.encoder.by_modules, ours.head.by_modules = backend, by_modules, by_modules
+        with torch.no_grad():
+            got = ours.encoder(ids, positions, layout)
+            torch.testing.assert_close(got, hidden, rtol=0, atol=2e-5)
+            torch.testing.assert_close(ours.head(got), logits, rtol=0, atol=2e-5)
+            assert torch.equal(ours(ids, positions, layout), ours.head(got))
 
 
 def test_equals_transformers_on_minilm():
@@ -75,13 +87,13 @@ def test_equals_transformers_on_minilm():
     torch.testing.assert_close(got, hidden, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("class_name", HEADS)
 def test_every_gradient_equals_transformers(class_name, tmp_path):
     theirs = save_random(class_name, tmp_path)
     ours = load_masked_lm(tmp_path, need_head=True).eval()
     lengths = [40, 3]
     ids, positions, layout = packed(lengths, 101)
-    ids[7] = 0  # [PAD], whose row gets no gradient as an input
+    ids[7] = ours.architecture.pad_id  # [PAD], whose row gets no gradient as an input
     labels = ids.roll(1)
     F.cross_entropy(ours(ids, positions, layout), labels).backward()
     for x, y in zip(ids.split(lengths), labels.split(lengths), strict=True):
@@ -95,7 +107,7 @@ def test_every_gradient_equals_transformers(class_name, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("class_name", HEADS)
 def test_equals_transformers_with_each_attention_backend(class_name, backend, tmp_path):
     theirs = save_random(class_name, tmp_path)
     ours = load_masked_lm(tmp_path, need_head=True).eval()
@@ -107,15 +119,17 @@ def test_equals_transformers_with_each_attention_backend(class_name, backend, tm
         torch.testing.assert_close(ours(ids, positions, layout), logits, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("class_name", HEADS)
 def test_dropout_is_where_transformers_has_it(class_name, tmp_path, monkeypatch):
     """Their model with our masks in the order of its dropouts gives our logits and gradients in training mode."""
-    theirs = save_random(class_name, tmp_path, attn_implementation="eager").train()
+    dropped = ("embedding_dropout", "attention_dropout", "mlp_dropout")  # 0 in a ModernBERT that says nothing
+    sizes = dict.fromkeys(dropped, 0.1) if class_name.startswith("Modern") else {}
+    theirs = save_random(class_name, tmp_path, attn_implementation="eager", **sizes).train()
     ours = load_masked_lm(tmp_path, need_head=True).train()
     ours.encoder.attention_backend = "fused"
-    is_bert = class_name == "BertForMaskedLM"
+    is_distil = class_name == "DistilBertForMaskedLM"
     # Streams as encoder.py numbers them; a DistilBERT has no dropout after the attention's projection.
-    streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2]
+    streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if not is_distil or s % 3 != 2]
     ids, positions, layout = packed([24], 101)
     torch.manual_seed(0)
     seed = new_dropout_seed("cpu")

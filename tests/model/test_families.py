@@ -126,7 +126,9 @@ def test_a_student_of_a_roberta_is_one(tmp_path):
     bert = replace(teacher.architecture, model_type="bert")
     distilbert = replace(bert, model_type="distilbert", token_types=0, layer_norm_eps=1e-12)
     for other in (bert, distilbert):
-        with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary, positions and windows"):
+        with pytest.raises(
+            ValueError, match="must have the teacher's widths, heads, vocabulary, positions and windows"
+        ):
             student_from_teacher(teacher, range(5), other, copy_transform=True)
 
 
