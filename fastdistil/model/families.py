@@ -274,8 +274,12 @@ _MODERNBERT = Family(
     read=_modernbert,
     fixed={"token_types": 0},
     activations=("hidden_activation", "classifier_activation"),
-    # The ids that it assumes without these lie beyond a smaller vocabulary; no encoder reads them.
-    constants=dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    # The ids that it assumes without these lie beyond a smaller vocabulary; no encoder reads them. Classifiers on the
+    # authors' models take the mean, transformers' own default is the first token.
+    constants={
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+        "classifier_pooling": "mean",
+    },
     must_be={
         "attention_bias": False,
         "mlp_bias": False,

@@ -17,12 +17,14 @@ from fastdistil.model.encoder import KeptOutputs
 from fastdistil.model.functions import LayerCall
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm
+from tests.support import toy
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 
 SMALL = Architecture(
     vocab_size=101, hidden_size=60, num_layers=2, num_heads=3, ffn_size=77, max_positions=64, token_types=2
 )
 HEADS = ["BertForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"]
+MODERN = replace(SMALL, **toy.MODERNBERT | {"dropout": 0.1, "attention_dropout": 0.1, "local_attention": 4})
 DISTIL = replace(SMALL, model_type="distilbert", token_types=0)
 
 
@@ -232,8 +234,9 @@ def test_tied_decoder():
     torch.testing.assert_close(whole, as_decoder + as_input, rtol=1e-5, atol=1e-4)
 
 
-def test_state_dict_goes_round_also_inside_another_module():
-    model, other = _model(), MaskedLM(SMALL)
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_state_dict_goes_round_also_inside_another_module(architecture):
+    model, other = _model(architecture), MaskedLM(architecture)
     other.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     outer = nn.ModuleDict({"student": model})
@@ -276,15 +279,16 @@ def test_initial_weights():
 
 
 def test_parameter_count_is_the_architectures():
-    for architecture in (SMALL, replace(DISTIL, vocab_size=128, num_layers=3)):
+    for architecture in (SMALL, MODERN, replace(DISTIL, vocab_size=128, num_layers=3)):
         model = MaskedLM(architecture)
         padding = (architecture.padded_vocab_size - architecture.vocab_size) * (architecture.hidden_size + 1)
         assert sum(p.numel() for p in model.parameters()) - padding == architecture.num_parameters
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_activation_checkpointing_changes_nothing(training):
-    plain, saving = _model().train(training), _model().train(training)
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_activation_checkpointing_changes_nothing(architecture, training):
+    plain, saving = _model(architecture).train(training), _model(architecture).train(training)
     saving.encoder.activation_checkpointing = True
     ids, positions, layout = packed([6, 3], 101)
     results = []
@@ -296,8 +300,9 @@ def test_activation_checkpointing_changes_nothing(training):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_random_numbers_are_drawn_in_training_only():
-    model = _model().eval()
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_random_numbers_are_drawn_in_training_only(architecture):
+    model = _model(architecture).eval()
     batch = packed([6, 3], 101)
     before = torch.get_rng_state()
     first = model(*batch)
@@ -310,9 +315,10 @@ def test_random_numbers_are_drawn_in_training_only():
     assert not torch.allclose(dropped, first)
 
 
-def test_a_seed_given_is_the_one_used():
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_a_seed_given_is_the_one_used(architecture):
     """It gives what the same number drawn would, and no generator is touched; in evaluation it drops nothing."""
-    model, batch = _model().train(), packed([6, 3], 101)
+    model, batch = _model(architecture).train(), packed([6, 3], 101)
     model.encoder.attention_backend = "fused"
     torch.manual_seed(0)
     drawn = model(*batch)
@@ -342,9 +348,10 @@ def test_kept_outputs_are_layers_in_the_order_asked_for_then_queries_keys_and_va
         assert torch.equal(beginning.qkv(model.encoder.embedded(*batch[:2], None)), earlier)
 
 
-def test_trailing_pad_changes_nothing():
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_trailing_pad_changes_nothing(architecture):
     """What packing leaves over is one more sequence, of no effect on the others or on any gradient they give."""
-    model = _model().eval()
+    model = _model(architecture).eval()
     ids, positions, layout = packed([6, 3], 101)
     padded_ids = torch.cat([ids, torch.zeros(5, dtype=ids.dtype)])
     padded_positions = torch.cat([positions, torch.arange(5)])
@@ -367,8 +374,9 @@ def test_frozen_positions():
     assert model.encoder.word_embeddings.weight.grad is not None
 
 
-def test_training_with_fused_attention_is_one_graph():
-    model = _model().train()
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_training_with_fused_attention_is_one_graph(architecture):
+    model = _model(architecture).train()
     model.encoder.attention_backend = "fused"
     compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
     batch = packed([5, 5, 7, 3], 101)
@@ -383,7 +391,8 @@ def test_training_with_fused_attention_is_one_graph():
         torch.testing.assert_close(traced, eager)
 
 
-def test_compiles_once_for_all_layouts():
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_compiles_once_for_all_layouts(architecture):
     """A token budget has one shape, so that no layout of it may compile the encoder again."""
     graphs = []
     graphs_of_first = 0
@@ -392,7 +401,7 @@ def test_compiles_once_for_all_layouts():
         graphs.append(graph)
         return graph.forward
 
-    model = _model().eval()
+    model = _model(architecture).eval()
     compiled = torch.compile(model.encoder, backend=backend)
     for i, lengths in enumerate(([5, 5, 7, 3], [20], [1, 19], [4] * 5)):
         ids, positions, layout = packed(lengths, 101, seed=i)

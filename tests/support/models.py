@@ -47,6 +47,7 @@ MODERNBERT: dict[str, Any] = {
     "max_position_embeddings": 512,
     "local_attention": 16,
     "pad_token_id": 3,
+    "classifier_pooling": "mean",
     **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
 }
 SIZES = {"distilbert": DISTILBERT, "bert": BERT, "modernbert": MODERNBERT}
