@@ -17,8 +17,14 @@ from fastdistil.model import headers
 from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.model.encoder import KeptOutputs
 from fastdistil.model.masked_lm import MaskedLM
-from fastdistil.model.weights import hugging_face_config, load_masked_lm, student_from_teacher, write_model
-from tests.support.models import one_by_one, packed, save_random
+from fastdistil.model.weights import (
+    hugging_face_config,
+    hugging_face_state,
+    load_masked_lm,
+    student_from_teacher,
+    write_model,
+)
+from tests.support.models import MODERNBERT, one_by_one, packed, save_random
 
 LENGTHS = [1, 90, 2, 17, 33]
 HUB: dict[str, Any] = {
@@ -150,6 +156,19 @@ def test_layers_are_handed_out_normalised_and_queries_and_keys_rotated(by_module
             outside = (index - index[:, None]).abs() > (8 if layer % 3 else 40)
             scores = (query @ key.mT / math.sqrt(20)).masked_fill(outside, -math.inf)
             torch.testing.assert_close(scores.softmax(-1), wanted.attentions[layer][0], rtol=0, atol=1e-5)
+
+
+def test_fresh_weights_are_spread_as_transformers_spreads_them(tmp_path):
+    """Less where a matrix adds to the stream. Theirs are cut off at two standard deviations, which leaves 0.88 of one."""
+    theirs = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**MODERNBERT | {"hidden_size": 240}))
+    theirs.save_pretrained(tmp_path)
+    ours = MaskedLM(read_architecture(tmp_path), generator=torch.Generator().manual_seed(0))
+    fresh, told = hugging_face_state(ours.state_dict(), ours.architecture), load_file(tmp_path / "model.safetensors")
+    matrices = [name for name, value in told.items() if value.ndim > 1 and name != WORDS]
+    assert len(matrices) == 4 * 5 + 1
+    for name in matrices:
+        assert told[name].std() / fresh[name].std() == pytest.approx(0.88, rel=0.03), name
+    assert fresh[WORDS].std() == pytest.approx(0.02, rel=0.03)
 
 
 # --- folders
