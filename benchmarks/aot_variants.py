@@ -95,7 +95,7 @@ def _cosine_variant(dtype: str, width: int) -> Variant:
 def _attention_variant(
     dtype: str, head_dim: int, kernel: str, arch: int, dropout: bool, *, sums: bool = True, window: int = 0
 ) -> Variant:
-    by_width = attention_tiles.TILES[arch][head_dim]
+    by_width = attention_tiles.half_tiles(arch, head_dim, window)
     tiles = attention_tiles.FP32_TILES if dtype == "fp32" else by_width
     tile = {"forward": tiles.forward_dropout if dropout else tiles.forward, "dq": tiles.dq, "dkdv": tiles.dkdv}[kernel]
     pointers, scalars = {
@@ -105,11 +105,12 @@ def _attention_variant(
     }[kernel]
     constexprs: dict[str, Any] = {
         "H": 12, "D": head_dim, "BLOCK_D": head_dim, "TILE": TILE_ROWS,
-        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "WINDOW": window,
+        "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N,
     }  # fmt: skip
     if kernel != "forward":
         block = tile.BLOCK_M if kernel == "dq" else tile.BLOCK_N
         constexprs["ROWS"] = block // min(tiles.dq.BLOCK_M, tiles.dkdv.BLOCK_N)
+    constexprs["WINDOW"] = window
     statistics = ("lse_ptr", "delta_ptr", "partial_ptr")
     signature = {
         "qkv_ptr": f"*{dtype}", "tile_ptr": "*i32", "key_ptr": "*i32",

@@ -55,7 +55,7 @@ def _attention(device: torch.device, head_dim: int, window: int = 0) -> Iterator
     dout = torch.randn(N, H, head_dim, device=device).bfloat16()
     tiles = sequence_layout([L] * (N // L), tile_step=16).tiles.to(device)
     seed = torch.tensor(5, device=device)
-    used = attention_tiles.TILES[attention_tiles.architecture(device)][head_dim]
+    used = attention_tiles.half_tiles(attention_tiles.architecture(device), head_dim, window)
     out, lse, keys = attention._launch_forward(qkv, tiles, seed, 4, 0.1, window)
     shape_name = f"attention {head_dim}" + f" window {window}" * (window > 0)
 
@@ -63,7 +63,7 @@ def _attention(device: torch.device, head_dim: int, window: int = 0) -> Iterator
         for stages in STAGES:
             tile = Tile(*shape, stages)
             patched = used._replace(**{field: tile})
-            patch = partial(mock.patch.object, attention, "tiles_for", lambda _, t=patched: t)
+            patch = partial(mock.patch.object, attention, "tiles_for", lambda *_, t=patched: t)
             name = f"{tile.BLOCK_M} x {tile.BLOCK_N}, {tile.num_warps} warps, {stages} stages"
             yield Variant(f"{shape_name} {kernel}", name, patched == used, patch, call)
 

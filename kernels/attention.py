@@ -24,10 +24,11 @@ ds, multiply delta by 1 - p instead, and scale whole rows at the end. Statistics
 to the input's dtype before they meet a tensor core, as in the paper.
 
 With a window of w (Beltagy et al. 2020, sec. 3.1; w = 64 in ModernBERT's local layers, Warner et al. 2024) s[r, j] is
--inf where r and j are more than w apart. The loops begin and end with what a block of rows sees, w on either side of
-it: no other row of the sequence is read. Every block that is has the mask, three instructions a score in the compiled
-code of sm_80. One that needs none, all inside the window, is one in three at w = 64 with 64 rows of queries and of
-keys, and none with 128 of queries: a loop of its own would be a third copy of the body for that.
+-inf where r and j are more than w apart. The loops begin w before a block of rows and end w behind it, or with the step
+that holds that row: nothing else of the sequence is read. Every step has the mask, in the compiled forward of sm_80
+three instructions a score, by which 128 x 64 scores and the kernel around them have 2,472 where they had 2,072. Of the
+steps at w = 64 one in three would need none with 64 rows of queries and 64 of keys, and none with 128 of queries: not
+worth a third copy of the loop's body.
 
 Saved: qkv, out, lse; by the raw functions also the keys of the masks. The masks are those of dropout.py, where a
 token's index is its row in the micro-batch, so that they depend neither on tiles nor on the device. They are drawn
@@ -453,7 +454,8 @@ def _launch_forward(
     N, _, H, D = qkv.shape
     out, lse = qkv.new_empty((N, H, D)), qkv.new_empty((H, N), dtype=torch.float32)
     keys = None if seed is None else row_and_column_keys(seed, stream, H, N)
-    tile = tiles_for(qkv).forward if seed is None else tiles_for(qkv).forward_dropout
+    without, with_dropout, *_ = tiles_for(qkv, window)
+    tile = without if seed is None else with_dropout
     scale2, keep_scale = D**-0.5 * LOG2_E, 1 / (1 - dropout_p)
     _launch(
         _forward_kernel, tile, tile.BLOCK_M, tiles, qkv,
@@ -470,7 +472,7 @@ def _launch_backward(
     N, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     scale, keep_p, limit = D**-0.5, 1 - dropout_p, threshold(dropout_p)
-    _, _, dq, dkdv = tiles_for(qkv)
+    _, _, dq, dkdv = tiles_for(qkv, window)
     least = min(dq.BLOCK_M, dkdv.BLOCK_N)
     num_partial = tiles.shape[0] * (TILE_ROWS // least)
     partial = lse.new_empty((num_partial, 1, 3 * H * D)) if sums else None

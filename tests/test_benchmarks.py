@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import _cli, _harness, _options
+from benchmarks import _cli, _harness, _options, bench_attention
 from benchmarks.__main__ import OPERATORS
 from tests.support import launch
 
@@ -127,6 +127,17 @@ def test_ours_is_right_and_timed_beside_pytorch(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"{name}: {case};" in printed for case in cases)
     assert "min to max" in printed  # two rounds make no interval
+
+
+def test_attention_with_a_window_is_right_and_its_work_counted(capsys):
+    length, window = 70, 20
+    seen = sum(abs(row - column) <= window for row in range(length) for column in range(length))
+    assert [bench_attention.pairs(length, w) for w in (0, window, 69, 70)] == [4900, seen, 4900, 4900]
+    words = f"--tokens {length} --lengths {length} --head-widths 16 --heads 64 --dtype fp32 --dropout 0 --forward"
+    assert run("attention", *words.split(), "--window", window, *QUICK.split(), "ours,padded") == 0
+    assert f"window {window}, forward; " in capsys.readouterr().out
+    assert run("attention", "--window", -1) != 0
+    assert "--window wants a whole number of 0 or more, got -1" in capsys.readouterr().err
 
 
 def test_own_kernels_beside_ours(own, capsys):

@@ -279,7 +279,7 @@ def test_scores_far_below_zero_with_a_window(backend):
     """A row that sees nothing of the first block starts from a number below every score."""
     layout, leaves = sequence_layout([200], DEVICE), make_leaves([200])
     qkv = leaves["qkv_N3HD"].detach()
-    qkv[:, 0], qkv[:, 1] = 1e9, -1e9
+    qkv[:, 0], qkv[:, 1] = 2.0**9, -(2.0**9)  # whose scores, -20 * 2^18, are sums without a rounding in any order
     out = attention(qkv, layout, backend=backend, window=20)
     torch.testing.assert_close(out, attention_reference(qkv, layout, window=20))
 
