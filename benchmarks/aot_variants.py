@@ -299,13 +299,12 @@ def _geglu_variant(dtype: str, *, backward: bool) -> Variant:
     )
 
 
-def _rope_variant(dtype: str, head_dim: int, *, values: bool) -> Variant:
-    """`values`: into another tensor, values and all."""
+def _rope_variant(dtype: str, head_dim: int) -> Variant:
     tile = rope.tile(head_dim)
     num_warps = tile.pop("num_warps")
-    constants = {"H": 12, "D": head_dim, "VALUES": values} | tile
+    constants = {"H": 12, "D": head_dim} | tile
     return Variant(
-        name=f"rope {dtype} D={head_dim}" + " values" * values,
+        name=f"rope {dtype} D={head_dim}",
         kernel=rope._rope_kernel,
         signature={
             "qkv_ptr": f"*{dtype}", "rotation_ptr": "*fp32", "out_ptr": f"*{dtype}", "N": "i32", "sign": "fp32",
@@ -408,8 +407,7 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     yield _strip_sums_variant(dtype)
     yield from _run_variants(dtype)
     for head_dim in (32, 64, 128):
-        yield _rope_variant(dtype, head_dim, values=False)
-    yield _rope_variant(dtype, 64, values=True)
+        yield _rope_variant(dtype, head_dim)
     for backward in (False, True):
         yield _gelu_variant(dtype, backward=backward)
         yield _geglu_variant(dtype, backward=backward)

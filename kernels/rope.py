@@ -8,9 +8,20 @@ Hugging Face has them (rotate_half), where the paper has neighbours. The values 
 back: the same with -sin, which is the transpose. Nothing of qkv is saved. fp32 arithmetic, one rounding; Hugging Face
 rounds cos and sin to bf16, too.
 
-Memory: queries and keys are read and written once, two thirds of qkv. cos and sin, made once a micro-batch, are 4 R
-bytes twice a row, read once for all 2 H heads: 4 % more at 12 heads of 64 in bf16. A program takes some rows and goes
-through their heads, a query and a key at a time.
+Memory: queries and keys are read and written once, two thirds of qkv; cos and sin, made once a micro-batch, are 4 %
+more at 12 heads of 64 in bf16. A program takes some rows of queries or of keys, loads their cos and sin once and goes
+through the heads. Five instructions an element on sm_90: the pass takes what its bytes take, 1.9 ns a token at the
+3.35 TB/s of an H100.
+
+Why not in the attention kernels, which load the same numbers: they would turn every key anew for each tile of queries.
+The forward, compiled so for sm_90 at width 64 in its tile of 64 x 64, takes 15.2 instructions a score in place of 9.5,
+since keys pass through registers on their way to the tensor cores, and 88 KiB of shared memory in place of 56: 2 CTAs
+fit an SM, not 4. Its tile on sm_80 spills, 113 times. The 5.7 instructions, all of them issued at an H100's best rate
+(3e13 a second), take as long as the pass at 830 keys a query, a quarter of it in the 192 keys that a window of 128 lets
+a tile see; the backward's pass stands against two kernels, which would turn keys and queries anew once more each. So by
+count the attention kernels win in windows and short sequences, were it not for half the CTAs, and lose in long ones:
+one pass serves both. dq and dk could be turned back where their kernels end, once a row: so compiled, on sm_90 each has
+its loop and CTAs as before, and 100 and 140 instructions more behind it. That would spare the backward's pass.
 
 Shapes: N = rows (tokens), H = heads, D = width of a head, R = D / 2.
 """
@@ -20,15 +31,15 @@ from torch import Tensor
 
 from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, check_dtype, tl, triton
 
-# Rows that a CPU takes at a time: in fp32 the queries and keys of 12 heads of 64 and what is made of them stay in its
-# cache. At 4,096 rows on two cores 2.3 ms, against 4.1 in one piece (bf16: 2.5, 5.8) and 6.9 by rotate_half.
+# Rows that a CPU takes at a time, for what is made of them to stay in its cache: 4,096 rows of 12 heads of 64 on two
+# cores took 2.5 ms in fp32 and in bf16, in one piece 4 and 6, by rotate_half 7 and 9.
 CPU_ROWS = 256
 
 
 def rotations(position_ids_N: Tensor, head_dim: int, theta: float) -> Tensor:
     """(N, 2, R) fp32: cos and sin of the angles of every token, R = head_dim / 2. No sync.
 
-    To the last bit what Hugging Face computes on the same device.
+    On a CPU to the last bit Hugging Face's, which makes theta^(-2 i / D) there; a GPU's power may differ in that bit.
 
     Args:
         position_ids_N: positions of the tokens in their sequences, from 0 on, (N,) or (B, L).
@@ -54,47 +65,36 @@ def rope_reference(qkv_N3HD: Tensor, rotations_N2R: Tensor) -> Tensor:
     return torch.cat((turned, qkv[:, 2:]), 1)
 
 
-@triton.jit
-def _load_halves(x_ptr, at, live, R):
-    """The two halves of a head, in fp32."""
-    x1 = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    return x1, tl.load(x_ptr + at + R, mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_turned(out_ptr, at, live, R, x1, x2, cos, sin):
-    tl.store(out_ptr + at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=live)
-    tl.store(out_ptr + at + R, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=live)
-
-
 @triton.jit(do_not_specialize=("N",))
 def _rope_kernel(
     qkv_ptr, rotation_ptr, out_ptr,  # (N, 3, H, D), (N, 2, R) fp32, (N, 3, H, D), contiguous; out_ptr may be qkv_ptr
-    N, sign, H: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
+    N, sign, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = D // 2
+    part = tl.program_id(1)  # queries, keys, values
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_R)
     live = (row < N)[:, None] & (column < R)[None, :]
-    at = row[:, None] * D + column[None, :]
-    cos = tl.load(rotation_ptr + at, mask=live, other=0.0)
-    sin = sign * tl.load(rotation_ptr + at + R, mask=live, other=0.0)
-    at = row[:, None] * (3 * H * D) + column[None, :]
+    at = row[:, None] * (3 * H * D) + part * (H * D) + column[None, :]
+    if part == 2:
+        for _ in range(H):
+            tl.store(out_ptr + at, tl.load(qkv_ptr + at, mask=live), mask=live)
+            tl.store(out_ptr + at + R, tl.load(qkv_ptr + at + R, mask=live), mask=live)
+            at += D
+        return
+    cos_at = row[:, None] * D + column[None, :]
+    cos = tl.load(rotation_ptr + cos_at, mask=live, other=0.0)
+    sin = sign * tl.load(rotation_ptr + cos_at + R, mask=live, other=0.0)
     for _ in range(H):
-        # All loads before the first store: behind it none may begin, since it might be of what was stored.
-        q1, q2 = _load_halves(qkv_ptr, at, live, R)
-        k1, k2 = _load_halves(qkv_ptr, at + H * D, live, R)
-        v1, v2 = _load_halves(qkv_ptr, at + 2 * H * D, live, R) if VALUES else (q1, q2)
-        _store_turned(out_ptr, at, live, R, q1, q2, cos, sin)
-        _store_turned(out_ptr, at + H * D, live, R, k1, k2, cos, sin)
-        if VALUES:
-            tl.store(out_ptr + at + 2 * H * D, v1.to(out_ptr.dtype.element_ty), mask=live)
-            tl.store(out_ptr + at + 2 * H * D + R, v2.to(out_ptr.dtype.element_ty), mask=live)
+        x1 = tl.load(qkv_ptr + at, mask=live, other=0.0).to(tl.float32)
+        x2 = tl.load(qkv_ptr + at + R, mask=live, other=0.0).to(tl.float32)
+        tl.store(out_ptr + at, (x1 * cos - x2 * sin).to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(out_ptr + at + R, (x2 * cos + x1 * sin).to(out_ptr.dtype.element_ty), mask=live)
         at += D
 
 
 def tile(head_dim: int) -> dict[str, int]:
-    """Settings for a head width: one 16-byte load in bf16 of each half of a query and of a key a thread."""
+    """Settings for a head width: a thread has a 16-byte load in bf16 of each half of a head at a time."""
     block = triton.next_power_of_2(head_dim // 2)
     return {"ROWS": max(1, 1024 // block), "BLOCK_R": block, "num_warps": 4}
 
@@ -104,9 +104,8 @@ def _launch(qkv: Tensor, rotations: Tensor, out: Tensor, inverse: bool) -> None:
     N, _, H, D = qkv.shape
     if N > 0:
         settings, sign = tile(D), -1.0 if inverse else 1.0
-        _rope_kernel[(triton.cdiv(N, settings["ROWS"]),)](
-            qkv, rotations, out, N, sign, H, D, VALUES=out is not qkv, **settings, **LAUNCH_OPTIONS
-        )
+        grid = (triton.cdiv(N, settings["ROWS"]), 2 if out is qkv else 3)
+        _rope_kernel[grid](qkv, rotations, out, N, sign, H, D, **settings, **LAUNCH_OPTIONS)
 
 
 def _rotate_cpu(qkv: Tensor, rotations: Tensor, inverse: bool) -> None:

@@ -1,4 +1,4 @@
-"""How often Triton compiles kernels of losses, dropout, sums, RoPE and GeGLU for launches that differ in places, rows, rates alone.
+"""How often Triton compiles kernels of losses, layers and sums for launches that differ in places, rows, rates alone.
 
 Prints, as JSON, the number of compilations of each.
 """
