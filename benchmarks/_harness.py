@@ -115,7 +115,8 @@ class Provider(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Problem:
-    """Inputs of one size, and who computes what from them. Only the first value that comes back is looked at."""
+    """Inputs of one size, and who computes what from them. Of the values that come back the first is looked at, or as
+    many as have a gradient."""
 
     arguments: Sequence[Any] = ()
     """Of the public function."""
@@ -123,8 +124,8 @@ class Problem:
     """Of the public function, by name."""
     trained: Sequence[int] = ()
     """Which arguments get gradients; none for the forward alone."""
-    dout: Tensor | None = None
-    """Gradient of the result. None: the result is a loss."""
+    dout: Tensor | tuple[Tensor | None, ...] | None = None
+    """Gradient of the result, or of each of several. None: the result is a loss."""
     definition: Callable[..., Any] | None = None
     """In fp64 for fp64 arguments. None where all providers are unchecked."""
     plain: Callable[..., Any] | None = None
@@ -148,11 +149,16 @@ class Problem:
 
     def results(self, function: Callable[..., Any]) -> list[Tensor]:
         """What `function` makes of the arguments, and the gradient of every argument that gets one."""
-        out = function(*self.arguments, **self.options)
-        out = out if isinstance(out, Tensor) else out[0]
+        out, douts = function(*self.arguments, **self.options), self.douts
+        outs = [out] if isinstance(out, Tensor) else [*out[: len(douts)]]
         if not self.trained:
-            return [out]
-        return [out, *torch.autograd.grad(out, [self.arguments[i] for i in self.trained], self.dout)]
+            return outs
+        return [*outs, *torch.autograd.grad(outs, [self.arguments[i] for i in self.trained], douts)]
+
+    @property
+    def douts(self) -> list[Tensor | None]:
+        """One for each value that is looked at."""
+        return [*self.dout] if isinstance(self.dout, tuple) else [self.dout]
 
 
 def pytorch_and_ours(ours: Callable[..., Any], eager: Callable[..., Any], unchecked: str = "") -> dict[str, Provider]:
@@ -190,8 +196,9 @@ class Judge:
     def __init__(self, problem: Problem) -> None:
         assert problem.definition is not None
         self.problem = problem
+        self.num_values = len(problem.douts)
         self.names = [
-            "the value",
+            *(["the value"] if self.num_values == 1 else [f"value {i + 1}" for i in range(self.num_values)]),
             *(f"the gradient of {list(inspect.signature(problem.definition).parameters)[i]}" for i in problem.trained),
         ]
         self.truth = self._truth(problem.definition)
@@ -212,13 +219,13 @@ class Judge:
             arguments = [_double(x[rows] if i in rowwise else x) for i, x in enumerate(given)]
             for i in trained:
                 arguments[i].requires_grad_()
-            dout = None if self.problem.dout is None else _double(self.problem.dout[rows])
+            dout = tuple(None if x is None else _double(x[rows]) for x in self.problem.douts)
             part = Problem(
                 arguments=arguments, options=self.problem.options, trained=trained, dout=dout, providers={},
                 num_bytes=0, num_flops=0, floor=bool,
             )  # fmt: skip
             parts.append([x.detach() for x in part.results(definition)])
-        are_rows = [parts[0][0].ndim > 0, *(i in rowwise for i in trained)]
+        are_rows = [*(x.ndim > 0 for x in parts[0][: self.num_values]), *(i in rowwise for i in trained)]
         return [
             torch.cat(several) if of_rows else torch.stack(several).sum(0)
             for several, of_rows in zip(zip(*parts, strict=True), are_rows, strict=True)
@@ -247,7 +254,8 @@ class Judge:
                     tensor.copy_(was)
         if wrong:
             raise Wrong("; ".join(wrong))
-        return {"error_value": shares[0]} | ({"error_gradient": max(shares[1:])} if self.problem.trained else {})
+        found, n = {"error_value": max(shares[: self.num_values])}, self.num_values
+        return found | ({"error_gradient": max(shares[n:])} if self.problem.trained else {})
 
 
 def _double(x: Any) -> Any:

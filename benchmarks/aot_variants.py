@@ -174,7 +174,7 @@ def _layernorm_variant(
         signature = {"dout_ptr": x} | ({} if embeddings else {"dsum_ptr": x}) | signature
         signature |= {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "seed_ptr": "*i64"}
         signature |= {"dy_ptr": x} | ({} if embeddings else {"dx_ptr": x}) | {"partial_ptr": "*fp32"}
-        absent["SUMS"] = (1 + bias) if embeddings or prenorm else 3
+        absent["SUMS"] = 1 if not bias else 2 if embeddings else 3
     else:
         signature |= {"bias_ptr": x, "seed_ptr": "*i64"} | ({} if embeddings else {"sum_ptr": x})
         signature |= {"out_ptr": x, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}

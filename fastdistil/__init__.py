@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastdistil.kernels.dropout import dropout, new_dropout_seed
     from fastdistil.kernels.geglu import geglu
     from fastdistil.kernels.gelu import bias_gelu, linear_gelu
-    from fastdistil.kernels.layernorm import dropout_add_layernorm, layernorm
+    from fastdistil.kernels.layernorm import add_layernorm, dropout_add_layernorm, layernorm
     from fastdistil.kernels.layout import SequenceLayout, padded_layout, sequence_layout
     from fastdistil.kernels.linear import linear
     from fastdistil.kernels.linear_distill import linear_distill_loss
@@ -32,6 +32,7 @@ __all__ = [
     "DistillLoss",
     "Distilled",
     "SequenceLayout",
+    "add_layernorm",
     "attention",
     "bias_gelu",
     "cosine_loss",
@@ -59,7 +60,7 @@ _HOMES = {
     "kernels.dropout": "dropout new_dropout_seed",
     "kernels.geglu": "geglu",
     "kernels.gelu": "bias_gelu linear_gelu",
-    "kernels.layernorm": "dropout_add_layernorm layernorm",
+    "kernels.layernorm": "add_layernorm dropout_add_layernorm layernorm",
     "kernels.layout": "SequenceLayout padded_layout sequence_layout",
     "kernels.linear": "linear",
     "kernels.linear_distill": "linear_distill_loss",

@@ -26,7 +26,7 @@ Memory: the forward reads (N, D) twice and writes it once, the backward three ti
 being dresidual). The pre-norm forward reads (N, D) twice and writes it twice, its backward as above with dsum for the
 residual. Every program sums dweight, dbias and dx of its rows into rows of its own, and one reduction adds the programs
 up: no atomics, the same bits every time. That is 3 rows of fp32 for 32 of the input, 8 % of the backward's traffic in
-bf16; a row each for dweight and dbias in the pre-norm form, and none for a bias that is not there.
+bf16; without biases there is but the row of dweight.
 
 Shapes: N = rows (tokens), D = width.
 """
@@ -143,7 +143,7 @@ def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, thresh
 def _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D):
     """word[ids] + position[position_ids] + type in fp32."""
     word = tl.load(ids_ptr + row, mask=row < N, other=0).to(tl.int64)
-    position = word
+    position = word  # which nobody looks up without a table
     if position_ids_ptr is not None:
         position = tl.load(position_ids_ptr + row, mask=row < N, other=0).to(tl.int64)
     y = tl.load(word_ptr + word[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
@@ -448,9 +448,8 @@ def backward(
             add_column_sum(dx_sum, dx, accumulate)
         return dy, dx
     x, mean, rstd, residual = saved if len(saved) == 4 else (*saved, None)
-    sums = (dweight,) if dbias is None and dx_sum is None else (dweight, dbias, dx_sum)
     return _backward_rows(
-        dout, None, x, residual, weight, mean, rstd, seed, stream, dropout_p, sums=sums, accumulate=accumulate
+        dout, None, x, residual, weight, mean, rstd, seed, stream, dropout_p, (dweight, dbias, dx_sum), accumulate
     )
 
 
@@ -469,18 +468,18 @@ def add_backward(
         dy = dy if dsum is None else dy.add_(dsum)
         return dy, dropout(dy, seed, stream=stream, dropout_p=dropout_p)
     total, mean, rstd = saved
-    sums = (dweight,) if dbias is None else (dweight, dbias)
     return _backward_rows(
-        dout, dsum, None, total, weight, mean, rstd, seed, stream, dropout_p, sums=sums, accumulate=accumulate
+        dout, dsum, None, total, weight, mean, rstd, seed, stream, dropout_p, (dweight, dbias, None), accumulate
     )
 
 
 def _backward_rows(
-    dout: Tensor, dsum: Tensor | None, x: Tensor | None, residual: Tensor | None, weight: Tensor,
-    mean: Tensor, rstd: Tensor, seed: Tensor | None, stream: int, dropout_p: float, *,
-    sums: Sequence[Tensor | None], accumulate: bool,
+    dout: Tensor, dsum: Tensor | None, x: Tensor | None, residual: Tensor | None, weight: Tensor, mean: Tensor,
+    rstd: Tensor, seed: Tensor | None, stream: int, dropout_p: float, sums: Sequence[Tensor | None], accumulate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dresidual, dx). Without x the residual is the sum already. `sums`: as many of dweight, dbias, dx_sum as count."""
+    """(dresidual, dx). Without x the residual is the sum already. `sums`: dweight, dbias and dx_sum."""
+    if sums[1] is None and sums[2] is None:  # layers without biases; with one it is all three, in one compilation
+        sums = sums[:1]
     dy, partial = torch.empty_like(dout), _partial_sums(dout, len(sums))
     dx = None if seed is None else torch.empty_like(dout)
     _launch_backward(
@@ -586,23 +585,21 @@ def _(x, residual, weight, bias, eps, seed, stream, dropout_p):
 
 @torch.library.custom_op("fastdistil::dropout_add_layernorm_backward", mutates_args=(), device_types=TRITON_DEVICES)
 def layernorm_backward(
-    dout: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, stream: int, dropout_p: float, has_bias: bool,
+    dout: Tensor, dsum: Tensor | None, x: Tensor | None, residual: Tensor | None, weight: Tensor, mean: Tensor,
+    rstd: Tensor, seed: Tensor | None, stream: int, dropout_p: float, has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dresidual, dx, dweight, dbias); dx is empty without a seed, where it is dresidual, dbias without a bias."""
-    saved = (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
-    dy, dx = backward(
-        dout, saved, weight, seed, stream, dropout_p,
-        dweight=dweight, dbias=dbias if has_bias else None, dx_sum=None, accumulate=False,
-    )  # fmt: skip
-    return dy, torch.empty_like(x[:0]) if seed is None else dx, dweight, dbias
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight) if has_bias else None
+    dy, dx = _backward_rows(
+        dout, dsum, x, residual, weight, mean, rstd, seed, stream, dropout_p, (dweight, dbias, None), False
+    )
+    return dy, dy.new_empty(0) if seed is None else dx, dweight, weight.new_empty(0) if dbias is None else dbias
 
 
 @layernorm_backward.register_fake
-def _(dout, x, residual, weight, mean, rstd, seed, stream, dropout_p, has_bias):
-    dx = torch.empty_like(x if seed is not None else x[:0])
-    return torch.empty_like(x), dx, torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
+def _(dout, dsum, x, residual, weight, mean, rstd, seed, stream, dropout_p, has_bias):
+    dx = dout.new_empty(0) if seed is None else torch.empty_like(dout)
+    return torch.empty_like(dout), dx, torch.empty_like(weight), weight.new_empty(len(weight) if has_bias else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -619,10 +616,10 @@ def _backward(ctx, dout, _dmean, _drstd):
         return (None,) * 8
     x, residual, weight, mean, rstd, seed = ctx.saved_tensors
     dy, dx, dweight, dbias = layernorm_backward(
-        dout.contiguous(), x, residual, weight, mean, rstd, seed, ctx.stream, ctx.dropout_p, ctx.has_bias
+        dout.contiguous(), None, x, residual, weight, mean, rstd, seed, ctx.stream, ctx.dropout_p, ctx.has_bias
     )
-    dx, dbias = dy if seed is None else dx, dbias if ctx.has_bias else None
-    return dx, None if residual is None else dy, dweight, dbias, None, None, None, None
+    dx, dresidual = dy if seed is None else dx, None if residual is None else dy
+    return dx, dresidual, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 layernorm_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -644,26 +641,6 @@ def _(x, residual, weight, bias, eps, seed, stream, dropout_p):
     return torch.empty_like(x), torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("fastdistil::add_layernorm_backward", mutates_args=(), device_types=TRITON_DEVICES)
-def add_layernorm_backward(
-    dout: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    seed: Tensor | None, stream: int, dropout_p: float, has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dresidual, dx, dweight, dbias), the second and the last empty as in `layernorm_backward`."""
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
-    dy, dx = add_backward(
-        dout, dsum, (total, mean, rstd), weight, seed, stream, dropout_p,
-        dweight=dweight, dbias=dbias if has_bias else None, accumulate=False,
-    )  # fmt: skip
-    return dy, torch.empty_like(dy[:0]) if seed is None else dx, dweight, dbias
-
-
-@add_layernorm_backward.register_fake
-def _(dout, dsum, total, weight, mean, rstd, seed, stream, dropout_p, has_bias):
-    dx = torch.empty_like(total if seed is not None else total[:0])
-    return torch.empty_like(total), dx, torch.empty_like(weight), torch.empty_like(weight if has_bias else weight[:0])
-
-
 def _setup_add_context(ctx, inputs, output):
     _, _, weight, bias, _, seed, ctx.stream, ctx.dropout_p = inputs
     total, _, mean, rstd = output
@@ -675,17 +652,14 @@ def _setup_add_context(ctx, inputs, output):
 
 def _add_backward(ctx, dsum, dout, _dmean, _drstd):
     total, weight, mean, rstd, seed = ctx.saved_tensors
-    dweight = dbias = None
     if dout is None:  # nobody wanted more than the sum
-        dy = dsum
         dx = None if dsum is None else dropout(dsum, seed, stream=ctx.stream, dropout_p=ctx.dropout_p)
-    else:
-        dy, dx, dweight, dbias = add_layernorm_backward(
-            dout.contiguous(), None if dsum is None else dsum.contiguous(), total, weight, mean, rstd,
-            seed, ctx.stream, ctx.dropout_p, ctx.has_bias,
-        )  # fmt: skip
-        dx, dbias = dy if seed is None else dx, dbias if ctx.has_bias else None
-    return dx, dy, dweight, dbias, None, None, None, None
+        return dx, dsum, *(None,) * 6
+    dsum = None if dsum is None else dsum.contiguous()
+    dy, dx, dweight, dbias = layernorm_backward(
+        dout.contiguous(), dsum, None, total, weight, mean, rstd, seed, ctx.stream, ctx.dropout_p, ctx.has_bias
+    )
+    return dy if seed is None else dx, dy, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
 add_layernorm_forward.register_autograd(_add_backward, setup_context=_setup_add_context)

@@ -5,8 +5,9 @@
 PyTorch takes MKL for fp32 and copies the bias over the output before the product. oneDNN adds it in the product, and
 its fp32 kernels are faster where MKL does not know the processor: on two cores of an AMD EPYC (Zen 4), 1,024 rows, 384
 to 1,536 and 30,528 columns, the forward reached 1.2 to 1.6 and dx 1.1 to 1.2 times the speed of PyTorch's; in bf16,
-where PyTorch's products are oneDNN's too, the forward 1.05 to 1.1 times. dweight is not among them: oneDNN has it
-faster as its transpose only, and putting that right costs what was gained.
+where PyTorch's products are oneDNN's too, the forward 1.05 to 1.1 times. Without a bias, 1,024 and 4,096 rows of 384
+and 768 columns, the forward in fp32 reached 1.4 times the speed of PyTorch's or more, in bf16 the same but for noise.
+dweight is not among them: oneDNN has it faster as its transpose only, and putting that right costs what was gained.
 
 Other devices and dtypes, and autocast, get PyTorch's own. Gradients of weights and biases are written, or added, to
 where the caller keeps them: on CUDA in fp32 from operands in bf16, unrounded.

@@ -106,10 +106,12 @@ def lines_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_ours_is_right_and_timed_beside_pytorch(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, TOY[name]) for name in OPERATORS), ("layernorm", TOY["layernorm"] + " --pre-norm")]
+)
+def test_ours_is_right_and_timed_beside_pytorch(name, options, tmp_path, capsys):
     peer = "padded" if name == "attention" else "eager"
-    assert run(name, *TOY[name].split(), *QUICK.split(), f"ours,{peer}", "--csv", tmp_path / "x.csv") == 0
+    assert run(name, *options.split(), *QUICK.split(), f"ours,{peer}", "--csv", tmp_path / "x.csv") == 0
     lines = lines_of(tmp_path / "x.csv")
     cases = {line["case"] for line in lines}
     assert len(cases) >= 2

@@ -54,7 +54,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 BUDGETS = {
     "core": (9700, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (2660, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (3320, ("kernels", "../csrc")),
+    "kernels": (3600, ("kernels", "../csrc")),
 }
 MOST_FILES = {"kernels": 15}  # in a folder of the product, else 13: an operator a file
 LONGEST_FUNCTION = 60

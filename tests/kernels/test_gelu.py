@@ -114,6 +114,7 @@ def test_backward_is_deterministic():
 def test_linear_gelu_is_linear_then_gelu():
     gen = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=gen).to(DEVICE).requires_grad_() for s in ((5, 8), (20, 8), (20,)))
+    torch.testing.assert_close(linear_gelu(x, weight, None), F.gelu(F.linear(x, weight)))
     wanted = F.gelu(F.linear(x, weight, bias))
     got = linear_gelu(x, weight, bias)
     torch.testing.assert_close(got, wanted)
@@ -125,22 +126,37 @@ def test_linear_gelu_is_linear_then_gelu():
         torch.testing.assert_close(a, b)
 
 
-def two_layers(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, second_DF: Tensor) -> Tensor:
+def two_layers(x_ND: Tensor, weight_FD: Tensor, second_DF: Tensor, bias_F: Tensor | None = None) -> Tensor:
     return F.linear(linear_gelu(x_ND, weight_FD, bias_F), second_DF)
 
 
-def two_layers_reference(x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor, second_DF: Tensor) -> Tensor:
+def two_layers_reference(x_ND: Tensor, weight_FD: Tensor, second_DF: Tensor, bias_F: Tensor | None = None) -> Tensor:
     return F.linear(F.gelu(F.linear(x_ND, weight_FD, bias_F)), second_DF)
 
 
 @pytest.mark.parametrize(
     ("sums", "accumulate"), [(torch.float32, True), (None, False)], ids=["added to fp32", "in the dtype"]
 )
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 @each_dtype
 @pytest.mark.parametrize("shape", [(5, 24, 31), (130, 64, 48), (17, 16, 272)], ids=str)
-def test_functions_without_autograd(shape, dtype, sums, accumulate):
+def test_functions_without_autograd(shape, dtype, has_bias, sums, accumulate):
     """What a layer's own backward calls, against the operators' gradients."""
-    check_functions_without_autograd(shape, dtype, sums, accumulate)
+    check_functions_without_autograd(shape, dtype, has_bias, sums, accumulate)
+
+
+def test_without_a_bias_the_cpu_makes_none():
+    """Not even zeros: GELU comes right behind the product, and its derivative behind the product of the backward."""
+    if DEVICE == "cuda" or INTERPRETED:
+        pytest.skip("Triton's kernels read a bias of zeros")
+    x, weight, dy = torch.ones(5, 8), torch.ones(24, 8), torch.ones(5, 16)
+    with torch.profiler.profile() as profile:
+        _, z = linear_gelu_forward(x, weight, None, True)
+        assert z is not None
+        gelu_backward_product(dy, torch.ones(16, 24), z, None, dbias=None, accumulate=False)
+    found = {event.key for event in profile.key_averages() if event.key.startswith(("aten::", "mkldnn::"))}
+    assert {"aten::gelu", "aten::gelu_backward"} <= found
+    assert not found & {"aten::zeros", "aten::new_zeros", "aten::add", "aten::add_", "aten::sum"}
 
 
 on_hopper = pytest.mark.skipif(
@@ -174,16 +190,19 @@ def test_product_with_gelu_behind_it(shape):
     again = torch.full((width,), 0.5, device=DEVICE)
     assert torch.equal(gelu_backward_product(dy, second, z, bias, dbias=again, accumulate=True), dz)
     assert torch.equal(again, dbias)
+    zero, none = (linear_gelu_forward(x, weight, b, False)[0] for b in (torch.zeros_like(bias), None))
+    assert torch.equal(zero, none)
 
 
-def check_functions_without_autograd(shape, dtype, sums, accumulate):
+def check_functions_without_autograd(shape, dtype, has_bias, sums, accumulate):
     N, D, width = shape
     gen = torch.Generator().manual_seed(0)
-    sizes = {"x_ND": (N, D), "weight_FD": (width, D), "bias_F": (width,), "second_DF": (D, width), "dout_NF": (N, D)}
-    leaves = {name: torch.randn(size, generator=gen).to(DEVICE, dtype) for name, size in sizes.items()}
-    x, weight, bias, second, dy = leaves.values()
-    for name in ("x_ND", "weight_FD", "bias_F", "second_DF"):
-        leaves[name] = leaves[name].clone().requires_grad_()
+    sizes = {"x_ND": (N, D), "weight_FD": (width, D), "second_DF": (D, width), "dout_NF": (N, D)}
+    sizes |= {"bias_F": (width,)} if has_bias else {}
+    given = {name: torch.randn(size, generator=gen).to(DEVICE, dtype) for name, size in sizes.items()}
+    x, weight, second, dy = (given[name] for name in ("x_ND", "weight_FD", "second_DF", "dout_NF"))
+    bias = given.get("bias_F")
+    leaves = {name: x if name == "dout_NF" else x.clone().requires_grad_() for name, x in given.items()}
     truth, theirs = (
         results(judged(operator), tensors)
         for operator, tensors in ((two_layers_reference, fp64(leaves)), (two_layers, leaves))
@@ -195,7 +214,9 @@ def check_functions_without_autograd(shape, dtype, sums, accumulate):
     assert none is None
     torch.testing.assert_close(kept_no_z, out)
     for rows in (False, True):
-        dbias = torch.full((width,), 0.5 if accumulate else torch.nan, dtype=sums or dtype, device=DEVICE)
+        dbias = None
+        if has_bias:
+            dbias = torch.full((width,), 0.5 if accumulate else torch.nan, dtype=sums or dtype, device=DEVICE)
         if rows:
             dz = gelu_backward_rows(dy @ second, z, bias, dbias=dbias, accumulate=accumulate)
         else:
@@ -204,9 +225,8 @@ def check_functions_without_autograd(shape, dtype, sums, accumulate):
             "value 1": out @ second.t(),
             "dx_ND": dz @ weight,
             "dweight_FD": dz.t() @ x,
-            "dbias_F": dbias - 0.5 * accumulate,
             "dsecond_DF": dy.t() @ out,
-        }
+        } | ({} if dbias is None else {"dbias_F": dbias - 0.5 * accumulate})
         for name, value in mine.items():
             my_error, their_error = ((v - truth[name]).abs().max().item() for v in (value.double(), theirs[name]))
             allowed = SLACK * their_error + torch.finfo(dtype).eps * truth[name].abs().max().item()

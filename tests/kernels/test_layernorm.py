@@ -1,6 +1,7 @@
 """LayerNorm with residual and dropout against its definition. CPU: TRITON_INTERPRET=1 (Triton) or unset (PyTorch)."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from fastdistil.kernels import layernorm as module
 from fastdistil.kernels.dropout import dropout, keep_reference
 from fastdistil.kernels.layernorm import (
+    add_layernorm,
+    add_layernorm_reference,
     dropout_add_layernorm,
     dropout_add_layernorm_reference,
     embedding_reference,
@@ -37,7 +40,7 @@ SEED = torch.tensor(2**62 + 12345, device=DEVICE)
 OPTIONS = {"plain": {}, "dropout": {"dropout_p": 0.3, "seed": SEED, "stream": 5}}
 
 
-def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
+def make_leaves(shape, dtype=torch.float32, seed=0, *, without: Sequence[str] = ()) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(seed)
     N, D = shape
     sizes = {"x_ND": (N, D), "residual_ND": (N, D), "weight_D": (D,), "bias_D": (D,)}
@@ -45,6 +48,16 @@ def make_leaves(shape, dtype=torch.float32, seed=0) -> dict[str, Any]:
         name: torch.randn(size, generator=gen).to(DEVICE, dtype).requires_grad_() for name, size in sizes.items()
     }
     leaves["dout_ND"] = torch.randn(shape, generator=gen).to(DEVICE, dtype)
+    return {name: leaf for name, leaf in leaves.items() if name not in without}
+
+
+def make_pair(shape, dtype=torch.float32, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Leaves and gradients of `add_layernorm`. Without that of its second output, parameters get none."""
+    leaves = make_leaves(shape, dtype, without=without)
+    dsum = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    leaves |= {} if "dsum_ND" in without else {"dsum_ND": dsum}
+    if "dout_ND" in without:
+        leaves |= {name: leaves[name].detach() for name in ("weight_D", "bias_D") if name in leaves}
     return leaves
 
 
@@ -64,12 +77,32 @@ def eager(x_ND, residual_ND, weight_D, bias_D, *, eps=1e-12, **options):
 
 
 def judged(operator, **options):
-    """Output and, by a loss whose value is 0, every gradient: a sum over all outputs may be right by chance."""
+    """Output and, by a loss whose value is 0, every gradient: a sum over all outputs may be right by chance.
+
+    A bias that is not among the leaves is None.
+    """
 
     def loss(dout_ND: Tensor, **leaves: Tensor):
-        out = operator(**leaves, **options)
+        out = operator(**{"bias_D": None} | leaves, **options)
         total = (out.double() * dout_ND).sum()
         return total - total.detach(), out
+
+    return loss
+
+
+def eager_pair(x_ND, residual_ND, weight_D, bias_D, *, eps=1e-5, **options):
+    y = summed(x_ND, residual_ND, **options)
+    return y, F.layer_norm(y, y.shape[1:], weight_D, bias_D, eps)
+
+
+def judged_pair(operator, **options):
+    """The same of two outputs. Of their gradients, dsum_ND and dout_ND, one may be missing."""
+
+    def loss(dsum_ND: Tensor | None = None, dout_ND: Tensor | None = None, **leaves: Tensor):
+        pair = operator(**{"bias_D": None} | leaves, **options)
+        given = [(out.double() * d).sum() for out, d in zip(pair, (dsum_ND, dout_ND), strict=True) if d is not None]
+        total = torch.stack(given).sum()
+        return total - total.detach(), *pair
 
     return loss
 
@@ -80,13 +113,24 @@ def check(leaves, *, eps=1e-12, **options):
     A gradient of x is a difference of numbers as large as dout * weight * rstd, of two columns 0. A GPU's square root
     is not PyTorch's.
     """
-    given = {name: leaf.detach().double() for name, leaf in leaves.items()}
-    rstd = (summed(given["x_ND"], given["residual_ND"], **options).var(1, correction=0) + eps).rsqrt()
-    keep_p = 1 - options.get("dropout_p", 0.0)
-    size = ((given["dout_ND"] * given["weight_D"]).abs().amax(1) * rstd).max().item() / keep_p
     options["eps"] = eps
     truth = results(judged(ops_layernorm_reference, **options), fp64(leaves))
     mine, theirs = (results(judged(op, **options), leaves) for op in (ops_layernorm, eager))
+    assert_right(truth, mine, theirs, leaves, **options)
+
+
+def check_pair(leaves, **options):
+    options["eps"] = 1e-5
+    truth = results(judged_pair(add_layernorm_reference, **options), fp64(leaves))
+    mine, theirs = (results(judged_pair(op, **options), leaves) for op in (add_layernorm, eager_pair))
+    assert_right(truth, mine, theirs, leaves, **options)
+
+
+def assert_right(truth, mine, theirs, leaves, *, eps, **options):
+    given = {name: leaf.detach().double() for name, leaf in leaves.items()}
+    rstd = (summed(given["x_ND"], given["residual_ND"], **options).var(1, correction=0) + eps).rsqrt()
+    keep_p = 1 - options.get("dropout_p", 0.0)
+    size = ((given.get("dout_ND", given["x_ND"]) * given["weight_D"]).abs().amax(1) * rstd).max().item() / keep_p
     rounding = torch.finfo(leaves["x_ND"].dtype).eps
     for name, exact in truth.items():
         my_error, their_error = ((r[name] - exact).abs().max().item() for r in (mine, theirs))
@@ -107,6 +151,41 @@ ops_layernorm_reference = dropout_add_layernorm_reference
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_twice_pytorch(shape, dtype, options):
     check(make_leaves(shape, dtype), **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_dtype
+def test_without_a_bias(dtype, options):
+    check(make_leaves((67, 65), dtype, without=["bias_D"]), **options)
+
+
+each_absence = pytest.mark.parametrize(
+    "without", [[], ["bias_D"], ["bias_D", "dsum_ND"], ["bias_D", "dout_ND"]], ids=lambda x: " ".join(x) or "all there"
+)
+
+
+@each_absence
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_dtype
+@pytest.mark.parametrize("shape", [(5, 31), (67, 65), (3, 768), (2, 769)], ids=str)
+def test_the_sum_beside_its_layernorm(shape, dtype, options, without):
+    """The pre-norm form; nobody may want one of the two."""
+    check_pair(make_pair(shape, dtype, without=without), **options)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4096])
+def test_widths_at_the_ends_of_the_pre_norm_form(width):
+    check_pair(make_pair((3, width)), **OPTIONS["dropout"])
+
+
+@each_dtype
+def test_what_is_normalised_is_the_sum_as_it_is_stored(dtype):
+    """And not what it was before it was rounded: the backward finds no other."""
+    leaves = make_leaves((9, 130), dtype, without=["dout_ND"])
+    total, out = add_layernorm(**leaves, **OPTIONS["dropout"])
+    assert total.dtype == dtype
+    wanted = layernorm(total, leaves["weight_D"], leaves["bias_D"], eps=1e-5)
+    torch.testing.assert_close(out, wanted, rtol=torch.finfo(torch.float32).eps, atol=1e-6)
 
 
 @for_any(
@@ -156,40 +235,91 @@ def without_residual(x_ND, weight_D, bias_D, *, dropout_p=0.0, seed=None, stream
     return layernorm(dropout(x_ND, seed, stream=stream, dropout_p=dropout_p), weight_D, bias_D)
 
 
-@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
+@pytest.mark.parametrize(
+    "without",
+    [[], ["residual_ND"], ["bias_D"], ["residual_ND", "bias_D"]],
+    ids=["residual", "no residual", "no bias", "neither"],
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @each_destination
 @each_dtype
 @pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
-def test_functions_without_autograd(shape, dtype, sums, accumulate, options, residual):
-    """What a layer's own backward calls, against the operators' gradients; and the sum of dx over its rows."""
-    leaves = make_leaves(shape, dtype)
+def test_functions_without_autograd(shape, dtype, sums, accumulate, options, without):
+    """What a layer's own backward calls, against the operators' gradients; and the sum of dx over its rows.
+
+    A layer without biases has none before its LayerNorm either, which is then not asked for that sum.
+    """
+    leaves = make_leaves(shape, dtype, without=without)
     public, definition = ops_layernorm, ops_layernorm_reference
-    if not residual:
-        del leaves["residual_ND"]
+    if "residual_ND" in without:
         public, definition = without_residual, functools.partial(definition, residual_ND=None)
     given = {name: leaf.detach() for name, leaf in leaves.items()}
-    x, weight, bias, dout = (given[name] for name in ("x_ND", "weight_D", "bias_D", "dout_ND"))
+    x, weight, dout = (given[name] for name in ("x_ND", "weight_D", "dout_ND"))
     seed, stream, dropout_p = options.get("seed"), options.get("stream", 0), options.get("dropout_p", 0.0)
 
+    bias = given.get("bias_D")
     out, saved = module.forward(x, given.get("residual_ND"), weight, bias, 1e-12, seed, stream, dropout_p)
-    into = destinations(("dweight", "dbias", "dx_sum"), shape[1], sums or dtype, accumulate)
+    into: dict[str, Any] = destinations(("dweight", "dbias", "dx_sum"), shape[1], sums or dtype, accumulate)
+    into |= dict.fromkeys(("dbias", "dx_sum") if bias is None else ())
     dresidual, dx = module.backward(dout, saved, weight, seed, stream, dropout_p, **into, accumulate=accumulate)
     assert (dresidual is dx) == (options == {})
     mine = {"value 1": out, "dx_ND": dx, "dresidual_ND": dresidual}
-    mine |= {f"d{name}": into[key] - 0.5 * accumulate for name, key in (("weight_D", "dweight"), ("bias_D", "dbias"))}
-    mine["sum of dx"] = into["dx_sum"] - 0.5 * accumulate
-    if not residual:
+    of = {"dweight_D": into["dweight"], "dbias_D": into["dbias"], "sum of dx": into["dx_sum"]}
+    mine |= {name: total - 0.5 * accumulate for name, total in of.items() if total is not None}
+    if "residual_ND" in without:
         del mine["dresidual_ND"]
 
     truth, theirs = (results(judged(definition, **options), fp64(leaves)), results(judged(public, **options), leaves))
     for found in (truth, theirs):
         del found["value 0"]
-        found["sum of dx"] = found["dx_ND"].sum(0)
+        found |= {"sum of dx": found["dx_ND"].sum(0)} if "sum of dx" in mine else {}
     assert_as_right(truth, mine, theirs, dtype)
 
 
-def make_embeddings(num_rows, width, dtype, token_type) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    "without",
+    [[], ["bias_D"], ["bias_D", "dsum_ND"], ["bias_D", "residual_ND"]],
+    ids=["all there", "no bias", "no dsum", "no residual"],
+)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_destination
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
+def test_pre_norm_functions_without_autograd(shape, dtype, sums, accumulate, options, without):
+    """As above. Where nothing is added and nothing dropped, the sum is x itself."""
+    leaves = make_pair(shape, dtype, without=without)
+    given = {name: leaf.detach() for name, leaf in leaves.items()}
+    weight, bias, residual = given["weight_D"], given.get("bias_D"), given.get("residual_ND")
+    place = options.get("seed"), options.get("stream", 0), options.get("dropout_p", 0.0)
+
+    total, out, saved = module.add_forward(given["x_ND"], residual, weight, bias, 1e-5, *place)
+    assert (total is given["x_ND"]) == (residual is None and options == {})
+    into: dict[str, Any] = destinations(("dweight", "dbias"), shape[1], sums or dtype, accumulate)
+    into |= {} if bias is not None else {"dbias": None}
+    before = {name: given[name].clone() for name in ("dsum_ND", "dout_ND") if name in given}
+    dresidual, dx = module.add_backward(
+        given["dout_ND"], given.get("dsum_ND"), saved, weight, *place, **into, accumulate=accumulate
+    )
+    assert all(torch.equal(given[name], was) for name, was in before.items())
+    assert (dresidual is dx) == (options == {})
+    mine = {"value 1": total, "value 2": out, "dx_ND": dx, "dresidual_ND": dresidual}
+    of = {"dweight_D": into["dweight"], "dbias_D": into["dbias"]}
+    mine |= {name: found - 0.5 * accumulate for name, found in of.items() if found is not None}
+    absent = {}
+    if residual is None:
+        absent["residual_ND"] = None
+        del mine["dresidual_ND"]
+
+    truth, theirs = (
+        results(judged_pair(functools.partial(operator, **absent), **options), tensors)
+        for operator, tensors in ((add_layernorm_reference, fp64(leaves)), (eager_pair, leaves))
+    )
+    for found in (truth, theirs):
+        del found["value 0"]
+    assert_as_right(truth, mine, theirs, dtype)
+
+
+def make_embeddings(num_rows, width, dtype, without) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(0)
     sizes = {"word_VD": (20, width), "position_PD": (9, width), "type_D": (width,)}
     sizes |= {"weight_D": (width,), "bias_D": (width,)}
@@ -199,25 +329,31 @@ def make_embeddings(num_rows, width, dtype, token_type) -> dict[str, Any]:
     leaves["dout_ND"] = torch.randn((num_rows, width), generator=gen).to(DEVICE, dtype)
     for name, high, kind in (("ids_N", 20, torch.int32), ("position_ids_N", 9, torch.int64)):
         leaves[name] = torch.randint(high, (num_rows,), generator=gen).to(DEVICE, kind)
-    return leaves if token_type else leaves | {"type_D": None}
+    return leaves | dict.fromkeys(without)
 
 
 def embedding(ids_N, position_ids_N, word_VD, position_PD, type_D, weight_D, bias_D, *, dropout_p=0.0, seed=None):
     """As a model puts it together from the public operators."""
-    embedded = F.embedding(ids_N, word_VD) + F.embedding(position_ids_N, position_PD)
+    embedded = F.embedding(ids_N, word_VD)
+    if position_PD is not None:
+        embedded = embedded + F.embedding(position_ids_N, position_PD)
     out = layernorm(embedded if type_D is None else embedded + type_D, weight_D, bias_D)
     return dropout(out, seed, stream=0, dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("token_type", [True, False], ids=["types", "no types"])
+MODERNBERT = ["position_ids_N", "position_PD", "type_D", "bias_D"]
+"""What its embeddings have not."""
+
+
+@pytest.mark.parametrize("without", [[], ["type_D"], MODERNBERT], ids=["types", "no types", "words alone"])
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": SEED}], ids=OPTIONS)
 @each_destination
 @each_dtype
 @pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
-def test_embeddings(shape, dtype, sums, accumulate, options, token_type):
+def test_embeddings(shape, dtype, sums, accumulate, options, without):
     """Sums of rows of tables, against the operators' gradients, and the same elements dropped."""
     num_rows, width = shape
-    leaves = make_embeddings(num_rows, width, dtype, token_type)
+    leaves = make_embeddings(num_rows, width, dtype, without)
     given: dict[str, Any] = {name: None if leaf is None else leaf.detach() for name, leaf in leaves.items()}
     dout, weight = given.pop("dout_ND"), given["weight_D"]
     order = ("ids_N", "position_ids_N", "word_VD", "position_PD", "type_D", "weight_D", "bias_D")
@@ -225,20 +361,20 @@ def test_embeddings(shape, dtype, sums, accumulate, options, token_type):
     seed, dropout_p = options.get("seed"), options.get("dropout_p", 0.0)
 
     out, saved = module.embedding_forward(*tables, eps=1e-12, seed=seed, dropout_p=dropout_p)
-    into = destinations(("dweight", "dbias"), width, sums or dtype, accumulate)
+    into: dict[str, Any] = destinations(("dweight", "dbias"), width, sums or dtype, accumulate)
+    into |= {"dbias": None} if "bias_D" in without else {}
     dembedded = module.embedding_backward(dout, saved, weight, seed, dropout_p, **into, accumulate=accumulate)
-    mine = {
-        "value 1": out,
-        "dweight_D": into["dweight"] - 0.5 * accumulate,
-        "dbias_D": into["dbias"] - 0.5 * accumulate,
-    }
+    of = {"dweight_D": into["dweight"], "dbias_D": into["dbias"]}
+    mine = {"value 1": out} | {name: total - 0.5 * accumulate for name, total in of.items() if total is not None}
     for name, ids in (("word_VD", "ids_N"), ("position_PD", "position_ids_N")):
+        if name in without:
+            continue
         total = torch.zeros(given[name].shape, dtype=torch.float64, device=DEVICE)
         mine[f"d{name}"] = total.index_add_(0, given[ids], dembedded.double())
-    if token_type:
+    if "type_D" not in without:
         mine["dtype_D"] = dembedded.double().sum(0)
 
-    absent = {} if token_type else {"type_D": leaves.pop("type_D")}
+    absent = {name: leaves.pop(name) for name in without}
     truth, theirs = (
         results(judged(functools.partial(operator, **absent, **options)), tensors)
         for operator, tensors in ((embedding_reference, fp64(leaves)), (embedding, leaves))
@@ -298,16 +434,22 @@ def test_eps_shows_on_small_values():
 
 def test_the_mask_is_that_of_the_definition():
     """Every dropped element of x, and no other, has gradient 0: forward and backward draw one mask."""
-    leaves, options = make_leaves((9, 130)), OPTIONS["dropout"]
+    leaves, options = make_pair((9, 130)), OPTIONS["dropout"]
+    of_pair = results(judged_pair(add_layernorm, **options), leaves)["dx_ND"]
+    del leaves["dsum_ND"]
     gradient = results(judged(ops_layernorm, **options), leaves)["dx_ND"]
     rows, columns = (torch.arange(n, device=DEVICE) for n in (9, 130))
     kept = keep_reference(SEED, 5, 0.3, rows[:1] * 0, rows, columns)[0]
     assert torch.equal(gradient != 0, kept)
+    assert torch.equal(of_pair != 0, kept)
 
 
 def test_backward_is_deterministic():
     leaves = make_leaves((70, 96), torch.bfloat16)
     first, second = (results(judged(ops_layernorm, **OPTIONS["dropout"]), leaves) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    pair = make_pair((70, 96), torch.bfloat16)
+    first, second = (results(judged_pair(add_layernorm, **OPTIONS["dropout"]), pair) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -333,10 +475,26 @@ def test_strided_parameters():
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+def test_strided_arguments_of_the_pre_norm_form():
+    """Every one of them a slice, its two gradients transposed."""
+    leaves = make_pair((6, 40))
+    sliced = {
+        name: torch.stack([leaf.detach()] * 2, -1)[..., 0].requires_grad_(leaf.requires_grad)
+        for name, leaf in leaves.items()
+    }
+    sliced |= {name: leaves[name].t().contiguous().t() for name in ("dsum_ND", "dout_ND")}
+    got, wanted = (results(judged_pair(add_layernorm, **OPTIONS["dropout"]), x) for x in (sliced, leaves))
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
 def test_no_rows():
     leaves = make_leaves((0, 40))
     got = results(judged(ops_layernorm), leaves)
     assert got["value 1"].shape == got["dx_ND"].shape == (0, 40)
+    assert not got["dweight_D"].any()
+    got = results(judged_pair(add_layernorm), make_pair((0, 40), without=["bias_D"]))
+    assert got["value 1"].shape == got["value 2"].shape == got["dx_ND"].shape == (0, 40)
     assert not got["dweight_D"].any()
 
 
@@ -347,11 +505,18 @@ def test_registration():
     for given, seed, p in ((residual, SEED, 0.3), (residual, None, 0.0), (None, None, 0.0)):
         operator = torch.ops.fastdistil.dropout_add_layernorm.default
         torch.library.opcheck(operator, (x, given, weight, bias, 1e-12, seed, 5, p))
+    torch.library.opcheck(operator, (x, residual, weight, None, 1e-12, SEED, 5, 0.3))
+    for given, seed, p in ((bias, SEED, 0.3), (bias, None, 0.0), (None, SEED, 0.3), (None, None, 0.0)):
+        operator = torch.ops.fastdistil.add_layernorm.default
+        torch.library.opcheck(operator, (x, residual, weight, given, 1e-5, seed, 5, p))
 
 
-def test_compiles_without_graph_breaks():
-    leaves = make_leaves((5, 48))
-    loss = judged(ops_layernorm, **OPTIONS["dropout"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("without", [None, [], ["bias_D"], ["bias_D", "dsum_ND"], ["bias_D", "dout_ND"]], ids=str)
+def test_compiles_without_graph_breaks(without, options):
+    """`without`: what the pre-norm form is without; None is for the other one."""
+    leaves = make_leaves((5, 48)) if without is None else make_pair((5, 48), without=without)
+    loss = judged(ops_layernorm, **options) if without is None else judged_pair(add_layernorm, **options)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got = results(compiled, leaves)
     for name, value in results(loss, leaves).items():
@@ -362,8 +527,8 @@ def test_compiles_without_graph_breaks():
 def test_reference_has_the_derivative_it_claims():
     leaves = fp64(make_leaves((3, 6)))
     tensors = [leaves[k] for k in ("x_ND", "residual_ND", "weight_D", "bias_D")]
-    reference = functools.partial(ops_layernorm_reference, **OPTIONS["dropout"])
-    assert torch.autograd.gradcheck(reference, tensors)
+    for definition in (ops_layernorm_reference, add_layernorm_reference):
+        assert torch.autograd.gradcheck(functools.partial(definition, **OPTIONS["dropout"]), tensors)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +549,13 @@ def test_errors_name_the_offender(changes, message):
     good |= {"weight_D": torch.zeros(8), "bias_D": torch.zeros(8)}
     with pytest.raises(ValueError, match=message):
         dropout_add_layernorm(**good | changes)
+    with pytest.raises(ValueError, match=message):
+        add_layernorm(**good | changes)
 
 
 def test_too_wide():
     x = torch.zeros(1, 4097)
     with pytest.raises(ValueError, match=r"D of 1 to 4096, got \(1, 4097\)"):
         layernorm(x, x[0], x[0])
+    with pytest.raises(ValueError, match=r"add_layernorm wants .* D of 1 to 4096, got \(1, 4097\)"):
+        add_layernorm(x, x, x[0], None)

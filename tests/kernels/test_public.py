@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fastdistil
 from fastdistil import (
+    add_layernorm,
     attention,
     bias_gelu,
     cosine_loss,
@@ -81,6 +82,10 @@ LAYERS: dict[str, tuple[Operator, int]] = {
     "layernorm": (lambda x: layernorm(x, WEIGHT[0], WEIGHT[1]), D),
     "dropout_add_layernorm": (
         lambda x: dropout_add_layernorm(x, x * 2, WEIGHT[0], WEIGHT[1], seed=seed(), dropout_p=0.4),
+        D,
+    ),
+    "add_layernorm": (
+        lambda x: torch.cat(add_layernorm(x, x * 2, WEIGHT[0], WEIGHT[1], seed=seed(), dropout_p=0.4), -1),
         D,
     ),
     "bias_gelu": (lambda x: bias_gelu(x, WEIGHT[0]), D),
@@ -161,6 +166,8 @@ def test_without_a_bias_it_is_zero():
     torch.testing.assert_close(linear_gelu(x, WEIGHT, None), linear_gelu(x, WEIGHT, nothing))
     assert torch.equal(bias_gelu(x, None), bias_gelu(x, nothing[:D]))
     assert torch.equal(layernorm(x, WEIGHT[0], None), layernorm(x, WEIGHT[0], nothing[:D]))
+    for operator in (dropout_add_layernorm, lambda *given: torch.cat(add_layernorm(*given))):
+        assert torch.equal(operator(x, 2 * x, WEIGHT[0], None), operator(x, 2 * x, WEIGHT[0], nothing[:D]))
     other = normal(B, L, 24)
     without = linear_distill_loss(x, WEIGHT, None, other, TEACHER_WEIGHT, None, labels(), **SCALES)
     wanted = linear_distill_loss(x, WEIGHT, nothing, other, TEACHER_WEIGHT, nothing, labels(), **SCALES)
