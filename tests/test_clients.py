@@ -96,7 +96,8 @@ def old(exports, embedders) -> dict:
     """What transformers 4.57 and its clients say of all exports: one process, for importing them takes seconds."""
     if not (clients.OLD / "transformers").is_dir():
         pytest.fail(
-            f"no transformers 4.57 in {clients.OLD}: run `make setup`, which installs it from tests/transformers-4.57.txt"
+            f"no transformers 4.57 in {clients.OLD}: run `make setup`, "
+            "which installs it from tests/transformers-4.57.txt"
         )
     out = exports / "old"
     out.mkdir()

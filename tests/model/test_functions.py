@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -76,13 +77,20 @@ def of_projected(student: MaskedLM, *given: object) -> Tensor:
     return sum(student.projection(x).float().square().mean() for x in (hidden, *kept))  # type: ignore[return-value]
 
 
+def name_of(case: Any) -> str:
+    """The name of a loss, or what sets an architecture apart from the other cases'."""
+    if callable(case):
+        return case.__name__
+    return "-".join(str(case[key]) for key in ("model_type", "dropout", "embedding_size") if key in case) or "student"
+
+
 @pytest.mark.parametrize(
     ("changes", "loss"),
     [
         *product(({}, BERT, DRY, MODERNBERT, MODERNBERT | DRY), (of_logits, of_every_output)),
         *product((PROJECTING, MODERNBERT | PROJECTING), (of_projected,)),
     ],
-    ids=lambda x: x.__name__ if callable(x) else "-".join(map(str, x.values())) or "student",
+    ids=name_of,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_functions_are_the_modules(dtype, changes, loss):

@@ -125,9 +125,8 @@ def modernbert(folder: Path) -> Path:
     text: Any = Tokenizer(models.BPE())
     text.normalizer, text.pre_tokenizer, text.decoder = norm.NFC(), pre.ByteLevel(False), decoders.ByteLevel()
     first = ["|||IP_ADDRESS|||", "<|padding|>"]
-    letters = pre.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=first, initial_alphabet=letters, show_progress=False)  # type: ignore[call-arg]
-    text.train_from_iterator(_TEXT * 20, trainer)
+    how: dict[str, Any] = {"initial_alphabet": pre.ByteLevel.alphabet(), "show_progress": False}
+    text.train_from_iterator(_TEXT * 20, trainers.BpeTrainer(vocab_size=420, special_tokens=first, **how))
     text.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
     text.add_tokens([AddedToken(f"|||{name}|||", normalized=True) for name in ("EMAIL_ADDRESS", "PHONE_NUMBER")])
     mask = AddedToken("[MASK]", lstrip=True, special=True, normalized=False)
