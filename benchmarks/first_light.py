@@ -242,6 +242,13 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
             [x, r, w, b],
             dy,
         )
+        yield (
+            f"add_layernorm p={p}",
+            lambda *leaves, o=o: torch.cat(layernorm.add_layernorm(*leaves, bias_D=None, **o), 1),
+            lambda *leaves, o=o: torch.cat(layernorm.add_layernorm_reference(*leaves, bias_D=None, **o), 1),
+            [x, r, w],
+            normal(n, 2 * D),
+        )
     wide = [normal(n, 4 * D), normal(4 * D)]
     yield "gelu", gelu.bias_gelu, gelu.bias_gelu_reference, wide, normal(n, 4 * D)
     yield "geglu", geglu.geglu, geglu.geglu_reference, wide[:1], normal(n, 2 * D)
@@ -383,6 +390,14 @@ def kernels(s: Setting) -> Any:
         add(
             f"layernorm backward p={p}",
             lambda p=p, e=seed, k=saved: layernorm.backward(dy, k, w, e, 3, p, **sums, accumulate=True),
+            (4 + (seed is not None)) * one,
+        )
+        *_, kept = layernorm.add_forward(x, r, w, None, 1e-5, seed, 3, p)
+        add(f"add_layernorm p={p}", lambda p=p, e=seed: layernorm.add_forward(x, r, w, None, 1e-5, e, 3, p), 4 * one)
+        into = {"dweight": sums["dweight"], "dbias": None, "accumulate": True}
+        add(
+            f"add_layernorm backward p={p}",
+            lambda p=p, e=seed, k=kept, o=into: layernorm.add_backward(dy, r, k, w, e, 3, p, **o),
             (4 + (seed is not None)) * one,
         )
     g, gb, dg = normal(N, 4 * D), normal(4 * D), normal(N, 4 * D)
