@@ -6,7 +6,9 @@ from pathlib import Path
 from fastdistil.run.command import command, leave
 
 FOLDER = Path(__file__).parent
-OPERATORS = ("attention", "cosine", "distill", "dropout", "geglu", "gelu", "layernorm", "linear_distill", "rope")
+OPERATORS = (
+    *("attention", "cosine", "distill", "dropout", "geglu", "gelu", "layernorm", "linear_distill", "mixture", "rope"),
+)
 
 
 def about(path: Path) -> str:

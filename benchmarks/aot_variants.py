@@ -17,6 +17,7 @@ from fastdistil.kernels import (
     gelu,
     layernorm,
     linear,
+    mixture,
     rope,
 )
 from fastdistil.kernels.layout import TILE_ROWS
@@ -71,6 +72,22 @@ def _distill_variant(dtype: str, *, gradient: bool, num_rows: bool) -> Variant:
         divisible=("s_stride", "t_stride", "ds_stride", "width"),
         num_warps=distill.NUM_WARPS,
         max_narrow_loads=5,  # number of rows, label, its logit, two scales
+    )
+
+
+def _mixture_variant(dtype: str) -> Variant:
+    tile = {"LANES": 32 * distill.NUM_WARPS, "VECTOR": distill.COLUMNS_PER_LOAD[TRITON_DTYPES[dtype]]}
+    signature = {
+        "y_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "y_stride": "i32", "x_stride": "i32",
+        "width": "i32", "vocab_size": "i32", "temperature": "fp32", "share": "fp32",
+    }  # fmt: skip
+    return Variant(
+        name=f"mixture {dtype}",
+        kernel=mixture._mixture_kernel,
+        signature=signature | dict.fromkeys(tile, "constexpr"),
+        constexprs=tile,
+        divisible=("y_stride", "x_stride", "width"),
+        num_warps=distill.NUM_WARPS,
     )
 
 
@@ -399,6 +416,7 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     yield _distill_variant(dtype, gradient=True, num_rows=True)
     yield _distill_variant(dtype, gradient=True, num_rows=False)
     yield _distill_variant(dtype, gradient=False, num_rows=True)
+    yield _mixture_variant(dtype)
     for width in (384, 768, 8192):
         yield _cosine_variant(dtype, width)
     yield _dropout_variant(dtype)

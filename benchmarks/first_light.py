@@ -768,7 +768,7 @@ def zero(s: Setting) -> Any:
 
 TESTS = (
     *("distill", "linear_distill", "cosine", "dropout", "attention", "layernorm", "gelu", "linear", "fp8_rows"),
-    *("geglu", "rope", "backend"),
+    *("geglu", "rope", "mixture", "backend"),
 )
 TESTS_S = 150
 """After which the tests are ended, before their stage is."""
@@ -874,6 +874,7 @@ def bench(s: Setting) -> Any:
     chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
     words = ["-q", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", chosen, "--results", commands.logs]
     names = ("distill", "linear_distill", "layernorm", "attention", "gelu", "geglu", "rope", "cosine", "dropout")
+    names = (*names, "mixture")
     # Side by side, since compiling the peers is what takes the time; to be timed they wait for each other.
     begun = {name: commands.start(f"bench-{name}", "pytest", f"benchmarks/bench_{name}.py", *words) for name in names}
     failed = [name for name, process in begun.items() if process.wait()]

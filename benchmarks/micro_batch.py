@@ -64,7 +64,7 @@ SHARES = {
 PRODUCT_KINDS = ("GEMM", "GEMM + GELU")  # cuBLAS' products, and our own with GELU behind them
 KINDS = {
     "attention": "attention", "layernorm": "LayerNorm", "gelu": "GELU", "distill": "row kernel", "fp8_rows": "FP8 rows",
-    "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
+    "mixture": "mixture", "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
     "linear": "column sums", "rope": "RoPE", "geglu": "GEGLU",
 }  # fmt: skip
 
@@ -211,11 +211,11 @@ def meta_trainer(*, size: str = "bert-base", tokens: int = 16384, length: int = 
     """`trainer` on meta tensors, after `pretend()`: sequences of one length."""
     device = torch.device("meta")
     memory = 80 * 2**30
-    linear_distill.default_chunk_tokens = lambda columns, dtype, _: CHUNK(
-        columns, dtype, torch.device("cuda"), total_memory=memory
+    linear_distill.default_chunk_tokens = lambda columns, dtype, _, **options: CHUNK(
+        columns, dtype, torch.device("cuda"), total_memory=memory, **options
     )
     with device:
-        teacher, student = map(step.MaskedLM, step.SIZES[size])
+        teacher, student = map(step.MaskedLM, step.architectures(size))
     return trainer(device, teacher, student, step.synthetic_batch(tokens, length, 0), fp8=fp8)
 
 

@@ -1,7 +1,7 @@
 """The estimate of one micro-batch's milliseconds on an H100: counted work, divided by rates.
 
-    python -m benchmarks.model [--fp8] [--tokens 16384]     by part and kind of work
-    python -m benchmarks.model --operators                  every operator and kernel that was counted
+    python -m benchmarks.model [--fp8] [--tokens 16384] [--size bert-base]     by part and kind of work
+    python -m benchmarks.model --operators                                     every operator and kernel counted
 
 What is launched, moved and computed is counted by micro_batch.py. The rates are for BERT-base in bf16 on an H100 SXM,
 fast, expected and slow. Those marked "measured" come from single kernels and products at 16,384 and 32,768 tokens
@@ -17,12 +17,15 @@ bytes by the memory's rate and its FLOP by the arithmetic's, and LAUNCH_US more 
 import argparse
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
+
+import numpy as np
 
 from benchmarks import micro_batch, step
 from benchmarks.micro_batch import Event
 from benchmarks.no_gpu import pretend
-from fastdistil.model.architecture import flops_per_token
+from fastdistil.model.architecture import attended, flops_per_token
 
 PEAK_BF16 = 989e12  # FLOP/s, dense: NVIDIA's data sheet of the H100 SXM, as are 1979 in FP8 and 3.35 TB/s
 
@@ -77,6 +80,8 @@ OTHERS = Rate(2.2, 1.7, 1.2)  # embeddings, scatters, dropout, cosine
 SHORT_US = 5.0
 LAUNCH_US = Rate(1.5, 2.3, 3.5)  # of a kernel that does next to nothing, in a stream that is full
 
+LENGTH = 512
+"""Of the sequences."""
 PARTS = ("teacher", "student forward", "loss", "backward", "other")
 
 
@@ -122,21 +127,22 @@ def milliseconds(e: Event) -> Rate:
     return Rate(*result)
 
 
-def count(*, tokens: int, fp8: bool) -> list[Event]:
-    """Events of the second micro-batch of BERT-base; from here on this process is `pretend`ing."""
+def count(*, size: str, tokens: int, fp8: bool) -> list[Event]:
+    """Events of the second micro-batch; from here on this process is `pretend`ing."""
     driver = pretend()
-    made = micro_batch.meta_trainer(tokens=tokens, fp8=fp8)
+    made = micro_batch.meta_trainer(size=size, tokens=tokens, length=LENGTH, fp8=fp8)
     micro_batch.record(made, driver, made.micro_batch)
     return micro_batch.record(made, driver, made.micro_batch)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=step.SIZES, default="bert-base")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--fp8", action="store_true", help="the teacher in FP8")
     parser.add_argument("--operators", action="store_true", help="a line for each operator and kernel")
     args = parser.parse_args()
-    events = count(tokens=args.tokens, fp8=args.fp8)
+    events = count(size=args.size, tokens=args.tokens, fp8=args.fp8)
     groups: dict[tuple[str, str], list[Event]] = defaultdict(list)
     for e in events:
         groups[e.part, f"{kind_of(e)}: {e.name}" if args.operators else kind_of(e)].append(e)
@@ -152,7 +158,7 @@ def main() -> None:
     print(f"{'all, one stream, the host never late':<64}{total}")
     totals = micro_batch.totals(events)
     print(", ".join(f"{value:,.1f} {name}" for name, value in totals.items()))
-    flops = flops_per_token(*step.SIZES["bert-base"], lambda _window: 512).total
+    flops = flops_per_token(*step.architectures(args.size), partial(attended, np.array([LENGTH]))).total
     for name, ms in total.ms._asdict().items():
         speed = args.tokens / ms * 1e3
         print(f"{name:<10}{ms:>6.1f} ms{speed:>12,.0f} tokens/s, MFU {speed * flops / PEAK_BF16:.1%}")

@@ -3,6 +3,7 @@
     python -m benchmarks.step                    MiniLM size on a CPU, BERT-base size on a GPU; sequences of one length
     python -m benchmarks.step --shards wiki      the packed micro-batches of prepared text
     python -m benchmarks.step --precision bf16
+    python -m benchmarks.step --size modernbert-base --length 8192
     python -m benchmarks.step --kd-rows masked   what it gains that the KL is of the masked rows alone
 
 A round is one update: teacher forward, student forward, loss and backward of every micro-batch, then clipping and
@@ -56,7 +57,7 @@ from fastdistil.data.batches import NO_LABEL, Collator, MicroBatch, micro_batche
 from fastdistil.data.plan import Plan, num_masked
 from fastdistil.data.shards import Shards
 from fastdistil.kernels.layout import sequence_layout
-from fastdistil.model import weights
+from fastdistil.model import families, weights
 from fastdistil.model.architecture import Architecture, attended, flops_per_token
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import recipes
@@ -77,6 +78,18 @@ ENERGY_S = 3.0  # NVML's counter moves some ten times a second
 
 
 def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
+    if model_type == "modernbert":  # all but its sizes is what transformers assumes
+        family = families.find(model_type)
+        return Architecture(
+            model_type=model_type,
+            vocab_size=50368,
+            hidden_size=width,
+            num_layers=num_layers,
+            num_heads=12,
+            ffn_size=3 * width // 2,
+            **family.defaults,
+            **family.fixed,
+        )
     return Architecture(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -89,32 +102,21 @@ def architecture(model_type: str, num_layers: int, width: int) -> Architecture:
     )
 
 
-MODERNBERT = Architecture(
-    vocab_size=50368,
-    hidden_size=768,
-    num_layers=22,
-    num_heads=12,
-    ffn_size=1152,
-    max_positions=8192,
-    model_type="modernbert",
-    token_types=0,
-    dropout=0.0,
-    attention_dropout=0.0,
-    layer_norm_eps=1e-5,
-    global_every=3,
-    local_attention=128,
-    global_theta=160000.0,
-    local_theta=10000.0,
-)
-"""ModernBERT-base."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = {
-    "toy": (architecture("bert", 2, 48), architecture("distilbert", 1, 48)),
-    "minilm": (architecture("bert", 6, 384), architecture("distilbert", 3, 384)),
-    "bert-base": (architecture("bert", 12, 768), architecture("distilbert", 6, 768)),
-    "modernbert-base": (MODERNBERT, replace(MODERNBERT, num_layers=11)),
+SIZES = {  # teacher layers, student layers, width
+    "toy": (2, 1, 48),
+    "minilm": (6, 3, 384),
+    "bert-base": (12, 6, 768),
+    "modernbert-toy": (4, 2, 48),
+    "modernbert-base": (22, 11, 768),
 }
-"""Teacher and student."""
+
+
+def architectures(size: str) -> tuple[Architecture, Architecture]:
+    """Of teacher and student."""
+    teacher_layers, student_layers, width = SIZES[size]
+    names = ("modernbert", "modernbert") if size.startswith("modernbert") else ("bert", "distilbert")
+    return architecture(names[0], teacher_layers, width), architecture(names[1], student_layers, width)
 
 
 def synthetic_batch(num_tokens: int, length: int, seed: int, of_update: int = 1) -> MicroBatch:
@@ -317,15 +319,15 @@ class HuggingFace:
         what it starts with, 0.
         """
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            t_hidden = self.teacher.bert(input_ids=ids, attention_mask=real).last_hidden_state
-            t = self.teacher.cls.predictions.transform(t_hidden)
+            t_hidden = self.teacher.base_model(input_ids=ids, attention_mask=real).last_hidden_state
+            t = _transformed(self.teacher, t_hidden)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            s_hidden = self.student.distilbert(input_ids=ids, attention_mask=real).last_hidden_state
-            s = self.student.vocab_layer_norm(F.gelu(self.student.vocab_transform(s_hidden)))
+            s_hidden = self.student.base_model(input_ids=ids, attention_mask=real).last_hidden_state
+            s = _transformed(self.student, s_hidden)
         kind = torch.bfloat16 if self.bf16 else torch.float32
         of_tokens = (x.flatten(0, 1) if real is None else x[real] for x in (s, t, s_hidden, t_hidden, labels))
         s, t, s_hidden, t_hidden, labels = of_tokens
-        head, decoder = self.student.vocab_projector, self.teacher.cls.predictions.decoder
+        head, decoder = self.student.get_output_embeddings(), self.teacher.get_output_embeddings()
         s, weight = s.to(kind), head.weight.to(kind)
         with torch.no_grad():
             target = (F.linear(t.to(kind), decoder.weight, decoder.bias) / 2).softmax(-1)
@@ -349,6 +351,14 @@ class HuggingFace:
         torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _transformed(model: Any, hidden_BLD: Tensor) -> Tensor:
+    """What the vocabulary matrix of a model of transformers multiplies."""
+    if model.config.model_type == "distilbert":
+        return model.vocab_layer_norm(F.gelu(model.vocab_transform(hidden_BLD)))
+    head = model.head if model.config.model_type == "modernbert" else model.cls.predictions.transform
+    return head(hidden_BLD)
 
 
 def _cosine(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -395,7 +405,7 @@ OF_MASKED = (OURS, OURS + MASKED, EAGER + MASKED)
 
 def models(size: str) -> tuple[MaskedLM, MaskedLM]:
     """(teacher, student), the same in every process."""
-    large, small = SIZES[size]
+    large, small = architectures(size)
     teacher, layers = MaskedLM(large), spread_layers(small.num_layers, large)
     return teacher, weights.student_from_teacher(teacher, layers, small, copy_transform=True)
 
@@ -651,7 +661,8 @@ def main() -> int:
     lengths = np.concatenate([b.real_lengths for b in batches])
     share = sum(b.num_masked for b in batches) / num_tokens
     all_rows, masked = (
-        flops_per_token(*SIZES[args.size], partial(attended, lengths), head_fraction=f).total for f in (1.0, share)
+        flops_per_token(*architectures(args.size), partial(attended, lengths), head_fraction=f).total
+        for f in (1.0, share)
     )
     del batches
     ceiling, source = peak_flops(torch.device(DEVICE), DTYPES[args.precision])

@@ -188,14 +188,17 @@ def _words(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_teacher(config: Config) -> None:
-    """What pretrain would refuse of the teacher's folder, before hours of preparation. Raises ValueError or OSError."""
-    if config.teacher.path is None:
-        return
-    path = hub.folder_of("--teacher.path", config.teacher.path)
-    try:
-        headers.match(path, read_architecture(path), headers.read_headers(path), need_head=config.loss.kd > 0)
-    except ValueError as error:
-        raise ValueError(f"--teacher.path: {error}") from None
+    """What pretrain would refuse of the teachers' folders, before hours of preparation.
+
+    Raises ValueError or OSError.
+    """
+    for number, given in enumerate(config.teacher.paths):
+        option = "--teacher.others" if number else "--teacher.path"
+        path = hub.folder_of(option, given)
+        try:
+            headers.match(path, read_architecture(path), headers.read_headers(path), need_head=config.loss.kd > 0)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
 
 
 def _sources(texts: str | Path | Iterable[Any], path: Path, field: str) -> list[str]:

@@ -108,7 +108,8 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
             {"path": str(path), "class": type(model).__name__, "num_parameters": model.num_parameters(), "bytes": size}
         )
 
-    # All read the same random ids, from the later half of the smallest vocabulary: BERT's special tokens come before.
+    # All read the same random ids, from the later half of the smallest vocabulary. Before it is the padding by which a
+    # RoBERTa counts its positions; in a ModernBERT, whose special tokens come last, they are tokens as any others.
     readable, path = min(
         (finetune.longest_input(model), path) for model, path in zip(models, config.models, strict=True)
     )

@@ -355,6 +355,7 @@ def _facts(
         **_about_embeddings(record, student, pooling),
         "starts from": _start(config, record, origins),
         "teacher": f"{_named(origins['teacher'])}, {_sizes(teacher)}" if teacher and "teacher" in origins else "none",
+        **_mixture(config, record, origins),
         "updates": f"{progress['update']:,}{_skipped(progress)}",
         "training tokens": f"{progress['tokens']:,}" if "tokens" in progress else "not recorded",
         "data": f"{_sources(data.get('sources'))}: {data.get('num_sequences', 0):,} sequences, "
@@ -375,9 +376,10 @@ def _use(student: Architecture, pooling: Pooling | None) -> _Use:
 
 
 def _origins(config: dict[str, Any], *, distilled: bool) -> dict[str, Path]:
-    """The folders of the models that the student learnt from: its teacher, and what its weights start from."""
-    teacher, init = (config.get("teacher") or {}).get("path"), (config.get("student") or {}).get("init", "teacher")
-    found = {"teacher": Path(teacher)} if distilled and teacher else {}
+    """The folders of the models that the student learnt from: its teachers, and what its weights start from."""
+    teacher, init = config.get("teacher") or {}, (config.get("student") or {}).get("init", "teacher")
+    found = {"teacher": Path(teacher["path"])} if distilled and teacher.get("path") else {}
+    found |= {f"other {number}": Path(path) for number, path in enumerate(teacher.get("others") or ())}
     return found | ({"init": Path(init)} if init not in NO_PATHS else {})
 
 
@@ -430,6 +432,16 @@ def _start(config: dict[str, Any], record: dict[str, Any], origins: dict[str, Pa
     return f"layers {' '.join(map(str, layers))} of {of}" if layers else of
 
 
+def _mixture(config: dict[str, Any], record: dict[str, Any], origins: dict[str, Path]) -> dict[str, str]:
+    """The row of the card about teachers beside the first."""
+    sizes = [_sizes(from_record(other)) for other in record.get("others") or ()]
+    if not sizes:
+        return {}
+    others = "; ".join(f"{_named(origins[f'other {number}'])}, {about}" for number, about in enumerate(sizes))
+    weights = config["teacher"].get("weights") or [1] * (1 + len(sizes))
+    return {"other teachers": f"{others}. All distributions are averaged, {' : '.join(f'{w:g}' for w in weights)}"}
+
+
 def _about_embeddings(record: dict[str, Any], student: Architecture, pooling: Pooling | None) -> dict[str, str]:
     """Rows of the card about what the student's embeddings are, and about what of the student this is."""
     rows = {}
@@ -473,9 +485,11 @@ def _losses(loss: dict[str, Any], *, distilled: bool) -> str:
 
 
 def _sizes(model: Architecture) -> str:
+    windows = f" ({model.windows})" if model.windows else ""
     return (
-        f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_heads} heads, feed-forward {model.ffn_size}, "
-        f"vocabulary {model.vocab_size:,}, {model.max_positions} positions"
+        f"{model.num_layers} layers{windows}, {model.hidden_size} wide, {model.num_heads} heads, "
+        f"{'gated ' * model.family.gated}feed-forward {model.ffn_size}, vocabulary {model.vocab_size:,}, "
+        f"{model.max_positions} positions"
     )
 
 

@@ -158,11 +158,18 @@ def _next(config: PrepareConfig, spec: tokenizer.Spec) -> str:
     """The pretraining that these shards are probably meant for: by the model that the tokenizer is of, or without one.
     A name on the hub stands for its folder."""
     words = ["mlm"]
-    if isinstance(spec, str) or (isinstance(spec, Path) and (spec / "config.json").is_file()):
-        is_sentence_encoder = isinstance(spec, Path) and read_max_length(spec) is not None
-        words = ["embed" if is_sentence_encoder else "distilbert", "--teacher.path", str(spec)]
+    model = hub.folder_of("--tokenizer", spec, hub.TOKENIZER) if isinstance(spec, str) else spec
+    if isinstance(model, Path) and (model / "config.json").is_file():
+        words = [_recipe(model), "--teacher.path", str(spec)]
     out = Path("runs") / config.out.resolve().name
     return f"next: {console.command_line('pretrain', *words, '--data.shards', config.out, '--out', out)}"
+
+
+def _recipe(model: Path) -> str:
+    """For students of the model in this folder."""
+    if read_max_length(model) is not None:
+        return "embed"
+    return "modernbert" if files.read_json(model / "config.json").get("model_type") == "modernbert" else "distilbert"
 
 
 def _size(num_bytes: float) -> str:

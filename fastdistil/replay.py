@@ -42,6 +42,8 @@ class ReplayConfig:
     """Where the text is now, as --data.shards of the run. None: where the run found it."""
     teacher: Path | None = None
     """Where the teacher is now. None: where the run found it."""
+    others: tuple[Path, ...] | None = None
+    """Where the other teachers are now, in their order. None: where the run found them."""
 
 
 @command
@@ -61,7 +63,12 @@ def configuration(asked: ReplayConfig) -> Config:
         resume="auto",
         profile=None,
         data=replace(config.data, shards=asked.shards or config.data.shards, num_workers=0),
-        teacher=replace(config.teacher, path=asked.teacher or config.teacher.path, ranks=0),
+        teacher=replace(
+            config.teacher,
+            path=asked.teacher or config.teacher.path,
+            others=asked.others or config.teacher.others,
+            ranks=0,
+        ),
         engine=replace(config.engine, zero_stage=None, compile=False),
     )
 
@@ -148,11 +155,16 @@ def diagnosis(
     handed = {}
     if output is not None:
         handed = {"last hidden state": output.encoder.hidden_ND}
-        if output.vocabulary is not None:
-            handed["input of its vocabulary matrix"] = output.vocabulary.transformed_NE
+        for number, inputs in enumerate(output.vocabularies, 1):
+            whose = "its" if number == 1 else f"teacher {number}'s"
+            handed[f"input of {whose} vocabulary matrix"] = inputs.transformed_NE
     parts = {
         "weights": bad(dict(student.named_parameters())),
         "teacher's weights": bad({} if teacher is None else dict(teacher.model.named_parameters())),
+        **{
+            f"teacher {number}'s weights": bad(dict(other.model.named_parameters()))
+            for number, other in enumerate(teacher.others if teacher else (), 2)
+        },
         "teacher": bad(handed),
         "student": bad({"last hidden state, without dropout": hidden_ND}),
         "losses": bad(dict(zip(SUMS, sums, strict=True))),

@@ -223,9 +223,9 @@ def _number(value: Any) -> float | None:
 def about(run: Run) -> str:
     """Recipe, teacher and text by their names."""
     parts = [f"recipe {run.config.get('recipe', '–')}"]
-    for title, key in (("teacher", "teacher.path"), ("text", "data.shards")):
-        value = run.config.get(key) or []
-        paths = [Path(str(path)).name for path in (value if isinstance(value, list) else [value])]
+    for title, *keys in (("teacher", "teacher.path", "teacher.others"), ("text", "data.shards")):
+        values = [run.config.get(key) or [] for key in keys]
+        paths = [Path(str(x)).name for value in values for x in (value if isinstance(value, list) else [value])]
         parts += [f"{title} {' + '.join(paths)}"] if paths else []
     return " · ".join(parts)
 
@@ -243,15 +243,15 @@ def _of_the_teacher(run: Run) -> str:
     if 2 * student.num_layers == teacher.num_layers:
         layers = f"half its layers ({student.num_layers} of {teacher.num_layers})"
     size = f"{layers} and {100 * student.num_parameters / teacher.num_parameters:.0f} % of its parameters"
-    faster = speed(run.efficiency)
-    fast = f", {faster:.1f} times as fast" if faster else ""
+    fast = f", {faster:.1f} times as fast" if (faster := speed(run.efficiency)) else ""
     agreement = _number(run.validation[-1].get("agreement")) if run.validation else None
     if found := kept(run.scores):
         share, of, interval = found[0]
         ends = f" (95 %: {interval[0]:.1f} to {interval[1]:.1f})" if interval else ""
         return f"The student keeps {share:.1f} %{ends} of its teacher’s score ({of}) with {size}{fast}."
     if agreement is not None:
-        share = f"agrees with its teacher on {100 * agreement:.1f} % of the tokens of held-out text"
+        whom = "the mixture of its teachers" if run.record.get("others") else "its teacher"
+        share = f"agrees with {whom} on {100 * agreement:.1f} % of the tokens of held-out text"
         return f"The student {share}, with {size}{fast}."
     return f"The student has {size}{fast}; what it keeps of its teacher is not measured."
 

@@ -59,7 +59,7 @@ EMBED: dict[str, str] = {
 """Those of a teacher without a masked-LM head; with one, both kinds can stand in one study."""
 VARIANTS = PAPER | EMBED
 SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size", "max_positions")
-"""Of a student, which the variants with a teacher have from it and the others are given."""
+"""Of a student, which the variants with a teacher have from it and the others are given, as they are its family."""
 FREE_AT_RESUME = ("out", "seeds", "variants", "jobs", "launcher")
 
 
@@ -282,6 +282,7 @@ class Study:
         recipe, *changes = VARIANTS[variant].split()
         words = [recipe, "--data.shards", self.config.shards, *shlex.split(self.config.options), *changes]
         if recipe == "mlm":
+            words += ["--student.family", self._first.student.model_type]
             for size in SIZES:
                 words += [f"--student.{size.replace('_', '-')}", getattr(self._first.student, size)]
         else:

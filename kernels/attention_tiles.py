@@ -60,8 +60,8 @@ TILES: dict[int, dict[int, Tiles]] = {
         128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 128, 8)),
     },
 }
-# With a window the tiles are those above, which do not spill either (Triton 3.9.0, window 64), but for dq at width 32 on
-# sm_90: 128 rows spilled with dropout. 64 rows see 192 where 128 see 256, and by the compiled code run 0.83 of the
+# With a window the tiles are those above, which do not spill either (Triton 3.9.0, window 64), but for dq at width 32
+# on sm_90: 128 rows spilled with dropout. 64 rows see 192 where 128 see 256, and by the compiled code run 0.83 of the
 # instructions for each, 0.81 with dropout.
 WINDOW_TILES: dict[tuple[int, int], Tiles] = {(90, 32): TILES[90][32]._replace(dq=Tile(64, 64, 4))}
 # Products of fp32 run on the FP32 units, with operands in registers: every block that tl.dot takes spills at width 64

@@ -18,18 +18,24 @@ between the second's steps; and one such CTA fills an SM, where two overlap thei
 block of columns leave L2 (four rows of 132 CTAs: 64 MB of 50). cuBLASLt could sum dz while it multiplies (its epilogue
 BGRADA); PyTorch has no way to ask for that.
 
+Several teachers of one vocabulary are averaged inside: y is then T times the logarithm of the weighted mean of their
+distributions (kernels/mixture.py). Each of their chunks of logits is mixed into the first teacher's as soon as it is
+made and is then written over by the next one's: three buffers for any number of teachers, where one teacher has two. A
+further teacher costs 2 N E V FLOP and 6 bytes a logit.
+
 Shapes: N = tokens, V = rows of both weights (the vocabulary, padded to a multiple of 64), D = width of the student,
 E = width of the teacher.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import distill
+from . import distill, mixture
 from ._backend import host_number, read_number, times_gradient
 from .distill import DistillLoss, check_operands, distill_loss_reference, scale_pair
 from .layout import KeptRows, as_rows, check_mask
@@ -40,10 +46,10 @@ LinearDistillLoss = DistillLoss
 # On CUDA all tokens at once where memory allows: the GEMMs want many rows (dstudent of 4,096 has 96 tiles of 128 x 256
 # for 132 SMs), each chunk launches seven kernels, and every one but the first reads and writes the fp32 sum of dweight
 # (188 MB at BERT's size). The two buffers take 0.12 MB a token of BERT's vocabulary in bf16: 8 of 80 GB at 65,536.
-CUDA_MEMORY_SHARE = 1 / 8  # of the device's memory, for the two buffers
+CUDA_MEMORY_SHARE = 1 / 8  # of the device's memory, for the buffers
 # On two CPU cores the GEMMs are all that counts and want long chunks too: in fp32 512 tokens were as fast as 1,024
 # (256: 12 % slower), in bf16 1,024 were 14 % faster than 512.
-CPU_BUFFER_BYTES = 128 * 2**20  # of the two buffers
+CPU_BUFFER_BYTES = 128 * 2**20  # of the buffers
 
 
 def linear_distill_loss_reference(
@@ -62,8 +68,18 @@ def linear_distill_loss_reference(
     return distill_loss_reference(student, teacher, labels_N, **options)
 
 
+def num_buffers(num_teachers: int) -> int:
+    """Chunks of logits that exist at once: the student's, the teacher's, and that of another one to be mixed in."""
+    return 1 + min(num_teachers, 2)
+
+
 def default_chunk_tokens(
-    num_columns: int, dtype: torch.dtype, device: torch.device, *, total_memory: int | None = None
+    num_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    total_memory: int | None = None,
+    num_teachers: int = 1,
 ) -> int:
     """Tokens of a chunk, from the shapes and the device's total memory (`total_memory` for one that is not here).
 
@@ -73,7 +89,7 @@ def default_chunk_tokens(
     budget = CPU_BUFFER_BYTES
     if device.type == "cuda":
         budget = CUDA_MEMORY_SHARE * (total_memory or torch.cuda.get_device_properties(device).total_memory)
-    affordable = int(budget / (2 * num_columns * dtype.itemsize)) // 256 * 256
+    affordable = int(budget / (num_buffers(num_teachers) * num_columns * dtype.itemsize)) // 256 * 256
     return max(256, affordable if device.type == "cuda" else min(1024, affordable))
 
 
@@ -81,17 +97,20 @@ def forward(
     student: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor, teacher_weight: Tensor, teacher_bias: Tensor,
     labels: Tensor, num_rows: Tensor | None, temperature: float, scales: Tensor, vocab_size: int, chunk_tokens: int,
     *, dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
+    others: Sequence[tuple[Tensor, Tensor, Tensor, float]] = (),
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """The loss, (3,) the sums of kd, mlm and agreement, and the gradient of `student`: no operator, no checks.
 
     Weights have the dtype of the hidden states they meet, `labels` is contiguous, `scales` as in `distill_rows`;
     autocast is off. The gradients of weight and bias are written to `dweight` and `dbias`, or added to what is there
     (`accumulate`). In fp32 they are the sum as it is, in the hidden states' dtype it is rounded once. Without the two
-    no gradient is made.
+    no gradient is made. `others`: of every further teacher hidden states, weight and bias, all in the first one's
+    dtype, and its share of the mixture of it and those before.
     """
     N, V = student.shape[0], weight.shape[0]
     chunk = min(chunk_tokens, N)
     z_buffer, y_buffer = _buffer(student, chunk, V), _buffer(teacher, chunk, V)
+    x_buffer = _buffer(teacher, chunk, V) if others else None
     into = [] if dweight is None or dbias is None else [dweight, dbias]
     dstudent = student.new_empty(student.shape) if into else None
     # Chunks add up in fp32: in place where that is what the caller gave. One chunk needs no sum: its product is rounded
@@ -104,6 +123,10 @@ def forward(
         hidden = student[tokens]
         z = _logits(hidden, weight, bias, z_buffer)
         y = _logits(teacher[tokens], teacher_weight, teacher_bias, y_buffer)
+        for other, other_weight, other_bias, share in others:
+            x = _logits(other[tokens], other_weight, other_bias, x_buffer)
+            mixture.forward(y, x, temperature, share, vocab_size)
+            del x  # before the next one's are made
         chunk_rows = distill.forward(
             z, y.to(z.dtype), labels[tokens], num_rows, z if into else None, start, temperature, scales, vocab_size
         )

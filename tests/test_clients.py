@@ -19,11 +19,11 @@ from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
-from tests.support import clients
+from fastdistil.model.weights import load_masked_lm
+from tests.support import clients, models, toy
 from tests.support.launch import ROOT
 from tests.support.vocabularies import KINDS, PAIRS, TEXTS
 
-OLD = Path(sys.prefix) / "transformers-4.57"
 FAMILIES = {"distilbert": 0, "bert": 2, "bert-one-type": 1}
 """Students -> rows of their token-type table; the kinds of WordPiece take turns."""
 EMBEDDERS = {
@@ -31,6 +31,7 @@ EMBEDDERS = {
     "bert-cased": (0, Pooling(mode="cls", normalise=False, max_length=None)),
     "bert-accents": (12, Pooling(mode="cls", normalise=True, max_length=24)),
     "roberta": (24, Pooling(mode="mean", normalise=True, max_length=512)),
+    "modernbert": (0, Pooling(mode="cls", normalise=True, max_length=None)),
 }
 """Kind of tokenizer -> width of a projection, and the pooling, of a student of embeddings on it."""
 
@@ -39,7 +40,7 @@ def student(kind: str, words: Path) -> Architecture:
     ids = tokenizer.special_ids(words)
     name = list(FAMILIES)[list(KINDS).index(kind) % len(FAMILIES)]
     roberta = ids["cls"] == 0
-    return Architecture(
+    architecture = Architecture(
         model_type="roberta" if roberta else name.partition("-")[0],
         vocab_size=len(tokenizer.read_vocabulary(words)),
         hidden_size=16,
@@ -50,6 +51,7 @@ def student(kind: str, words: Path) -> Architecture:
         token_types=1 if roberta else FAMILIES[name],
         pad_id=ids["pad"],
     )
+    return replace(architecture, **toy.MODERNBERT, num_layers=4) if kind == "modernbert" else architecture
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +94,15 @@ def embedders(exports) -> Path:
 @pytest.fixture(scope="module")
 def old(exports, embedders) -> dict:
     """What transformers 4.57 and its clients say of all exports: one process, for importing them takes seconds."""
-    if not (OLD / "transformers").is_dir():
+    if not (clients.OLD / "transformers").is_dir():
         pytest.fail(
-            f"no transformers 4.57 in {OLD}: run `make setup`, which installs it from tests/transformers-4.57.txt"
+            f"no transformers 4.57 in {clients.OLD}: run `make setup`, "
+            "which installs it from tests/transformers-4.57.txt"
         )
     out = exports / "old"
     out.mkdir()
     command = [sys.executable, "-m", "tests.support.clients", str(out)]
-    path = {"PYTHONPATH": f"{OLD}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    path = {"PYTHONPATH": f"{clients.OLD}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     folders = [str(exports / "exports" / kind) for kind in ["bert", "roberta", *(set(KINDS) - {"bert", "roberta"})]]
     folders += map(str, embedders.iterdir())
     done = subprocess.run([*command, *folders], env=os.environ | path, cwd=ROOT, capture_output=True, text=True)
@@ -126,10 +129,12 @@ def test_what_transformers_makes_of_an_export(exports, kind, release, request):
     assert told["finite"]
     mask = tokenizer.special_tokens(words)["mask"]
     encoded = shards.encode(f"the old {mask} quiet").ids
-    model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    model, length = load_masked_lm(folder, need_head=True).eval(), len(encoded)
     with torch.no_grad():
-        logits = model(torch.tensor([encoded])).logits[0, encoded.index(ids["mask"])]
-    assert told["answer"] == int(logits.argmax())
+        logits = model(torch.tensor(encoded), torch.arange(length), sequence_layout([length], "cpu"))
+    torch.testing.assert_close(torch.tensor(told["logits"]), logits, rtol=0, atol=2e-5)
+    assert told["answer"] == int(logits[encoded.index(ids["mask"])].argmax())
+    assert told["other_keys"] == {}
 
 
 def test_names_and_classes(exports, old):
@@ -187,6 +192,17 @@ def test_an_export_of_embeddings(exports, embedders, kind, release, request):
     assert found["class"] == model.architecture.family.encoder
     named = json.loads((folder / "config.json").read_text())["architectures"]
     assert named == [found["class"]]
+
+
+def test_a_modernbert_that_transformers_4_wrote(exports, old):
+    """Other words in config.json, the same tensors and numbers."""
+    folder = exports / "old" / "modernbert"
+    assert "global_attn_every_n_layers" in (folder / "config.json").read_text()
+    ours = load_masked_lm(folder, need_head=True).eval()
+    assert ours.architecture.global_every == 2
+    with torch.no_grad():
+        got = ours(*models.packed(clients.LENGTHS, 101))
+    torch.testing.assert_close(got, torch.load(exports / "old" / "logits"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

@@ -161,6 +161,20 @@ def test_model_card(run, tmp_path):
     assert "tokens_per_s" not in card
 
 
+def test_the_card_of_a_modernbert_says_what_its_layers_see(run, tmp_path):
+    windows = {"global_every": 3, "local_attention": 8, "global_theta": 160000.0, "local_theta": 10000.0}
+    student = replace(TEACHER, model_type="modernbert", token_types=0, **windows)
+    _save(run, MaskedLM(student).state_dict(), {"update": 11, "tokens": 11_000})
+    _break(run, student=asdict(student), teacher=asdict(replace(student, num_layers=7)))
+    assert "ModernBertForMaskedLM" in export(ExportConfig(run=run, out=tmp_path / "student"))
+    card = (tmp_path / "student" / "README.md").read_text()
+    sees = "see everything, the others 4 tokens on either side"
+    assert f"| student | 4 layers (0 3 {sees}), 12 wide, 2 heads, gated feed-forward 20, vocabulary 30,522" in card
+    assert f"| teacher | `tiny-bert`, 7 layers (0 3 6 {sees}), 12 wide" in card
+    fill = transformers.pipeline("fill-mask", model=str(tmp_path / "student"))
+    assert len(fill("Paris is the [MASK] of France.")) == 5
+
+
 def test_the_card_says_where_the_model_comes_from(run, tmp_path):
     """Of a student of two models of the hub and a data set of it; licence and language are those of their cards."""
     config = json.loads((run / "config.json").read_text())["config"]

@@ -52,11 +52,11 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (9700, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
-    "evaluation": (2660, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
-    "kernels": (3600, ("kernels", "../csrc")),
+    "core": (10400, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
+    "evaluation": (2661, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
+    "kernels": (3700, ("kernels", "../csrc")),
 }
-MOST_FILES = {"kernels": 15}  # in a folder of the product, else 13: an operator a file
+MOST_FILES = {"kernels": 16}  # in a folder of the product, else 13: an operator a file
 LONGEST_FUNCTION = 60
 LONGEST_LINE = 120
 

@@ -22,6 +22,7 @@ from fastdistil.data import sources, tokenizer
 from fastdistil.data.sequences import PIECE_CHARS, SHORTEST, SequenceBuilder, build_sequences, split_document
 from fastdistil.data.shards import Shards, read_meta
 from fastdistil.prepare import PrepareConfig
+from fastdistil.prepare import _next as next_command
 from fastdistil.prepare import prepare as run
 from fastdistil.run import files
 
@@ -533,6 +534,21 @@ def test_texts_are_cut_as_the_model_of_the_tokenizer_reads_them(tmp_path):
     log = prepare(corpus, "--tokenizer", words, "--out", tmp_path / "short", ok=False)
     assert "reads 9 tokens of a text: wanted 12 or more: give --max-length" in log
     assert not (tmp_path / "short").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (None, "mlm --data.shards"),
+        ({"model_type": "bert"}, "distilbert --teacher.path MODEL --data.shards"),
+        ({"model_type": "modernbert"}, "modernbert --teacher.path MODEL --data.shards"),
+    ],
+)
+def test_what_comes_next_is_the_recipe_of_the_model(tmp_path, model, words):
+    if model is not None:
+        (tmp_path / "config.json").write_text(json.dumps(model))
+    config = PrepareConfig(sources=("texts",), tokenizer=str(tmp_path), out=tmp_path / "shards")
+    assert f"pretrain {words.replace('MODEL', str(tmp_path))}" in next_command(config, tmp_path)
 
 
 def test_two_at_once_into_one_folder(corpus, tmp_path):

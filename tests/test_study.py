@@ -4,12 +4,13 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
 
 from fastdistil import study
-from tests.support import launch
+from tests.support import launch, toy
 
 OPTIONS = (
     "--batch.unit tokens --batch.size 512 --batch.token-budget 512 --log.validate-every 2 "
@@ -140,6 +141,18 @@ def test_a_second_start_does_nothing_again(finished):
     assert time.monotonic() - begin < 60
     changed = {p.name for p, t in before.items() if p.stat().st_mtime_ns != t}
     assert changed <= {"settings.json", "study.json", "study.md"}
+
+
+def test_the_student_without_a_teacher_is_of_the_others_family(folders, tmp_path):
+    shards, _, data = folders
+    sizes: dict[str, Any] = {"token_types": 0, "num_layers": 4, "global_every": 3, "local_attention": 8}
+    sizes |= {"model_type": "modernbert", "global_theta": 160000.0, "local_theta": 10000.0}
+    teacher = toy.make_teacher(tmp_path / "teacher", shards, **sizes)
+    made = parsed(command((shards, teacher, data), tmp_path / "study"))
+    students = [made._resolve(made._words(name, 1)).student for name in ("distilbert", "random-init", "no-teacher")]
+    assert {student.model_type for student in students} == {"modernbert"}
+    first, *others = ([getattr(student, size) for size in study.SIZES] for student in students)
+    assert others == [first, first]
 
 
 def test_a_step_whose_log_is_gone_is_done_again(finished, tmp_path):

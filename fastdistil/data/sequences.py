@@ -105,7 +105,8 @@ def build_sequences(
 def split_document(text: str) -> Iterator[str]:
     """Pieces of at most PIECE_CHARS characters, cut before white space where there is any.
 
-    No token of BERT's reaches across white space, so the pieces have the tokens of the whole.
+    No token of BERT's reaches across white space, so the pieces have the tokens of the whole; where a tokenizer has
+    tokens for runs of blanks, as ModernBERT's, but for a run that is cut.
     """
     start = 0
     while len(text) - start > PIECE_CHARS:

@@ -67,12 +67,10 @@ class Architecture:
             least = 0 if field.name in may_be_0 else 1
             if field.type is int and (type(value) is not int or value < least):
                 raise ValueError(f"{field.name} must be an integer of {least} or more, got {value!r}")
-            if field.type is float and type(value) not in (int, float):
-                raise ValueError(f"{field.name} must be a number, got {value!r}")
-            if field.name.endswith("theta") and not least <= value < math.inf:
-                raise ValueError(f"{field.name} must be a number of {least} or more, got {value!r}")
-            if field.type is float and not field.name.endswith("theta") and not 0 <= value < 1:
-                raise ValueError(f"{field.name} must be a number of at least 0 and below 1, got {value!r}")
+            low, high = (least, math.inf) if field.name.endswith("theta") else (0, 1)
+            if field.type is float and (type(value) not in (int, float) or not low <= value < high):
+                wanted = f"a number of at least {low} and below {high}"
+                raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
             if value != fixed.get(field.name, value):
                 raise ValueError(
                     f"this is a {family.title}, whose {field.name} is {fixed[field.name]}, got {value}: "
@@ -107,6 +105,15 @@ class Architecture:
     def window(self, layer: int) -> int:
         """How far the tokens of a layer, counted from 0, see on either side; 0: the whole sequence."""
         return self.local_attention // 2 if self.global_every and layer % self.global_every else 0
+
+    @property
+    def windows(self) -> str:
+        """What its layers see, in words; empty where all see everything."""
+        everything = [i for i in range(self.num_layers) if not self.window(i)]
+        if len(everything) == self.num_layers:
+            return ""
+        side = self.local_attention // 2
+        return f"{' '.join(map(str, everything))} see everything, the others {side} tokens on either side"
 
     @property
     def padded_vocab_size(self) -> int:

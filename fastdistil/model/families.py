@@ -217,20 +217,23 @@ def _modernbert(config: dict[str, Any]) -> dict[str, Any]:
     if types is not None:
         everywhere = [i for i, kind in enumerate(types) if kind == "full_attention"]
         every = everywhere[1] if len(everywhere) > 1 else len(types)
-        if types != ["sliding_attention" if i % every else "full_attention" for i in range(len(types))]:
+        regular = ["sliding_attention" if i % every else "full_attention" for i in range(len(types))]
+        if types != regular or len(types) != config.get("num_hidden_layers"):
             raise ValueError(
-                f"layer_types must have the full_attention layers at one distance from the first on, got {types}: "
-                "such a model cannot be computed exactly here, use another checkpoint"
+                "layer_types must name num_hidden_layers layers, those of full_attention at one distance from the "
+                f"first on, got {types}: such a model cannot be computed exactly here, use another checkpoint"
             )
         found["global_attn_every_n_layers"] = every
     for kind, name in _MODERNBERT_ROPE.items():
-        rope = (config.get("rope_parameters") or {}).get(kind) or {}
-        if (config.get("rope_scaling") or rope).get("rope_type", "default") != "default":
-            raise ValueError(
-                f"rope_parameters must have the rope_type 'default', got {config.get('rope_scaling') or rope}: such a "
-                "model cannot be computed exactly here, use another checkpoint"
-            )
-        found[name] = rope.get("rope_theta", config.get(name))
+        ropes = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
+        ropes += [rope.get(kind) or {} for rope in ropes[1:] if isinstance(rope, dict)]
+        for rope in ropes:  # the older of its two names is "type"
+            if not isinstance(rope, dict) or {rope.get("rope_type"), rope.get("type")} - {None, "default"}:
+                raise ValueError(
+                    f"rope_scaling and rope_parameters must have the rope_type 'default', got {rope}: such a model "
+                    "cannot be computed exactly here, use another checkpoint"
+                )
+        found[name] = ropes[-1].get("rope_theta", config.get(name))
     if found["local_rope_theta"] is None:  # then transformers takes the other
         found["local_rope_theta"] = found["global_rope_theta"] if "local_rope_theta" in config else None
     return found
@@ -271,8 +274,12 @@ _MODERNBERT = Family(
     read=_modernbert,
     fixed={"token_types": 0},
     activations=("hidden_activation", "classifier_activation"),
-    # The ids that it assumes without these lie beyond a smaller vocabulary; no encoder reads them.
-    constants=dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    # The ids that it assumes without these lie beyond a smaller vocabulary; no encoder reads them. Classifiers on the
+    # authors' models take the mean, transformers' own default is the first token.
+    constants={
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+        "classifier_pooling": "mean",
+    },
     must_be={
         "attention_bias": False,
         "mlp_bias": False,
@@ -314,10 +321,18 @@ FAMILIES = {
 """By the model_type of config.json."""
 
 
+_DISENTANGLED = (
+    "its disentangled attention adds two products with relative positions to every score, which the kernels for packed "
+    "sequences do not compute, use another model"
+)
+_REASONS = {"None": "add what the model is", "deberta": _DISENTANGLED, "deberta-v2": _DISENTANGLED}
+"""What is said of a model_type beside that it is none of FAMILIES."""
+
+
 def find(model_type: Any) -> Family:
     """The family of a model_type. Raises ValueError where we do not know it."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        fix = "only these encoders are supported" if model_type is not None else "add what the model is"
+        fix = _REASONS.get(str(model_type), "only these encoders are supported")
         raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}: {fix}")
     return FAMILIES[model_type]
 

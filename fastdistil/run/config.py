@@ -25,6 +25,7 @@ AT_LEAST_0 = Range("0 or more", lambda x: 0 <= x < math.inf)
 AT_LEAST_1 = Range("1 or more", lambda x: 1 <= x < math.inf)
 ABOVE_0 = Range("above 0", lambda x: 0 < x < math.inf)
 BELOW_1 = Range("in [0, 1)", lambda x: 0 <= x < 1)
+ALL_ABOVE_0 = Range("numbers above 0", lambda x: all(0 < w < math.inf for w in x))
 BOTH_BELOW_1 = Range("two numbers in [0, 1)", lambda x: all(0 <= b < 1 for b in x))
 Interval = int | str
 """How often: updates, or a time."""
@@ -154,8 +155,14 @@ class TeacherConfig(_Section):
     """The frozen model that is imitated."""
 
     path: Path | None = None
-    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION), with a
-    masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
+    """Hugging Face folder of a BERT, DistilBERT, RoBERTa or ModernBERT, or its name on the hub (NAME, NAME@REVISION),
+    with a masked-LM head where --loss.kd has a weight. None trains without a teacher (recipe mlm)."""
+    others: tuple[Path, ...] = ()
+    """More teachers of the same tokenizer, of any size and family, whose distributions are averaged with that of
+    --teacher.path for --loss.kd. The other terms, and what a student starts from, know --teacher.path alone."""
+    weights: Annotated[tuple[float, ...] | None, ALL_ABOVE_0] = None
+    """What each teacher counts in that average, --teacher.path first: 2 1 is two parts of it and one of the other.
+    None: all alike."""
     pooling: Literal["mean", "cls"] | None = None
     """How its last hidden states become the embedding of a text. None: as its folder says (sentence-transformers)."""
     normalise: bool | None = None
@@ -176,6 +183,16 @@ class TeacherConfig(_Section):
     ranks: Annotated[int, AT_LEAST_0] = 0
     """Set aside the last so many ranks for teachers, which send hidden states to the others. 0: every rank infers for
     itself."""
+
+    def _check_together(self) -> None:
+        count, given = 1 + len(self.others), self.weights
+        _check(given is None or count > 1, self, "weights", "left out without --teacher.others")
+        _check(given is None or len(given) == count, self, "weights", f"{count} numbers, one a teacher")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of all teachers, that of --teacher.path first; empty without one."""
+        return () if self.path is None else (self.path, *self.others)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -554,7 +571,7 @@ FREE_AT_RESUME = (
 )
 BOUND_AT_RESUME = ("engine.precision", "engine.attention", "engine.compile")  # but these do
 
-PATHS = ("data.shards", "data.validation", "teacher.path", "student.init")
+PATHS = ("data.shards", "data.validation", "teacher.path", "teacher.others", "student.init")
 """What these name is known by its contents ("inputs" of RUN/config.json): it may lie elsewhere at a resume."""
 NO_PATHS = ("teacher", "random")
 """Words of --student.init that are no folders."""
@@ -568,6 +585,7 @@ PER_HOST = (
     "data.cache",
     "data.verify",
     "teacher.path",
+    "teacher.others",
     "student.init",
     "engine.threads",
 )
@@ -606,7 +624,7 @@ def from_json(saved: dict[str, Any]) -> Config:
             if dataclasses.is_dataclass(default := getattr(like, name)):
                 given[name] = build(item, default)
             elif item is not None and path:
-                given[name] = Path(item)
+                given[name] = tuple(map(Path, item)) if isinstance(default, tuple) else Path(item)
             else:
                 given[name] = tuple(item) if isinstance(item, list) else item
         return dataclasses.replace(like, **given)  # type: ignore[type-var]
@@ -643,6 +661,8 @@ def resume_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         was, now = old.get(name), new.get(name)
         if name == "data.shards":
             return _weights(was) == _weights(now)
+        if name == "teacher.others":
+            return isinstance(was, list) and isinstance(now, list) and len(was) == len(now)
         if name in PATHS:  # another text or model, or none, is found by its contents
             words = NO_PATHS if name == "student.init" else ()
             return all(isinstance(path, str) and path not in words for path in (was, now))

@@ -40,7 +40,10 @@ no-cuda use-cpu cpu: --engine.device cpu | --device cpu
 n-gpu num-gpus gpus nproc-per-node world-size: \
 --world-size N (with --dry-run; a run has the ranks of `torchrun --nproc-per-node N -m fastdistil.pretrain ...`)
 teacher teacher-model teacher-name teacher-name-or-path teacher-model-name-or-path: --teacher.path FOLDER | --teacher
-teacher-type student-type model-type: --teacher.path FOLDER (its config.json says what it is)
+teachers other-teachers teacher-models: --teacher.path FOLDER --teacher.others FOLDER ...
+teacher-weights: --teacher.weights
+teacher-type: --teacher.path FOLDER (its config.json says what it is)
+student-type model-type: --student.family (of random weights; else it is what it starts from)
 model model-name model-name-or-path student student-model student-pretrained-weights: --student.init | --tokenizer
 student-config config-name: --student.num-layers --student.hidden-size --student.num-heads --student.ffn-size
 num-hidden-layers n-layers student-layers: --student.num-layers

@@ -277,7 +277,7 @@ HELP = f"""usage: {PROG} [RECIPE] [OPTIONS]     on several devices: torchrun --n
 recipes, each with values for all options:
 {{recipes}}
 
-options that most runs have:
+options that most runs have; `{PROG} RECIPE --help` shows all, with what the recipe sets:
   --data.shards FOLDER      the text, as `python -m fastdistil.prepare` wrote it
   --teacher.path FOLDER     the Hugging Face folder of the teacher
   --out FOLDER              the folder of the run
@@ -285,6 +285,4 @@ options that most runs have:
   --optim.duration N        how long, in --optim.unit epochs or updates
   --batch.token-budget N    tokens of a micro-batch: what fits the device
   --config FILE             values from such a file as --print-config prints, or the config.json of a run
-  --dry-run                 say what the run will be (memory, updates, FLOPs), and stop
-
-`{PROG} RECIPE --help` shows all options, with what the recipe sets."""
+  --dry-run                 say what the run will be (memory, updates, FLOPs), and stop"""

@@ -17,7 +17,6 @@ from fastdistil import __version__
 from fastdistil.data.plan import Plan, random_words
 from fastdistil.kernels._backend import CPU_BACKEND
 from fastdistil.kernels.attention_backends import resolve_backend
-from fastdistil.model.architecture import Architecture, flops_per_token
 from fastdistil.run import console
 from fastdistil.run.files import read_json
 from fastdistil.run.metrics import peak_flops
@@ -52,27 +51,19 @@ def _models(resolved: Resolved) -> Iterator[tuple[str, str]]:
     """Teacher and student: their sizes, and what they are made from; what an embedding is."""
     layers = f"layers {' '.join(map(str, resolved.layers))} of {resolved.source_path}" if resolved.layers else ""
     start = "random weights" if resolved.config.student.init == "random" else "its checkpoint"
-    origins = {
-        "teacher": (resolved.teacher, resolved.config.teacher.path),
-        "student": (resolved.student, layers or start),
-    }
-    for name, (model, origin) in origins.items():
-        if model is not None:
-            sizes = f"{model.num_layers} layers, {model.hidden_size} wide{_windows(model)}"
-            yield name, f"{model.num_parameters:,} parameters ({sizes}) from {origin}"
+    asked = resolved.config.teacher
+    origins = [("teacher", model, path) for model, path in zip(resolved.teachers, asked.paths, strict=True)]
+    for name, model, origin in (*origins, ("student", resolved.student, layers or start)):
+        sizes = "; ".join(filter(None, (f"{model.num_layers} layers, {model.hidden_size} wide", model.windows)))
+        yield name, f"{model.num_parameters:,} parameters ({sizes}) from {origin}"
+    if resolved.others:
+        weights = " : ".join(f"{weight:g}" for weight in asked.weights or [1.0] * len(origins))
+        yield "mixture", f"of the teachers' distributions, {weights}"
     if pooling := resolved.pooling:
         states = {"mean": "mean of the last hidden states", "cls": "last hidden state of the first token"}
         length = ", scaled to length 1" * pooling.normalise
         texts = f", of texts of up to {pooling.max_length} tokens" if pooling.max_length else ""
         yield "embeddings", f"{states[pooling.mode]}{length}{texts}"
-
-
-def _windows(model: Architecture) -> str:
-    """What its layers see, where they differ; its student's have what theirs saw."""
-    seen = [i for i in range(model.num_layers) if not model.window(i)]
-    if len(seen) == model.num_layers:
-        return ""
-    return f"; {' '.join(map(str, seen))} see everything, the others {model.local_attention // 2} tokens on either side"
 
 
 def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
@@ -210,7 +201,7 @@ def floors(
     if peak is None:
         return found
     with_heads = resolved.flops_per_token(attended)
-    without = flops_per_token(resolved.teacher, resolved.student, attended, head_fraction=0.0)
+    without = resolved.flops_per_token(attended, with_heads=False)
     heads = with_heads.total - without.total
     # The fused loss makes its own gradient; masked LM alone leaves it to the backward.
     in_loss = heads if resolved.config.loss.kd else heads / 3

@@ -19,6 +19,7 @@ from fastdistil.data.plan import Plan, Pool, UpdatePlan, joined, pools_of, seed_
 from fastdistil.data.shards import Mix, Shards
 from fastdistil.kernels.attention import check_heads
 from fastdistil.kernels.attention_backends import resolve_backend
+from fastdistil.kernels.mixture import running_shares
 from fastdistil.model.architecture import attended
 from fastdistil.model.encoder import Encoder
 from fastdistil.model.masked_lm import MaskedLM
@@ -182,12 +183,12 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
     backend or FP8 is asked for and cannot be had.
     """
     config, dtype = resolved.config, resolved.teacher_dtype(ranks.device)
-    for arithmetic, model in ((resolved.dtype(ranks.device), resolved.student), (dtype, resolved.teacher)):
+    of_teachers = [(dtype, model) for model in resolved.teachers]
+    for arithmetic, model in ((resolved.dtype(ranks.device), resolved.student), *of_teachers):
         for dropout_p in (0.0, resolved.student.attention_dropout):
-            how = {"dropout_p": dropout_p, "dtype": arithmetic, "window": model.widest_window if model else 0}
+            how = {"dropout_p": dropout_p, "dtype": arithmetic, "window": model.widest_window}
             backend = resolve_backend(config.engine.attention, ranks.device, **how)
-            if model is not None:
-                check_heads(backend, model.hidden_size // model.num_heads, ranks.device)
+            check_heads(backend, model.hidden_size // model.num_heads, ranks.device)
     path = config.teacher.path
     generator = torch.Generator().manual_seed(seed_of(config.seed, "student"))
     # A head where the student has one, whose first weights may be the teacher's.
@@ -196,14 +197,17 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
     source = teacher if resolved.source_path else None
     if resolved.source_path and config.student.init != "teacher":
         source = load_masked_lm(resolved.source_path, need_head=False, **with_head, generator=generator)
+    others = [load_masked_lm(other, need_head=True, **with_head) for other in config.teacher.others]
     digests = {} if teacher is None else {"teacher.path": digest(teacher)}
+    if others:
+        digests["teacher.others"] = hashlib.sha256(" ".join(map(digest, others)).encode()).hexdigest()
     if source is not None and source is not teacher:
         digests["student.init"] = digest(source)
     student = _student(resolved, source, generator)
     if resolved.fresh_head:
         start_head(student, torch.from_numpy(corpus.collator.label_frequencies()))
     student.encoder.activation_checkpointing = config.engine.activation_checkpointing
-    for model in (student, teacher):
+    for model in (student, teacher, *others):
         if model is not None:
             model.encoder.attention_backend = config.engine.attention
             if config.engine.compile:
@@ -214,19 +218,31 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
         return Models(None, student, digests)
     if not config.loss.kd:  # its distribution is not asked for
         teacher.head = None
+    return Models(_frozen(resolved, ranks, teacher, others), student, digests)
+
+
+def _frozen(
+    resolved: Resolved, ranks: Ranks, model: MaskedLM, other_models: Sequence[MaskedLM]
+) -> Teacher | RemoteTeacher:
+    """The teachers where their place is, as one."""
+    config, place = resolved.config, {"device": ranks.device, "dtype": resolved.teacher_dtype(ranks.device)}
+    shares = running_shares(config.teacher.weights or [1.0] * len(config.teacher.paths))
     if ranks.link is not None and not ranks.is_teacher:
-        return Models(RemoteTeacher(teacher, ranks.link, device=ranks.device, dtype=dtype), student, digests)
+        return RemoteTeacher(model, ranks.link, **place, others=other_models, shares=shares)
+    others = [Teacher(other, **place, encoder_device=ranks.second_device) for other in other_models]
     frozen = Teacher(
-        teacher,
-        device=ranks.device,
-        dtype=dtype,
+        model,
+        **place,
         encoder_device=ranks.second_device,
         kept_outputs=kept_outputs(config.loss, resolved.imitated_layers, resolved.relation_layer),
+        others=others,
+        shares=shares,
     )
     if config.teacher.precision == "fp8":
         require_fp8(frozen.encoder_device)
-        quantise_encoder(frozen.model.encoder)
-    return Models(frozen, student, digests)
+        for teacher in (frozen, *others):
+            quantise_encoder(teacher.model.encoder)
+    return frozen
 
 
 def compile_encoder(encoder: Encoder, mode: str | None = None) -> None:
@@ -259,7 +275,7 @@ def _student(resolved: Resolved, source: MaskedLM | None, generator: torch.Gener
 
 
 def digest(model: MaskedLM) -> str:
-    """SHA-256 of what a model computes: its tensors in fp32, heads, epsilon and windows, whatever the format of its files.
+    """SHA-256 of what a model computes: its tensors in fp32, heads, epsilon, windows, whatever the format of its files.
 
     0.6 s for the 440 MB of a BERT-base, on every rank alike.
     """

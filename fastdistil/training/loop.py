@@ -470,6 +470,7 @@ def describe(resolved: Resolved, corpus: Corpus, ranks: Ranks) -> dict[str, Any]
         "config": to_json(resolved.config),
         "student": asdict(resolved.student),
         "teacher": asdict(resolved.teacher) if resolved.teacher else None,
+        "others": [asdict(other) for other in resolved.others],
         "layers": list(resolved.layers),
         "data": {
             "num_sequences": meta.num_sequences,

@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from fastdistil.kernels.attention_backends import resolve_backend
-from fastdistil.kernels.linear_distill import default_chunk_tokens
+from fastdistil.kernels.linear_distill import default_chunk_tokens, num_buffers
 from fastdistil.model.architecture import Architecture
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.objective import similarity_bytes
@@ -104,26 +104,30 @@ def _engine(resolved: Resolved, device: torch.device) -> Iterator[Row]:
 
 
 def _teacher(resolved: Resolved, device: torch.device) -> Iterator[Row]:
-    """Its weights, what it hands over, and the most that it needs beside these while it infers."""
-    teacher, config = resolved.teacher, resolved.config
-    if teacher is None:
-        return
-    E, F = teacher.hidden_size, teacher.ffn_size
-    s = resolved.teacher_dtype(device).itemsize
-    held = _num_elements(teacher) * s
-    wants_head = int(bool(config.loss.kd))
-    if config.teacher.precision == "fp8":  # one byte less an element of the layers' matrices
-        held -= teacher.num_layers * teacher.layer_products
-    token = resolved.token_budget * s
+    """Weights of all teachers, what they hand over, and the most that one needs beside these while it infers."""
+    config, s = resolved.config, resolved.teacher_dtype(device).itemsize
+    wants_head, token = int(bool(config.loss.kd)), resolved.token_budget * s
     wanted = {term.wants for term in config.loss.terms}
-    # Last hidden states and the head's; what terms want of the layers, and queries, keys and values.
-    layers = ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted)
-    handed = token * E * (1 + wants_head + layers)
-    # GELU's input, with its gates where there are any, and output; the embeddings, the layer's input, what was attended,
-    # and its LayerNorm.
-    inference = token * ((2 + teacher.family.gated) * F + 4 * E)
-    if config.teacher.ranks or config.teacher.device == "second":
-        held, inference = teacher.padded_vocab_size * E * s * wants_head, 0
+    is_elsewhere = config.teacher.ranks or config.teacher.device == "second"
+    held = handed = inference = 0
+    for teacher in resolved.teachers:
+        E, F, is_first = teacher.hidden_size, teacher.ffn_size, teacher is resolved.teacher
+        weights = _num_elements(teacher) * s
+        if config.teacher.precision == "fp8":  # one byte less an element of the layers' matrices
+            weights -= teacher.num_layers * teacher.layer_products
+        held += teacher.padded_vocab_size * E * s * wants_head if is_elsewhere else weights
+        # The head's hidden states and, of the first teacher alone, the last ones; what terms want of its layers, and
+        # queries, keys and values. From other ranks the last ones of all come in one piece.
+        layers = ("layers" in wanted) * resolved.student.num_layers + 3 * ("qkv" in wanted)
+        last = is_first or config.teacher.ranks > 0
+        handed += token * E * (wants_head + last + is_first * layers)
+        # GELU's input, with its gates where there are any, and output; the embeddings, the layer's input, what was
+        # attended, and its LayerNorm.
+        inference = max(inference, token * ((2 + teacher.family.gated) * F + (4 if is_first else 5) * E))
+    if not resolved.teachers:
+        return
+    if is_elsewhere:
+        inference = 0
     elif device.type == "cuda" and config.teacher.overlap:
         # A side stream's memory serves no other. Outputs are in the loop's hands, made, and in the making.
         held, inference = held + inference + 2 * handed, 0
@@ -166,8 +170,9 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     dweight = 4 * V * D * (resolved.zero_stage > 0) * config.loss.has_head
     product = V * D * s * (device.type == "cpu" and s == 2)
     if config.loss.kd:
-        chunk = min(head_tokens, default_chunk_tokens(V, dtype, device, total_memory=device_bytes))
-        loss = 2 * chunk * V * s + dweight + product
+        num_teachers = len(resolved.teachers)
+        affordable = default_chunk_tokens(V, dtype, device, total_memory=device_bytes, num_teachers=num_teachers)
+        loss = num_buffers(num_teachers) * min(head_tokens, affordable) * V * s + dweight + product
     else:  # log-softmax, its gradient and that of the logits
         loss = 12 * head_tokens * V
     if any(term.wants == "qkv" for term in config.loss.terms):

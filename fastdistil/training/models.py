@@ -34,7 +34,10 @@ def read_model(
         model = read_architecture(path)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None
-    unknown = _refuse_other_tokenizer(what, path, meta)
+    fix = f"prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer {path}`"
+    if option == "--teacher.others":
+        fix = "distributions are averaged word by word, which wants one vocabulary for all teachers: leave this one out"
+    unknown = _refuse_other_tokenizer(what, path, meta, fix)
     has, wanted, pad = model.vocab_size, meta.vocab_size, meta.special_ids["pad"]
     if has != wanted and unknown:
         raise ValueError(
@@ -76,13 +79,12 @@ def has_head(path: Path) -> bool:
     return headers.match(path, read_architecture(path), headers.read_headers(path), need_head=False).has_head
 
 
-def _refuse_other_tokenizer(what: str, path: Path, meta: Meta) -> str:
+def _refuse_other_tokenizer(what: str, path: Path, meta: Meta, fix: str) -> str:
     """Raises ValueError where the model's tokenizer is not that of the shards. Returns why there is none, or ""."""
     try:
         sha256, special_ids = tokenizer.vocabulary_sha256(path), tokenizer.special_ids(path)
     except FileNotFoundError as error:
         return str(error)
-    fix = f"prepare the shards with its tokenizer: `python -m fastdistil.prepare ... --tokenizer {path}`"
     if sha256 != meta.tokenizer_sha256:
         raise ValueError(
             f"{what} has a tokenizer with hash {sha256[:12]} ({len(tokenizer.read_vocabulary(path)):,} tokens), the "

@@ -11,6 +11,8 @@ temperature T:
       + embedding / |X|  * sum_{x in X} (1 - cos(e_s, e_t)), or |e_s - e_t|^2
       + similarity / |X| * sum_{x in X} mean over the others y of its micro-batch of (cos(e_s, f_s) - cos(e_t, f_t))^2
 
+Of several teachers softmax(z_t/T) is the weighted mean of theirs (kernels/mixture.py); h_t is the first one's alone.
+
 |R|, |M| and |X| come from the plan of the update, so each micro-batch contributes its sums divided by them and the
 parts add up exactly: no mean of means, no communication before the backward.
 
@@ -103,10 +105,19 @@ class TeacherOutput(NamedTuple):
     encoder: EncoderOutputs
     vocabulary: VocabularyInputs | None = None
     """None of a teacher whose head is not run."""
+    others: tuple[VocabularyInputs, ...] = ()
+    """Of every teacher beside the first."""
+    shares: tuple[float, ...] = ()
+    """Of each of these in the mixture of it and all before it."""
+
+    @property
+    def vocabularies(self) -> tuple[VocabularyInputs, ...]:
+        """Of all teachers whose head is run."""
+        return (self.vocabulary, *self.others) if self.vocabulary else ()
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that were made for this micro-batch."""
-        return (*self.encoder.tensors(), *(self.vocabulary[:1] if self.vocabulary else ()))
+        return (*self.encoder.tensors(), *(inputs.transformed_NE for inputs in self.vocabularies))
 
 
 def kept_outputs(loss: LossConfig, layers: tuple[int, ...], qkv: int) -> KeptOutputs:
@@ -309,8 +320,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and sums of the terms that want the masked-LM head."""
         if teacher is not None and self.loss.kd:
-            assert teacher.vocabulary is not None
-            return self._distillation(hidden_ND, batch, teacher.vocabulary, scales_T)
+            return self._distillation(hidden_ND, batch, teacher, scales_T)
         if self.student.head is not None:
             return self._masked_lm(hidden_ND, batch, scales_T)
         if teacher is not None and any(term.wants != "qkv" for term in self.loss.terms):
@@ -344,16 +354,18 @@ class Objective(nn.Module):
         return loss
 
     def _distillation(
-        self, hidden_ND: Tensor, batch: MicroBatch, teacher: VocabularyInputs, scales_T: Tensor
+        self, hidden_ND: Tensor, batch: MicroBatch, teacher: TeacherOutput, scales_T: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert tuple(term.name for term in LOSS_TERMS[: len(FUSED)]) == FUSED  # as the operator takes their scales
-
-        transformed_NE, labels, num_rows = teacher.transformed_NE, batch.labels, batch.num_rows
+        vocabularies, labels, num_rows = teacher.vocabularies, batch.labels, batch.num_rows
         if self.loss.kd_rows == "masked":
-            hidden_ND, transformed_NE, labels = (
-                x.index_select(0, batch.masked_rows) for x in (hidden_ND, transformed_NE, labels)
+            hidden_ND, labels, *transformed = (
+                x.index_select(0, batch.masked_rows)
+                for x in (hidden_ND, labels, *(v.transformed_NE for v in vocabularies))
             )
+            vocabularies = [v._replace(transformed_NE=x) for v, x in zip(vocabularies, transformed, strict=True)]
             num_rows = (labels >= 0).sum(dtype=torch.int32)  # what fills them up is at their end
+        first, *others = vocabularies
 
         def fused_terms(transformed_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> tuple[Tensor, Tensor]:
             V = len(bias_V)
@@ -361,15 +373,18 @@ class Objective(nn.Module):
                 transformed_ND,
                 weight_VD,
                 bias_V,
-                teacher=transformed_NE,
-                teacher_weight=teacher.weight_VE,
-                teacher_bias=teacher.bias_V,
+                teacher=first.transformed_NE,
+                teacher_weight=first.weight_VE,
+                teacher_bias=first.bias_V,
+                others=[(*inputs, share) for inputs, share in zip(others, teacher.shares, strict=True)],
                 labels=labels,
                 num_rows=num_rows,
                 temperature=self.loss.temperature,
                 scales=scales_T[: len(FUSED)],
                 vocab_size=self.student.architecture.vocab_size,
-                chunk_tokens=linear_distill.default_chunk_tokens(V, transformed_ND.dtype, transformed_ND.device),
+                chunk_tokens=linear_distill.default_chunk_tokens(
+                    V, transformed_ND.dtype, transformed_ND.device, num_teachers=1 + len(others)
+                ),
             )
 
         loss, sums = self.student.head(hidden_ND, fused_terms)

@@ -44,7 +44,7 @@ from fastdistil.model.weights import load_masked_lm
 from fastdistil.run.config import TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.objective import TeacherOutput
-from fastdistil.training.teacher import RemoteTeacher, Teacher, outputs
+from fastdistil.training.teacher import RemoteTeacher, Teacher, named, outputs
 
 log = logging.getLogger("fastdistil")
 
@@ -148,34 +148,39 @@ def require_small_drift(
     *,
     vocab_size: int,
 ) -> None:
-    """Measure and log the drift of `teacher`; nothing if it runs in fp32.
+    """Measure and log the drift of each teacher; nothing if they run in fp32.
 
     Every student rank takes the first micro-batches of its own part of the validation text, and all get the same mean.
     An fp32 teacher is on the device meanwhile. Raises ValueError above config.max_drift.
     """
     if teacher.dtype == torch.float32:
         return
-    assert config.path is not None
-    has_head = teacher.head is not None
-    model = load_masked_lm(config.path, need_head=has_head, with_head=has_head, vocab_size=vocab_size)
-    exact = Teacher(model, device=ranks.device, dtype=torch.float32)
-    sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
-    for batch, low in outputs(teacher, validation, ranks.device):
-        if has_head:
-            sums[0] += kl_sum(exact(batch), low, batch, vocab_size=vocab_size)
-        else:
-            rows = slice(batch.num_tokens)
-            states = exact(batch).encoder.hidden_ND[rows], low.encoder.hidden_ND[rows].float()
-            sums[0] += (1 - torch.nn.functional.cosine_similarity(*states)).sum()
-        sums[1] += batch.num_tokens
-    nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a run
-    drift, bound = nats / num_tokens, config.max_drift
+    has_head, found = teacher.head is not None, [*outputs(teacher, validation, ranks.device)]
+    for number, path in enumerate(config.paths):
+        model = load_masked_lm(path, need_head=has_head, with_head=has_head, vocab_size=vocab_size)
+        exact = Teacher(model, device=ranks.device, dtype=torch.float32)
+        sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
+        for batch, low in found:
+            if has_head:
+                low = low._replace(vocabulary=low.vocabularies[number])
+                sums[0] += kl_sum(exact(batch), low, batch, vocab_size=vocab_size)
+            else:
+                rows = slice(batch.num_tokens)
+                states = exact(batch).encoder.hidden_ND[rows], low.encoder.hidden_ND[rows].float()
+                sums[0] += (1 - torch.nn.functional.cosine_similarity(*states)).sum()
+            sums[1] += batch.num_tokens
+        nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a teacher
+        _require_small(nats / num_tokens, config, named(config.paths, number), has_head=has_head)
+
+
+def _require_small(drift: float, config: TeacherConfig, teacher: str, *, has_head: bool) -> None:
+    bound = config.max_drift
     precision, unit = "fp8" if config.precision == "fp8" else "bf16", "nats a token" if has_head else "(1 - cos)"
     measured = f"drift {drift:.1e} {unit} from fp32"
     if not drift <= bound:  # nor NaN
         raise ValueError(
-            f"--teacher.precision {precision} wants a teacher within {bound:.1e} {unit} of itself in fp32, got "
+            f"--teacher.precision {precision} wants a {teacher} within {bound:.1e} {unit} of itself in fp32, got "
             f"{measured}: use --teacher.precision {'bf16 or ' * (precision == 'fp8')}fp32, or a larger "
             "--teacher.max-drift"
         )
-    log.info("teacher in %s: %s, bound %.1e", precision, measured, bound)
+    log.info("%s in %s: %s, bound %.1e", teacher, precision, measured, bound)

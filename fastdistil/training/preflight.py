@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ class Resolved:
 
     config: Config
     teacher: Architecture | None
+    others: tuple[Architecture, ...] = ()
+    """More teachers, for the mixture of their distributions."""
     source_path: Path | None
     """The model that the student takes its weights from; None for random ones."""
     layers: tuple[int, ...]
@@ -72,6 +75,11 @@ class Resolved:
     def tokenizer_path(self) -> Path:
         """The tokenizer that the shards were made with."""
         return self.config.data.texts[0].folder / "tokenizer"
+
+    @property
+    def teachers(self) -> tuple[Architecture, ...]:
+        """All of them, that of --teacher.path first."""
+        return () if self.teacher is None else (self.teacher, *self.others)
 
     @property
     def imitated_layers(self) -> tuple[int, ...]:
@@ -117,9 +125,12 @@ class Resolved:
         loss = self.config.loss
         return 1.0 if loss.kd and loss.kd_rows == "all" else self.config.masking.fraction * loss.has_head
 
-    def flops_per_token(self, attended: Callable[[int], float]) -> FlopsPerToken:
-        """Of a training step, for tokens that attend to so many on average, by the layers' windows."""
-        return flops_per_token(self.teacher, self.student, attended, head_fraction=self.head_fraction)
+    def flops_per_token(self, attended: Callable[[int], float], *, with_heads: bool = True) -> FlopsPerToken:
+        """Of a training step of all teachers and the student, for tokens that attend to so many on average, by the
+        layers' windows."""
+        share = self.head_fraction * with_heads
+        of = partial(flops_per_token, student=self.student, attended=attended, head_fraction=share)
+        return of(None)._replace(teacher=sum(of(teacher).teacher for teacher in self.teachers))
 
     def dtype(self, device: "torch.device") -> "torch.dtype":
         """What the arithmetic runs in: bf16 on CUDA, fp32 on CPU, unless the configuration says."""
@@ -168,6 +179,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     notes: list[str] = []
     path = config.teacher.path
     teacher = read_model("--teacher.path", path, meta, notes, head=config.loss.kd > 0) if path else None
+    others = tuple(read_model("--teacher.others", other, meta, notes, head=True) for other in config.teacher.others)
     record = folder.resumed(config)
     if record and folder.has_checkpoint(config.out) and config.student.init not in NO_PATHS:
         # The checkpoint has its weights, whatever became of those that it started from.
@@ -188,10 +200,11 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
         budget = token_budget(config, student, update_tokens, world_size - config.teacher.ranks)
         budget = max(budget, -(-meta.max_length // 64) * 64)
         config = replace(config, batch=replace(config.batch, token_budget=budget))
-    _check_lengths(config, metas, teacher, student)
+    _check_lengths(config, metas, teacher, others, student)
     resolved = Resolved(
         config=config,
         teacher=teacher,
+        others=others,
         source_path=source_path,
         layers=layers if source else (),
         fresh_head=fresh_head,
@@ -267,7 +280,8 @@ def _with_inputs_here(config: Config) -> Config:
     if data.validation is not None and (url := url_of(data.validation)) is not None:
         data = replace(data, validation=fetch("--data.validation", url, data.cache))
     if teacher.path is not None:
-        teacher = replace(teacher, path=hub.folder_of("--teacher.path", teacher.path))
+        others = tuple(hub.folder_of("--teacher.others", path) for path in teacher.others)
+        teacher = replace(teacher, path=hub.folder_of("--teacher.path", teacher.path), others=others)
     if student.init not in NO_PATHS and not folder.has_checkpoint(config.out):
         student = replace(student, init=str(hub.folder_of("--student.init", student.init)))
     return replace(config, data=data, teacher=teacher, student=student)
@@ -277,6 +291,7 @@ def _check_inputs_are_here(config: Config) -> None:
     """Of a run that goes on: its configuration may come from another machine."""
     named = [("data.shards", text.folder) for text in config.data.texts]
     named += [("data.validation", config.data.validation), ("teacher.path", config.teacher.path)]
+    named += [("teacher.others", path) for path in config.teacher.others]
     for option, path in named:
         if path is not None and not path.exists() and folder.resumed(config):
             raise ValueError(
@@ -339,6 +354,11 @@ def _check_losses(config: Config) -> None:
         raise ValueError(
             f"--masking.fraction 0 leaves nothing to predict, and {_weights(config)} wants masked tokens: use 0.15, or "
             "give --loss.kd and --loss.mlm no weight"
+        )
+    if teacher.others and (teacher.path is None or not config.loss.kd):
+        raise ValueError(
+            f"--teacher.others {' '.join(map(str, teacher.others))} has no effect without --teacher.path and a weight "
+            "of --loss.kd, the one term that compares distributions: give both, or leave it out"
         )
     if teacher.path is None and teacher.precision != "auto":
         raise ValueError(f"--teacher.precision {teacher.precision} has no effect without --teacher.path: leave it out")
@@ -471,11 +491,16 @@ def _check_one_tokenizer(config: Config, metas: tuple[Meta, ...]) -> None:
 
 
 def _check_lengths(
-    config: Config, metas: tuple[Meta, ...], teacher: Architecture | None, student: Architecture
+    config: Config,
+    metas: tuple[Meta, ...],
+    teacher: Architecture | None,
+    others: tuple[Architecture, ...],
+    student: Architecture,
 ) -> None:
+    mixed = [(f"teacher {path}", model) for path, model in zip(config.teacher.others, others, strict=True)]
     longer = f", or give a longer --student.max-positions than {student.max_positions}"
     for option, path, text in _texts(config, metas):
-        for name, model in (("teacher", teacher), ("student", student)):
+        for name, model in (("teacher", teacher), *mixed, ("student", student)):
             if model is not None and text.max_length > model.max_positions:
                 asked = name == "student" and config.student.max_positions
                 raise ValueError(

@@ -1,5 +1,7 @@
 """The frozen teacher: hidden states for a micro-batch, never logits, never a gradient, never in an engine.
 
+Several teachers are one: the first has the others with it, whose heads' hidden states are all that they hand over.
+
 `TeacherPrefetcher` hands (micro-batch, teacher's output) to the loop. On CUDA the teacher works on the next
 micro-batch, on a stream of its own, while the student works on this one; on a CPU it precedes. The numbers are the
 same, bit for bit.
@@ -12,10 +14,11 @@ import copy
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +44,8 @@ class Teacher:
         device: where its output goes, the student's.
         encoder_device: where the encoder runs, if elsewhere: hidden states travel, the head is applied at home.
         kept_outputs: what it hands over beside its last hidden states.
+        others: teachers whose distributions are mixed with its own.
+        shares: of each of these in the mixture of it and all before it.
     """
 
     def __init__(
@@ -51,8 +56,11 @@ class Teacher:
         dtype: torch.dtype,
         encoder_device: torch.device | None = None,
         kept_outputs: KeptOutputs | None = None,
+        others: Sequence["Teacher"] = (),
+        shares: Sequence[float] = (),
     ) -> None:
         self.kept_outputs = kept_outputs or KeptOutputs()
+        self.others, self.shares = tuple(others), tuple(shares)
         self.device, self.encoder_device = device, encoder_device or device
         apart = self.encoder_device != device
         # a copy, since its weight is tied to the word embeddings, which go with the encoder
@@ -66,11 +74,20 @@ class Teacher:
         """The teacher's view of the same masked ids; tensors in its dtype. Consumes no random numbers."""
         with span("teacher"):
             hidden_NE, *kept = (t.to(self.device, non_blocking=True) for t in self._states(batch))
-            return _output(self.head, EncoderOutputs.of(hidden_NE, tuple(kept), self.kept_outputs))
+            output = _output(self.head, EncoderOutputs.of(hidden_NE, tuple(kept), self.kept_outputs))
+        return _mixed(output, (other(batch).vocabularies for other in self.others), self.shares)
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """(N, E) last hidden states, on the encoder's device."""
         return self._states(batch)[0]
+
+    def answer(self, batch: MicroBatch) -> Tensor:
+        """What a RemoteTeacher asks for: (N, all widths), in whose memory one teacher's hidden states follow another's.
+
+        Each of them is contiguous, as the kernels of the head want it.
+        """
+        found = [teacher.hidden(batch) for teacher in (self, *self.others)]
+        return torch.cat([x.flatten() for x in found]).view(len(found[0]), -1) if self.others else found[0]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward
     def _states(self, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -90,6 +107,12 @@ def _output(head: VocabHead | None, encoder: EncoderOutputs) -> TeacherOutput:
     return TeacherOutput(encoder, head(encoder.hidden_ND, VocabularyInputs))
 
 
+def _mixed(
+    output: TeacherOutput, others: Iterable[tuple[VocabularyInputs, ...]], shares: tuple[float, ...]
+) -> TeacherOutput:
+    return output._replace(others=tuple(inputs for (inputs,) in others), shares=shares)
+
+
 class Split(IntEnum):
     """Micro-batches that a student and its teacher rank both go through, each making them for itself."""
 
@@ -98,23 +121,41 @@ class Split(IntEnum):
 
 
 class RemoteTeacher:
-    """What a student rank keeps of a teacher that has ranks of its own: the head, and a link to the rest."""
+    """What a student rank keeps of teachers that have ranks of their own: the heads, and a link to the rest.
 
-    def __init__(self, model: MaskedLM, link: TeacherLink, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.head = model.head
-        if self.head is not None:
-            self.head.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        self.link, self.device, self.dtype, self.width = link, device, dtype, model.architecture.hidden_size
+    `others` and `shares` are as Teacher's.
+    """
+
+    def __init__(
+        self,
+        model: MaskedLM,
+        link: TeacherLink,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        others: Sequence[MaskedLM] = (),
+        shares: Sequence[float] = (),
+    ) -> None:
+        self.head, self.shares = model.head, tuple(shares)
+        self.heads = [m.head for m in (model, *others)]
+        self.widths = [m.architecture.hidden_size for m in (model, *others)]
+        for head in self.heads:
+            if head is not None:
+                head.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        self.link, self.device, self.dtype = link, device, dtype
 
     def ask(self, split: Split, number: int, num_tokens: int) -> Callable[[], TeacherOutput]:
         """Ask for the hidden states of micro-batch `number` of a split; the result waits for them."""
-        hidden_NE = torch.empty(num_tokens, self.width, device=self.device, dtype=self.dtype)
-        wait = self.link.ask((split, number), hidden_NE)
+        sizes = [num_tokens * width for width in self.widths]
+        hidden = torch.empty(num_tokens, sum(self.widths), device=self.device, dtype=self.dtype)
+        wait = self.link.ask((split, number), hidden)
 
         def answer() -> TeacherOutput:
             with span("teacher"):
                 wait()
-                return _output(self.head, EncoderOutputs(hidden_NE))
+                states = [x.view(num_tokens, -1) for x in hidden.flatten().split(sizes)]
+                first, *others = map(_output, self.heads, map(EncoderOutputs, states))
+                return _mixed(first, (other.vocabularies for other in others), self.shares)
 
         return answer
 
@@ -137,7 +178,7 @@ def serve(teacher: Teacher, link: TeacherLink, batches_from: Callable[[int, Spli
             expected, batches = following.get((student, split), (None, iter(())))
             if number != expected:  # at the start, and a validation begins again at 0
                 batches = batches_from(student, Split(split), number)
-            link.reply(student, teacher.hidden(next(batches)))
+            link.reply(student, teacher.answer(next(batches)))
             following[student, split] = number + 1, batches
 
 
@@ -170,37 +211,48 @@ def outputs(
 def require_knowledge(
     teacher: Teacher | RemoteTeacher, config: Config, validation: Iterable[MicroBatch], ranks: Ranks
 ) -> None:
-    """Log the teacher's own masked-LM loss and accuracy on validation text: of `outputs`, from all student ranks.
+    """Log each teacher's own masked-LM loss and accuracy on validation text: of `outputs`, from all student ranks.
 
     Nothing of one whose head is not run.
 
-    Raises ValueError where it knows nothing and the student is to learn its distribution, unless --teacher.check is
+    Raises ValueError where one knows nothing and the student is to learn its distribution, unless --teacher.check is
     warn.
     """
     if teacher.head is None:
         return
-    sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)  # nats, right ones, masked tokens
+    paths, vocab_size = config.teacher.paths, teacher.head.vocab_size
+    sums = torch.zeros(len(paths), 3, device=ranks.device, dtype=torch.float64)  # nats, right ones, masked tokens
     for batch, output in outputs(teacher, validation, ranks.device):
         for rows in batch.masked_rows.split(256):  # 31 MB of logits for 30,522 words
             labels = batch.labels.index_select(0, rows)
-            assert output.vocabulary is not None
-            transformed_NE, weight_VE, bias_V = output.vocabulary
-            logits = functional.linear(transformed_NE.index_select(0, rows), weight_VE, bias_V)
-            logits = logits[:, : teacher.head.vocab_size].float()
-            sums[0] += functional.cross_entropy(logits, labels, reduction="sum")  # a row without a label counts 0
-            sums[1] += (logits.argmax(-1) == labels).sum()
-            sums[2] += (labels >= 0).sum()
-    nats, num_right, num_masked = ranks.sum(sums).tolist()  # a sync, once a run
-    loss, nothing = nats / num_masked, math.log(teacher.head.vocab_size)
-    log.info(
-        f"teacher: masked LM loss {loss:.4g}, accuracy {num_right / num_masked:.1%} on {num_masked:,.0f} masked tokens "
-        f"of the validation text; to know nothing is ln({teacher.head.vocab_size:,}) = {nothing:.4g}"
-    )
+            for of_one, (transformed_NE, weight_VE, bias_V) in zip(sums, output.vocabularies, strict=True):
+                logits = functional.linear(transformed_NE.index_select(0, rows), weight_VE, bias_V)
+                logits = logits[:, :vocab_size].float()
+                of_one[0] += functional.cross_entropy(logits, labels, reduction="sum")  # a row without a label counts 0
+                of_one[1] += (logits.argmax(-1) == labels).sum()
+                of_one[2] += (labels >= 0).sum()
+    for number, (nats, num_right, num_masked) in enumerate(ranks.sum(sums).tolist()):  # a sync, once a run
+        loss, nothing = nats / num_masked, math.log(vocab_size)
+        log.info(
+            f"{named(paths, number)}: masked LM loss {loss:.4g}, accuracy {num_right / num_masked:.1%} on "
+            f"{num_masked:,.0f} masked tokens of the validation text; to know nothing is ln({vocab_size:,}) = "
+            f"{nothing:.4g}"
+        )
+        _require_better(loss, nothing, config, f"--teacher.{'others' if number else 'path'} {paths[number]}")
+
+
+def named(paths: Sequence[Path], number: int) -> str:
+    """What the log calls a teacher of several: by its path."""
+    return "teacher" if len(paths) == 1 else f"teacher {paths[number]}"
+
+
+def _require_better(loss: float, nothing: float, config: Config, teacher: str) -> None:
+    """Refuse, or warn of, the loss of a teacher that knows nothing; `nothing` is that of knowing nothing."""
     if loss <= KNOWS_NOTHING * nothing:
         return
-    is_toy = teacher.head.vocab_size < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-5  # not zeros
+    is_toy = math.exp(nothing) < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-5  # not zeros
     problem = (
-        f"--teacher.path {config.teacher.path} knows nothing of this text: its own masked-LM loss is {loss:.4g}, "
+        f"{teacher} knows nothing of this text: its own masked-LM loss is {loss:.4g}, "
         f"wanted below {KNOWS_NOTHING * nothing:.4g}. Its weights or its head are untrained, zero or damaged, or the "
         "shards were made with another tokenizer or case"
     )

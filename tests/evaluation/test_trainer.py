@@ -19,6 +19,7 @@ STUDENTS = {
     "BertForMaskedLM": {"num_hidden_layers": 2},
     "DistilBertForMaskedLM": {"n_layers": 2},
     "RobertaForMaskedLM": {"num_hidden_layers": 2},
+    "ModernBertForMaskedLM": {"num_hidden_layers": 3, "local_attention": 8},
 }
 
 

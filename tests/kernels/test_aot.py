@@ -66,6 +66,7 @@ def test_places_rows_and_rates_share_one_compilation():
         "_dropout_kernel",
         "_keys_kernel",
         "_distill_kernel",
+        "_mixture_kernel",
         "_cosine_kernel",
         "_strip_sums_kernel",
         "_rope_kernel",

@@ -82,7 +82,7 @@ def test_every_field_is_read(tmp_path):
         "layer_norm_eps": 1e-5,
         "pad_token_id": 7,
     }
-    values = ("bert", 101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7, True, 0)
+    values = ("bert", 101, 60, 2, 3, 77, 50, 4, 0.2, 0.3, 1e-5, 7, True, 0, 0, 0, 0, 0)
     got = read_architecture(_folder(tmp_path, model_type="bert", **bert))
     assert tuple(getattr(got, name) for name in Architecture.__slots__) == values
     got = read_architecture(_folder(tmp_path, model_type="roberta", **bert))
@@ -119,7 +119,8 @@ def test_every_field_is_read(tmp_path):
         (_bert(layer_norm_eps="1e-12"), "layer_norm_eps must be a number of at least 0 and below 1, got '1e-12'"),
         (_bert(model_type=None), "model_type must be one of .*, got None: add what the model is"),
         (_bert(model_type="electra"), "model_type must be one of .*, got 'electra': only these encoders"),
-        (_bert(model_type="modernbert"), "model_type must be one of .*, got 'modernbert': only these encoders"),
+        (_bert(model_type="modernbert-decoder"), "one of .*, got 'modernbert-decoder': only these encoders"),
+        (_bert(model_type="deberta-v2"), "got 'deberta-v2': its disentangled attention adds two products with rel"),
         *((_bert(hidden_act=name), "must be 'gelu'") for name in ("gelu_fast", "gelu_pytorch_tanh", "gelu_10", None)),
         ([1], "must hold a JSON object, got list"),
     ],

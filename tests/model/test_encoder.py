@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,13 +14,17 @@ from fastdistil.kernels.dropout import keep_reference, new_dropout_seed
 from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import KeptOutputs
+from fastdistil.model.functions import LayerCall
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import hugging_face_state, load_masked_lm
+from tests.support import toy
 from tests.support.models import MINILM, one_by_one, packed, random_model, save_random
 
 SMALL = Architecture(
     vocab_size=101, hidden_size=60, num_layers=2, num_heads=3, ffn_size=77, max_positions=64, token_types=2
 )
+HEADS = ["BertForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"]
+MODERN = replace(SMALL, **toy.MODERNBERT | {"dropout": 0.1, "attention_dropout": 0.1, "local_attention": 4})
 DISTIL = replace(SMALL, model_type="distilbert", token_types=0)
 
 
@@ -44,21 +49,31 @@ def _model(architecture=SMALL, **options):
         ("BertForPreTraining", {"vocab_size": 128}),
         ("DistilBertForMaskedLM", {}),
         ("DistilBertForMaskedLM", {"dim": 36, "n_heads": 12, "n_layers": 3, "vocab_size": 64}),
+        ("ModernBertForMaskedLM", {"local_attention": 128}),
+        ("ModernBertForMaskedLM", {"local_attention": 2, "num_hidden_layers": 4, "norm_eps": 1e-6}),
+        ("ModernBertForMaskedLM", {"hidden_size": 66, "num_attention_heads": 11, "vocab_size": 128}),
+        ("ModernBertForMaskedLM", {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1}),
+        ("ModernBertForMaskedLM", {"layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"]}),
     ],
     ids=str,
 )
 def test_equals_transformers(class_name, sizes, tmp_path):
-    """Traps 6 (eps, erf), 7 (order of the head) and 8 (token type 0) of the recipe; sequences of 1 to 512 tokens."""
+    """Traps 6 (eps, erf), 7 (order of the head) and 8 (token type 0) of the recipe; sequences of 1 to 512 tokens.
+
+    By functions and by modules, with either attention that a CPU has.
+    """
     theirs = save_random(class_name, tmp_path, **sizes)
     ours = load_masked_lm(tmp_path, need_head=True).eval()
     lengths = [1, 512, 2, 17, 17, 128, 3, 64]
     ids, positions, layout = packed(lengths, theirs.config.vocab_size)
     hidden, logits = one_by_one(theirs, ids, lengths)
-    with torch.no_grad():
-        got = ours.encoder(ids, positions, layout)
-        torch.testing.assert_close(got, hidden, rtol=0, atol=2e-5)
-        torch.testing.assert_close(ours.head(got), logits, rtol=0, atol=2e-5)
-        assert torch.equal(ours(ids, positions, layout), ours.head(got))
+    for backend, by_modules in product(("fused", "sdpa"), (False, True)):
+        ours.encoder.attention_backend, ours.encoder.by_modules, ours.head.by_modules = backend, by_modules, by_modules
+        with torch.no_grad():
+            got = ours.encoder(ids, positions, layout)
+            torch.testing.assert_close(got, hidden, rtol=0, atol=2e-5)
+            torch.testing.assert_close(ours.head(got), logits, rtol=0, atol=2e-5)
+            assert torch.equal(ours(ids, positions, layout), ours.head(got))
 
 
 def test_equals_transformers_on_minilm():
@@ -74,13 +89,13 @@ def test_equals_transformers_on_minilm():
     torch.testing.assert_close(got, hidden, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("class_name", HEADS)
 def test_every_gradient_equals_transformers(class_name, tmp_path):
     theirs = save_random(class_name, tmp_path)
     ours = load_masked_lm(tmp_path, need_head=True).eval()
     lengths = [40, 3]
     ids, positions, layout = packed(lengths, 101)
-    ids[7] = 0  # [PAD], whose row gets no gradient as an input
+    ids[7] = ours.architecture.pad_id  # [PAD], whose row gets no gradient as an input
     labels = ids.roll(1)
     F.cross_entropy(ours(ids, positions, layout), labels).backward()
     for x, y in zip(ids.split(lengths), labels.split(lengths), strict=True):
@@ -94,7 +109,7 @@ def test_every_gradient_equals_transformers(class_name, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("class_name", HEADS)
 def test_equals_transformers_with_each_attention_backend(class_name, backend, tmp_path):
     theirs = save_random(class_name, tmp_path)
     ours = load_masked_lm(tmp_path, need_head=True).eval()
@@ -106,15 +121,17 @@ def test_equals_transformers_with_each_attention_backend(class_name, backend, tm
         torch.testing.assert_close(ours(ids, positions, layout), logits, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("class_name", HEADS)
 def test_dropout_is_where_transformers_has_it(class_name, tmp_path, monkeypatch):
     """Their model with our masks in the order of its dropouts gives our logits and gradients in training mode."""
-    theirs = save_random(class_name, tmp_path, attn_implementation="eager").train()
+    dropped = ("embedding_dropout", "attention_dropout", "mlp_dropout")  # 0 in a ModernBERT that says nothing
+    sizes = dict.fromkeys(dropped, 0.1) if class_name.startswith("Modern") else {}
+    theirs = save_random(class_name, tmp_path, attn_implementation="eager", **sizes).train()
     ours = load_masked_lm(tmp_path, need_head=True).train()
     ours.encoder.attention_backend = "fused"
-    is_bert = class_name == "BertForMaskedLM"
+    is_distil = class_name == "DistilBertForMaskedLM"
     # Streams as encoder.py numbers them; a DistilBERT has no dropout after the attention's projection.
-    streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if is_bert or s % 3 != 2]
+    streams = [0] + [s for i in range(5) for s in range(3 * i + 1, 3 * i + 4) if not is_distil or s % 3 != 2]
     ids, positions, layout = packed([24], 101)
     torch.manual_seed(0)
     seed = new_dropout_seed("cpu")
@@ -217,8 +234,9 @@ def test_tied_decoder():
     torch.testing.assert_close(whole, as_decoder + as_input, rtol=1e-5, atol=1e-4)
 
 
-def test_state_dict_goes_round_also_inside_another_module():
-    model, other = _model(), MaskedLM(SMALL)
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_state_dict_goes_round_also_inside_another_module(architecture):
+    model, other = _model(architecture), MaskedLM(architecture)
     other.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     outer = nn.ModuleDict({"student": model})
@@ -261,15 +279,16 @@ def test_initial_weights():
 
 
 def test_parameter_count_is_the_architectures():
-    for architecture in (SMALL, replace(DISTIL, vocab_size=128, num_layers=3)):
+    for architecture in (SMALL, MODERN, replace(DISTIL, vocab_size=128, num_layers=3)):
         model = MaskedLM(architecture)
         padding = (architecture.padded_vocab_size - architecture.vocab_size) * (architecture.hidden_size + 1)
         assert sum(p.numel() for p in model.parameters()) - padding == architecture.num_parameters
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_activation_checkpointing_changes_nothing(training):
-    plain, saving = _model().train(training), _model().train(training)
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_activation_checkpointing_changes_nothing(architecture, training):
+    plain, saving = _model(architecture).train(training), _model(architecture).train(training)
     saving.encoder.activation_checkpointing = True
     ids, positions, layout = packed([6, 3], 101)
     results = []
@@ -281,8 +300,9 @@ def test_activation_checkpointing_changes_nothing(training):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_random_numbers_are_drawn_in_training_only():
-    model = _model().eval()
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_random_numbers_are_drawn_in_training_only(architecture):
+    model = _model(architecture).eval()
     batch = packed([6, 3], 101)
     before = torch.get_rng_state()
     first = model(*batch)
@@ -295,9 +315,10 @@ def test_random_numbers_are_drawn_in_training_only():
     assert not torch.allclose(dropped, first)
 
 
-def test_a_seed_given_is_the_one_used():
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_a_seed_given_is_the_one_used(architecture):
     """It gives what the same number drawn would, and no generator is touched; in evaluation it drops nothing."""
-    model, batch = _model().train(), packed([6, 3], 101)
+    model, batch = _model(architecture).train(), packed([6, 3], 101)
     model.encoder.attention_backend = "fused"
     torch.manual_seed(0)
     drawn = model(*batch)
@@ -320,16 +341,17 @@ def test_kept_outputs_are_layers_in_the_order_asked_for_then_queries_keys_and_va
         assert torch.equal(hidden, model.encoder(*batch))
         assert torch.equal(last, hidden)
         final: Any = model.encoder.layers[1]
-        assert torch.equal(final(first, batch[2], None, "auto"), hidden)
+        assert torch.equal(final(first, LayerCall(batch[2], None, "auto")), hidden)
         assert torch.equal(final.qkv(first), qkv)
         _, (earlier,) = model.encoder(*batch, kept_outputs=KeptOutputs(qkv=0))
         beginning: Any = model.encoder.layers[0]
         assert torch.equal(beginning.qkv(model.encoder.embedded(*batch[:2], None)), earlier)
 
 
-def test_trailing_pad_changes_nothing():
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_trailing_pad_changes_nothing(architecture):
     """What packing leaves over is one more sequence, of no effect on the others or on any gradient they give."""
-    model = _model().eval()
+    model = _model(architecture).eval()
     ids, positions, layout = packed([6, 3], 101)
     padded_ids = torch.cat([ids, torch.zeros(5, dtype=ids.dtype)])
     padded_positions = torch.cat([positions, torch.arange(5)])
@@ -352,8 +374,9 @@ def test_frozen_positions():
     assert model.encoder.word_embeddings.weight.grad is not None
 
 
-def test_training_with_fused_attention_is_one_graph():
-    model = _model().train()
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_training_with_fused_attention_is_one_graph(architecture):
+    model = _model(architecture).train()
     model.encoder.attention_backend = "fused"
     compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
     batch = packed([5, 5, 7, 3], 101)
@@ -368,7 +391,8 @@ def test_training_with_fused_attention_is_one_graph():
         torch.testing.assert_close(traced, eager)
 
 
-def test_compiles_once_for_all_layouts():
+@pytest.mark.parametrize("architecture", [SMALL, MODERN], ids=lambda x: x.model_type)
+def test_compiles_once_for_all_layouts(architecture):
     """A token budget has one shape, so that no layout of it may compile the encoder again."""
     graphs = []
     graphs_of_first = 0
@@ -377,7 +401,7 @@ def test_compiles_once_for_all_layouts():
         graphs.append(graph)
         return graph.forward
 
-    model = _model().eval()
+    model = _model(architecture).eval()
     compiled = torch.compile(model.encoder, backend=backend)
     for i, lengths in enumerate(([5, 5, 7, 3], [20], [1, 19], [4] * 5)):
         ids, positions, layout = packed(lengths, 101, seed=i)

@@ -22,7 +22,7 @@ from fastdistil.model.architecture import Architecture, from_record, read_archit
 from fastdistil.model.families import FAMILIES, unused_positions
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import hugging_face_config, load_masked_lm, student_from_teacher, write_model
-from tests.support import forked
+from tests.support import forked, toy, vocabularies
 from tests.support.launch import options
 from tests.support.models import one_by_one, random_model, save_random
 
@@ -47,9 +47,10 @@ BARE = [name.replace("ForMaskedLM", "Model") for name in HEADS]
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_what_an_old_config_lacks_is_what_transformers_assumes(model_type):
     family, config = FAMILIES[model_type], transformers.AutoConfig.for_model(model_type)
-    assumed = {field: getattr(config, name) for field, name in family.fields.items() if field in family.defaults}
-    assert assumed == family.defaults
-    assert getattr(config, family.activation) == "gelu"
+    says = family.read(config.to_dict())
+    assert {field: says[name] for field, name in family.fields.items() if field in family.defaults} == family.defaults
+    assert {says[name] for name in family.activations} == {"gelu"}
+    assert {name: says[name] for name in family.must_be} == family.must_be
 
 
 @pytest.mark.parametrize("class_name", [*BARE, *HEADS])
@@ -82,8 +83,9 @@ def test_what_was_read_is_written(class_name, tmp_path):
             assert not value[:unused].any()
         else:
             assert torch.equal(value, before[name]), name
-    told, tells = (json.loads((f / "config.json").read_text()) for f in (source, out))
-    names = ["model_type", "architectures", family.activation, *family.fields.values(), *family.constants]
+    told, tells = (family.read(json.loads((f / "config.json").read_text())) for f in (source, out))
+    names = ["model_type", "architectures", *family.activations, *family.fields.values(), *family.constants]
+    names += [*family.must_be, *family.copies]
     assert {name: tells[name] for name in names} == {name: told.get(name, tells[name]) for name in names}
 
 
@@ -124,7 +126,9 @@ def test_a_student_of_a_roberta_is_one(tmp_path):
     bert = replace(teacher.architecture, model_type="bert")
     distilbert = replace(bert, model_type="distilbert", token_types=0, layer_norm_eps=1e-12)
     for other in (bert, distilbert):
-        with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary and positions"):
+        with pytest.raises(
+            ValueError, match="must have the teacher's widths, heads, vocabulary, positions and windows"
+        ):
             student_from_teacher(teacher, range(5), other, copy_transform=True)
 
 
@@ -218,7 +222,7 @@ def make_teacher(folder: Path, words: Path, **sizes: Any) -> Path:
     architecture = Architecture(
         vocab_size=len(tokenizer.read_vocabulary(words)),
         hidden_size=16,
-        num_layers=2,
+        num_layers=sizes.pop("num_layers", 2),
         num_heads=2,
         ffn_size=32,
         max_positions=64,
@@ -240,13 +244,19 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("recipe", "class_name", "vocab_size"),
-    [("distilroberta", "RobertaForMaskedLM", None), ("multilingual", "DistilBertForMaskedLM", 119_547)],
+    [
+        ("distilroberta", "RobertaForMaskedLM", None),
+        ("modernbert", "ModernBertForMaskedLM", None),
+        ("multilingual", "DistilBertForMaskedLM", 119_547),
+    ],
 )
 def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_size):
     teacher, shards, run, out = (tmp_path / n for n in ("teacher", "shards", "run", "export"))
     if recipe == "distilroberta":
         words = byte_level_tokenizer(tmp_path / "words")
         make_teacher(teacher, words, token_types=1, model_type="roberta")
+    elif recipe == "modernbert":
+        make_teacher(teacher, vocabularies.modernbert(tmp_path / "words"), **toy.MODERNBERT, num_layers=8)
     else:
         make_teacher(teacher, cased_word_pieces(tmp_path / "words", vocab_size), token_types=2)
     prepared = options(tokenizer=teacher, max_length=64, out=shards)
@@ -280,7 +290,7 @@ def test_from_text_to_transformers(tmp_path, texts, recipe, class_name, vocab_si
         ids = encode(line)["input_ids"]
         assert ids == original(line)["input_ids"]
         assert ids[1:-1] == raw.encode(line, add_special_tokens=False).ids
-        if recipe == "distilroberta":  # nothing of the text is lost
+        if vocab_size is None:  # of bytes: nothing of the text is lost
             assert encode.decode(ids, skip_special_tokens=True) == line
         ours = load_masked_lm(out, need_head=True).eval()
         inputs = torch.tensor(ids), torch.arange(len(ids)), sequence_layout([len(ids)], "cpu")

@@ -160,7 +160,7 @@ def test_every_shape_is_the_same_model(model, folder, shape):
 TASKS = ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]
 
 
-@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Roberta", "XLMRoberta", "Camembert"])
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Roberta", "XLMRoberta", "Camembert", "ModernBert"])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_head_of_another_task_is_left_out_by_name(family, task, tmp_path):
     theirs = random_model(f"{family}For{task}", **({} if family == "DistilBert" else SMALL))
@@ -171,6 +171,7 @@ def test_the_head_of_another_task_is_left_out_by_name(family, task, tmp_path):
     assert {name.split(".")[0] for name in contents.left_out} <= {
         *("classifier", "pre_classifier", "qa_outputs"),
         theirs.base_model_prefix,  # its pooler
+        *(["head"] if family == "ModernBert" else []),  # under the names of the MLM head's, and the classifier's
     }
     ours = load_masked_lm(tmp_path, need_head=False).eval()
     ids, positions, layout = packed(LENGTHS, 101)
@@ -350,11 +351,18 @@ def test_a_pickle_before_torch_1_6_that_was_cut_short(folder):
         check(folder)
 
 
-@pytest.mark.parametrize("kind", ["Electra", "Albert", "Deberta", "MPNet", "ModernBert", "GPT2", "DebertaV2"])
+@pytest.mark.parametrize("kind", ["Electra", "Albert", "MPNet", "ModernBertDecoder", "GPT2"])
 def test_other_encoders_are_refused_by_name(kind, tmp_path):
     config = getattr(transformers, f"{kind}Config")()
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"bert, .*camembert, got '{config.model_type}': only these encoders"):
+    with pytest.raises(ValueError, match=rf"bert, .*modernbert, got '{config.model_type}': only these encoders"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
+def test_what_a_deberta_adds_to_its_scores_is_the_reason(kind, tmp_path):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="adds two products with relative positions to every score, which the kernels"):
         read_architecture(tmp_path)
 
 

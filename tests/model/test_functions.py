@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ LENGTHS = [20, 31, 14, 7]
 SEED = 2**40 + 7
 STUDENT = {"model_type": "distilbert", "token_types": 0, "num_layers": 2}
 BERT = {"model_type": "bert", "token_types": 2}
+MODERNBERT = toy.MODERNBERT | {"dropout": 0.1, "attention_dropout": 0.1}
 DRY = {"dropout": 0.0, "attention_dropout": 0.0}
 PROJECTING = {"mlm_head": False, "embedding_size": 24}
 Loss = Callable[[MaskedLM, Tensor, Tensor, SequenceLayout, Tensor], Tensor]
@@ -75,10 +77,20 @@ def of_projected(student: MaskedLM, *given: object) -> Tensor:
     return sum(student.projection(x).float().square().mean() for x in (hidden, *kept))  # type: ignore[return-value]
 
 
+def name_of(case: Any) -> str:
+    """The name of a loss, or what sets an architecture apart from the other cases'."""
+    if callable(case):
+        return case.__name__
+    return "-".join(str(case[key]) for key in ("model_type", "dropout", "embedding_size") if key in case) or "student"
+
+
 @pytest.mark.parametrize(
     ("changes", "loss"),
-    [*product(({}, BERT, DRY), (of_logits, of_every_output)), (PROJECTING, of_projected)],
-    ids=lambda x: x.__name__ if callable(x) else "-".join(x) or "student",
+    [
+        *product(({}, BERT, DRY, MODERNBERT, MODERNBERT | DRY), (of_logits, of_every_output)),
+        *product((PROJECTING, MODERNBERT | PROJECTING), (of_projected,)),
+    ],
+    ids=name_of,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_functions_are_the_modules(dtype, changes, loss):
@@ -99,14 +111,15 @@ def test_functions_are_the_modules(dtype, changes, loss):
         assert (found[name] - gradient).norm() <= 2 * own + 1e-3 * gradient.norm(), name
 
 
-def test_a_last_output_that_no_term_reads():
+@pytest.mark.parametrize("changes", [{}, MODERNBERT], ids=["distilbert", "modernbert"])
+def test_a_last_output_that_no_term_reads(changes):
     """The relations of the last layer alone: what lies behind its attention has gradient 0."""
 
     def of_values(student: MaskedLM, *given: object) -> Tensor:
         _, kept = student.encoder(*given, KeptOutputs((), qkv=1))
         return kept[-1].float().square().mean()  # type: ignore[return-value]
 
-    ours, modules = model(), model()
+    ours, modules = model(**changes), model(**changes)
     modules.run_by_modules()
     _, found = gradients(ours, of_values)
     _, wanted = gradients(modules, of_values)
@@ -119,10 +132,11 @@ def test_a_last_output_that_no_term_reads():
 
 @pytest.mark.parametrize("backend", ["fused", "sdpa"])
 @pytest.mark.parametrize("loss", [of_logits, of_every_output])
-def test_checkpointing_changes_no_bit(loss, backend):
+@pytest.mark.parametrize("changes", [{}, MODERNBERT], ids=["distilbert", "modernbert"])
+def test_checkpointing_changes_no_bit(changes, loss, backend):
     found = []
     for again in (False, True):
-        student = model(attention_dropout=0.1 if backend == "fused" else 0.0)
+        student = model(**changes | {"attention_dropout": 0.1 if backend == "fused" else 0.0})
         student.encoder.attention_backend = backend
         student.encoder.activation_checkpointing = again
         found.append(gradients(student, loss))
@@ -130,7 +144,9 @@ def test_checkpointing_changes_no_bit(loss, backend):
     assert all(torch.equal(x, found[1][1][n]) for n, x in found[0][1].items())
 
 
-@pytest.mark.parametrize(("changes", "loss"), [({}, of_every_output), (PROJECTING, of_projected)])
+@pytest.mark.parametrize(
+    ("changes", "loss"), [({}, of_every_output), (PROJECTING, of_projected), (MODERNBERT, of_every_output)]
+)
 @pytest.mark.parametrize("zeroed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_of_micro_batches_add_up_in_the_flat_buffer(dtype, zeroed, changes, loss):
@@ -148,8 +164,9 @@ def test_gradients_of_micro_batches_add_up_in_the_flat_buffer(dtype, zeroed, cha
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in student.parameters())
 
 
-def test_the_flat_buffer_holds_every_parameter_once_and_apart():
-    student, same = model(), model()
+@pytest.mark.parametrize("changes", [{}, MODERNBERT], ids=["distilbert", "modernbert"])
+def test_the_flat_buffer_holds_every_parameter_once_and_apart(changes):
+    student, same = model(**changes), model(**changes)
     flat = FlatParameters(student, torch.bfloat16)
     for (name, p), q in zip(student.named_parameters(), same.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -175,6 +192,14 @@ def test_what_is_not_trained_lies_at_the_end_without_a_gradient():
     assert flat.places["encoder.position_embeddings.weight"][0] == flat.trained
     copy = flat.part(flat.copies, "encoder.position_embeddings.weight")
     assert torch.equal(copy, model().encoder.position_embeddings.weight.bfloat16())
+
+
+@pytest.mark.parametrize("changes", [{}, MODERNBERT], ids=["distilbert", "modernbert"])
+def test_an_encoder_of_which_nothing_is_trained_keeps_nothing(changes):
+    """A teacher, and the lower part of a student whose head alone is trained."""
+    student = model(**changes)
+    student.encoder.requires_grad_(False)
+    assert not student.encoder(*inputs()).requires_grad
 
 
 def test_a_parameter_that_nothing_reaches_has_gradient_0():

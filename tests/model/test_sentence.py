@@ -17,7 +17,8 @@ from fastdistil.kernels.layout import sequence_layout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.sentence import Pooling, read_max_length, read_pooling, write_modules
 from fastdistil.model.weights import load_masked_lm
-from tests.support.models import MINILM
+from tests.support import vocabularies
+from tests.support.models import MINILM, save_random
 
 MEAN = Pooling(mode="mean", normalise=True, max_length=256)
 
@@ -74,6 +75,31 @@ def test_embeddings_of_a_real_teacher(mode):
     ours = torch.stack([states.mean(0) if mode == "mean" else states[0] for states in hidden])
     wanted = theirs.encode(texts, convert_to_tensor=True)
     torch.testing.assert_close(functional.normalize(ours), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_embeddings_of_a_modernbert(mode, tmp_path):
+    """A folder as those of Granite R2, gte-modernbert and nomic: byte-level BPE, long texts."""
+    encoder = vocabularies.modernbert(tmp_path / "encoder")
+    tokens = Tokenizer.from_file(str(encoder / "tokenizer.json"))
+    save_random("ModernBertModel", encoder, vocab_size=tokens.get_vocab_size() + 3, pad_token_id=4)
+    theirs = SentenceTransformer(str(encoder), device="cpu")
+    theirs[1].pooling_mode = mode
+    theirs.save(str(tmp_path / "model"))
+    pooling = read_pooling(tmp_path / "model")
+    assert pooling == Pooling(mode=mode, normalise=False, max_length=512)
+    model = load_masked_lm(tmp_path / "model", need_head=False, with_head=False).eval()
+    texts = ["A river runs\n\n    through the old town.", "Ein Fluss.", "the quiet river " * 200]
+    ids = [torch.tensor(tokens.encode(text).ids) for text in texts]
+    assert len(ids[-1]) > 512
+    ids[-1] = torch.cat([ids[-1][:511], ids[-1][-1:]])
+    lengths = [len(sequence) for sequence in ids]
+    with torch.no_grad():
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        hidden = model.encoder(torch.cat(ids), positions, sequence_layout(lengths, "cpu")).split(lengths)
+    ours = torch.stack([states.mean(0) if mode == "mean" else states[0] for states in hidden])
+    wanted = theirs.encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
 
 
 def test_a_folder_that_says_nothing(folder):

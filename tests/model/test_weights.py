@@ -355,7 +355,7 @@ def test_layer_map_must_fit(teacher, layers):
 )
 def test_sizes_must_fit(teacher, change):
     architecture = replace(student_of(teacher.architecture, num_layers=1), **change)
-    with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary and positions"):
+    with pytest.raises(ValueError, match="must have the teacher's widths, heads, vocabulary, positions and windows"):
         student_from_teacher(teacher, [0], architecture, copy_transform=False)
 
 

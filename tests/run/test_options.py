@@ -74,6 +74,7 @@ FROM_ELSEWHERE = {
     "--gradient_checkpointing": "--engine.activation-checkpointing",
     "--teacher-model": "--teacher.path",
     "--teacher_name": "--teacher.path",
+    "--student_type": "--student.family",
     "--temperature": "--loss.temperature",
     "--alpha-ce": "--loss.kd",
     "--alpha_mlm": "--loss.mlm",

@@ -197,7 +197,7 @@ def test_floors_are_the_work_of_an_update(root, monkeypatch, has_teacher):
     )
     resolved = resolve(config, world_size=1, by_torchrun=False)
     given = {"num_tokens": 1000, "num_stepped": 500, "device": torch.device("cpu")}
-    found = forecast.floors(resolved, 20.0, peak=1e9, **given)
+    found = forecast.floors(resolved, lambda _window: 20.0, peak=1e9, **given)
     assert found.pop("optimiser") == pytest.approx(32 * 500 / 1e6)
     assert found.pop("waiting for data") == 0.0
     share = 1.0 if has_teacher else config.masking.fraction
@@ -205,7 +205,7 @@ def test_floors_are_the_work_of_an_update(root, monkeypatch, has_teacher):
     assert sum(found.values()) == pytest.approx(1000 * all_flops / 1e9)
     if not has_teacher:  # the loss is a forward like the student's own
         assert found["backward"] == pytest.approx(2 * (found["student forward"] + found["loss"]))
-    assert set(forecast.floors(resolved, 20.0, peak=None, **given)) == {"optimiser", "waiting for data"}
+    assert set(forecast.floors(resolved, lambda _window: 20.0, peak=None, **given)) == {"optimiser", "waiting for data"}
 
 
 def test_outside_a_window_spans_do_nothing():

@@ -69,12 +69,15 @@ def one_update(
     temperature: float = 2.0,
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
     restrict_ce_to_mask: bool = False,
+    others: Sequence[tuple[Path, float]] = (),
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """(unweighted kd, mlm and cosine of the update; gradient of the weighted sum by Hugging Face name), in fp64.
 
     restrict_ce_to_mask: the authors' flag, kd is the mean over the predicted tokens alone.
+    others: more teachers, with what they weigh where `teacher_folder` weighs 1; the probabilities are averaged.
     """
     teacher, student = load(teacher_folder), load(student_folder)
+    more = [(load(folder), weight) for folder, weight in others]
     kd, mlm, cosine, real, masked = [], [], [], 0, 0
     for ids, labels in sequences(batches):
         with torch.no_grad():
@@ -82,6 +85,9 @@ def one_update(
         s = student(input_ids=ids, output_hidden_states=True)
         log_q = F.log_softmax(s.logits[0] / temperature, dim=-1)
         p = F.softmax(t.logits[0] / temperature, dim=-1)
+        with torch.no_grad():
+            p = p + sum(w * F.softmax(model(input_ids=ids).logits[0] / temperature, dim=-1) for model, w in more)
+        p = p / (1 + sum(w for _, w in more))
         rows = labels >= 0 if restrict_ce_to_mask else torch.ones_like(labels, dtype=torch.bool)
         kd.append(F.kl_div(log_q[rows], p[rows], reduction="sum") * temperature**2)
         mlm.append(F.cross_entropy(s.logits[0], labels, ignore_index=-100, reduction="sum"))

@@ -13,19 +13,25 @@ from typing import Any
 import torch
 import transformers
 
+from tests.support import models
 from tests.support.vocabularies import PAIRS, TEXTS
 
+OLD = Path(sys.prefix) / "transformers-4.57"
+"""Where `make setup` puts transformers 4.57."""
 LONG_TEXTS = [*TEXTS[:4], "the river " * 200]
 """The last is longer than any model here reads."""
+LENGTHS = [1, 90, 2, 17, 33]
+"""Of the sequences that a model of the other release is asked about."""
 
 
 def ask(folder: Path) -> dict[str, Any]:
     """Ids, the answers of the model card's pipeline, and logits of the model on what the tokenizer makes."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    model, info = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     fill = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
     with torch.no_grad():
-        logits = model(**tokenizer(["Anna", "the old river"], return_tensors="pt", padding=True)).logits
+        logits = model.eval()(**tokenizer(["Anna", "the old river"], return_tensors="pt", padding=True)).logits
+        masked = model(**tokenizer(f"the old {tokenizer.mask_token} quiet", return_tensors="pt")).logits[0]
     answers: Any = fill(f"the old {tokenizer.mask_token} quiet")
     first, second = zip(*PAIRS, strict=True)
     return {
@@ -39,6 +45,8 @@ def ask(folder: Path) -> dict[str, Any]:
         "size": len(tokenizer),
         "special": tokenizer.special_tokens_map,
         "answer": answers[0]["token"],
+        "logits": masked.tolist(),
+        "other_keys": {key: sorted(map(str, names)) for key, names in info.items() if names},
         "finite": bool(logits.isfinite().all()),
     }
 
@@ -90,5 +98,8 @@ if __name__ == "__main__":
     exported = {folder.name: onnx_error(folder, Path(sys.argv[1], folder.name)) for folder in folders[:2]}
     embedded = {folder.name: embed(folder) for folder in folders[:2]}
     told = {folder.name: ask(folder) for folder in folders}
+    theirs = models.save_random("ModernBertForMaskedLM", Path(sys.argv[1], "modernbert"), global_attn_every_n_layers=2)
+    _, logits = models.one_by_one(theirs, models.packed(LENGTHS, 101)[0], LENGTHS)
+    torch.save(logits, Path(sys.argv[1], "logits"))
     record = {"told": told, "onnx": exported, "embedded": embedded, "embedders": embedders}
     Path(sys.argv[1], "told.json").write_text(json.dumps(record))

@@ -38,17 +38,30 @@ ROBERTA: dict[str, Any] = BERT | {
     "layer_norm_eps": 1e-5,
     "max_position_embeddings": 514,
 }
+MODERNBERT: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 60,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 3,
+    "intermediate_size": 77,
+    "max_position_embeddings": 512,
+    "local_attention": 16,
+    "pad_token_id": 3,
+    "classifier_pooling": "mean",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+}
+SIZES = {"distilbert": DISTILBERT, "bert": BERT, "modernbert": MODERNBERT}
 
 
 def random_model(class_name: str, seed: int = 0, **sizes: Any) -> Any:
     """A transformers model of odd sizes, every parameter random: fresh biases and LayerNorms would hide mistakes."""
     kind = getattr(transformers, class_name)
-    usual = {"distilbert": DISTILBERT, "bert": BERT}.get(kind.config_class.model_type, ROBERTA)
+    usual = SIZES.get(kind.config_class.model_type, ROBERTA)
     model = kind(kind.config_class(**(usual | sizes))).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_scale = name.endswith("LayerNorm.weight") or "layer_norm.weight" in name
+            is_scale = name.lower().endswith("norm.weight")
             parameter.normal_(1.0 if is_scale else 0.0, 0.1, generator=generator)
     return model
 

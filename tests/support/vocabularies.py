@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, decoders, models, processors
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, decoders, models, processors, trainers
 from tokenizers import normalizers as norm
 from tokenizers import pre_tokenizers as pre
 
@@ -20,6 +20,7 @@ TEXTS = [
     "abcdefghij letters " + "x" * 120,
     "the [MASK] engine [SEP] quiet[MASK]river",
     "the <mask> engine <mask>. a<mask>b <mask> ",
+    "code:\n        blanks in a row |||EMAIL_ADDRESS||| [unused7] <|endoftext|>  ",
     "blanks   before\n\nand after \u3000 ",
     " a blank first",
     "",
@@ -119,6 +120,31 @@ def byte_level(folder: Path, *, files: str = "tokenizer", lstrip: bool = True, s
     return folder
 
 
+def modernbert(folder: Path) -> Path:
+    """ModernBERT's: byte-level BPE that begins with other people's tokens, runs of blanks, BERT's specials, spares."""
+    text: Any = Tokenizer(models.BPE())
+    text.normalizer, text.pre_tokenizer, text.decoder = norm.NFC(), pre.ByteLevel(False), decoders.ByteLevel()
+    first = ["|||IP_ADDRESS|||", "<|padding|>"]
+    how: dict[str, Any] = {"initial_alphabet": pre.ByteLevel.alphabet(), "show_progress": False}
+    text.train_from_iterator(_TEXT * 20, trainers.BpeTrainer(vocab_size=420, special_tokens=first, **how))
+    text.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
+    text.add_tokens([AddedToken(f"|||{name}|||", normalized=True) for name in ("EMAIL_ADDRESS", "PHONE_NUMBER")])
+    mask = AddedToken("[MASK]", lstrip=True, special=True, normalized=False)
+    text.add_special_tokens(["<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", mask])
+    text.add_tokens([AddedToken(f"[unused{n}]", normalized=True) for n in range(83)])
+    ids = [(name, text.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    template = {"single": "[CLS]:0 $A:0 [SEP]:0", "pair": "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"}
+    text.post_processor = processors.TemplateProcessing(**template, special_tokens=ids)
+    folder.mkdir(parents=True)
+    text.save(str(folder / "tokenizer.json"))
+    added = {str(token.pop("id")): token for token in json.loads(text.to_str())["added_tokens"]}
+    config = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "mask", "pad", "sep", "unk")}
+    config |= {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": True}
+    config |= {"model_max_length": 8192, "tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}}
+    write_json(folder, "tokenizer_config.json", config | {"added_tokens_decoder": added})
+    return folder
+
+
 def unigram(folder: Path, *, split: bool = True) -> Path:
     """XLM-RoBERTa's: sentence pieces with scores, blanks as part of words, and a mask that takes its blank along."""
     letters = sorted(set("".join(_TEXT)) - set(" \t\n\x07"))
@@ -182,5 +208,6 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "roberta-vocab-merges": lambda f: byte_level(f, files="vocab"),
     "unigram": unigram,
     "metaspace": lambda f: unigram(f, split=False),
+    "modernbert": modernbert,
 }
 """Name of a kind of tokenizer -> what writes such a folder."""

@@ -61,6 +61,7 @@ ALONE = {
         length=4,
         loss=LossConfig(kd=0.0, mlm=0.0, cosine=0.0, similarity=1.0, nested_layers=(1,), nested_dimensions=(32,)),
     ),
+    "three teachers": replace(MINILM, others=(model(1, 384), model(4, 128))),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
     "ModernBERT": MODERNBERT,
     "ModernBERT bf16": replace(MODERNBERT, rounds=2, engine={"precision": "bf16"}),
@@ -114,7 +115,11 @@ def test_the_peak_is_as_predicted(measured, name):
         ("no dropout", "fp32"),
         ("sdpa", "fp32"),
         ("deep", "checkpointing"),
+<<<<<<< HEAD
         ("ModernBERT deep", "ModernBERT checkpointing"),
+=======
+        ("three teachers", "fp32"),
+>>>>>>> model
     ],
 )
 def test_what_makes_the_difference(measured, more, less):

@@ -161,8 +161,8 @@ def test_what_is_refused(root, parts, message):
     [
         (
             {"layers": (0, 3)},
-            r"--student.layers 0 3: layer 1 of a ModernBERT of this pattern wants one that sees a window, from 1 on, got "
-            r"3: use e.g. 0 2, or leave it out",
+            r"--student.layers 0 3: layer 1 of a ModernBERT of this pattern wants one that sees a window, from 1 on, "
+            r"got 3: use e.g. 0 2, or leave it out",
         ),
         ({"layers": (1, 2)}, r"layer 0 of a ModernBERT .* wants layer 0, which has no LayerNorm before its attention"),
         ({"layers": (0, 4)}, r"--student.layers 0 4 must be some of 0 to 3"),
@@ -172,7 +172,7 @@ def test_what_is_refused(root, parts, message):
         ({"init": "random", "family": "bret"}, r"--student.family: model_type must be one of bert, .*, got 'bret'"),
         (
             {"init": "random", "token_types": 2, "family": "modernbert"},
-            r"--student.token-types 2 wants a table that a ModernBERT has not: leave it out, or use another --student.f",
+            r"--student.token-types 2 wants a table that a ModernBERT has not: leave it out, or use another",
         ),
         (
             {"init": "random", "num_heads": 32},

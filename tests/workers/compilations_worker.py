@@ -9,7 +9,7 @@ import json
 import torch
 
 from benchmarks.no_gpu import pretend
-from fastdistil.kernels import cosine, distill, dropout, geglu, linear, rope
+from fastdistil.kernels import cosine, distill, dropout, geglu, linear, mixture, rope
 
 PLACES = (0, 1, 5, 16, 4096)  # Triton would compile anew for a 1, and for multiples of 16
 ROWS = (1, 16, 100)
@@ -31,6 +31,8 @@ def launch_everything() -> None:
         labels = meta(rows, dtype=torch.int64)
         for vocab_size in (30522, 30512):
             distill.forward(logits, logits, labels, num_rows, logits, place, 2.0, scales, vocab_size)
+        for share in (0.25, 0.5, 1 / 3):
+            mixture.forward(logits, logits, 2.0, share, 30522)
         cosine.forward(meta(rows, 768), meta(rows, 768), num_rows, scales[0])
         rope.rotate_(meta(rows, 3, 12, 64), meta(rows, 2, 32, dtype=torch.float32), inverse=place > 1)
         geglu.backward(geglu.forward(meta(rows, 2304)), meta(rows, 2304))

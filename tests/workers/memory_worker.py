@@ -14,6 +14,7 @@ import torch
 
 from fastdistil.data.batches import NO_LABEL, MicroBatch
 from fastdistil.kernels.layout import sequence_layout
+from fastdistil.kernels.mixture import running_shares
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
@@ -34,6 +35,7 @@ class Case:
 
     student: Architecture
     teacher: Architecture | None
+    others: tuple[Architecture, ...] = ()
     tokens: int
     length: int = 128  # of every sequence
     rounds: int = 1  # micro-batches a rank in an update
@@ -46,11 +48,14 @@ class Case:
         return Resolved(
             config=Config(
                 batch=BatchConfig(token_budget=self.tokens),
-                teacher=TeacherConfig(path=FOLDER if self.teacher else None, overlap=False),
+                teacher=TeacherConfig(
+                    path=FOLDER if self.teacher else None, others=(FOLDER,) * len(self.others), overlap=False
+                ),
                 loss=self.loss if self.teacher else LossConfig(kd=0.0, cosine=0.0),
                 engine=EngineConfig(device=cast(Any, self.device), **self.engine),
             ),
             teacher=self.teacher,
+            others=self.others,
             source_path=None,
             layers=spread_layers(self.student.num_layers, self.teacher) if self.teacher else (),
             student=self.student,
@@ -96,7 +101,10 @@ def updates(case: Case, ranks: Ranks) -> None:
         model = MaskedLM(case.teacher)
         model.encoder.attention_backend = settings.attention
         kept = kept_outputs(resolved.config.loss, resolved.imitated_layers, resolved.relation_layer)
-        teacher = Teacher(model, device=ranks.device, dtype=resolved.teacher_dtype(ranks.device), kept_outputs=kept)
+        place: dict[str, Any] = {"device": ranks.device, "dtype": resolved.teacher_dtype(ranks.device)}
+        others = [Teacher(MaskedLM(other), **place) for other in case.others]
+        shares = running_shares([1.0] * (1 + len(others)))
+        teacher = Teacher(model, **place, kept_outputs=kept, others=others, shares=shares)
     student = MaskedLM(case.student)
     student.encoder.activation_checkpointing = settings.activation_checkpointing
     student.encoder.attention_backend = settings.attention
