@@ -115,11 +115,8 @@ def test_the_peak_is_as_predicted(measured, name):
         ("no dropout", "fp32"),
         ("sdpa", "fp32"),
         ("deep", "checkpointing"),
-<<<<<<< HEAD
         ("ModernBERT deep", "ModernBERT checkpointing"),
-=======
         ("three teachers", "fp32"),
->>>>>>> model
     ],
 )
 def test_what_makes_the_difference(measured, more, less):
