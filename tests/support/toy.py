@@ -103,21 +103,6 @@ MODERNBERT = dict(
 than most sequences."""
 
 
-MODERNBERT = dict(
-    model_type="modernbert",
-    token_types=0,
-    dropout=0.0,
-    attention_dropout=0.0,
-    layer_norm_eps=1e-5,
-    global_every=3,
-    local_attention=16,
-    global_theta=160000.0,
-    local_theta=10000.0,
-)
-"""What `architecture` needs for a ModernBERT: the first and the last of its 4 layers see everything, the others less
-than most sequences."""
-
-
 def architecture(**changes: int | float | str) -> Architecture:
     """A BERT of 4 layers and 32 wide on the toy vocabulary."""
     sizes = dict(
