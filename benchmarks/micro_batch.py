@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -26,6 +27,7 @@ from benchmarks import step
 from benchmarks.no_gpu import Launch
 from fastdistil.data.batches import MicroBatch
 from fastdistil.kernels import linear_distill
+from fastdistil.model.architecture import attended
 from fastdistil.run import profile, recipes
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import PlainEngine
@@ -47,19 +49,23 @@ FILLS = {aten.fill_, aten.full, aten.full_like, aten.new_full}  # zeros, too, if
 PRODUCTS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten.bmm: (0, 1), aten._scaled_mm: (0, 1)}
 # Gathers read the rows that they return, or their table where that is smaller.
 GATHERS = {aten.embedding, aten.index_select}
-# These overwrite their first argument without reading it.
-OVERWRITES = {aten.copy_, aten.zero_, aten.fill_}
+# These read nothing of their first argument, where it is a tensor.
+OVERWRITES = {aten.copy_, *ZEROS, *FILLS}
 
-# Triton's kernels, by file and name. Products of 2 L^2 D FLOP for each head and sequence:
+# Triton's kernels, by file and name. Products of 2 D FLOP for each head and pair of tokens that attend to each other:
 ATTENTION_PRODUCTS = {"attention._forward_kernel": 2, "attention._dq_kernel": 3, "attention._dkdv_kernel": 4}
 TABLES = {"word_ptr", "position_ptr"}
-# The share of an argument that a kernel touches, where it is not all of it.
-SHARES = {("attention._dq_kernel", "dqkv_ptr"): 1 / 3, ("attention._dkdv_kernel", "dqkv_ptr"): 2 / 3}
+# The share of an argument that a kernel touches, where it is not all of it; RoPE leaves values alone where it is in
+# place.
+SHARES = {
+    ("attention._dq_kernel", "dqkv_ptr"): 1 / 3, ("attention._dkdv_kernel", "dqkv_ptr"): 2 / 3,
+    ("rope._rope_kernel in place", "qkv_ptr"): 2 / 3, ("rope._rope_kernel in place", "out_ptr"): 2 / 3,
+}  # fmt: skip
 PRODUCT_KINDS = ("GEMM", "GEMM + GELU")  # cuBLAS' products, and our own with GELU behind them
 KINDS = {
     "attention": "attention", "layernorm": "LayerNorm", "gelu": "GELU", "distill": "row kernel", "fp8_rows": "FP8 rows",
     "mixture": "mixture", "dropout": "dropout", "cosine": "cosine", "_backend": "column sums",
-    "linear": "column sums",
+    "linear": "column sums", "rope": "RoPE", "geglu": "GEGLU",
 }  # fmt: skip
 
 
@@ -89,10 +95,10 @@ class Recorder(TorchDispatchMode):
 
     Args:
         weights: shapes of the trained parameters.
-        attended: the sum over sequences of their squared length.
+        attended: window -> pairs of tokens that attend to each other, the squares of all lengths where it is 0.
     """
 
-    def __init__(self, weights: set[torch.Size], attended: int) -> None:
+    def __init__(self, weights: set[torch.Size], attended: Callable[[int], float]) -> None:
         super().__init__()
         self.weights, self.attended = weights, attended
         self.events: list[Event] = []
@@ -123,7 +129,7 @@ class Recorder(TorchDispatchMode):
         if operator in GATHERS:
             rows = num_bytes(results[0])
             read = min(num_bytes(args[0]), rows) + num_bytes(args[1 if operator is aten.embedding else 2])
-        elif operator in OVERWRITES:
+        elif operator in OVERWRITES and inputs:
             read -= num_bytes(inputs[0])
         kind, flops, dtype = "rest", 0.0, torch.bfloat16
         if operator in PRODUCTS:
@@ -146,16 +152,18 @@ class Recorder(TorchDispatchMode):
     def launch(self, launch: Launch) -> None:
         """The driver's `on_launch`."""
         name, arguments = launch.kernel.name, launch.arguments
+        what = f"{name} in place" if arguments.get("out_ptr") is arguments.get("qkv_ptr", name) else name
         moved = 0.0
         for key, x in arguments.items():
             x = x.base if isinstance(x, TensorDescriptor) else x
             if isinstance(x, Tensor):
-                whole = num_bytes(x) * SHARES.get((name, key), 1.0)
+                whole = num_bytes(x) * SHARES.get((what, key), 1.0)
                 rows = arguments["N"] * arguments["D"] * x.element_size() if key in TABLES else whole
                 moved += min(whole, rows)
         flops = 0.0
         if name in ATTENTION_PRODUCTS:
-            flops = ATTENTION_PRODUCTS[name] * 2.0 * self.attended * arguments["H"] * arguments["D"]
+            pairs = self.attended(arguments["WINDOW"])
+            flops = ATTENTION_PRODUCTS[name] * 2.0 * pairs * arguments["H"] * arguments["D"]
         kind = "embeddings" if "embedding" in name else KINDS.get(name.partition(".")[0], "rest")
         if name == "gelu._product_kernel":
             kind, flops = "GEMM + GELU", 2.0 * math.prod(arguments["a_desc"].base.shape) * arguments["F"]
@@ -177,7 +185,7 @@ class Trainer:
     drift: Callable[[], object]
     """The teacher beside itself in fp32, as before a run."""
     weights: set[torch.Size]
-    attended: int
+    attended: Callable[[int], float]
 
 
 def trainer(device: torch.device, teacher: Any, student: Any, batch: MicroBatch, *, fp8: bool) -> Trainer:
@@ -195,7 +203,7 @@ def trainer(device: torch.device, teacher: Any, student: Any, batch: MicroBatch,
         lambda: engine.evaluate(here, frozen(here)),
         lambda: kl_sum(exact(here), frozen(here), here, vocab_size=student.architecture.vocab_size),
         {p.shape for p in student.parameters()},
-        sum(n * n for n in batch.lengths),
+        lambda window: attended(np.array(batch.lengths), window) * sum(batch.lengths),
     )
 
 
@@ -207,7 +215,7 @@ def meta_trainer(*, size: str = "bert-base", tokens: int = 16384, length: int = 
         columns, dtype, torch.device("cuda"), total_memory=memory, **options
     )
     with device:
-        teacher, student = (step.MaskedLM(architecture) for architecture in step.architectures(size))
+        teacher, student = map(step.MaskedLM, step.architectures(size))
     return trainer(device, teacher, student, step.synthetic_batch(tokens, length, 0), fp8=fp8)
 
 

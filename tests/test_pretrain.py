@@ -116,7 +116,15 @@ def test_killed_and_resumed_on_another_number_of_ranks(root, quiet, tmp_path):
                 assert float.fromhex(x) == pytest.approx(float.fromhex(y), rel=1e-5)
 
 
-def test_text_to_hugging_face(tmp_path):
+@pytest.mark.parametrize(
+    ("sizes", "recipe", "classes"),
+    [
+        ({"num_layers": 2, "token_types": 2}, "quickstart", ("BertForMaskedLM", "DistilBertForMaskedLM")),
+        ({"num_layers": 6, "family": "modernbert"}, "modernbert", ("ModernBertForMaskedLM",) * 2),
+    ],
+    ids=["BERT", "ModernBERT"],
+)
+def test_text_to_hugging_face(tmp_path, sizes, recipe, classes):
     """prepare -> mlm (a teacher) -> distil -> export -> transformers, by the commands of the README."""
     sentence = "the cat sat on a mat and looked at some birds in trees of green"
     words = sentence.split()
@@ -124,22 +132,23 @@ def test_text_to_hugging_face(tmp_path):
     text.write_text("\n".join(" ".join(words[(i * k) % 15] for k in range(5, 40)) for i in range(1, 300)))
     forked.run("fastdistil.prepare", text, "--tokenizer", "train:200", "--max-length", 64, "--out", tmp_path / "shards")
     common = [*runs.SHORT, "--data.shards", tmp_path / "shards"]
-    size = options(student__num_layers=2, student__hidden_size=32, student__num_heads=2, student__token_types=2)
+    size = options(student__hidden_size=32, student__num_heads=2, **{f"student__{k}": v for k, v in sizes.items()})
     forked.run("fastdistil.pretrain", "mlm", "--out", tmp_path / "teacher-run", *size, *common)
     forked.run("fastdistil.export", tmp_path / "teacher-run", "--out", tmp_path / "teacher")
     given = ["--out", tmp_path / "run", "--teacher.path", tmp_path / "teacher", *common]
-    forked.run("fastdistil.pretrain", "quickstart", *given)
+    forked.run("fastdistil.pretrain", recipe, *given)
     forked.run("fastdistil.export", tmp_path / "run", "--out", tmp_path / "student")
     import transformers
 
     model, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "student", output_loading_info=True)
-    assert type(model).__name__ == "DistilBertForMaskedLM"
+    assert type(model).__name__ == classes[1]
+    assert model.config.num_hidden_layers == sizes["num_layers"] // 2
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
     logits = model(**tokenizer("the cat sat on a [MASK]", return_tensors="pt")).logits
     assert logits.shape[-1] == len(tokenizer)
-    assert type(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "teacher")).__name__ == "BertForMaskedLM"
+    assert type(transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "teacher")).__name__ == classes[0]
 
 
 def test_an_encoder_gets_a_head_that_begins_with_what_is_known(root, tmp_path):

@@ -212,7 +212,7 @@ def load_models(resolved: Resolved, ranks: Ranks, corpus: Corpus) -> Models:
             model.encoder.attention_backend = config.engine.attention
             if config.engine.compile:
                 compile_encoder(model.encoder)
-    if config.student.freeze_positions:
+    if config.student.freeze_positions and not resolved.student.rotates:
         student.encoder.position_embeddings.requires_grad_(False)
     if teacher is None:
         return Models(None, student, digests)

@@ -151,6 +151,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     backend = resolve_backend(config.engine.attention, device, dtype=dtype, **how)
     if backend == "fused" and device.type == "cuda" and dropout_p:
         layer += 8 * N * student.num_heads  # the keys of the masks
+    if backend == "fused" and device.type == "cpu":  # scores of a long sequence and their gradient, of all heads
+        of_backward = (8 + 4 * (dropout_p > 0)) * student.num_heads * resolved.meta.max_length**2
     if backend in ("sdpa", "cudnn"):
         layer += token * D  # the runs of equal lengths, put together
         if dropout_p and device.type == "cpu":  # whole score matrices; counted as if all sequences were long

@@ -150,7 +150,9 @@ def spread(num_layers: int, num_source: int) -> tuple[int, ...]:
 
 def spread_layers(num_layers: int, source: Architecture) -> tuple[int, ...]:
     """`num_layers` of the layers of a model for a student of its family."""
-    return of_one_pattern(num_layers, source) if source.global_every else spread(num_layers, source.num_layers)
+    if source.global_every and num_layers <= source.num_layers:
+        return of_one_pattern(num_layers, source)
+    return spread(num_layers, source.num_layers)
 
 
 def of_one_pattern(num_layers: int, source: Architecture) -> tuple[int, ...]:
@@ -249,17 +251,23 @@ def _student(
             f"--student.num-heads {num_heads} must divide the student's width {hidden_size}: use one of "
             f"{', '.join(divisors)}, or another --student.hidden-size"
         )
+    model_type, token_types, layer_norm_eps = _family(asked, teacher, source)
+    # Windows and angles: as the model of its family has them, or as transformers assumes.
+    like = model if model is not None and model.model_type == model_type else None
+    assumed = families.find(model_type).defaults
+    of_windows = {name: getattr(like, name) if like else assumed.get(name, 0) for name in OF_WINDOWS}
+    if of_windows["global_theta"] and hidden_size // num_heads % 2:
+        raise ValueError(
+            f"--student.num-heads {num_heads} leaves heads of an odd width, {hidden_size // num_heads}, and a "
+            f"{families.find(model_type).title} rotates theirs in pairs: use another number, or another "
+            "--student.hidden-size"
+        )
     # A row a size: what was asked for, what the model that it starts from or imitates has, what stands otherwise.
     sizes = {
         "num_heads": (num_heads,),
         "ffn_size": (asked.ffn_size, _size(same_width, "ffn_size"), 4 * hidden_size),
         "max_positions": (asked.max_positions, _size(model, "max_positions"), meta.max_length),
     }
-    model_type, token_types, layer_norm_eps = _family(asked, teacher, source)
-    # Windows and angles: as the model of its family has them, or as transformers assumes.
-    like = model if model is not None and model.model_type == model_type else None
-    assumed = families.find(model_type).defaults
-    of_windows = {name: getattr(like, name) if like else assumed.get(name, 0) for name in OF_WINDOWS}
     other_width = teacher.hidden_size if teacher is not None and teacher.hidden_size != hidden_size else 0
     return Architecture(
         model_type=model_type,
@@ -321,4 +329,9 @@ def _asked_family(asked: StudentConfig, source: Architecture | None) -> tuple[st
         raise ValueError(f"--student.family: {error}") from None
     assumed = family.defaults | family.fixed
     token_types = assumed["token_types"] if asked.token_types is None else asked.token_types
+    if token_types != family.fixed.get("token_types", token_types):
+        raise ValueError(
+            f"--student.token-types {token_types} wants a table that a {family.title} has not: leave it out, or use "
+            "another --student.family"
+        )
     return asked.family, token_types, assumed["layer_norm_eps"]

@@ -24,8 +24,8 @@ the models has a head. With `--loss.kd-rows masked` that operator gets the maske
 hidden   m is the map of the initialisation: at the first update student layer i computes the function of teacher layer
          m_i. What it has to make up for is that the layers between m_(i-1) and m_i are gone from its input. So it is
          asked for the output of the layer it began as, neither of an earlier nor of a later one, and the last meets the
-         teacher's last, as the evenly spread map has both ends. A student that did not begin as layers of this teacher
-         takes that spread map.
+         teacher's last, as the evenly spread map has both ends; of a ModernBERT it may be an earlier one, where both do
+         not see as much. A student that did not begin as layers of this teacher takes that spread map.
 queries, keys, values
          The relations of MiniLMv2 (relations.py), of the student's last layer and --loss.relation-layer of the teacher.
 

@@ -14,8 +14,40 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.masking_utils import eager_mask
 
 from fastdistil.data.batches import MicroBatch
+
+ATTENDED: list[tuple[Tensor, Tensor, Tensor]] = []
+"""Queries, keys and values of every layer since somebody cleared this, as its attention compares them: (L, D) each."""
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention by its definition in the dtype of its operands, (1, H, L, D / H) each; transformers has it in fp32."""
+    q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
+    ATTENDED.append((q, k, v))
+    scores = query @ key.mT * scaling
+    weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+transformers.AttentionInterface.register("definition", _attention)
+transformers.AttentionMaskInterface.register("definition", eager_mask)
+
+
+def load(folder: Path) -> Any:
+    """A folder's ...ForMaskedLM in fp64, in evaluation mode."""
+    model: Any = transformers.AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="definition")
+    return model.double().eval()
+
+
+def layer_outputs(model: Any, output: Any) -> list[Tensor]:
+    """(L, D) outputs of every layer, each as it would be if the model ended there."""
+    *states, last = (x[0] for x in output.hidden_states[1:])
+    norm = getattr(model.base_model, "final_norm", None)
+    return [*(states if norm is None else map(norm, states)), last]
 
 
 def sequences(batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -44,10 +76,8 @@ def one_update(
     restrict_ce_to_mask: the authors' flag, kd is the mean over the predicted tokens alone.
     others: more teachers, with what they weigh where `teacher_folder` weighs 1; the probabilities are averaged.
     """
-    load: Any = transformers.AutoModelForMaskedLM.from_pretrained
-    teacher = load(teacher_folder, attn_implementation="eager").double().eval()
-    student = load(student_folder, attn_implementation="eager").double().eval()
-    more = [(load(folder, attn_implementation="eager").double().eval(), weight) for folder, weight in others]
+    teacher, student = load(teacher_folder), load(student_folder)
+    more = [(load(folder), weight) for folder, weight in others]
     kd, mlm, cosine, real, masked = [], [], [], 0, 0
     for ids, labels in sequences(batches):
         with torch.no_grad():

@@ -61,18 +61,46 @@ def make_shards(folder: Path, *, num_sequences: int = 400, seed: int = 0) -> Pat
     return folder
 
 
+PAPERS = MaskingConfig()
+"""The masking of the paper."""
+
+
 def make_plan(
-    lengths: NDArray[np.int32], *, seed: int = 56, token_budget: int = BUDGET, micro_batches: int = 4
+    lengths: NDArray[np.int32],
+    *,
+    seed: int = 56,
+    token_budget: int = BUDGET,
+    micro_batches: int = 4,
+    masking: MaskingConfig = PAPERS,
 ) -> Plan:
     """Of a run on sequences of these lengths, with so many micro-batches an update."""
     return Plan(
-        lengths, seed=seed, token_budget=token_budget, micro_batches_per_update=micro_batches, mask_fraction=0.15
+        lengths,
+        seed=seed,
+        token_budget=token_budget,
+        micro_batches_per_update=micro_batches,
+        mask_fraction=masking.fraction,
     )
 
 
-def make_collator(of: shards.Shards, *, token_budget: int = BUDGET) -> Collator:
-    """With the masking of the paper."""
-    return Collator(of, of.counts, token_budget=token_budget, masking=MaskingConfig())
+def make_collator(of: shards.Shards, *, token_budget: int = BUDGET, masking: MaskingConfig = PAPERS) -> Collator:
+    """Of the micro-batches of such a plan."""
+    return Collator(of, of.counts, token_budget=token_budget, masking=masking)
+
+
+MODERNBERT = dict(
+    model_type="modernbert",
+    token_types=0,
+    dropout=0.0,
+    attention_dropout=0.0,
+    layer_norm_eps=1e-5,
+    global_every=3,
+    local_attention=16,
+    global_theta=160000.0,
+    local_theta=10000.0,
+)
+"""What `architecture` needs for a ModernBERT: the first and the last of its 4 layers see everything, the others less
+than most sequences."""
 
 
 MODERNBERT = dict(
@@ -114,8 +142,8 @@ def steep(architecture: Architecture, *, seed: int) -> MaskedLM:
     return model
 
 
-def make_teacher(folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float) -> Path:
-    """A Hugging Face folder of a BertForMaskedLM."""
+def make_teacher(folder: Path, shards_folder: Path, *, seed: int = 1, **changes: int | float | str) -> Path:
+    """A Hugging Face folder of a BertForMaskedLM, or what `changes` make of it."""
     model = steep(architecture(**changes), seed=seed)
     folder.mkdir(parents=True)
     write_hugging_face_folder(model.state_dict(), model.architecture, shards_folder / "tokenizer", folder)
@@ -125,13 +153,9 @@ def make_teacher(folder: Path, shards_folder: Path, *, seed: int = 1, **changes:
 def student_of(
     teacher: Architecture, *, num_layers: int, dropout: float = 0.1, attention_dropout: float = 0.1
 ) -> Architecture:
-    """DistilBERT's student of a teacher: the same widths, fewer layers, no token types."""
-    return replace(
-        teacher,
-        model_type="distilbert",
-        num_layers=num_layers,
-        token_types=0,
-        dropout=dropout,
-        attention_dropout=attention_dropout,
-        layer_norm_eps=1e-12,  # DistilBERT's is fixed: its config.json has no field for another
-    )
+    """A teacher's student: the same widths, fewer layers; DistilBERT's, without token types, where it is a BERT."""
+    student = replace(teacher, num_layers=num_layers, dropout=dropout, attention_dropout=attention_dropout)
+    if teacher.model_type != "bert":
+        return student
+    # DistilBERT's eps is fixed: its config.json has no field for another.
+    return replace(student, model_type="distilbert", token_types=0, layer_norm_eps=1e-12)

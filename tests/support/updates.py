@@ -10,38 +10,42 @@ from fastdistil.data.batches import MicroBatch
 from fastdistil.data.plan import UpdatePlan
 from fastdistil.data.shards import Shards
 from fastdistil.export import write_hugging_face_folder
-from fastdistil.model.architecture import Architecture
+from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.model.weights import hugging_face_state, load_masked_lm, student_from_teacher
-from fastdistil.run.config import LossConfig
-from fastdistil.training.models import spread
+from fastdistil.run.config import LossConfig, MaskingConfig
+from fastdistil.training.models import spread_layers
 from fastdistil.training.objective import SUMS, Objective, kept_outputs, means
 from fastdistil.training.teacher import Teacher
 from tests.support import precision, toy
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(precision.DEVICE)  # CUDA runs the Triton kernels
-LAYERS = spread(2, 4)
-"""Of the teacher: those that a student of two layers begins as and imitates."""
 
 Gradients = dict[str, torch.Tensor]
 """By the names of Hugging Face."""
 
 
+def imitated_layers(root: Path) -> tuple[int, ...]:
+    """Of the teacher: those that a student of two layers begins as and imitates."""
+    return spread_layers(2, read_architecture(root / "teacher"))
+
+
 def write_students(root: Path) -> None:
-    """Beside `shards` and `teacher`, folders of two-layer students.
+    """Beside `shards` and `teacher`, folders of two-layer students of its family, of DistilBERT's where it is a BERT.
 
     student       two of the teacher's layers, no dropout
     dropping      the same weights, with dropout
     same, narrow  random weights, no dropout; as wide as the teacher, and not
     """
-    bare = toy.architecture(model_type="distilbert", num_layers=2, token_types=0, dropout=0.0, attention_dropout=0.0)
     teacher = load_masked_lm(root / "teacher", need_head=True)
+    bare = toy.student_of(teacher.architecture, num_layers=2, dropout=0.0, attention_dropout=0.0)
 
     def of_teacher(architecture: Architecture) -> MaskedLM:
         generator = torch.Generator().manual_seed(5)
-        return student_from_teacher(teacher, LAYERS, architecture, copy_transform=False, generator=generator)
+        layers = imitated_layers(root)
+        return student_from_teacher(teacher, layers, architecture, copy_transform=False, generator=generator)
 
     students = {
         "student": of_teacher(bare),
@@ -79,16 +83,23 @@ def make_teacher(
     loss = loss or LossConfig()
     model = load_masked_lm(root / "teacher", need_head=True, with_head=bool(loss.kd))
     qkv = model.architecture.num_layers - 1 if loss.relation_layer is None else loss.relation_layer
-    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept_outputs(loss, LAYERS, qkv))
+    kept = kept_outputs(loss, imitated_layers(root), qkv)
+    return Teacher(model, device=device, dtype=dtype, kept_outputs=kept)
 
 
 def make_batches(
-    root: Path, micro_batches: int, device: torch.device = DEVICE, *, ranks: int = 1
+    root: Path,
+    micro_batches: int,
+    device: torch.device = DEVICE,
+    *,
+    ranks: int = 1,
+    masking: MaskingConfig = toy.PAPERS,
 ) -> tuple[UpdatePlan, list[MicroBatch]]:
     """An update of about 1,024 tokens and its micro-batches, those of the first rank first."""
     shards, budget = Shards(root / "shards"), 1024 // micro_batches
-    update = toy.make_plan(shards.lengths, seed=3, token_budget=budget, micro_batches=micro_batches).update(0)
-    collator = toy.make_collator(shards, token_budget=budget)
+    settings = {"token_budget": budget, "masking": masking}
+    update = toy.make_plan(shards.lengths, seed=3, micro_batches=micro_batches, **settings).update(0)
+    collator = toy.make_collator(shards, **settings)
     return update, [collator(plan).to(device) for rank in range(ranks) for plan in update.of_rank(rank, ranks)]
 
 
@@ -100,9 +111,10 @@ def one_update(
     *,
     pooling: Pooling | None = None,
     dtype: torch.dtype = torch.float32,
+    masking: MaskingConfig = toy.PAPERS,
 ) -> tuple[dict[str, float], Gradients]:
     """(reported losses, gradients) of an update of a student, from a teacher in `dtype`."""
-    update, batches = make_batches(root, micro_batches)
+    update, batches = make_batches(root, micro_batches, masking=masking)
     objective = Objective(make_student(root, name, loss=loss), loss, pooling)
     teacher = make_teacher(root, loss=loss, dtype=dtype)
     sums, total = torch.zeros(len(SUMS), device=DEVICE), 0.0

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.support import updates
+from tests.support import toy, updates
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,21 @@ def folder(root, tmp_path_factory):
     copy = shutil.copytree(root, tmp_path_factory.mktemp("students"), dirs_exist_ok=True)
     updates.write_students(copy)
     return copy
+
+
+@pytest.fixture(scope="session")
+def modern(tmp_path_factory):
+    """The same of a ModernBERT that teaches ModernBERTs."""
+    made = tmp_path_factory.mktemp("modern")
+    toy.make_teacher(made / "teacher", toy.make_shards(made / "shards"), seed=1, **toy.MODERNBERT)
+    updates.write_students(made)
+    return made
+
+
+@pytest.fixture(scope="session", params=["folder", "modern"])
+def of_each(request):
+    """`folder`, then `modern`: for what must hold of every computation that there is."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module", autouse=True)

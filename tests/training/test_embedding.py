@@ -24,7 +24,7 @@ from fastdistil.training.objective import Objective
 from tests.support import authors, forked, launch, runs
 from tests.support.launch import options
 from tests.support.toy import MAX_LENGTH, VOCABULARY
-from tests.support.updates import CPU, LAYERS, make_batches, make_student, make_teacher, one_update
+from tests.support.updates import CPU, imitated_layers, make_batches, make_student, make_teacher, one_update
 from tests.workers import engine_worker
 
 MEAN = Pooling(mode="mean", normalise=True, max_length=None)
@@ -39,9 +39,7 @@ TERMS = ("cosine", "hidden", "embedding", "similarity", "mlm")
 def reference(root, name: str, micro_batches: int, config: LossConfig, pooling: Pooling):
     """(unweighted terms, their weighted sum and its gradient), sequence by sequence in fp64."""
     _, batches = make_batches(root, micro_batches, CPU)
-    load: Any = transformers.AutoModelForMaskedLM.from_pretrained
-    teacher = load(root / "teacher", attn_implementation="eager").double().eval()
-    student = load(root / name, attn_implementation="eager").double().eval()
+    teacher, student = authors.load(root / "teacher"), authors.load(root / name)
     projection = make_student(root, name, CPU, loss=config).projection
     matrix = None if projection is None else projection.weight.detach().double().requires_grad_()
     sums: dict[str, list[torch.Tensor]] = {term: [] for term in TERMS}
@@ -57,15 +55,15 @@ def reference(root, name: str, micro_batches: int, config: LossConfig, pooling: 
         embeddings = []
         for ids, labels in authors.sequences([batch]):
             with torch.no_grad():
-                examples = teacher(input_ids=ids, output_hidden_states=True).hidden_states
+                examples = authors.layer_outputs(teacher, teacher(input_ids=ids, output_hidden_states=True))
             output = student(input_ids=ids, output_hidden_states=True)
-            mine = [h[0] if matrix is None else h[0] @ matrix.T for h in output.hidden_states]
-            pairs = [(mine[1 + i], examples[1 + layer][0]) for i, layer in enumerate(LAYERS)]
+            mine = [h if matrix is None else h @ matrix.T for h in authors.layer_outputs(student, output)]
+            last, layers = (mine[-1], examples[-1]), imitated_layers(root)
             sums["mlm"].append(F.cross_entropy(output.logits[0], labels, ignore_index=-100, reduction="sum"))
             if config.cosine or config.hidden:  # else the widths may differ
-                sums["cosine"].append(distance(pairs[-1:]))
-                sums["hidden"].append(distance(pairs))
-            embeddings.append([embedding(states) for states in pairs[-1]])
+                sums["cosine"].append(distance([last]))
+                sums["hidden"].append(distance([(h, examples[i]) for h, i in zip(mine, layers, strict=True)]))
+            embeddings.append([embedding(states) for states in last])
             real, masked = real + len(labels), masked + int((labels >= 0).sum())
         for pair in embeddings if config.embedding else ():
             if config.embedding_distance == "l2":
@@ -104,9 +102,9 @@ CASES = {
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize(("name", "config", "pooling"), CASES.values(), ids=list(CASES))
-def test_terms_and_gradients_equal_the_reference(folder, name, config, pooling, micro_batches):
-    losses, gradients = one_update(folder, name, micro_batches, config, pooling=pooling)
-    terms, loss, exact = reference(folder, name, micro_batches, config, pooling)
+def test_terms_and_gradients_equal_the_reference(of_each, name, config, pooling, micro_batches):
+    losses, gradients = one_update(of_each, name, micro_batches, config, pooling=pooling)
+    terms, loss, exact = reference(of_each, name, micro_batches, config, pooling)
     assert losses["loss"] == pytest.approx(loss, rel=1e-5)
     for term in TERMS:
         assert (term in losses) == bool(getattr(config, term))
@@ -119,11 +117,11 @@ def test_terms_and_gradients_equal_the_reference(folder, name, config, pooling, 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_engine_gives_the_gradient_of_one_process(folder, ranks):
+def test_every_engine_gives_the_gradient_of_one_process(of_each, ranks):
     """Three micro-batches, so that one of two ranks has an empty one."""
     stages = (0, 1, 2, 3)
-    losses, exact = one_update(folder, "narrow", 3, ALL, pooling=MEAN)
-    results, *_ = forked.call(engine_worker.gradients, folder, "narrow", "fp32", stages, 3, ALL, MEAN, ranks=ranks)
+    losses, exact = one_update(of_each, "narrow", 3, ALL, pooling=MEAN)
+    results, *_ = forked.call(engine_worker.gradients, of_each, "narrow", "fp32", stages, 3, ALL, MEAN, ranks=ranks)
     for stage in stages:
         found, gradients = results[stage]
         assert found.keys() == losses.keys() == {"loss", *TERMS} - {"mlm"}

@@ -18,24 +18,24 @@ from tests.workers import engine_worker
 
 
 @pytest.fixture(scope="module")
-def exact(folder):
+def exact(of_each):
     """The authors' terms and gradients of one update of four micro-batches."""
-    _, batches = make_batches(folder, 4, CPU)
-    return authors.one_update(folder / "teacher", folder / "student", batches)
+    _, batches = make_batches(of_each, 4, CPU)
+    return authors.one_update(of_each / "teacher", of_each / "student", batches)
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
+def alone(of_each):
     """Losses and gradients of the same update in one process, without an engine."""
-    return one_update(folder, "student", 4, LossConfig())
+    return one_update(of_each, "student", 4, LossConfig())
 
 
 @pytest.fixture(scope="module", params=[(1, "fp32"), (2, "fp32"), (2, "bf16")], ids=lambda p: f"{p[0]}-{p[1]}")
-def computed(request, folder):
+def computed(request, of_each):
     """(ranks, precision, {ZeRO stage: (losses, gradients)}) of the same update."""
     ranks, precision = request.param
     stages = (0, 3) if ranks == 1 else (0, 1, 2, 3)
-    found, *_ = forked.call(engine_worker.gradients, folder, "student", precision, stages, 4, ranks=ranks)
+    found, *_ = forked.call(engine_worker.gradients, of_each, "student", precision, stages, 4, ranks=ranks)
     return ranks, precision, found
 
 

@@ -77,6 +77,14 @@ def test_updates_and_tokens_are_those_of_the_run(config):
     assert said["student"].startswith(f"{resolved.student.num_parameters:,} parameters (2 layers")
 
 
+def test_what_layers_see_and_which_they_were(config, modern):
+    taught = replace(config, teacher=c.TeacherConfig(path=modern / "teacher"))
+    said = dict(forecast._models(resolve(taught, world_size=1)))
+    windows = "see everything, the others 8 tokens on either side"
+    assert f" parameters (4 layers, 32 wide; 0 3 {windows}) from " in said["teacher"]
+    assert f" parameters (2 layers, 32 wide; 0 {windows}) from layers 0 2 of " in said["student"]
+
+
 def test_a_large_corpus_is_estimated_from_a_sample(config, monkeypatch):
     exact = rows(config)
     monkeypatch.setattr(forecast, "EXACT_SEQUENCES", 600)

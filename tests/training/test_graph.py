@@ -102,10 +102,10 @@ def numbers(engine: PlainEngine, run: Callable[[MicroBatch], Tensor], given: lis
 @pytest.mark.parametrize(
     ("with_teacher", "loss"), [(False, None), (True, None), (True, EMBED)], ids=["alone", "distilbert", "embed"]
 )
-def test_replays_give_the_numbers_of_the_engine(folder, recorded, with_teacher, loss, overlap):
+def test_replays_give_the_numbers_of_the_engine(of_each, recorded, with_teacher, loss, overlap):
     """Of micro-batches that differ in text, layout, denominators and dropout, bit for bit, over two updates."""
-    engine, teacher = trainer(folder, teacher=with_teacher, loss=loss)
-    given = batches(folder)
+    engine, teacher = trainer(of_each, teacher=with_teacher, loss=loss)
+    given = batches(of_each)
     assert len({b.dropout_seed.item() for b in given}) == len({tuple(b.denominators.tolist()) for b in given}) == 3
     wanted = numbers(engine, lambda b: engine.forward_backward(b, teacher(b) if teacher else None), given)
     step = Step(engine, teacher, overlap=overlap)

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import load_masked_lm
 from fastdistil.run import checkpoint
 from fastdistil.run.config import Config, LossConfig, TeacherConfig
@@ -65,6 +66,12 @@ def test_a_digest_is_of_the_numbers_and_not_of_the_file(root, tmp_path):
     in_half = digest(load_masked_lm(half, need_head=True))
     save_file({n: t.float() for n, t in tensors.items()}, half / "model.safetensors", metadata={"format": "pt"})
     assert digest(load_masked_lm(half, need_head=True)) == in_half != known
+
+
+def test_a_digest_is_of_what_layers_see_and_how_they_rotate():
+    changes = ({}, {"local_attention": 18}, {"global_every": 2}, {"global_theta": 1e4}, {"local_theta": 1e5})
+    models = [MaskedLM(toy.architecture(**toy.MODERNBERT | change)) for change in changes]
+    assert len({digest(model) for model in models}) == len(changes)
 
 
 class TestElsewhere:

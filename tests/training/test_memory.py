@@ -32,6 +32,10 @@ def model(num_layers: int, width: int, **changes) -> Architecture:
 
 MINILM = Case(student=model(2, 256), teacher=model(3, 256, model_type="bert", token_types=2), tokens=1024)
 MINILM_V2 = LossConfig(kd=0.0, mlm=1.0, cosine=0.0, queries=1.0, keys=1.0, values=1.0, relation_heads=8)
+WINDOWS = dict(global_every=3, local_attention=64, global_theta=160000.0, local_theta=10000.0)
+MODERN = dict(model_type="modernbert", token_types=0, dropout=0.0, attention_dropout=0.0, **WINDOWS)
+MODERNBERT = Case(student=model(2, 256, **MODERN), teacher=model(4, 256, **MODERN), tokens=1024)
+DEEP_MODERNBERT = replace(MODERNBERT, student=model(8, 128, **MODERN), teacher=model(2, 128, **MODERN), tokens=2048)
 DEEP = replace(MINILM, student=model(8, 128), teacher=model(2, 128), tokens=2048)
 ALONE = {
     "fp32": MINILM,
@@ -59,6 +63,14 @@ ALONE = {
     ),
     "three teachers": replace(MINILM, others=(model(1, 384), model(4, 128))),
     "wide": Case(student=model(2, 512), teacher=model(2, 512), tokens=256),
+    "ModernBERT": MODERNBERT,
+    "ModernBERT bf16": replace(MODERNBERT, rounds=2, engine={"precision": "bf16"}),
+    "ModernBERT with dropout": replace(
+        MODERNBERT, student=model(2, 256, **MODERN | {"dropout": 0.1, "attention_dropout": 0.1})
+    ),
+    "ModernBERT deep": DEEP_MODERNBERT,
+    "ModernBERT checkpointing": replace(DEEP_MODERNBERT, engine={"activation_checkpointing": True}),
+    "ModernBERT, one long sequence": replace(MODERNBERT, tokens=4096, length=2048),
     "BERT's vocabulary": Case(
         student=model(2, 384, vocab_size=30522), teacher=model(2, 384, vocab_size=30522), tokens=1024
     ),
@@ -103,6 +115,7 @@ def test_the_peak_is_as_predicted(measured, name):
         ("no dropout", "fp32"),
         ("sdpa", "fp32"),
         ("deep", "checkpointing"),
+        ("ModernBERT deep", "ModernBERT checkpointing"),
         ("three teachers", "fp32"),
     ],
 )

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastdistil import export
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective
@@ -25,14 +27,16 @@ def sums_of(folder, loss: LossConfig) -> dict[str, float]:
 
 @torch.no_grad()
 def embeddings(folder, num_layers: int | None = None) -> torch.Tensor:
-    """(sequences, width) fp64, of the teacher, or of so many layers of the student."""
+    """(sequences, width) fp64, of the teacher, or of so many layers of the student, as an export has them alone."""
     _, (batch,) = make_batches(folder, 1, CPU)
     if num_layers is None:
         states = make_teacher(folder, CPU)(batch).encoder.hidden_ND
     else:
-        encoder = make_student(folder, "same", CPU).encoder.eval()
-        encoder.layers = encoder.layers[:num_layers]
-        states = encoder(batch.input_ids, batch.position_ids, batch.layout)
+        student = make_student(folder, "same", CPU)
+        part = replace(student.architecture, num_layers=num_layers)
+        alone = MaskedLM(part).eval()
+        alone.load_state_dict(export._first(student.state_dict(), student.architecture, part))
+        states = alone.encoder(batch.input_ids, batch.position_ids, batch.layout)
     return torch.stack([x.double().mean(0) for x in states[: batch.num_tokens].split(batch.real_lengths)])
 
 
@@ -42,9 +46,9 @@ def error_of(mine: torch.Tensor, example: torch.Tensor) -> float:
     return ((first - second).square().sum() / (len(mine) - 1)).item()
 
 
-def test_a_term_is_the_mean_over_the_nested_students(folder):
-    teacher, whole, half = embeddings(folder), embeddings(folder, 2), embeddings(folder, 1)
-    found = sums_of(folder, replace(LOSS, nested_layers=(1,), nested_dimensions=(8, 3)))
+def test_a_term_is_the_mean_over_the_nested_students(of_each):
+    teacher, whole, half = embeddings(of_each), embeddings(of_each, 2), embeddings(of_each, 1)
+    found = sums_of(of_each, replace(LOSS, nested_layers=(1,), nested_dimensions=(8, 3)))
     distance = [(1 - F.cosine_similarity(x, teacher)).sum().item() for x in (whole, half)]
     assert found["embedding"] == pytest.approx(sum(distance) / 2, rel=1e-4)
     errors = [error_of(x[:, :width], teacher) for x in (whole, half) for width in (x.shape[1], 8, 3)]
@@ -52,9 +56,9 @@ def test_a_term_is_the_mean_over_the_nested_students(folder):
     assert len({round(e, 6) for e in (*errors, *distance)}) == 8  # each has a part of its own
 
 
-def test_hidden_states_of_layers_are_the_same_beside_nested_ones(folder):
+def test_hidden_states_of_layers_are_the_same_beside_nested_ones(of_each):
     with_hidden = replace(LOSS, hidden=1.0)
-    alone = sums_of(folder, with_hidden)
-    beside = sums_of(folder, replace(with_hidden, nested_layers=(1,)))
+    alone = sums_of(of_each, with_hidden)
+    beside = sums_of(of_each, replace(with_hidden, nested_layers=(1,)))
     assert beside["hidden"] == alone["hidden"] > 0
-    assert beside["embedding"] == sums_of(folder, replace(LOSS, nested_layers=(1,)))["embedding"] != alone["embedding"]
+    assert beside["embedding"] == sums_of(of_each, replace(LOSS, nested_layers=(1,)))["embedding"] != alone["embedding"]

@@ -5,6 +5,7 @@ import torch
 
 from fastdistil.data.shards import Shards
 from fastdistil.model.weights import load_masked_lm
+from fastdistil.run import recipes
 from fastdistil.run.config import LossConfig
 from fastdistil.training.objective import SUMS, Objective, means
 from fastdistil.training.teacher import Teacher
@@ -16,11 +17,11 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("temperature", [2.0, 3.0])
-def test_one_update_equals_the_authors(folder, micro_batches, temperature):
+def test_one_update_equals_the_authors(of_each, micro_batches, temperature):
     """Traps 1, 2, 3, 5: real tokens as the denominator, T^2, sums over the update, T that is not a power of two."""
-    _, batches = make_batches(folder, micro_batches)
-    terms, exact = authors.one_update(folder / "teacher", folder / "student", batches, temperature=temperature)
-    losses, gradients = one_update(folder, "student", micro_batches, LossConfig(temperature=temperature))
+    _, batches = make_batches(of_each, micro_batches)
+    terms, exact = authors.one_update(of_each / "teacher", of_each / "student", batches, temperature=temperature)
+    losses, gradients = one_update(of_each, "student", micro_batches, LossConfig(temperature=temperature))
     for name, value in terms.items():
         assert losses[name] == pytest.approx(value, rel=1e-4), name
     error, where = authors.worst_relative_error(gradients, exact)
@@ -28,21 +29,50 @@ def test_one_update_equals_the_authors(folder, micro_batches, temperature):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_kl_of_the_masked_rows_alone_equals_the_authors(folder, micro_batches):
+def test_kl_of_the_masked_rows_alone_equals_the_authors(of_each, micro_batches):
     """Their restrict_ce_to_mask; rows that fill a micro-batch up count for nothing."""
-    _, batches = make_batches(folder, micro_batches)
+    _, batches = make_batches(of_each, micro_batches)
     assert any(len(b.masked_rows) > b.num_masked for b in batches)
-    terms, exact = authors.one_update(folder / "teacher", folder / "student", batches, restrict_ce_to_mask=True)
-    losses, gradients = one_update(folder, "student", micro_batches, LossConfig(kd_rows="masked"))
+    terms, exact = authors.one_update(of_each / "teacher", of_each / "student", batches, restrict_ce_to_mask=True)
+    losses, gradients = one_update(of_each, "student", micro_batches, LossConfig(kd_rows="masked"))
     for name, value in terms.items():
         assert losses[name] == pytest.approx(value, rel=1e-4), name
     error, where = authors.worst_relative_error(gradients, exact)
     assert error < 1e-4, where
-    every_row, _ = one_update(folder, "student", micro_batches, LossConfig())
+    every_row, _ = one_update(of_each, "student", micro_batches, LossConfig())
     assert every_row["mlm"] == pytest.approx(losses["mlm"], rel=1e-6)
     assert abs(every_row["kd"] / losses["kd"] - 1) > 1e-3
     assert "agreement" not in losses
     assert "masked_agreement" not in every_row
+
+
+def test_a_modernbert_with_the_masking_of_its_recipe_equals_the_authors(modern):
+    """30 % of the tokens, whatever they are; most sequences are longer than the window, and it is seen to be there."""
+    recipe = recipes.named("modernbert")
+    update, batches = make_batches(modern, 4, masking=recipe.masking)
+    assert sum(b.num_masked for b in batches) == pytest.approx(0.3 * update.num_tokens, rel=0.02)
+    assert sum(n > 16 for b in batches for n in b.real_lengths) > 20
+    terms, exact = authors.one_update(modern / "teacher", modern / "student", batches)
+    losses, gradients = one_update(modern, "student", 4, recipe.loss, masking=recipe.masking)
+    for name, value in terms.items():
+        assert losses[name] == pytest.approx(value, rel=1e-4), name
+    assert gradients.keys() == exact.keys()
+    error, where = authors.worst_relative_error(gradients, exact)
+    assert error < 1e-4, where
+
+
+@pytest.mark.parametrize(("of_teacher", "of_student"), [("folder", "modern"), ("modern", "folder")])
+def test_teacher_and_student_of_two_families_equal_the_authors(request, tmp_path, of_teacher, of_student):
+    teacher, student = (request.getfixturevalue(name) for name in (of_teacher, of_student))
+    for path in (teacher / "shards", teacher / "teacher", student / "student"):
+        (tmp_path / path.name).symlink_to(path)
+    _, batches = make_batches(tmp_path, 4)
+    terms, exact = authors.one_update(tmp_path / "teacher", tmp_path / "student", batches)
+    losses, gradients = one_update(tmp_path, "student", 4, LossConfig())
+    for name, value in terms.items():
+        assert losses[name] == pytest.approx(value, rel=1e-4), name
+    error, where = authors.worst_relative_error(gradients, exact)
+    assert error < 1e-4, where
 
 
 def test_agreement_on_masked_rows_is_their_share(folder):

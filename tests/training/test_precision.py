@@ -77,7 +77,7 @@ def test_linear_is_a_linear_to_three_bits():
     assert error.norm() < 2**-4 * wanted.norm()  # half a step for each factor, at random
 
 
-def encoder(**changes: int) -> Encoder:
+def encoder(**changes: Any) -> Encoder:
     """With a bias on every layer, that of ffn_in moving to where its GELU is."""
     model = toy.steep(toy.architecture(**changes), seed=1).to(DEVICE).eval()
     generator = torch.Generator().manual_seed(2)
@@ -89,8 +89,9 @@ def encoder(**changes: int) -> Encoder:
 
 
 @needs_fp8
-def test_an_encoder_in_fp8_says_what_it_said():
-    exact = encoder()
+@pytest.mark.parametrize("changes", [{}, toy.MODERNBERT], ids=["BERT", "ModernBERT"])
+def test_an_encoder_in_fp8_says_what_it_said(changes):
+    exact = encoder(**changes)
     bf16 = copy.deepcopy(exact).to(torch.bfloat16)
     low = copy.deepcopy(bf16)
     quantise_encoder(low)
@@ -104,8 +105,9 @@ def test_an_encoder_in_fp8_says_what_it_said():
 
 
 @needs_fp8
-def test_every_linear_of_the_layers_and_no_more():
-    low = encoder().to(torch.bfloat16)
+@pytest.mark.parametrize("changes", [{}, toy.MODERNBERT], ids=["BERT", "ModernBERT"])
+def test_every_linear_of_the_layers_and_no_more(changes):
+    low = encoder(**changes).to(torch.bfloat16)
     quantise_encoder(low)
     in_fp8 = {n for n, x in low.named_buffers() if x.dtype == torch.float8_e4m3fn}
     names = ("qkv", "attention_out", "ffn_in", "ffn_out")

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from fastdistil.model.architecture import Architecture, read_architecture
 from fastdistil.run import config as c
 from fastdistil.run import recipes
-from fastdistil.training import preflight
+from fastdistil.run.ranks import Ranks
+from fastdistil.training import inputs, preflight
 from fastdistil.training.models import spread
 from fastdistil.training.preflight import resolve
 from tests.support import runs
+from tests.support.updates import CPU
 
 
 @pytest.fixture
@@ -152,6 +154,69 @@ def test_layers_are_spread_as_the_authors_spread_them(num, source, layers):
 def test_what_is_refused(root, parts, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         resolve(config(root, **parts), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (
+            {"layers": (0, 3)},
+            r"--student.layers 0 3: layer 1 of a ModernBERT of this pattern wants one that sees a window, from 1 on, "
+            r"got 3: use e.g. 0 2, or leave it out",
+        ),
+        ({"layers": (1, 2)}, r"layer 0 of a ModernBERT .* wants layer 0, which has no LayerNorm before its attention"),
+        ({"layers": (0, 4)}, r"--student.layers 0 4 must be some of 0 to 3"),
+        ({"num_layers": 5}, r"--student.num-layers 5 is too many, the model it starts from has 4"),
+        ({"token_types": 2}, r"--student.token-types 2 is for students of BERT and DistilBERT: .* are ModernBERTs"),
+        ({"family": "bert"}, r"--student.family bert is for a student with random weights, and this one starts from a"),
+        ({"init": "random", "family": "bret"}, r"--student.family: model_type must be one of bert, .*, got 'bret'"),
+        (
+            {"init": "random", "token_types": 2, "family": "modernbert"},
+            r"--student.token-types 2 wants a table that a ModernBERT has not: leave it out, or use another",
+        ),
+        (
+            {"init": "random", "num_heads": 32},
+            r"--student.num-heads 32 leaves heads of an odd width, 1, and a ModernBERT rotates theirs in pairs",
+        ),
+        (
+            {"init": "random", "max_positions": 20},
+            r"up to 48 tokens, the student reads 20: prepare with --max-length 20",
+        ),
+    ],
+)
+def test_what_is_refused_of_students_of_a_modernbert(modern, tmp_path, student, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(config(modern, out=tmp_path / "run", student=student), world_size=1)
+
+
+def test_students_of_a_modernbert(modern, tmp_path):
+    """Which layers they begin as and imitate: of the same pattern, or where there are too few, evenly spread ones."""
+
+    def of(**student) -> preflight.Resolved:
+        return resolve(config(modern, out=tmp_path / "run", student=student), world_size=1)
+
+    teacher = read_architecture(modern / "teacher")
+    assert of().student == replace(teacher, num_layers=2, dropout=0.1, attention_dropout=0.1)
+    assert (of().layers, of(num_layers=3).layers, of(num_layers=4).layers) == ((0, 2), (0, 1, 2), (0, 1, 2, 3))
+    assert of(init="random", num_layers=2).imitated_layers == (0, 2)
+    assert of(init="random", num_layers=6).imitated_layers == spread(6, 4)
+    other = of(init="random", family="bert", num_layers=3)
+    assert (other.student.model_type, other.student.global_every, other.imitated_layers) == ("bert", 0, spread(3, 4))
+
+
+def test_a_modernbert_taught_by_a_bert_has_the_windows_that_its_family_has(root):
+    r = resolve(config(root, student={"init": "random", "family": "modernbert"}), world_size=1)
+    assert (r.student.num_layers, r.student.hidden_size, r.student.max_positions) == (2, 32, 64)
+    assert [r.student.window(layer) for layer in range(4)] == [0, 64, 64, 0]
+    assert r.imitated_layers == (0, 3)
+
+
+def test_positions_that_are_not_there_cannot_be_frozen(modern, tmp_path):
+    given = config(modern, out=tmp_path / "run", student={"freeze_positions": True})
+    r = resolve(given, world_size=1, by_torchrun=False)
+    assert any("--student.freeze-positions has no effect: the student has no table" in note for note in r.notes)
+    models = inputs.load_models(r, Ranks(0, 1, CPU), inputs.load_corpus(r, rank=0, world_size=1))
+    assert all(p.requires_grad for p in models.student.parameters())
 
 
 def test_a_token_budget_below_one_sequence(root):

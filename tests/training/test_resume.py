@@ -28,6 +28,8 @@ ALONE = {
 }
 OF_TWO = {(stage, *rest, "auto"): WAYS for stage in STAGES for rest in (("fp32", 2), ("bf16", 1))}
 ALL_OF_TWO = {**{(*cell, "auto"): THREE for cell in product(STAGES, PRECISIONS, (1, 4))}, (1, "fp32", 4, "auto"): EVERY}
+OF_MODERNBERT = {(0, "fp32", 1, "auto"): WAYS, SDPA: WAYS, (0, "bf16", 4, "auto"): WAYS}
+TWO_OF_MODERNBERT = {(stage, *rest, "auto"): WAYS for rest in (("fp32", 2), ("bf16", 1)) for stage in (0, 3)}
 NUM_SEQUENCES = 80
 """So few that even 12 micro-batches go beyond an epoch."""
 
@@ -35,17 +37,26 @@ NUM_SEQUENCES = 80
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((None, ALONE), id="alone"),
-        pytest.param((1, {(3, "fp32", 4, "auto"): WAYS}), id="one-rank"),
-        pytest.param((2, OF_TWO), id="two-ranks"),
-        pytest.param((2, ALL_OF_TWO), marks=pytest.mark.soak, id="everything"),
+        pytest.param(("folder", None, ALONE), id="alone"),
+        pytest.param(("folder", 1, {(3, "fp32", 4, "auto"): WAYS}), id="one-rank"),
+        pytest.param(("folder", 2, OF_TWO), id="two-ranks"),
+        pytest.param(("folder", 2, ALL_OF_TWO), marks=pytest.mark.soak, id="everything"),
+        pytest.param(("modern", None, OF_MODERNBERT), id="ModernBERT-alone"),
+        pytest.param(("modern", 2, TWO_OF_MODERNBERT), id="ModernBERT-two-ranks"),
     ],
 )
-def runs(request, folder, tmp_path_factory):
+def case(request):
+    """(folder, ranks, cells)."""
+    root, ranks, cells = request.param
+    return request.getfixturevalue(root), ranks, cells
+
+
+@pytest.fixture(scope="module")
+def runs(case, tmp_path_factory):
     """{cell: {way: history and last state}}."""
-    ranks, cells = request.param
+    root, ranks, cells = case
     out = tmp_path_factory.mktemp("pieces")
-    found, *_ = forked.call(engine_worker.in_pieces, folder, out, NUM_SEQUENCES, cells, ranks=ranks, timeout_s=900)
+    found, *_ = forked.call(engine_worker.in_pieces, root, out, NUM_SEQUENCES, cells, ranks=ranks, timeout_s=900)
     assert found.keys() == cells.keys()
     return found
 
@@ -87,8 +98,8 @@ def test_all_engines_agree(runs):
         assert norms[1] == pytest.approx(norms[0], rel=2e-3 if rounded else 1e-4), cell
 
 
-def test_training_went_somewhere(runs, folder):
-    start = make_student(folder, "dropping", CPU).state_dict()
+def test_training_went_somewhere(runs, case):
+    start = make_student(case[0], "dropping", CPU).state_dict()
     for ways in runs.values():
         end = ways["straight"]["state"]
         assert any(not torch.equal(value, end[f"weight.{name}"]) for name, value in start.items())

@@ -1,8 +1,8 @@
-"""What a BERT-base-shaped micro-batch launches on a GPU that is not here: launches_worker ARCHITECTURE...
+"""What a micro-batch launches on a GPU that is not here: launches_worker ARCHITECTURE...
 
-Prints, as JSON, for each compute capability the totals of a micro-batch and of a validation, with the teacher in bf16
-and in FP8, and what the machine code of every compilation says; and the machine code of "drift", for the teacher beside
-itself in fp32 on an H100.
+Prints, as JSON, for each compute capability the totals of a micro-batch and of a validation of BERT-base, with the
+teacher in bf16 and in FP8, and what the machine code of every compilation says; the same of ModernBERT-base on an H100;
+and the machine code of "drift", for the teacher beside itself in fp32 there.
 """
 
 import json
@@ -33,10 +33,10 @@ def products(events: list[Event]) -> float:
     return sum(e.flops for e in events if e.kind in PRODUCT_KINDS)
 
 
-def launched(arch: int) -> dict[str, Any]:
+def launched(arch: int, size: str = "bert-base") -> dict[str, Any]:
     driver, found = pretend(arch), {}
     for precision in ("bf16", "fp8") if arch >= 89 else ("bf16",):
-        made = micro_batch.meta_trainer(fp8=precision == "fp8")
+        made = micro_batch.meta_trainer(size=size, fp8=precision == "fp8")
         micro_batch.record(made, driver, made.micro_batch)  # the first one has no gradients to add to
         for name in ("micro_batch", "evaluate"):
             events = micro_batch.record(made, driver, getattr(made, name))
@@ -52,5 +52,5 @@ def launched_in_fp32() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    fp32 = launched_in_fp32()
-    print(json.dumps({arch: launched(int(arch)) for arch in sys.argv[1:]} | {"drift": fp32}))
+    found: dict[str, Any] = {"drift": launched_in_fp32(), "modernbert-base": launched(90, "modernbert-base")}
+    print(json.dumps(found | {arch: launched(int(arch)) for arch in sys.argv[1:]}))

@@ -21,7 +21,7 @@ from fastdistil.model.sentence import Pooling
 from fastdistil.run.config import BatchConfig, Config, EngineConfig, LossConfig, TeacherConfig
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import make_engine
-from fastdistil.training.models import spread
+from fastdistil.training.models import spread_layers
 from fastdistil.training.objective import Objective, kept_outputs
 from fastdistil.training.preflight import Resolved
 from fastdistil.training.teacher import Teacher
@@ -57,7 +57,7 @@ class Case:
             teacher=self.teacher,
             others=self.others,
             source_path=None,
-            layers=spread(self.student.num_layers, self.teacher.num_layers) if self.teacher else (),
+            layers=spread_layers(self.student.num_layers, self.teacher) if self.teacher else (),
             student=self.student,
             metas=(cast(Any, SimpleNamespace(max_length=self.length, num_sequences=1, num_tokens=self.length)),),
             world_size=self.ranks,
