@@ -482,7 +482,7 @@ def chunks(s: Setting) -> Any:
     N, D, V = s.N, s.D, s.V
     student, teacher = ((s.normal(N, D), s.normal(V, D, scale=0.1), s.normal(V)) for _ in range(2))
     labels, scales = s.labels(N), torch.full((2,), 1e-4, device=s.device)
-    into = {"dweight": torch.zeros(V, D, device=s.device), "dbias": torch.zeros(V, device=s.device)}
+    into: dict[str, Any] = {"dweight": torch.zeros(V, D, device=s.device), "dbias": torch.zeros(V, device=s.device)}
     found = {}
     for chunk in (1024, 2048, 4096, 8192, N) if s.on_gpu else (64, N):
         before = 0

@@ -40,6 +40,7 @@ from fastdistil.data.batches import MicroBatch
 from fastdistil.kernels.fp8_rows import quantise_rows, quantise_rows_reference
 from fastdistil.kernels.linear_distill import linear_distill_loss
 from fastdistil.model.encoder import Encoder, LinearGelu
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.model.weights import load_masked_lm
 from fastdistil.run.config import TeacherConfig
 from fastdistil.run.ranks import Ranks
@@ -158,19 +159,26 @@ def require_small_drift(
     has_head, found = teacher.head is not None, [*outputs(teacher, validation, ranks.device)]
     for number, path in enumerate(config.paths):
         model = load_masked_lm(path, need_head=has_head, with_head=has_head, vocab_size=vocab_size)
-        exact = Teacher(model, device=ranks.device, dtype=torch.float32)
-        sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
-        for batch, low in found:
-            if has_head:
-                low = low._replace(vocabulary=low.vocabularies[number])
-                sums[0] += kl_sum(exact(batch), low, batch, vocab_size=vocab_size)
-            else:
-                rows = slice(batch.num_tokens)
-                states = exact(batch).encoder.hidden_ND[rows], low.encoder.hidden_ND[rows].float()
-                sums[0] += (1 - torch.nn.functional.cosine_similarity(*states)).sum()
-            sums[1] += batch.num_tokens
-        nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a teacher
-        _require_small(nats / num_tokens, config, named(config.paths, number), has_head=has_head)
+        # The outputs of this one, as a teacher alone has them.
+        its = [(batch, low._replace(vocabulary=low.vocabularies[number] if has_head else None)) for batch, low in found]
+        drift = _drift(model, its, ranks, vocab_size=vocab_size)
+        _require_small(drift, config, named(config.paths, number), has_head=has_head)
+
+
+def _drift(model: MaskedLM, found: list[tuple[MicroBatch, TeacherOutput]], ranks: Ranks, *, vocab_size: int) -> float:
+    """Mean over the tokens of all ranks, of a teacher whose outputs in low precision were found."""
+    exact = Teacher(model, device=ranks.device, dtype=torch.float32)
+    sums = torch.zeros(2, device=ranks.device, dtype=torch.float64)  # nats, tokens
+    for batch, low in found:
+        if low.vocabulary is not None:
+            sums[0] += kl_sum(exact(batch), low, batch, vocab_size=vocab_size)
+        else:
+            rows = slice(batch.num_tokens)
+            states = exact(batch).encoder.hidden_ND[rows], low.encoder.hidden_ND[rows].float()
+            sums[0] += (1 - torch.nn.functional.cosine_similarity(*states)).sum()
+        sums[1] += batch.num_tokens
+    nats, num_tokens = ranks.sum(sums).tolist()  # a sync, once a teacher
+    return nats / num_tokens
 
 
 def _require_small(drift: float, config: TeacherConfig, teacher: str, *, has_head: bool) -> None:

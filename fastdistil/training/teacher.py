@@ -232,13 +232,13 @@ def require_knowledge(
                 of_one[1] += (logits.argmax(-1) == labels).sum()
                 of_one[2] += (labels >= 0).sum()
     for number, (nats, num_right, num_masked) in enumerate(ranks.sum(sums).tolist()):  # a sync, once a run
-        loss, nothing = nats / num_masked, math.log(vocab_size)
+        loss = nats / num_masked
         log.info(
             f"{named(paths, number)}: masked LM loss {loss:.4g}, accuracy {num_right / num_masked:.1%} on "
             f"{num_masked:,.0f} masked tokens of the validation text; to know nothing is ln({vocab_size:,}) = "
-            f"{nothing:.4g}"
+            f"{math.log(vocab_size):.4g}"
         )
-        _require_better(loss, nothing, config, f"--teacher.{'others' if number else 'path'} {paths[number]}")
+        _require_better(loss, vocab_size, config, f"--teacher.{'others' if number else 'path'} {paths[number]}")
 
 
 def named(paths: Sequence[Path], number: int) -> str:
@@ -246,11 +246,12 @@ def named(paths: Sequence[Path], number: int) -> str:
     return "teacher" if len(paths) == 1 else f"teacher {paths[number]}"
 
 
-def _require_better(loss: float, nothing: float, config: Config, teacher: str) -> None:
-    """Refuse, or warn of, the loss of a teacher that knows nothing; `nothing` is that of knowing nothing."""
+def _require_better(loss: float, vocab_size: int, config: Config, teacher: str) -> None:
+    """Refuse, or warn of, the masked-LM loss of a teacher that knows nothing."""
+    nothing = math.log(vocab_size)
     if loss <= KNOWS_NOTHING * nothing:
         return
-    is_toy = math.exp(nothing) < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-5  # not zeros
+    is_toy = vocab_size < TOY_VOCABULARY and abs(loss / nothing - 1) > 1e-5  # not zeros
     problem = (
         f"{teacher} knows nothing of this text: its own masked-LM loss is {loss:.4g}, "
         f"wanted below {KNOWS_NOTHING * nothing:.4g}. Its weights or its head are untrained, zero or damaged, or the "
