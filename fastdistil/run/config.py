@@ -219,7 +219,7 @@ class StudentConfig(_Section):
     num_heads: Annotated[int | None, AT_LEAST_1] = None
     """Attention heads. None: as the model it starts from, or as the teacher."""
     ffn_size: Annotated[int | None, AT_LEAST_1] = None
-    """Width of the feed-forward layer. None: as the source, or 4 x hidden-size."""
+    """Width of the feed-forward layer. None: as the source, or 4 x hidden-size (of a ModernBERT 1.5 x, with gates)."""
     max_positions: Annotated[int | None, AT_LEAST_1] = None
     """Longest sequence it can read. None: as the source, or the longest sequence of the shards."""
     token_types: Annotated[int | None, AT_LEAST_0] = None

@@ -254,7 +254,7 @@ def _student(
     model_type, token_types, layer_norm_eps = _family(asked, teacher, source)
     # Windows and angles: as the model of its family has them, or as transformers assumes.
     like = model if model is not None and model.model_type == model_type else None
-    assumed = families.find(model_type).defaults
+    gated, assumed = families.find(model_type).gated, families.find(model_type).defaults
     of_windows = {name: getattr(like, name) if like else assumed.get(name, 0) for name in OF_WINDOWS}
     if of_windows["global_theta"] and hidden_size // num_heads % 2:
         raise ValueError(
@@ -262,10 +262,11 @@ def _student(
             f"{families.find(model_type).title} rotates theirs in pairs: use another number, or another "
             "--student.hidden-size"
         )
+    same_ffn = same_width if same_width is not None and same_width.family.gated == gated else None
     # A row a size: what was asked for, what the model that it starts from or imitates has, what stands otherwise.
     sizes = {
         "num_heads": (num_heads,),
-        "ffn_size": (asked.ffn_size, _size(same_width, "ffn_size"), 4 * hidden_size),
+        "ffn_size": (asked.ffn_size, _size(same_ffn, "ffn_size"), 3 * hidden_size // 2 if gated else 4 * hidden_size),
         "max_positions": (asked.max_positions, _size(model, "max_positions"), meta.max_length),
     }
     other_width = teacher.hidden_size if teacher is not None and teacher.hidden_size != hidden_size else 0

@@ -202,6 +202,8 @@ def test_students_of_a_modernbert(modern, tmp_path):
     assert of(init="random", num_layers=6).imitated_layers == spread(6, 4)
     other = of(init="random", family="bert", num_layers=3)
     assert (other.student.model_type, other.student.global_every, other.imitated_layers) == ("bert", 0, spread(3, 4))
+    # A teacher's feed-forward layer with gates is no measure for one without, and likewise.
+    assert (other.student.ffn_size, teacher.ffn_size) == (4 * 32, 64)
 
 
 def test_a_modernbert_taught_by_a_bert_has_the_windows_that_its_family_has(root):
@@ -209,6 +211,7 @@ def test_a_modernbert_taught_by_a_bert_has_the_windows_that_its_family_has(root)
     assert (r.student.num_layers, r.student.hidden_size, r.student.max_positions) == (2, 32, 64)
     assert [r.student.window(layer) for layer in range(4)] == [0, 64, 64, 0]
     assert r.imitated_layers == (0, 3)
+    assert r.student.ffn_size == 48
 
 
 def test_positions_that_are_not_there_cannot_be_frozen(modern, tmp_path):
