@@ -60,10 +60,17 @@ TILES: dict[int, dict[int, Tiles]] = {
         128: Tiles(Tile(128, 64, 8), Tile(128, 64, 8), Tile(128, 32, 8), Tile(32, 128, 8)),
     },
 }
-# With a window the tiles are those above, which do not spill either (Triton 3.9.0, window 64), but for dq at width 32
-# on sm_90: 128 rows spilled with dropout. 64 rows see 192 where 128 see 256, and by the compiled code run 0.83 of the
-# instructions for each, 0.81 with dropout.
-WINDOW_TILES: dict[tuple[int, int], Tiles] = {(90, 32): TILES[90][32]._replace(dq=Tile(64, 64, 4))}
+# With a window the tiles are those above, which do not spill either (Triton 3.6.0 and 3.9.0, window 64), but for four.
+# dq at width 32 on sm_90: 128 rows spilled with dropout. 64 rows see 192 where 128 see 256, and by the compiled code run
+# 0.83 of the instructions for each, 0.81 with dropout. dk + dv in three places: 64 queries a step spilled under 3.6.0, at
+# width 16 also without dropout, where 32 fit one to three CTAs more an SM.
+_FEWER_QUERIES = Tile(32, 64, 4)
+WINDOW_TILES: dict[tuple[int, int], Tiles] = {
+    (90, 32): TILES[90][32]._replace(dq=Tile(64, 64, 4)),
+    (90, 64): TILES[90][64]._replace(dkdv=_FEWER_QUERIES),
+    (100, 16): TILES[100][16]._replace(dkdv=_FEWER_QUERIES),
+    (100, 32): TILES[100][32]._replace(dkdv=_FEWER_QUERIES),
+}
 # Products of fp32 run on the FP32 units, with operands in registers: every block that tl.dot takes spills at width 64
 # in one of the kernels, so this is for tests and for fp32 runs that can wait (or for backend sdpa).
 FP32_TILES = Tiles(Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4), Tile(32, 32, 4))
