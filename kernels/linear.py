@@ -60,6 +60,13 @@ def linear_dx(dout: Tensor, weight: Tensor, into: Tensor | None = None) -> Tenso
     return dout @ weight if into is None else into.addmm_(dout, weight)
 
 
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, keep: bool) -> Tensor:
+    """(N, F) residual + x @ weight.T, the same bits whether the residual is kept or the sum takes its place."""
+    if runs_on_onednn(x):
+        return linear_product(x, weight, None).add_(residual)
+    return torch.addmm(residual, x, weight.t()) if keep else residual.addmm_(x, weight.t())
+
+
 def add_product(total_FD: Tensor, a_FN: Tensor, b_ND: Tensor, accumulate: bool) -> None:
     """total = a @ b or, to `accumulate`, total += a @ b. The total is fp32 or of the operands' dtype."""
     if a_FN.dtype == total_FD.dtype:

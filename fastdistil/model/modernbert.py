@@ -135,10 +135,10 @@ class ModernBertLayer(nn.Module):
         between_ND, between_normed_ND, of_last = _add_norm(self.ffn_norm, out_ND, hidden_ND, call.seed)
         gated_N2F = raw_linear(self.ffn_in, between_normed_ND)
         activated_NF = self._dropped(geglu.forward(gated_N2F), call.seed)
-        if not keep:  # nobody else wants the stream: the product is added to it where it lies, in one pass less
-            weight = operand(self.ffn_out.weight)
-            return linear.linear_dx(activated_NF, weight.t(), between_ND), qkv_N3D, None
-        output_ND = raw_linear(self.ffn_out, activated_NF).add_(between_ND)
+        # Where nobody else wants the stream the product is added to it where it lies, in one pass less.
+        output_ND = linear.linear_add(activated_NF, operand(self.ffn_out.weight), between_ND, keep)
+        if not keep:
+            return output_ND, qkv_N3D, None
         first = (normed_ND, of_first, kept_qkv, attended_ND, of_attention)
         return output_ND, qkv_N3D, _Kept(*first, of_last, between_normed_ND, gated_N2F, activated_NF)
 

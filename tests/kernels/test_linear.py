@@ -9,6 +9,7 @@ from fastdistil.kernels.linear import (
     add_product,
     add_rows,
     linear,
+    linear_add,
     linear_dx,
     linear_forward,
     runs_on_onednn,
@@ -92,6 +93,22 @@ def test_functions_without_autograd(shape, dtype, sums, accumulate):
         my_error, their_error = ((t.double() - exact).abs().max().item() for t in (my, their))
         rounding = max(FLOOR, torch.finfo(dtype).eps) * (exact.abs().max().item() + 0.5)
         assert my_error <= 2 * their_error + rounding, f"{name}: error {my_error:.2e}, PyTorch's own {their_error:.2e}"
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_added_to_a_residual(shape, dtype):
+    """The same bits whether the residual stays or not; no worse than a product and a sum of PyTorch's."""
+    leaves = make_leaves(shape, dtype, bias=False)
+    x, weight = (leaf.detach() for leaf in leaves.values())
+    residual = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    before = residual.clone()
+    mine = linear_add(x, weight, residual, True)
+    assert torch.equal(residual, before)
+    assert torch.equal(linear_add(x, weight, residual, False), mine)
+    exact = before.double() + x.double() @ weight.double().t()
+    my_error, their_error = ((t.double() - exact).abs().max().item() for t in (mine, before + F.linear(x, weight)))
+    assert my_error <= 2 * their_error + max(FLOOR, torch.finfo(dtype).eps) * exact.abs().max().item()
 
 
 @each_dtype
