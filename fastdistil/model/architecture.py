@@ -41,7 +41,7 @@ class Architecture:
     dropout: float = 0.1
     """After the embeddings, the attention and the feed-forward layer."""
     attention_dropout: float = 0.1
-    """On the attention weights."""
+    """On the attention weights, and in a ModernBERT on what its attention adds to the stream."""
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
     """The id of [PAD]."""

@@ -234,7 +234,7 @@ class StudentConfig(_Section):
     dropout: Annotated[float, BELOW_1] = 0.1
     """Dropout after embeddings, attention and feed-forward."""
     attention_dropout: Annotated[float, BELOW_1] = 0.1
-    """Dropout of the attention probabilities."""
+    """Dropout of the attention probabilities, and in a ModernBERT of what its attention returns."""
 
     def _check_together(self) -> None:
         if self.layers is not None and self.num_layers is not None:
