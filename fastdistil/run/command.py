@@ -314,7 +314,8 @@ def leave(status: int) -> NoReturn:
     status -6, in 13 of 28 runs under strace.
     """
     at_once = launched().by_torchrun or status >= 128
-    for number in (signal.SIGINT, signal.SIGTERM) if at_once else (signal.SIGINT,):
+    ends = {signal.SIGINT, signal.SIGTERM} if at_once else {signal.SIGINT}
+    for number in {*ends, *STOP_SIGNALS} if status == STOPPED else ends:  # a stop that is asked for twice is one
         signal.signal(number, signal.SIG_IGN)  # the status is known, and Python's own end would die of it
     if not at_once:
         sys.exit(status)

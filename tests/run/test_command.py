@@ -18,6 +18,7 @@ from fastdistil.run.command import (
     REPEATS_S,
     SPEAKS_FIRST_S,
     STOP_SIGNALS,
+    STOPPED,
     Failed,
     Interrupted,
     Interruption,
@@ -430,6 +431,24 @@ def test_a_rank_leaves_with_its_status_and_output_but_tears_nothing_down(environ
     assert done.returncode == 3, done.stderr
     assert "the last line, atexit\n" in done.stdout
     assert ("torn down" in done.stdout) == torn_down
+
+
+ASKED_AGAIN = """
+import atexit, os, sys
+from fastdistil.run.command import STOPPED, leave
+
+atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
+leave(STOPPED)
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}], ids=["alone", "torchrun"])
+def test_a_stop_that_is_asked_for_again_while_python_ends_keeps_its_status(number, environment):
+    """SIGUSR1 ended a stopped run with status -10, where Slurm's requeue wants 75."""
+    words = [sys.executable, "-c", ASKED_AGAIN, str(int(number))]
+    done = subprocess.run(words, capture_output=True, text=True, env=launch.ENVIRONMENT | environment)
+    assert (done.returncode, done.stderr) == (STOPPED, "")
 
 
 def test_who_says_nothing_waits_for_who_does(monkeypatch, capsys):
