@@ -17,6 +17,7 @@ time. What is measured then is rubbish, and is kept nowhere but in OUT.
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -227,9 +228,14 @@ def reference_of_heads(teacher: list[Any], labels: Any, options: dict[str, Any],
 
 def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
     """(name, operator, its definition, leaves, gradient of the result) of every operator, at the model's shapes."""
+    yield from operators_of_layers(s, n)
+    yield from operators_of_losses(s, n)
+
+
+def operators_of_layers(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
     import torch
 
-    from fastdistil.kernels import attention, cosine, distill, dropout, geglu, gelu, layernorm, rope
+    from fastdistil.kernels import attention, dropout, geglu, gelu, layernorm, rope
 
     D, normal = s.D, s.normal
     x, r, w, b, dy = normal(n, D), normal(n, D), normal(D), normal(D), normal(n, D)
@@ -263,10 +269,10 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
     )
     lengths = [512] * 6 + [301, 61, 512, 137, 13] if s.on_gpu else [20, 9, 3]
     layout, rows = s.layout(lengths), sum(lengths)
-    for p in (0.0, 0.1):
-        o = dict(dropout_p=p, seed=s.seed, stream=4)
+    for p, window in itertools.product((0.0, 0.1), (0, 64 if s.on_gpu else 4)):
+        o = dict(dropout_p=p, seed=s.seed, stream=4, window=window)
         yield (
-            f"attention p={p}",
+            f"attention p={p}" + f" window {window}" * (window > 0),
             lambda q, o=o: attention.attention(q, layout, backend="fused", **o),
             lambda q, o=o: attention.attention_reference(q, layout, **o),
             [normal(rows, 3, s.H, D // s.H)],
@@ -281,6 +287,15 @@ def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], An
         [x],
         dy,
     )
+
+
+def operators_of_losses(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
+    import torch
+
+    from fastdistil.kernels import cosine, distill
+
+    D, normal = s.D, s.normal
+    x, r = normal(n, D), normal(n, D)
     yield "cosine", lambda y: cosine.cosine_loss(y, r)[0], lambda y: cosine.cosine_loss_reference(y, r)[0], [x], None
     labels = s.labels(n)
     rows_that_count = torch.tensor(n - 7, dtype=torch.int32, device=s.device)
