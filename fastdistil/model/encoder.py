@@ -100,11 +100,11 @@ class Encoder(nn.Module):
 
     def embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
         """Input of the first layer, (N, D). The definition, as the layers' forward is."""
-        raise AssertionError("a family's")
+        raise AssertionError("every family has its own")
 
     def raw_embedded(self, input_ids_N: Tensor, position_ids_N: Tensor, dropout_seed: Tensor | None) -> Tensor:
         """`embedded` as one function."""
-        raise AssertionError("a family's")
+        raise AssertionError("every family has its own")
 
     def rotations(self, position_ids_N: Tensor) -> tuple[Tensor, ...]:
         """What the layers rotate queries and keys by."""

@@ -36,7 +36,7 @@ from fastdistil.model.functions import LayerCall, raw_linear, table_gradient, we
 
 
 class AddLayerNorm(LayerNorm):
-    """(residual + dropout(x), its LayerNorm)."""
+    """(residual + dropout(x), its LayerNorm), both (N, D) in the dtype of x."""
 
     def forward(self, input: Tensor, residual_ND: Tensor, dropout_seed: Tensor | None) -> tuple[Tensor, Tensor]:
         return layernorm.add_layernorm(

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
         validation=joined(validations),
         validation_collator=collate(other, lengths=drawn if other is shards and len(parts) > 1 else None),
         num_updates=num_updates,
-        attended=partial(attended, drawn),
+        attended=cache(partial(attended, drawn)),  # of millions of lengths, and asked for every layer
         num_workers=data.num_workers,
     )
 

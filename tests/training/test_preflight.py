@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.nn.functional as F
@@ -204,6 +205,16 @@ def test_students_of_a_modernbert(modern, tmp_path):
     assert (other.student.model_type, other.student.global_every, other.imitated_layers) == ("bert", 0, spread(3, 4))
     # A teacher's feed-forward layer with gates is no measure for one without, and likewise.
     assert (other.student.ffn_size, teacher.ffn_size) == (4 * 32, 64)
+
+
+def test_lengths_are_read_once_for_each_window(modern, tmp_path):
+    """Not for every layer and every question: of 20 million sequences it takes a second."""
+    r = resolve(config(modern, out=tmp_path / "run"), world_size=1)
+    corpus = inputs.load_corpus(r, rank=0, world_size=1)
+    flops = [r.flops_per_token(corpus.attended) for _ in range(2)]
+    assert flops[0] == flops[1]
+    cached: Any = corpus.attended
+    assert cached.cache_info().misses == 2  # everything, and 8 tokens on either side
 
 
 def test_a_modernbert_taught_by_a_bert_has_the_windows_that_its_family_has(root):
