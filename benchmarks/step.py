@@ -234,7 +234,7 @@ class HuggingFace:
         self,
         args: argparse.Namespace,
         *,
-        compiled: bool = False,
+        compiled: Literal["", "whole", "by layer"] = "",
         liger: bool = False,
         keep_memory: bool = False,
         restrict_ce_to_mask: bool = False,
@@ -251,8 +251,13 @@ class HuggingFace:
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.compute: Callable[..., Tensor] = self._loss
-        if compiled:
+        if compiled == "whole":
             self.compute = torch.compile(self._loss, dynamic=True)
+        if compiled == "by layer":
+            layers = (m for model in (self.teacher, self.student) for m in model.modules() if _is_layer(m))
+            for layer in layers:
+                layer.forward = torch.compile(layer.forward, dynamic=True)
+            self._losses = torch.compile(self._losses, dynamic=True)
         if liger:
             from liger_kernel import transformers as fused  # pyright: ignore[reportMissingImports]
 
@@ -293,16 +298,26 @@ class HuggingFace:
 
     def _loss(self, ids: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
         with torch.no_grad():
-            t = self.teacher(input_ids=ids, attention_mask=real, output_hidden_states=True)
+            t_hidden, t_logits = _outputs(self.teacher, ids, real)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
-            s = self.student(input_ids=ids, attention_mask=real, output_hidden_states=True)
+            s_hidden, s_logits = _outputs(self.student, ids, real)
+        rows = (s_logits, t_logits, s_hidden, t_hidden, labels)
+        return self._losses(*(x.flatten(0, 1) for x in rows), real)
 
+    def _losses(
+        self,
+        s_logits: Tensor,
+        t_logits: Tensor,
+        s_hidden: Tensor,
+        t_hidden: Tensor,
+        labels: Tensor,
+        real: Tensor | None,
+    ) -> Tensor:
         # Padding is weighted away, not cut out: neither a copy of the logits nor a break of the compiled graph.
         def real_sum(x: Tensor) -> Tensor:
             return x.sum() if real is None else (x * real.flatten()).sum()
 
-        s_logits, t_logits, labels = (s.logits.flatten(0, 1), t.logits.flatten(0, 1), labels.flatten())
-        s_hidden, t_hidden = (x.hidden_states[-1].flatten(0, 1).float() for x in (s, t))
+        s_hidden, t_hidden = s_hidden.float(), t_hidden.float()
         kd = F.kl_div(
             F.log_softmax(s_logits.float() / 2, dim=-1), F.softmax(t_logits.float() / 2, dim=-1), reduction="none"
         ).sum(-1)
@@ -339,7 +354,8 @@ class HuggingFace:
 
     def evaluate(self) -> float:
         self.student.eval()
-        with torch.no_grad():
+        # Not compiled, or a second time without dropout and gradients.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             compute = self._liger_loss if self.liger else self._loss
             total = sum(float(compute(*b)) for b in self.batches)
         self.student.train()
@@ -351,6 +367,18 @@ class HuggingFace:
         torch.nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Of an encoder of transformers, as its repeated part is called there."""
+    return type(module).__name__ in ("BertLayer", "TransformerBlock", "ModernBertEncoderLayer")
+
+
+def _outputs(model: Any, ids_BL: Tensor, real_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(last hidden states, logits). Hidden states that transformers itself gives back it keeps by hooks, which break
+    what torch.compile compiles."""
+    hidden = model.base_model(input_ids=ids_BL, attention_mask=real_BL).last_hidden_state
+    return hidden, model.get_output_embeddings()(_transformed(model, hidden))
 
 
 def _transformed(model: Any, hidden_BLD: Tensor) -> Tensor:
@@ -381,6 +409,7 @@ def _hugging_face(model: MaskedLM) -> Any:
 
 FP8, LIGER = f"{OURS}, FP8 teacher", "HF + Liger"
 EAGER, COMPILED = "HF eager", "HF torch.compile"
+BY_LAYER = f"{COMPILED} by layer"
 MASKED = ", masked rows"
 MEMORY_KEPT = (f"{EAGER}, memory kept", "HF compiled, memory kept")
 PROVIDERS: dict[str, Callable[..., Any]] = {
@@ -390,15 +419,16 @@ PROVIDERS: dict[str, Callable[..., Any]] = {
     f"{OURS}, launch by launch": partial(Ours, graph=False),
     FP8: partial(Ours, fp8_teacher=True),
     EAGER: HuggingFace,
-    COMPILED: partial(HuggingFace, compiled=True),
+    COMPILED: partial(HuggingFace, compiled="whole"),
+    BY_LAYER: partial(HuggingFace, compiled="by layer"),
     MEMORY_KEPT[0]: partial(HuggingFace, keep_memory=True),
-    MEMORY_KEPT[1]: partial(HuggingFace, compiled=True, keep_memory=True),
+    MEMORY_KEPT[1]: partial(HuggingFace, compiled="whole", keep_memory=True),
     LIGER: partial(HuggingFace, liger=True),
     OURS + MASKED: partial(Ours, kd_rows="masked"),
     EAGER + MASKED: partial(HuggingFace, restrict_ce_to_mask=True),
 }
 ON_CPU = (OURS, f"{OURS}, 2 data workers", f"{OURS}, compiled", EAGER, COMPILED, *MEMORY_KEPT)
-ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, LIGER, EAGER, COMPILED)
+ON_GPU = (OURS, f"{OURS}, launch by launch", FP8, LIGER, EAGER, BY_LAYER, COMPILED)
 """What is worth a GPU's minutes: the step, what its graph and FP8 are worth, and the ways to do without us."""
 OF_MASKED = (OURS, OURS + MASKED, EAGER + MASKED)
 
