@@ -318,15 +318,18 @@ def _round_on_cpu(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 
 @contextlib.contextmanager
-def device_to_itself() -> Iterator[None]:
-    """On a GPU a user's benchmarks wait for each other here: what one times, no other one that is timed disturbs."""
+def device_to_itself(*, shared: bool = False) -> Iterator[None]:
+    """On a GPU a user's benchmarks wait for each other here: what one times, no other one that is timed disturbs.
+
+    `shared`: with others that time nothing either.
+    """
     if DEVICE != "cuda" or sys.platform == "win32":
         yield
         return
     import fcntl
 
     with open(Path(tempfile.gettempdir()) / f"fastdistil-benchmarks-{os.getuid()}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 
