@@ -27,10 +27,11 @@ from ._backend import INTERPRET, LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums
 
 INTERPRETED = tl.constexpr(INTERPRET)
 
-# Of a sum of columns: 16 rows of 256 columns are four loads of 16 bytes in flight a thread. At most 64 strips of rows,
-# whose sums are 1 % of what is read at 16,384 rows of bf16: as many on every device, so that the bits are the same.
+# Of a sum of columns: 16 rows of 256 columns are four loads of 16 bytes in flight a thread. At most 64 strips of rows, of
+# a vocabulary's columns 16, which are programs enough: on an H100 SXM 0.102 against 0.133 ms of 4,096 rows, 0.343 against
+# 0.375 of 16,384. As many on every device, so that the bits are the same.
 STRIP_TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
-NUM_STRIPS = 64
+STRIPS, STRIP_PROGRAMS = (16, 64), 2048
 # Of a sum of the rows of an index: 32 sorted rows a block, and as many blocks at once where a run crosses borders.
 RUN_TILE = {"RUN_ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 
@@ -100,11 +101,12 @@ def add_column_sum(total_F: Tensor, x_NF: Tensor, accumulate: bool) -> None:
     """total = x.sum(0) or, to `accumulate`, total += x.sum(0). Where Triton serves, summed in fp32; rows contiguous."""
     if x_NF.device.type in TRITON_DEVICES:
         N, width = x_NF.shape
-        rows = STRIP_TILE["ROWS"]
-        strip_rows = triton.cdiv(triton.cdiv(N, NUM_STRIPS), rows) * rows
+        rows, blocks = STRIP_TILE["ROWS"], triton.cdiv(width, STRIP_TILE["COLUMNS"])
+        strips = min(max(STRIPS[0], STRIP_PROGRAMS // blocks), STRIPS[1])
+        strip_rows = triton.cdiv(triton.cdiv(N, strips), rows) * rows
         strips = triton.cdiv(N, strip_rows)
         partial = x_NF.new_empty((strips, 1, width), dtype=torch.float32)
-        _strip_sums_kernel[(triton.cdiv(width, STRIP_TILE["COLUMNS"]), strips)](
+        _strip_sums_kernel[(blocks, strips)](
             x_NF, partial, N, width, x_NF.stride(0), strip_rows, **STRIP_TILE, **LAUNCH_OPTIONS
         )
         add_column_sums(partial, [total_F], accumulate)
