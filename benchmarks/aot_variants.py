@@ -284,18 +284,22 @@ def _column_sums_variant(*, num_sums: int, out: str) -> Variant:
     )
 
 
-def _gelu_variant(dtype: str, *, backward: bool) -> Variant:
+def _gelu_variant(dtype: str, *, backward: bool, kept: bool) -> Variant:
+    """`kept`: the forward leaves the derivative, by which the backward multiplies."""
     x, tile = f"*{dtype}", dict(gelu.TILE)
     num_warps = tile.pop("num_warps")
-    signature = {"x_ptr": x, "bias_ptr": x, "out_ptr": x, "N": "i32", "F": "i32"}
+    absent: dict[str, None] = {}
+    signature = {"x_ptr": x, "bias_ptr": x, "out_ptr": x, "slope_ptr": x, "N": "i32", "F": "i32"}
     if backward:
         signature = {"dout_ptr": x, "x_ptr": x, "bias_ptr": x, "dx_ptr": x}
         signature |= {"partial_ptr": "*fp32", "N": "i32", "F": "i32", "strip_rows": "i32"}
+    if backward == kept:
+        absent = {"bias_ptr" if backward else "slope_ptr": None}
     return Variant(
-        name=f"gelu {'backward' if backward else 'forward'} {dtype}",
+        name=f"gelu {'backward' if backward else 'forward'}{', derivative kept' if kept else ''} {dtype}",
         kernel=gelu._backward_kernel if backward else gelu._forward_kernel,
-        signature=signature | dict.fromkeys(tile, "constexpr"),
-        constexprs=tile,
+        signature=signature | dict.fromkeys([*tile, *absent], "constexpr"),
+        constexprs=tile | absent,
         divisible=("F", "strip_rows"),
         num_warps=num_warps,
     )
@@ -427,7 +431,8 @@ def _row_variants(dtype: str, *, layernorm_widths: tuple[int, ...]) -> Iterator[
     for head_dim in (32, 64, 128):
         yield _rope_variant(dtype, head_dim)
     for backward in (False, True):
-        yield _gelu_variant(dtype, backward=backward)
+        for kept in (False, True):
+            yield _gelu_variant(dtype, backward=backward, kept=kept)
         yield _geglu_variant(dtype, backward=backward)
         for width in layernorm_widths:
             yield _layernorm_variant(dtype, width, backward=backward, dropout=True)

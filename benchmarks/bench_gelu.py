@@ -39,7 +39,7 @@ def cases(options: Gelu) -> Iterator[Case]:
         if options.on != "cuda":
             raise ValueError("--product: there are two ways on a GPU alone: leave it out")
         for rows, width, use in itertools.product(
-            options.rows or (16384, 65536), options.widths or (3072,), ("forward", "forward, z kept", "backward")
+            options.rows or (16384, 65536), options.widths or (3072,), ("forward", "forward, derivative kept", "backward")
         ):
             name = f"product, {use}, {rows} x 768 x {width} bfloat16"
             yield Case(name, {"rows": rows, "width": width, "dtype": "bfloat16", "use": use}, product)
@@ -95,9 +95,9 @@ def product(*, rows: int, width: int, dtype: str, use: str, device: str) -> "Pro
             gelu.OWN_PRODUCT = majors
             try:
                 if use == "backward":
-                    gelu.gelu_backward_product(x, second, z, bias, dbias=dbias, accumulate=True)
+                    gelu.gelu_backward_product(x, second, z, dbias=dbias, accumulate=True)
                 else:
-                    gelu.linear_gelu_forward(x, weight, bias, keep=use == "forward, z kept")
+                    gelu.linear_gelu_forward(x, weight, bias, keep=use == "forward, derivative kept")
             finally:
                 gelu.OWN_PRODUCT = own
 

@@ -204,9 +204,9 @@ def ceilings(s: Setting) -> Any:
     x, w, b = s.normal(N, D), s.normal(4 * D, D), s.normal(4 * D)
     flops, dy, back, dbias = 8.0 * N * D * D, s.normal(N, D), s.normal(D, 4 * D), torch.zeros(4 * D, device=s.device)
     add("ffn in + GELU", flops, lambda: linear_gelu_forward(x, w, b, False))
-    add("ffn in + GELU, z kept", flops, lambda: linear_gelu_forward(x, w, b, True))
+    add("ffn in + GELU, derivative kept", flops, lambda: linear_gelu_forward(x, w, b, True))
     z = s.normal(N, 4 * D)
-    add("dX + GELU'", flops, lambda: gelu_backward_product(dy, back, z, b, dbias=dbias, accumulate=True))
+    add("dX + GELU'", flops, lambda: gelu_backward_product(dy, back, z, dbias=dbias, accumulate=True))
     return found
 
 
@@ -417,7 +417,7 @@ def kernels(s: Setting) -> Any:
         )
     g, gb, dg = normal(N, 4 * D), normal(4 * D), normal(N, 4 * D)
     add("gelu", lambda: gelu.bias_gelu(g, gb), 8 * one)
-    add("gelu backward", lambda: gelu.gelu_backward_rows(dg, g, gb, dbias=None, accumulate=False), 12 * one)
+    add("gelu backward", lambda: gelu.gelu_backward_rows(dg, g, dbias=None, accumulate=False), 12 * one)
     half = normal(N, 2 * D)
     add("geglu", lambda: geglu.forward(g), 6 * one)
     add("geglu backward", lambda: geglu.backward(half, g), 10 * one)

@@ -3,16 +3,17 @@
     out  = z * Phi(z),  z = x + bias,  Phi(z) = (1 + erf(z / sqrt 2)) / 2        (Hendrycks and Gimpel 2016)
     dx   = dout * (Phi(z) + z * phi(z)),  phi(z) = exp(-z^2 / 2) / sqrt(2 pi);  dbias = sum over rows of dx
 
-Only x is saved: the backward computes z again. fp32 arithmetic, one rounding.
+The operator saves x alone, and its backward computes z again. The functions that a layer calls by hand leave gelu'(z) for
+their backward where z is at hand, so that this multiplies. fp32 arithmetic, one rounding.
 
 Memory: the forward reads and writes (N, F) once, the backward reads it twice and writes it once. The bias gradient,
 which would be one more read, is summed on the way: every program adds up a strip of 128 rows, then one reduction adds
 the strips (no atomics; 1 % of the traffic in bf16).
 
-In a GEMM of its own the forward spares both passes, but for the write of what the backward wants, and the backward
-the write and the read of dout. That is `_product_kernel`, in Gluon for Hopper, bf16:
+In a GEMM of its own the forward spares both passes, but for the write of gelu'(z), and the backward the write and the
+read of dout. That is `_product_kernel`, in Gluon for Hopper, bf16:
 
-GELU takes about 18 instructions an element, its derivative 27: at K = 768 as long as the tensor cores take. So a CTA is
+GELU takes about 18 instructions an element, with its derivative 23: at K = 768 as long as the tensor cores take. So a CTA is
 three partitions: a warp that loads tiles by TMA into a ring of stages, and two warpgroups, each with a tile of its own,
 128 x 128. They take turns at the tensor cores, and as many CTAs as there are multiprocessors go through all tiles.
 
@@ -20,10 +21,10 @@ three partitions: a warp that loads tiles by TMA into a ring of stages, and two 
     warpgroup 0   products of tile 0 | GELU of tile 0     | products of tile 2 | ...
     warpgroup 1   (waits)            | products of tile 1 | GELU of tile 1     | ...
 
-Results leave through shared memory by TMA, which clips rows from N on; in the backward z arrives the same way.
+Results leave through shared memory by TMA, which clips rows from N on; in the backward gelu'(z) arrives the same way.
 
 Barriers: `full` and `empty` of every stage; `turn` of every warpgroup, without which it might find `full` two rounds
-behind, since a wait for a parity cannot tell them apart; `z_full`, z has arrived.
+behind, since a wait for a parity cannot tell them apart; `slope_full`, gelu'(z) has arrived.
 
 Measured, an H100 SXM, K = 768, F = 3072, against cuBLAS and a kernel of rows in the same run: 16,384 rows 0.134 against
 0.192 ms, with z kept 0.164 against 0.191, backward 0.181 against 0.245; 32,768 rows 0.286, 0.317, 0.386 against 0.373,
@@ -126,7 +127,10 @@ def gelu_derivative(z):
 
 
 @triton.jit(do_not_specialize=("N",))
-def _forward_kernel(x_ptr, bias_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _forward_kernel(
+    x_ptr, bias_ptr, out_ptr, slope_ptr,  # (N, F), (F,), (N, F), (N, F) or None; one of the last two may be x_ptr
+    N, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = (row < N)[:, None] & (column < F)[None, :]
@@ -134,24 +138,29 @@ def _forward_kernel(x_ptr, bias_ptr, out_ptr, N, F, ROWS: tl.constexpr, COLUMNS:
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     z = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
     tl.store(out_ptr + at, gelu(z).to(out_ptr.dtype.element_ty), mask=live)
+    if slope_ptr is not None:
+        tl.store(slope_ptr + at, gelu_derivative(z).to(slope_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=("N",))
 def _backward_kernel(
-    dout_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr,  # (N, F), ..., (strips, F) fp32
+    dout_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr,  # (N, F), ..., (strips, F) fp32; without a bias x is gelu'(z)
     N, F, strip_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, strip_rows, ROWS):  # not a constant: it would be unrolled, and spill
         row = strip * strip_rows + begin + tl.arange(0, ROWS)
         live = (row < N)[:, None] & (column < F)[None, :]
         at = row[:, None] * F + column[None, :]
-        z = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32) + bias[None, :]
+        slope = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            slope = gelu_derivative(slope + bias[None, :])
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dx = dout * gelu_derivative(z)
+        dx = dout * slope
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=live)
         dbias += dx
     tl.store(partial_ptr + strip * F + column, tl.sum(dbias, axis=0), mask=column < F)
@@ -203,7 +212,7 @@ def _store_next(x, desc, staging, number, row, column):
 
 @gluon.jit
 def _consume(
-    z_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging, full, empty, turn, z_full, N, F, K,
+    slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging, full, empty, turn, slope_full, N, F, K,
     MINE: gl.constexpr, BACKWARD: gl.constexpr, KEEP: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup, the first (MINE = 0) or the second."""
@@ -213,14 +222,15 @@ def _consume(
     tiles = gl.cdiv(gl.cdiv(N, SIDE) * (F // SIDE) - gl.program_id(0), gl.num_programs(0))
     for i in range(MINE, tiles, 2):
         row, column = _place(gl.program_id(0) + i * gl.num_programs(0), N, F)
-        if BACKWARD:  # z comes where the results go
+        if BACKWARD:  # gelu'(z) comes where the results go
             tma.store_wait(0)
             barrier()
-            mbarrier.expect(z_full.index(MINE), SIDE * SIDE * 2)
+            mbarrier.expect(slope_full.index(MINE), SIDE * SIDE * 2)
             for part in gl.static_range(2):
-                tma_load(z_desc, [row, column + part * PART], z_full.index(MINE), staging.index(part))
+                tma_load(slope_desc, [row, column + part * PART], slope_full.index(MINE), staging.index(part))
         columns = gl.arange(0, PART, gl.SliceLayout(0, LAYOUT))
-        biases = (gl.load(bias_ptr + column + columns), gl.load(bias_ptr + column + PART + columns))
+        if not BACKWARD:
+            biases = (gl.load(bias_ptr + column + columns), gl.load(bias_ptr + column + PART + columns))
         mbarrier.wait(turn.index(MINE), (i // 2 & 1) ^ (1 - MINE))  # the first has its first turn without waiting
         product = gl.zeros((SIDE, SIDE), gl.float32, ACCUMULATOR)
         position = i * slices
@@ -238,29 +248,29 @@ def _consume(
         product = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(empty.index((position + STAGES - 1) % STAGES))
         if BACKWARD:
-            mbarrier.wait(z_full.index(MINE), i // 2 & 1)
+            mbarrier.wait(slope_full.index(MINE), i // 2 & 1)
         parts = product.reshape(SIDE, 2, PART).permute(0, 2, 1).split()
         for part in gl.static_range(2):
             x = gl.convert_layout(parts[part], LAYOUT, assert_trivial=True)
-            bias = biases[part].to(gl.float32)[None, :]
             at = column + part * PART
             if BACKWARD:
                 buffer = staging.index(part)
                 live = (row + gl.arange(0, SIDE, gl.SliceLayout(1, LAYOUT)) < N)[:, None]
-                x = gl.where(live, x * gelu_derivative(buffer.load(LAYOUT).to(gl.float32) + bias), 0.0)
+                x = gl.where(live, x * buffer.load(LAYOUT).to(gl.float32), 0.0)
                 gl.store(partial_ptr + (row // SIDE).to(gl.int64) * F + at + columns, gl.sum(x, axis=0))
                 _store(x, out_desc, buffer, row, at)
             else:
+                z = x + biases[part].to(gl.float32)[None, :]
                 if KEEP:
-                    _store_next(x, z_desc, staging, 2 * part, row, at)
-                _store_next(gelu(x + bias), out_desc, staging, 2 * part + 1 if KEEP else part, row, at)
+                    _store_next(gelu_derivative(z), slope_desc, staging, 2 * part, row, at)
+                _store_next(gelu(z), out_desc, staging, 2 * part + 1 if KEEP else part, row, at)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=("N",))
 def _product_kernel(
-    a_desc, b_desc, z_desc, out_desc,  # z: written, in the backward read, or None
-    bias_ptr, partial_ptr,             # (F,); (rows of tiles, F) fp32 in the backward, else None
+    a_desc, b_desc, slope_desc, out_desc,  # gelu'(z): written, in the backward read, or None
+    bias_ptr, partial_ptr,                 # (F,) in the forward; (rows of tiles, F) fp32 in the backward; else None
     N, F, K: gl.constexpr, BACKWARD: gl.constexpr, KEEP: gl.constexpr,
     OPERAND: gl.constexpr, B: gl.constexpr, RESULT: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -273,22 +283,22 @@ def _product_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], ONE)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
-    z_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
+    slope_full = gl.allocate_shared_memory(gl.int64, [2, 1], ONE)
     for s in gl.static_range(STAGES):
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
     for s in gl.static_range(2):
         mbarrier.init(turn.index(s), count=1)
-        mbarrier.init(z_full.index(s), count=1)
+        mbarrier.init(slope_full.index(s), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (
-                z_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging0, full, empty, turn, z_full, N, F, K,
+                slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging0, full, empty, turn, slope_full, N, F, K,
                 0, BACKWARD, KEEP,
             )),
             (_consume, (
-                z_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging1, full, empty, turn, z_full, N, F, K,
+                slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging1, full, empty, turn, slope_full, N, F, K,
                 1, BACKWARD, KEEP,
             )),
             (_produce, (a_desc, b_desc, a_ring, b_ring, full, empty, N, F, K, BACKWARD)),
@@ -303,16 +313,18 @@ def _or_zeros(bias: Tensor | None, x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[1:]) if bias is None else bias
 
 
-def _launch_forward(x: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = gelu(x + bias), which may be x itself."""
+def _launch_forward(x: Tensor, bias: Tensor, out: Tensor, slope: Tensor | None) -> None:
+    """out = gelu(x + bias), and its derivative, if anybody wants it; x itself may be one of the two."""
     if x.numel() > 0:
         N, width = x.shape
         grid = (triton.cdiv(N, TILE["ROWS"]), triton.cdiv(width, TILE["COLUMNS"]))
-        _forward_kernel[grid](x, bias, out, N, width, **TILE, **LAUNCH_OPTIONS)
+        _forward_kernel[grid](x, bias, out, slope, N, width, **TILE, **LAUNCH_OPTIONS)
 
 
-def _launch_backward(dout: Tensor, x: Tensor, bias: Tensor, dx: Tensor, dbias: Tensor | None, accumulate: bool) -> None:
-    """dx, which may be dout itself, and dbias."""
+def _launch_backward(
+    dout: Tensor, x: Tensor, bias: Tensor | None, dx: Tensor, dbias: Tensor | None, accumulate: bool
+) -> None:
+    """dx, which may be dout itself, and dbias; without a bias x is the derivative."""
     N, width = x.shape
     strips = triton.cdiv(N, STRIP)
     partial = x.new_empty((strips, 1, width), dtype=torch.float32)
@@ -355,7 +367,7 @@ def _takes_own_product(a: Tensor, b: Tensor, columns: int) -> bool:
 
 
 def _launch_product(
-    a: Tensor, b: Tensor, bias: Tensor | None, z: Tensor | None, out: Tensor, partial: Tensor | None
+    a: Tensor, b: Tensor, bias: Tensor | None, slope: Tensor | None, out: Tensor, partial: Tensor | None
 ) -> None:
     """The backward, if it has `partial` (rows of tiles, 1, F) fp32, for its sums of rows. All contiguous."""
     (N, F), K, backward = out.shape, a.shape[1], partial is not None
@@ -363,8 +375,8 @@ def _launch_product(
     b_block = (depth, side) if backward else (side, depth)
     _product_kernel[(_programs(a.device),)](
         _described(a, side, depth), _described(b, *b_block),
-        None if z is None else _described(z, side, part), _described(out, side, part),
-        _or_zeros(bias, out), partial, N, F, K, backward, z is not None and not backward,
+        None if slope is None else _described(slope, side, part), _described(out, side, part),
+        None if backward else _or_zeros(bias, out), partial, N, F, K, backward, slope is not None and not backward,
         _layout(depth), _layout(b_block[1]), _layout(part), num_warps=4, maxnreg=REGISTERS, **LAUNCH_OPTIONS,
     )  # fmt: skip
 
@@ -372,9 +384,9 @@ def _launch_product(
 def linear_gelu_forward(
     x_ND: Tensor, weight_FD: Tensor, bias_F: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(gelu(x @ weight.T + bias) (N, F), z (N, F) for the backward if `keep`). No checks, no gradient.
+    """(gelu(x @ weight.T + bias) (N, F), what the backward needs (N, F) if `keep`). No checks, no gradient.
 
-    z is x @ weight.T with the bias on the CPU, where a product adds it for nothing, and without it elsewhere. All
+    That is gelu'(x @ weight.T + bias), on the CPU, whose GELU and its derivative are PyTorch's, x @ weight.T + bias. All
     contiguous.
     """
     if x_ND.device.type not in TRITON_DEVICES:
@@ -382,47 +394,43 @@ def linear_gelu_forward(
         return F.gelu(z), z if keep else None
     if _takes_own_product(x_ND, weight_FD, weight_FD.shape[0]):
         out = x_ND.new_empty(x_ND.shape[0], weight_FD.shape[0])
-        z = torch.empty_like(out) if keep else None
-        _launch_product(x_ND, weight_FD, bias_F, z, out, None)
-        return out, z
+        slope = torch.empty_like(out) if keep else None
+        _launch_product(x_ND, weight_FD, bias_F, slope, out, None)
+        return out, slope
     z = x_ND @ weight_FD.t()
-    out = torch.empty_like(z) if keep else z
-    _launch_forward(z, _or_zeros(bias_F, z), out)
-    return out, z if keep else None
+    out, slope = (torch.empty_like(z), z) if keep else (z, None)
+    _launch_forward(z, _or_zeros(bias_F, z), out, slope)
+    return out, slope
 
 
 def gelu_backward_product(
-    dy_ND: Tensor, weight_DF: Tensor, z_NF: Tensor, bias_F: Tensor | None, *, dbias: Tensor | None, accumulate: bool
+    dy_ND: Tensor, weight_DF: Tensor, kept_NF: Tensor, *, dbias: Tensor | None, accumulate: bool
 ) -> Tensor:
-    """dz (N, F) = (dy @ weight) * gelu'(z), z from `linear_gelu_forward`.
+    """dz (N, F) = (dy @ weight) * gelu'(z), from what `linear_gelu_forward` kept.
 
     dbias is where the sum of dz over its rows goes, (F,) fp32 or in the dtype of bias; with `accumulate` it is added to
     what stands there. None: nowhere.
     """
     if _takes_own_product(dy_ND, weight_DF, weight_DF.shape[1]):
-        dz = torch.empty_like(z_NF)
+        dz = torch.empty_like(kept_NF)
         partial = dz.new_empty((triton.cdiv(dz.shape[0], SIDE.value), 1, dz.shape[1]), dtype=torch.float32)
-        _launch_product(dy_ND, weight_DF, bias_F, z_NF, dz, partial)
+        _launch_product(dy_ND, weight_DF, None, kept_NF, dz, partial)
         add_column_sums(partial, (dbias,), accumulate)
         return dz
     dout = linear_dx(dy_ND, weight_DF)
-    return _backward_into(dout, dout, z_NF, bias_F, dbias, accumulate)
+    return _backward_into(dout, dout, kept_NF, dbias, accumulate)
 
 
-def gelu_backward_rows(
-    dout_NF: Tensor, z_NF: Tensor, bias_F: Tensor | None, *, dbias: Tensor | None, accumulate: bool
-) -> Tensor:
+def gelu_backward_rows(dout_NF: Tensor, kept_NF: Tensor, *, dbias: Tensor | None, accumulate: bool) -> Tensor:
     """dz (N, F) = dout * gelu'(z); the rest as in `gelu_backward_product`."""
-    return _backward_into(torch.empty_like(dout_NF), dout_NF, z_NF, bias_F, dbias, accumulate)
+    return _backward_into(torch.empty_like(dout_NF), dout_NF, kept_NF, dbias, accumulate)
 
 
-def _backward_into(
-    dz: Tensor, dout: Tensor, z: Tensor, bias: Tensor | None, dbias: Tensor | None, accumulate: bool
-) -> Tensor:
+def _backward_into(dz: Tensor, dout: Tensor, kept: Tensor, dbias: Tensor | None, accumulate: bool) -> Tensor:
     if dout.device.type in TRITON_DEVICES:
-        _launch_backward(dout, z, _or_zeros(bias, z), dz, dbias, accumulate)
+        _launch_backward(dout, kept, None, dz, dbias, accumulate)
         return dz
-    torch.ops.aten.gelu_backward.grad_input(dout, z, grad_input=dz)
+    torch.ops.aten.gelu_backward.grad_input(dout, kept, grad_input=dz)
     if dbias is not None:
         add_column_sum(dbias, dz, accumulate)
     return dz
@@ -432,7 +440,7 @@ def _backward_into(
 def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     """(N, F) gelu(x + bias). Inputs contiguous."""
     out = torch.empty_like(x)
-    _launch_forward(x, bias, out)
+    _launch_forward(x, bias, out, None)
     return out
 
 

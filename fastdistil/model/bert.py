@@ -32,7 +32,7 @@ class _Kept(NamedTuple):
     attention: Any
     attention_norm: tuple[Tensor, ...]
     between_ND: Tensor
-    z_NF: Any
+    gelu: Any
     activated_NF: Tensor
     ffn_norm: tuple[Tensor, ...]
 
@@ -97,11 +97,11 @@ class BertLayer(nn.Module):
             self.attention_norm, raw_linear(self.attention_out, attended_ND), hidden_ND, call.seed
         )
         weight, bias = operand(self.ffn_in.weight), operand(self.ffn_in.bias)
-        activated_NF, z_NF = gelu.linear_gelu_forward(between_ND, weight, bias, keep)
+        activated_NF, of_gelu = gelu.linear_gelu_forward(between_ND, weight, bias, keep)
         output_ND, of_last = raw_norm(self.ffn_norm, raw_linear(self.ffn_out, activated_NF), between_ND, call.seed)
         if not keep:
             return output_ND, qkv_N3D, None
-        kept = _Kept(kept_qkv, attended_ND, of_attention, of_norm, between_ND, z_NF, activated_NF, of_last)
+        kept = _Kept(kept_qkv, attended_ND, of_attention, of_norm, between_ND, of_gelu, activated_NF, of_last)
         return output_ND, qkv_N3D, kept
 
     def raw_backward(
@@ -116,8 +116,8 @@ class BertLayer(nn.Module):
         dbetween_ND, dx_ND, last = _norm_backward(self.ffn_norm, ffn_out, kept.ffn_norm, doutput_ND, seed)
         of_ffn_out = weight_gradient(ffn_out.weight, dx_ND, kept.activated_NF)
         (dbias,), accumulate = destination(ffn_in.bias)
-        weight, bias = operand(ffn_out.weight), operand(ffn_in.bias)
-        dz_NF = gelu.gelu_backward_product(dx_ND, weight, kept.z_NF, bias, dbias=dbias, accumulate=accumulate)
+        weight = operand(ffn_out.weight)
+        dz_NF = gelu.gelu_backward_product(dx_ND, weight, kept.gelu, dbias=dbias, accumulate=accumulate)
         of_ffn_in = weight_gradient(ffn_in.weight, dz_NF, kept.between_ND), to_autograd(ffn_in.bias, dbias)
         dbetween_ND = linear.linear_dx(dz_NF, operand(ffn_in.weight), dbetween_ND)
         del dx_ND, dz_NF

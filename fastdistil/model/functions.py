@@ -127,10 +127,10 @@ class _Transform(Function):
     def forward(ctx: Any, head: VocabHead, hidden_ND: Tensor, *_: Tensor) -> Tensor:
         dense = head.dense
         weight, bias = operand(dense.weight), optional(dense.bias)
-        activated_ND, z_ND = gelu.linear_gelu_forward(hidden_ND, weight, bias, True)
+        activated_ND, of_gelu = gelu.linear_gelu_forward(hidden_ND, weight, bias, True)
         out_ND, kept = raw_norm(head.norm, activated_ND, None, None)
         ctx.head = head
-        ctx.save_for_backward(hidden_ND, z_ND, *kept)
+        ctx.save_for_backward(hidden_ND, of_gelu, *kept)
         ctx.set_materialize_grads(False)
         return out_ND
 
@@ -138,7 +138,7 @@ class _Transform(Function):
     @once_differentiable
     def backward(ctx: Any, dout_ND: Tensor) -> tuple[Tensor | None, ...]:
         dense, norm = ctx.head.dense, ctx.head.norm
-        hidden_ND, z_ND, *kept = ctx.saved_tensors
+        hidden_ND, of_gelu, *kept = ctx.saved_tensors
         (dweight, dbias), accumulate = destination(norm.weight, norm.bias)
         _, dactivated_ND = layernorm.backward(
             dout_ND.contiguous(),
@@ -151,8 +151,7 @@ class _Transform(Function):
             accumulate=accumulate,
         )
         (dense_bias,), accumulate = destination(dense.bias)
-        bias = optional(dense.bias)
-        dz_ND = gelu.gelu_backward_rows(dactivated_ND, z_ND, bias, dbias=dense_bias, accumulate=accumulate)
+        dz_ND = gelu.gelu_backward_rows(dactivated_ND, of_gelu, dbias=dense_bias, accumulate=accumulate)
         of_dense = weight_gradient(dense.weight, dz_ND, hidden_ND), to_autograd(dense.bias, dense_bias)
         dhidden_ND = linear.linear_dx(dz_ND, operand(dense.weight))
         return None, dhidden_ND, *of_dense, to_autograd(norm.weight, dweight), to_autograd(norm.bias, dbias)
