@@ -116,26 +116,51 @@ def _dropout_reference(x: Tensor, seed: Tensor | None, stream: int, dropout_p: f
 
 
 @triton.jit
-def _drop(x, live, seed, stream, row, column_key, threshold, scale):
-    """(dropout(x), mask of what is kept): without column keys nothing is dropped."""
+def _first_keys(seed_ptr, stream, column):
+    """(seed, keys of the columns, room for those of 32 rows), which nobody looks at without dropout."""
+    seed, column_key = 0, column
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
+    return seed, column_key, tl.zeros((32,), tl.uint32)
+
+
+@triton.jit
+def _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS: tl.constexpr):
+    """(ROWS rows from `begin` of a program's on, their keys, the keys of the 32 rows that they are among)."""
+    first = tl.program_id(0).to(tl.int64) * rows_per_program + begin
+    row = first + tl.arange(0, ROWS)
+    row_key = row  # which nobody looks at without dropout
+    if seed_ptr is not None:
+        # Philox is 50 instructions: each lane draws the key of one of 32 rows, and all get it by a shuffle.
+        lane = begin & 31
+        if lane == 0:
+            row_keys = keys(seed, stream, ROW_SIDE, 0, first + tl.arange(0, 32))
+        row_key = tl.gather(row_keys, lane + tl.arange(0, ROWS), 0)
+    return row, row_key, row_keys
+
+
+@triton.jit
+def _drop(x, live, seed_ptr, row_key, column_key, threshold, scale):
+    """(dropout(x), mask of what is kept): without a seed nothing is dropped."""
     kept = live
-    if column_key is not None:
-        kept = keep(keys(seed, stream, ROW_SIDE, 0, row)[:, None], column_key[None, :], threshold)
+    if seed_ptr is not None:
+        kept = keep(row_key[:, None], column_key[None, :], threshold)
         x = tl.where(kept, x * scale, 0.0)
     return x, kept
 
 
 @triton.jit
-def _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale):
+def _sum_of(x_ptr, residual_ptr, at, live, seed_ptr, row_key, column_key, threshold, scale):
     """(residual + dropout(x) in fp32, mask of what is kept); without x, the residual is that sum already."""
     if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-        y, kept = _drop(x, live, seed, stream, row, column_key, threshold, scale)
+        y, kept = _drop(x, live, seed_ptr, row_key, column_key, threshold, scale)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
     else:
         y = tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
-        _, kept = _drop(y, live, seed, stream, row, column_key, threshold, scale)
+        _, kept = _drop(y, live, seed_ptr, row_key, column_key, threshold, scale)
     return y, kept
 
 
@@ -197,21 +222,16 @@ def _forward_kernel(
     N, D, eps, stream, threshold, scale, rows_per_program,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     bias = _bias(bias_ptr, column, in_row)
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
+    seed, column_key, row_keys = _first_keys(seed_ptr, stream, column)
     for begin in range(0, rows_per_program, ROWS):
-        row = first + begin + tl.arange(0, ROWS)
+        row, row_key, row_keys = _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
-        y, _ = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
+        y, _ = _sum_of(x_ptr, residual_ptr, at, live, seed_ptr, row_key, column_key, threshold, scale)
         if sum_ptr is not None:
             rounded = y.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + at, rounded, mask=live)
@@ -233,19 +253,15 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, stream, COLUMN_SIDE, 0, column)
+    seed, column_key, row_keys = _first_keys(seed_ptr, stream, column)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     dx_sum = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, rows_per_program, ROWS):
-        row = program * rows_per_program + begin + tl.arange(0, ROWS)
+        row, row_key, row_keys = _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
-        y, kept = _sum_of(x_ptr, residual_ptr, at, live, seed, stream, row, column_key, threshold, scale)
+        y, kept = _sum_of(x_ptr, residual_ptr, at, live, seed_ptr, row_key, column_key, threshold, scale)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -277,22 +293,17 @@ def _embedding_forward_kernel(
     N, D, eps, threshold, scale, rows_per_program,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * rows_per_program
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     bias = _bias(bias_ptr, column, in_row)
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, EMBEDDING_STREAM, COLUMN_SIDE, 0, column)
+    seed, column_key, row_keys = _first_keys(seed_ptr, EMBEDDING_STREAM, column)
     for begin in range(0, rows_per_program, ROWS):
-        row = first + begin + tl.arange(0, ROWS)
+        row, row_key, row_keys = _next_rows(seed_ptr, seed, EMBEDDING_STREAM, row_keys, rows_per_program, begin, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         y = _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D)
         out, mean, rstd = _normalise(y, weight, bias, in_row, D, eps)
-        out, _ = _drop(out, live, seed, EMBEDDING_STREAM, row, column_key, threshold, scale)
+        out, _ = _drop(out, live, seed_ptr, row_key, column_key, threshold, scale)
         tl.store(out_ptr + row[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
         tl.store(mean_ptr + row, mean, mask=row < N)
         tl.store(rstd_ptr + row, rstd, mask=row < N)
@@ -309,22 +320,18 @@ def _embedding_backward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed = 0
-    column_key = None
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        column_key = keys(seed, EMBEDDING_STREAM, COLUMN_SIDE, 0, column)
+    seed, column_key, row_keys = _first_keys(seed_ptr, EMBEDDING_STREAM, column)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, rows_per_program, ROWS):
-        row = program * rows_per_program + begin + tl.arange(0, ROWS)
+        row, row_key, row_keys = _next_rows(seed_ptr, seed, EMBEDDING_STREAM, row_keys, rows_per_program, begin, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
         y = _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dout, _ = _drop(dout, live, seed, EMBEDDING_STREAM, row, column_key, threshold, scale)
+        dout, _ = _drop(dout, live, seed_ptr, row_key, column_key, threshold, scale)
         dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
         dweight += tl.sum(dout * xhat, axis=0)
         if SUMS > 1:
