@@ -39,7 +39,9 @@ def cases(options: Gelu) -> Iterator[Case]:
         if options.on != "cuda":
             raise ValueError("--product: there are two ways on a GPU alone: leave it out")
         for rows, width, use in itertools.product(
-            options.rows or (16384, 65536), options.widths or (3072,), ("forward", "forward, derivative kept", "backward")
+            options.rows or (16384, 65536),
+            options.widths or (3072,),
+            ("forward", "forward, derivative kept", "backward"),
         ):
             name = f"product, {use}, {rows} x 768 x {width} bfloat16"
             yield Case(name, {"rows": rows, "width": width, "dtype": "bfloat16", "use": use}, product)
