@@ -1,5 +1,4 @@
-// CPU entry of fastdistil::dropout_into. Schema, keys, mix and their reasons: kernels/dropout.py. Same masks, bit for
-// bit.
+// CPU entry of fastdistil::dropout_into. Schema, keys and their reasons: kernels/dropout.py. Same masks, bit for bit.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -26,7 +25,8 @@ inline Words multiply(Words x, uint32_t m) { return _mm256_mul_epu32(x, _mm256_s
 inline Words high_half(Words x) { return _mm256_srli_epi64(x, 32); }
 #endif
 
-// Word 0 of Philox4x32-10 of the counters (first + i, head, stream, side); count is rounded up to whole kKeys.
+// Word 0 of Philox4x32-10 of the counters (first + i, head, stream, side), made odd; count is rounded up to whole
+// kKeys.
 void draw_keys(uint32_t* out, int64_t count, int64_t seed, int64_t first, int64_t head, int64_t stream, int64_t side) {
   for (int64_t begin = 0; begin < count; begin += kKeys) {
     Words c0[2], c1[2], c2[2], c3[2];  // one word of a counter in each low half; the high halves are left-overs
@@ -44,21 +44,18 @@ void draw_keys(uint32_t* out, int64_t count, int64_t seed, int64_t first, int64_
     }
     int64_t keys[kKeys];
     for (int v = 0; v < 2; ++v) c0[v].store(keys + v * Words::size());
-    for (int64_t i = 0; i < kKeys; ++i) out[begin + i] = static_cast<uint32_t>(keys[i]);
+    for (int64_t i = 0; i < kKeys; ++i) out[begin + i] = static_cast<uint32_t>(keys[i]) | 1;
   }
 }
 
-// x * scale in the lanes whose mixed keys reach the threshold, 0 in the others, whatever x is there.
+// x * scale in the lanes whose products of keys reach the threshold, 0 in the others, whatever x is there.
 inline Lanes drop(Lanes x, uint32_t row_key, const uint32_t* column_key, uint32_t threshold, Lanes scale) {
 #ifdef CPU_CAPABILITY_AVX512
-  __m512i k = _mm512_xor_si512(_mm512_set1_epi32(row_key), _mm512_loadu_si512(column_key));
-  k = _mm512_mullo_epi32(k, _mm512_set1_epi32(0x7feb352d));
-  k = _mm512_mullo_epi32(_mm512_xor_si512(k, _mm512_srli_epi32(k, 15)), _mm512_set1_epi32(0x846ca68b));
+  const __m512i k = _mm512_mullo_epi32(_mm512_set1_epi32(row_key), _mm512_loadu_si512(column_key));
   return _mm512_maskz_mul_ps(_mm512_cmpge_epu32_mask(k, _mm512_set1_epi32(threshold)), x, scale);
 #else
   const __m256i column = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(column_key));
-  __m256i k = _mm256_mullo_epi32(_mm256_xor_si256(_mm256_set1_epi32(row_key), column), _mm256_set1_epi32(0x7feb352d));
-  k = _mm256_mullo_epi32(_mm256_xor_si256(k, _mm256_srli_epi32(k, 15)), _mm256_set1_epi32(0x846ca68b));
+  const __m256i k = _mm256_mullo_epi32(_mm256_set1_epi32(row_key), column);
   // AVX2 compares only signed integers: k >= threshold is max(k, threshold) == k.
   const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(k, _mm256_set1_epi32(threshold)), k);
   return _mm256_and_ps(_mm256_castsi256_ps(kept), x * scale);

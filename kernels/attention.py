@@ -365,7 +365,7 @@ def _dkdv_step(
     if DROPOUT:
         row_key = _keys(key_ptr, row, num_left, MASKED)
         kept = keep(row_key[None, :], column_key[:, None], threshold)
-        kept_p = tl.where(kept, p, scale2 * 0.0)
+        kept_p = tl.where(kept, p, 0.0)
     dv = _dot(kept_p.to(dout.dtype), dout, dv)
     delta = _numbers(delta_ptr, row, num_left, 0.0, MASKED)
     ds = kept_p * dp - p * delta[None, :]

@@ -77,7 +77,7 @@ def test_nothing_outside_is_touched_and_dropped_infinities_are_zero():
 
 @of_the_definition
 def test_keys_are_philox():
-    """Known answers of Random123 (kat_vectors, philox4x32 10): counter, key, first word."""
+    """Known answers of Random123 (kat_vectors, philox4x32 10): counter, key, first word, which is odd in all three."""
     low = 0xFFFFFFFF
     for counter, key, word in [
         ((0, 0, 0, 0), (0, 0), 0x6627E8D5),
@@ -88,6 +88,14 @@ def test_keys_are_philox():
         row, head = torch.tensor([counter[0]]), torch.tensor([counter[1]])
         seed = torch.tensor(high * 2**32 + key[0])
         assert module.keys_reference(seed, counter[2], counter[3], head, row).item() == word
+
+
+@of_the_definition
+def test_keys_are_odd():
+    """An even key of a row would leave fewer random bits to the row; a key of 0 drops it."""
+    index = torch.arange(256)
+    for side in range(2):
+        assert (module.keys_reference(torch.tensor(SEED), 0, side, index[:2], index) & 1).all()
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="these keys feed Triton kernels only")
@@ -143,17 +151,16 @@ def test_masks_are_independent(dropout_p):
     assert worst_pair(masks, dropout_p) > 20
 
 
-def own_mix(x: Tensor) -> Tensor:
-    """What keep_reference does with row_key ^ column_key, in 32 bits held by int64."""
-    x = (x * 0x7FEB352D) & 0xFFFFFFFF
-    return ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+def product(row: Tensor, column: Tensor) -> Tensor:
+    """What keep_reference makes of keys, in 32 bits held by int64."""
+    return (row * column) & 0xFFFFFFFF
 
 
-def drawn(mix: Callable[[Tensor], Tensor], dropout_p: float) -> Tensor:
-    """A 512 x 512 mask by `mix` of the keys that the operator has."""
+def drawn(combine: Callable[[Tensor, Tensor], Tensor], dropout_p: float) -> Tensor:
+    """A 512 x 512 mask by `combine` of the keys that the operator has."""
     index, head = torch.arange(512), torch.zeros(1, dtype=torch.int64)
     row, column = (module.keys_reference(torch.tensor(SEED), 5, s, head, index)[0] for s in (0, 1))
-    return mix(row[:, None] ^ column[None, :]) >= module.threshold(dropout_p)
+    return combine(row[:, None], column[None, :]) >= module.threshold(dropout_p)
 
 
 def pairs_of_rows(keep_RC: Tensor) -> tuple[float, float]:
@@ -166,13 +173,20 @@ def pairs_of_rows(keep_RC: Tensor) -> tuple[float, float]:
     return z.abs().max().item(), (z.square().mean().item() - 1) / (2 / len(z)) ** 0.5
 
 
+def largest_singular_value(keep_RC: Tensor, dropout_p: float) -> float:
+    """Of the centred bits, over that of independent ones (Marchenko and Pastur 1967), which keeps to it within 3 %."""
+    z = (keep_RC.double() - (1 - dropout_p)) / (dropout_p * (1 - dropout_p)) ** 0.5
+    return torch.linalg.matrix_norm(z, 2).item() / sum(n**0.5 for n in z.shape)
+
+
 @of_the_definition
 def test_rows_and_columns_are_as_random_ones():
     for dropout_p in (0.1, 0.5):
-        mask = drawn(own_mix, dropout_p)
+        mask = drawn(product, dropout_p)
         index, head = torch.arange(512), torch.zeros(1, dtype=torch.int64)
         definition = module.keep_reference(torch.tensor(SEED), 5, dropout_p, head, index, index)[0]
         assert torch.equal(mask, definition)
+        assert abs(largest_singular_value(mask, dropout_p) - 1) < 0.03
         for keep in (mask, mask.T):
             worst, excess = pairs_of_rows(keep)
             assert abs(excess) < 5
@@ -184,15 +198,18 @@ def test_rows_and_columns_are_as_random_ones():
 @pytest.mark.parametrize(
     "weak",
     [
-        lambda x: x,
-        lambda x: (x * 0x7FEB352D) & 0xFFFFFFFF,
-        lambda x: (((x ^ (x >> 15)) & 0xFFFFFFFF) * 0x846CA68B) & 0xFFFFFFFF,
+        lambda row, column: row ^ column,
+        lambda row, column: (row + column) & 0xFFFFFFFF,
+        lambda row, column: ((row ^ column) * 0x7FEB352D) & 0xFFFFFFFF,
+        lambda row, column: product(row & ~0xFFFF, column),
     ],
-    ids=["none", "one multiplication", "shift and one multiplication"],
+    ids=["xor", "sum", "xor, times a constant", "sixteen bits of a row's key"],
 )
-def test_the_check_sees_a_weaker_mix(weak):
-    worst, _ = pairs_of_rows(drawn(weak, 0.5))
+def test_the_checks_see_a_weaker_mask(weak):
+    mask = drawn(weak, 0.5)
+    worst, excess = pairs_of_rows(mask)
     assert worst > 6
+    assert excess > 5
 
 
 def make_leaf(dtype=torch.float32) -> Tensor:
