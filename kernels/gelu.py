@@ -3,8 +3,8 @@
     out  = z * Phi(z),  z = x + bias,  Phi(z) = (1 + erf(z / sqrt 2)) / 2        (Hendrycks and Gimpel 2016)
     dx   = dout * (Phi(z) + z * phi(z)),  phi(z) = exp(-z^2 / 2) / sqrt(2 pi);  dbias = sum over rows of dx
 
-The operator saves x alone, and its backward computes z again. The functions that a layer calls by hand leave gelu'(z) for
-their backward where z is at hand, so that this multiplies. fp32 arithmetic, one rounding.
+The operator saves x alone, and its backward computes z again. Of the functions that a layer calls by hand the forward,
+which has z, leaves gelu'(z), and the backward multiplies. fp32 arithmetic, one rounding.
 
 Memory: the forward reads and writes (N, F) once, the backward reads it twice and writes it once. The bias gradient,
 which would be one more read, is summed on the way: every program adds up a strip of 128 rows, then one reduction adds
@@ -13,9 +13,9 @@ the strips (no atomics; 1 % of the traffic in bf16).
 In a GEMM of its own the forward spares both passes, but for the write of gelu'(z), and the backward the write and the
 read of dout. That is `_product_kernel`, in Gluon for Hopper, bf16:
 
-GELU takes about 18 instructions an element, with its derivative 23: at K = 768 as long as the tensor cores take. So a CTA is
-three partitions: a warp that loads tiles by TMA into a ring of stages, and two warpgroups, each with a tile of its own,
-128 x 128. They take turns at the tensor cores, and as many CTAs as there are multiprocessors go through all tiles.
+GELU takes about 18 instructions an element, with its derivative 23: at K = 768 as long as the tensor cores take. So a
+CTA is three partitions: a warp that loads tiles by TMA into a ring of stages, and two warpgroups, each with a tile of
+its own, 128 x 128. They take turns at the tensor cores, and as many CTAs as there are multiprocessors go through all tiles.
 
     loads         a and b of tile 0 | of tile 1 | of tile 2 | ...
     warpgroup 0   products of tile 0 | GELU of tile 0     | products of tile 2 | ...
@@ -294,12 +294,12 @@ def _product_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging0, full, empty, turn, slope_full, N, F, K,
-                0, BACKWARD, KEEP,
+                slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging0, full, empty, turn, slope_full,
+                N, F, K, 0, BACKWARD, KEEP,
             )),
             (_consume, (
-                slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging1, full, empty, turn, slope_full, N, F, K,
-                1, BACKWARD, KEEP,
+                slope_desc, out_desc, bias_ptr, partial_ptr, a_ring, b_ring, staging1, full, empty, turn, slope_full,
+                N, F, K, 1, BACKWARD, KEEP,
             )),
             (_produce, (a_desc, b_desc, a_ring, b_ring, full, empty, N, F, K, BACKWARD)),
         ],
@@ -386,7 +386,7 @@ def linear_gelu_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(gelu(x @ weight.T + bias) (N, F), what the backward needs (N, F) if `keep`). No checks, no gradient.
 
-    That is gelu'(x @ weight.T + bias), on the CPU, whose GELU and its derivative are PyTorch's, x @ weight.T + bias. All
+    That is gelu'(x @ weight.T + bias), on the CPU, where PyTorch's own derivative serves, x @ weight.T + bias. All
     contiguous.
     """
     if x_ND.device.type not in TRITON_DEVICES:

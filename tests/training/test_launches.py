@@ -93,7 +93,7 @@ def test_what_is_launched_compiles_to_good_code(launched, of):
 
 
 def test_product_with_gelu_is_fed_and_emptied_by_tma(launched):
-    """On Hopper: forward, forward with the derivative kept, backward; tensor cores, TMA both ways, a CTA's shared memory."""
+    """On Hopper: forward, forward that keeps, backward; tensor cores, TMA both ways, a CTA's shared memory."""
     found = [kernel for kernel in launched["90"]["kernels"] if kernel["name"] == "gelu._product_kernel"]
     assert len(found) >= 3
     assert all(kernel["mix"][kind] for kernel in found for kind in ("tensor", "tma loads", "tma stores"))
