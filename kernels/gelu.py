@@ -15,7 +15,8 @@ read of dout. That is `_product_kernel`, in Gluon for Hopper, bf16:
 
 GELU takes about 18 instructions an element, with its derivative 23: at K = 768 as long as the tensor cores take. So a
 CTA is three partitions: a warp that loads tiles by TMA into a ring of stages, and two warpgroups, each with a tile of
-its own, 128 x 128. They take turns at the tensor cores, and as many CTAs as there are multiprocessors go through all tiles.
+its own, 128 x 128. They take turns at the tensor cores, and as many CTAs as there are multiprocessors go through all
+tiles.
 
     loads         a and b of tile 0 | of tile 1 | of tile 2 | ...
     warpgroup 0   products of tile 0 | GELU of tile 0     | products of tile 2 | ...
