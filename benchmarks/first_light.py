@@ -900,8 +900,8 @@ def bench(s: Setting) -> Any:
     names = ("distill", "layernorm", "attention", "gelu", "geglu", "rope", "cosine", "dropout", "mixture")
     failed = []
     # Side by side, since compiling the peers is what takes the time; to be timed they wait for each other. Both heads
-    # with their loss come after the others, whose memory they need.
-    for beside in (names, ("linear_distill",)):
+    # with their loss want the memory of all the others.
+    for beside in (("linear_distill",), names):
         begun = {n: commands.start(f"bench-{n}", "pytest", f"benchmarks/bench_{n}.py", *words) for n in beside}
         failed += [name for name, process in begun.items() if process.wait()]
     commands.start("table", "benchmarks._harness", commands.logs).wait()
