@@ -13,9 +13,9 @@ of a provider is timed, it must agree with the first one on the loss without dro
 
 Every provider has a process of its own: ours as the trainer sets one up, a peer's as PyTorch leaves it. They take
 turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU, where
-getting ready is what takes the time, they take their turns beside ours in three groups: those that are ready in
-seconds; Hugging Face as it is, which holds the logits in fp32 many times over; and compiled, which gets ready from the
-beginning on and may take minutes. With --apart the memory of every one is given back before the next one starts. A
+getting ready is what takes the time, they take their turns beside ours in four groups: those that are ready in
+seconds; Hugging Face as it is, which holds the logits in fp32 many times over; compiled layer by layer, each kind of
+layer once, with the losses; and compiled whole, which gets ready from the beginning on and may take minutes. With --apart the memory of every one is given back before the next one starts. A
 provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a
 CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the
 same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin; it
