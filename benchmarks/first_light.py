@@ -2,84 +2,41 @@
 
     python -m benchmarks.first_light OUT [--only kernels,step] [--shards PREPARED] [--rehearse]        (make gpu)
 
-Stages run in a process of their own, which is ended at a stage's limit or by a broken CUDA context; a fresh one goes on
-with the next stage. So nothing hides behind a failure. Those that time something run alone, then the others side by
-side. Each stage is one short line on stdout, one JSON line of OUT/stages.jsonl, and then part of
-OUT/first_light.DEVICE.json, which holds device, versions and commit as well; logs and curves are packed anew in
-OUT/logs.tgz. So what was found is in OUT, in few and small files, whenever the machine is taken away. What is large,
-runs and models, lies in --scratch.
+Here stand the stages that work at operators and at the step, their sizes, and the list of all stages. Those that run
+commands are in first_light_commands.py; stages.py works through them, and says what OUT holds.
 
 --rehearse runs every stage at toy size on a CPU: operators in Triton's interpreter where their results are compared,
-and launches that do nothing where they would take minutes. It finds mistakes of this file before they cost a device's
-time. What is measured then is rubbish, and is kept nowhere but in OUT.
+and launches that do nothing where they would take minutes. It finds mistakes of these files before they cost a
+device's time. What is measured then is rubbish, and is kept nowhere but in OUT.
 """
 
 import argparse
-import contextlib
-import fcntl
 import itertools
 import json
 import logging
 import os
-import select
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+import torch.nn.functional as F
 
-from benchmarks._harness import device_to_itself, results_file, stamp
-
-ROOT = Path(__file__).resolve().parents[1]
-RECORD = "RECORD "
-"""Begins the lines by which the process of the stages hands its records over."""
+from benchmarks.first_light_commands import bench, embed, learn, peers, program, tests, zero
+from benchmarks.stages import Setting, main, stage
 
 
-class Stage(NamedTuple):
-    work: Callable[["Setting"], Any]
-    limit_s: float
-    by_default: bool = True
-    beside: str = ""
-    """The row of stages that it has its place in, beside other rows; "" for one that runs alone."""
-
-
-STAGES: dict[str, Stage] = {}
-START_S = 60.0
-"""For so long a process of the stages may say nothing between two of them, and at its start."""
-
-
-def stage(limit_s: float, *, by_default: bool = True, beside: str = "") -> Callable[[Callable[["Setting"], Any]], Any]:
-    """Makes a function of the setting a stage, ended after so many seconds; a rehearsal has three times as many."""
-
-    def add(work: Callable[["Setting"], Any]) -> Callable[["Setting"], Any]:
-        STAGES[work.__name__] = Stage(work, limit_s, by_default, beside)
-        return work
-
-    return add
-
-
-class Setting:
-    """Where and at what size the stages work."""
+class ModelSetting(Setting):
+    """With the sizes of the model, and operands of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-
-        self.out, self.scratch, self.rehearsed = args.out, args.scratch, args.rehearse
-        self.shards, self.glue = args.shards, args.glue
-        self.on_gpu = not args.rehearse
-        self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
+        super().__init__(args)
         sizes = (16384, 768, 30528, 12, 512) if self.on_gpu else (256, 48, 320, 3, 64)
         self.N, self.D, self.V, self.H, self.L = sizes  # tokens, width, padded vocabulary, heads, length
         self.vocab_size = self.V - 6
@@ -87,48 +44,10 @@ class Setting:
 
     def normal(self, *shape: int, scale: float = 1.0) -> Any:
         """Normal numbers in bf16."""
-        import torch
-
         return (scale * torch.randn(*shape, device=self.device)).bfloat16()
-
-    def sync(self) -> None:
-        import torch
-
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-    def ms(self, call: Callable[[], object], rounds: int = 20, *, recorded: bool = False) -> float:
-        """Median milliseconds of a call, on the device's clock.
-
-        `recorded`: of ten calls in a CUDA graph, where the host is never late; the call must be one that can be.
-        """
-        import torch
-
-        for _ in range(3 if self.on_gpu else 1):
-            call()
-        self.sync()
-        if recorded and self.on_gpu:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(10):
-                    call()
-            return round(self.ms(graph.replay, rounds) / 10, 4)
-        if not self.on_gpu:
-            begin = time.perf_counter()
-            call()
-            return round(1e3 * (time.perf_counter() - begin), 4)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-        for begin, end in events:
-            begin.record()
-            call()
-            end.record()
-        self.sync()
-        return round(statistics.median(begin.elapsed_time(end) for begin, end in events), 4)
 
     def labels(self, count: int) -> Any:
         """Of a seventh of the rows."""
-        import torch
-
         labels = torch.randint(self.vocab_size, (count,), device=self.device)
         return labels.masked_fill_(torch.rand(count, device=self.device) > 0.15, -100)
 
@@ -145,9 +64,8 @@ def relative_error(got: Any, wanted: Any) -> str:
 
 
 @stage(25)
-def env(s: Setting) -> Any:
+def env(s: ModelSetting) -> Any:
     """What machine this is."""
-    import torch
     import triton
 
     def said(command: str) -> str:
@@ -175,11 +93,8 @@ def env(s: Setting) -> Any:
 
 
 @stage(30)
-def ceilings(s: Setting) -> Any:
+def ceilings(s: ModelSetting) -> Any:
     """A copy, TB/s, and the products of the trainer by their shapes, TFLOP/s."""
-    import torch
-    import torch.nn.functional as F
-
     from fastdistil.kernels.gelu import gelu_backward_product, linear_gelu_forward
     from fastdistil.kernels.linear import add_product
 
@@ -226,15 +141,13 @@ def reference_of_heads(teacher: list[Any], labels: Any, options: dict[str, Any],
     return linear_distill_loss_reference(h, w, b, th, tw, tb, labels, **options)[0]
 
 
-def operators(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
+def operators(s: ModelSetting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
     """(name, operator, its definition, leaves, gradient of the result) of every operator, at the model's shapes."""
     yield from operators_of_layers(s, n)
     yield from operators_of_losses(s, n)
 
 
-def operators_of_layers(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
-    import torch
-
+def operators_of_layers(s: ModelSetting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
     from fastdistil.kernels import attention, dropout, geglu, gelu, layernorm, rope
 
     D, normal = s.D, s.normal
@@ -289,9 +202,7 @@ def operators_of_layers(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, lis
     )
 
 
-def operators_of_losses(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
-    import torch
-
+def operators_of_losses(s: ModelSetting, n: int) -> Iterator[tuple[str, Any, Any, list[Any], Any]]:
     from fastdistil.kernels import cosine, distill
 
     D, normal = s.D, s.normal
@@ -323,10 +234,9 @@ def operators_of_losses(s: Setting, n: int) -> Iterator[tuple[str, Any, Any, lis
         )
 
 
-@stage(120, beside="operators")
-def correct(s: Setting) -> Any:
+@stage(120, beside="operators", compares=True)
+def correct(s: ModelSetting) -> Any:
     """Relative errors of every operator's value and gradients from its fp32 definition, and whether two runs agree."""
-    import torch
 
     def go(function: Any, leaves: list[Any], dout: Any) -> list[Any]:
         out = function(*leaves)
@@ -355,11 +265,9 @@ BOUND = {"layer": 0.1}
 """Of a relative error, 0.03 otherwise: beyond it no rounding to bf16 explains it."""
 
 
-def layer_errors(s: Setting) -> list[str]:
+def layer_errors(s: ModelSetting) -> list[str]:
     """Of the logits and of all gradients together of two layers by functions.py, in bf16 with dropout, from the modules
     in fp32."""
-    import torch
-
     from benchmarks.step import architecture
     from fastdistil.model.masked_lm import MaskedLM
 
@@ -384,10 +292,8 @@ def layer_errors(s: Setting) -> list[str]:
 
 
 @stage(50)
-def kernels(s: Setting) -> Any:
+def kernels(s: ModelSetting) -> Any:
     """[ms, ms that its bytes take at 3 TB/s] of each kernel; for attention TFLOP/s beside torch's own."""
-    import torch
-
     from fastdistil.kernels import cosine, distill, fp8_rows, geglu, gelu, layernorm, linear, rope
 
     found: dict[str, Any] = {}
@@ -441,10 +347,8 @@ def kernels(s: Setting) -> Any:
     return found | attention_speeds(s)
 
 
-def attention_speeds(s: Setting) -> dict[str, Any]:
+def attention_speeds(s: ModelSetting) -> dict[str, Any]:
     """{backend and dropout: TFLOP/s forward, and forward with backward}: the rows of attention_backends.py's table."""
-    from typing import get_args
-
     from fastdistil.kernels import attention
     from fastdistil.kernels.attention_backends import AttentionBackend
 
@@ -473,7 +377,7 @@ def attention_speeds(s: Setting) -> dict[str, Any]:
 
 
 @stage(60)
-def tiles(s: Setting) -> Any:
+def tiles(s: ModelSetting) -> Any:
     """The four fastest blocks of each kernel, and the one in use; all of them are in OUT/tiles.json (tiles.py)."""
     from benchmarks import tiles
 
@@ -488,10 +392,8 @@ def tiles(s: Setting) -> Any:
 
 
 @stage(40)
-def chunks(s: Setting) -> Any:
+def chunks(s: ModelSetting) -> Any:
     """{tokens of a chunk: [ms, TFLOP/s, MiB beside inputs]} of the heads with their loss, forward and backward."""
-    import torch
-
     from fastdistil.kernels import linear_distill
 
     N, D, V = s.N, s.D, s.V
@@ -515,7 +417,7 @@ def chunks(s: Setting) -> Any:
     return found
 
 
-def ours(s: Setting, tokens: int, *, batches: int = 1, **changes: Any) -> Any:
+def ours(s: ModelSetting, tokens: int, *, batches: int = 1, **changes: Any) -> Any:
     """The trainer of benchmarks/step.py."""
     from benchmarks import step
 
@@ -532,10 +434,8 @@ WAYS: dict[str, dict[str, bool]] = {
 
 
 @stage(80)
-def step(s: Setting) -> Any:
+def step(s: ModelSetting) -> Any:
     """Whole updates by token budget, as one graph and launch by launch: tokens/s, MFU, host ms, GiB."""
-    import torch
-
     found: dict[str, Any] = {"graphs": kept_lines("fastdistil", "one CUDA graph")}
     for tokens in (16384, 32768, 65536) if s.on_gpu else (256,):
         count = max(1, 65536 // tokens) if s.on_gpu else 2
@@ -580,7 +480,7 @@ def kept_lines(logger: str, part: str) -> list[str]:
 
 
 @stage(40)
-def fp8(s: Setting) -> Any:
+def fp8(s: ModelSetting) -> Any:
     """The teacher in bf16 and in FP8: ms, and how far its hidden states are apart."""
     from fastdistil.training.precision import require_fp8
 
@@ -596,15 +496,13 @@ def fp8(s: Setting) -> Any:
 
 
 @stage(40)
-def profile(s: Setting) -> Any:
+def profile(s: ModelSetting) -> Any:
     """Kernels of two micro-batches of 32,768 tokens, one by one, by name: OUT/kernels.txt; here the longest."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
     trainer = ours(s, 2 * s.N, graph=False, overlap=False)
     trainer.run()
     s.sync()
-    with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if s.on_gpu else [])]) as seen:
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if s.on_gpu else [])]
+    with torch.profiler.profile(activities=kinds) as seen:
         trainer.run()
         trainer.run()
         s.sync()
@@ -619,446 +517,11 @@ def profile(s: Setting) -> Any:
     }
 
 
-class Commands:
-    """The program's own commands on a small run of the scratch folder; what they say goes to its logs."""
-
-    def __init__(self, s: Setting) -> None:
-        self.work, self.logs = s.scratch, s.scratch / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        self.environment.pop("TRITON_INTERPRET", None)
-        self.shards = s.shards or self.work / "shards"
-        self.teacher = self.work / "teacher"
-        self.s = s
-
-    def start(self, name: str, *words: object) -> subprocess.Popen[bytes]:
-        log = (self.logs / f"{name}.log").open("wb")
-        command = [sys.executable, "-m", *map(str, words)]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, cwd=ROOT)
-
-    def run(self, name: str, *words: object) -> str:
-        """What a command's log ends with. Raises RuntimeError with it, if that is a failure."""
-        status = self.start(name, *words).wait()
-        last = self.text(name).strip().splitlines()[-1:]
-        if status:
-            raise RuntimeError(f"{name}: status {status}, {' '.join(last)[:300]}")
-        return " ".join(last)[:200]
-
-    def text(self, name: str) -> str:
-        return (self.logs / f"{name}.log").read_text(errors="replace")
-
-    def prepare(self) -> None:
-        """Text, if none is given, and a teacher of random weights whose distribution is not flat; once, for all rows of
-        stages."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._prepare()
-
-    def _prepare(self) -> None:
-        import torch
-
-        from benchmarks import docstrings
-        from benchmarks.step import architecture
-        from fastdistil.data.shards import read_meta
-        from fastdistil.export import write_hugging_face_folder
-        from fastdistil.model.masked_lm import MaskedLM
-
-        if self.s.shards is None and not (self.shards / "meta.json").is_file():
-            docstrings.write(self.work / "docs.jsonl")
-            lines = (self.work / "docs.jsonl").read_text().splitlines(keepends=True)
-            (self.work / "text.jsonl").write_text("".join(lines[: 10**6 if self.s.on_gpu else 400]))
-            length, vocabulary = (512, "train:30522") if self.s.on_gpu else (64, "train:500")
-            words = ("--tokenizer", vocabulary, "--max-length", length, "--out", self.shards)
-            self.run("prepare", "fastdistil.prepare", self.work / "text.jsonl", *words)
-        if not self.teacher.is_dir():
-            meta, sizes = read_meta(self.shards), architecture("bert", 12 if self.s.on_gpu else 2, self.s.D)
-            pad = meta.special_ids["pad"]
-            sizes = replace(sizes, vocab_size=meta.vocab_size, pad_id=pad, num_heads=self.s.H)
-            model = MaskedLM(sizes, generator=torch.Generator().manual_seed(1))
-            with torch.no_grad():
-                model.head.weight.mul_(4.0)
-            self.teacher.mkdir()
-            write_hugging_face_folder(model.state_dict(), sizes, self.shards / "tokenizer", self.teacher)
-
-    def pretrain(self, out: str, updates: int, *, recipe: str = "distilbert") -> list[object]:
-        budget = 16384 if self.s.on_gpu else 256
-        words = f"--batch.token-budget {budget} --batch.size {4 * budget} --batch.unit tokens --optim.unit updates "
-        words += f"--optim.duration {updates} --log.every 2 --log.checkpoint-every 12 --log.validate-every 1000 "
-        words += "--data.validation-sequences 64 --teacher.check warn --teacher.max-drift 1"
-        places = ("--data.shards", self.shards, "--teacher.path", self.teacher, "--out", self.work / out)
-        return ["fastdistil.pretrain", recipe, *places, *words.split()]
-
-    def update(self, name: str, number: int) -> str:
-        """What a log says of an update."""
-        lines = [line for line in self.text(name).splitlines() if f" update {number}/" in line]
-        return lines[0].partition(" ")[2] if lines else ""
-
-
-def told(text: str) -> list[str]:
-    """Lines of a log that say what only a device can."""
-    words = (
-        *("CUDA graph", "launch by launch", "predicted", "measured", "overlap", "attention:", "profile:", "drift"),
-        "WARNING",
-    )
-    return [line[:160] for line in text.splitlines() if any(word in line for word in words)][:24]
-
-
-@stage(130, beside="program")
-def program(s: Setting) -> Any:
-    """Twelve updates or some more, SIGTERM, resumed with a profile; bit for bit a run in one go; exported, and loaded
-    by transformers."""
-    import torch
-    import transformers
-    from safetensors.torch import load_file
-
-    commands = Commands(s)
-    commands.prepare()
-    twin = commands.start("twin", *commands.pretrain("twin", 48))
-    words = commands.pretrain("run", 48)
-    first = commands.start("run", *words)
-    while first.poll() is None and "update 12/" not in commands.text("run"):
-        time.sleep(0.5)
-    first.send_signal(signal.SIGTERM)
-    status = first.wait()
-    if status != 75:
-        raise RuntimeError(f"status {status}, wanted 75: {commands.text('run')[-300:]}")
-    commands.run("resumed", *words, "--resume", "auto", "--profile", "40:42")
-    if twin.wait():
-        raise RuntimeError(f"the run in one go: status {twin.returncode}, {commands.text('twin')[-300:]}")
-    students = [commands.work / f"{name}-student" for name in ("run", "twin")]
-    words = [("fastdistil.export", commands.work / name, "--overwrite", "--out") for name in ("run", "twin")]
-    exports = [commands.start(path.name, *w, path) for w, path in zip(words, students, strict=True)]
-    if any([export.wait() for export in exports]):
-        raise RuntimeError(f"export: {commands.text(students[0].name)[-300:]}")
-    weights = [load_file(path / "model.safetensors") for path in students]
-    _, loading = transformers.AutoModelForMaskedLM.from_pretrained(
-        students[0], output_loading_info=True, trust_remote_code=False
-    )
-    return {
-        "resumed differs from the run in one go by": {
-            name: float((x - weights[1][name]).abs().max())
-            for name, x in weights[0].items()
-            if not torch.equal(x, weights[1][name])
-        },
-        "transformers misses or does not know": [*loading["missing_keys"], *loading["unexpected_keys"]],
-        "updates": [commands.update("run", 2), commands.update("run", 12), commands.update("resumed", 48)],
-        "first": told(commands.text("run")),
-        "log": told(commands.text("resumed")),
-    }
-
-
-@stage(90, beside="others")
-def embed(s: Setting) -> Any:
-    """Twelve updates of an embedding student, and of the terms that nothing else here computes."""
-    commands = Commands(s)
-    commands.prepare()
-    found = {}
-    relations = f"--loss.queries 1 --loss.keys 1 --loss.values 1 --loss.relation-heads {s.H} --loss.similarity 1"
-    for name, terms in (("embed", ""), ("relations", relations)):
-        words = [*commands.pretrain(name, 12, recipe="embed"), "--teacher.pooling", "mean", *terms.split()]
-        commands.run(name, *words)
-        found[name] = {"last update": commands.update(name, 12), "log": told(commands.text(name))}
-    return found
-
-
-@stage(90, beside="others")
-def zero(s: Setting) -> Any:
-    """Three updates of ZeRO 1 and 3 under torchrun, one rank: NCCL, which the default of several GPUs needs."""
-    commands = Commands(s)
-    commands.prepare()
-    found, failed = {}, False
-    for number in (1, 3):
-        torchrun = ("torch.distributed.run", "--nproc-per-node", "1", "-m")
-        words = [*commands.pretrain(f"zero{number}", 3), "--engine.zero-stage", number]
-        try:
-            commands.run(f"zero{number}", *torchrun, *words)
-            found[number] = commands.update(f"zero{number}", 3)
-        except RuntimeError as error:
-            found[number], failed = str(error)[:300], True
-    if failed:
-        raise RuntimeError(json.dumps(found))
-    return found
-
-
-TESTS = (
-    *("distill", "linear_distill", "cosine", "dropout", "attention", "layernorm", "gelu", "linear", "fp8_rows"),
-    *("geglu", "rope", "mixture", "backend"),
+STAGES = (
+    *(env, ceilings, correct, kernels, tiles, chunks, step, fp8, profile),
+    *(program, embed, zero, tests, learn, peers, bench),
 )
-TESTS_S = 150
-"""After which the tests are ended, before their stage is."""
-
-
-@stage(170, beside="tests")
-def tests(s: Setting) -> Any:
-    """The tests that a GPU runs as well, side by side where pytest-xdist is installed; logs/tests.log, failures.log."""
-    import importlib.util
-
-    commands = Commands(s)
-    paths = [f"tests/kernels/test_{name}.py" for name in TESTS]
-    paths += [
-        f"tests/{name}.py" for name in ("model/test_functions", "training/test_objective", "training/test_teacher")
-    ]
-    beside = ["-n", "12", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    words = "-v --timeout 120 --timeout-method thread -p no:cacheprovider -p no:benchmark --tb=short -m"
-    options = [*words.split(), "(triton or gpu) and not soak"]
-    if not s.on_gpu:
-        paths, beside = paths[-3:-2], []
-        options += ["-k", "flat"]
-    failures = commands.logs / "failures.log"
-    failures.unlink(missing_ok=True)
-    # Each worker's Inductor would start a process for every core.
-    commands.environment |= {"FAILURES": str(failures), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    process = commands.start("tests", "pytest", *paths, *beside, *options)
-    try:
-        status: object = process.wait(TESTS_S)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # it sums up
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        process.kill()
-        status = f"cut off after {TESTS_S} s"
-    # A broken CUDA context fails all that comes after it in its worker: the first of each worker says most.
-    failed = [line[:200] for line in failures.read_text().splitlines()][:30] if failures.exists() else []
-    found = {"status": status, "summary": commands.text("tests").splitlines()[-1:], "failed": failed}
-    if status:
-        raise RuntimeError(json.dumps(found))
-    return found
-
-
-LEARN = "--batch.size 16384 --batch.unit tokens --optim.unit updates --optim.lr 1e-3 --data.validation-sequences 1024 "
-LEARN += "--masking.fraction 0.3 --masking.smoothing 0 --student.dropout 0 --student.attention-dropout 0 "
-LEARN += "--log.every 100 --log.validate-every 1000 --log.checkpoint-every 100000"
-FROM_NOTHING = "mlm --student.family modernbert --student.init random --student.num-layers 6 --student.hidden-size 384 "
-FROM_NOTHING += "--student.num-heads 6 --student.ffn-size 576"
-UPDATES = (4000, 1500)
-"""Of a teacher and of its students, each of 16,384 tokens: a BERT needs many times as many to leave the frequencies of
-words (docs/study.md)."""
-
-
-@stage(420, by_default=False, beside="learn")
-def learn(s: Setting) -> Any:
-    """A small ModernBERT that learns from nothing, half of its layers by distillation, and these without a teacher.
-
-    With --glue also fine-tuned on STS-B. Their report: OUT/report.html. Beside peers its commands wait until these have
-    timed what they are at.
-    """
-    commands = Commands(s)
-    commands.prepare()
-    teacher, student = UPDATES if s.on_gpu else (6, 4)
-    common = [*LEARN.split(), "--data.shards", commands.shards]
-    if not s.on_gpu:
-        common += ["--batch.size", "512", "--batch.token-budget", "256", "--data.validation-sequences", "64"]
-    place = {name: commands.work / f"learn-{name}" for name in ("teacher", "student", "twin")}
-    twin = "--student.layers 0 2 5 --optim.encoder-lr 1e-3"
-    recipes = {
-        "teacher": [*FROM_NOTHING.split(), "--optim.duration", teacher],
-        "student": ["modernbert", "--teacher.path", place["teacher"] / "model", "--optim.duration", student],
-        "twin": ["mlm", "--student.init", place["teacher"] / "model", *twin.split(), "--optim.duration", student],
-    }
-    for name, recipe in recipes.items():
-        with device_to_itself(shared=True):
-            commands.run(f"learn-{name}", "fastdistil.pretrain", *recipe, *common, "--out", place[name] / "run")
-        commands.run(f"export-{name}", "fastdistil.export", place[name] / "run", "--out", place[name] / "model")
-    commands.run("report", "fastdistil.report", *(p / "run" for p in place.values()), "--out", s.out / "report.html")
-    found = {name: commands.text(f"learn-{name}").splitlines()[-8:] for name in place}
-    if s.glue:
-        words = ("--task", "stsb", "--data", s.glue / "stsb", "--seeds", 2, *(() if s.on_gpu else ("--dry-run",)))
-        with device_to_itself(shared=True):
-            scores = [commands.start(f"stsb-{n}", "fastdistil.evaluate", p / "model", *words) for n, p in place.items()]
-            for process in scores:
-                process.wait()
-        for name in place:
-            found[name] += commands.text(f"stsb-{name}").splitlines()[-3:]
-    return found
-
-
-@stage(480, by_default=False, beside="peers")
-def peers(s: Setting) -> Any:
-    """The whole step beside Hugging Face's (benchmarks/step.py), on prepared text if there is; keeps its results."""
-    commands = Commands(s)
-    size = (
-        ["--tokens", "16384", "--batches", "4"] if s.on_gpu else ["--size", "toy", "--tokens", "256", "--length", "64"]
-    )
-    shards = ["--shards", s.shards] if s.shards and s.on_gpu else []
-    size += shards
-    words = [*size, "--limit-s", 450, "--results", s.out, *([] if s.on_gpu else ["--only", "fastdistil, launch"])]
-    commands.environment["PYTHONWARNINGS"] = "ignore"  # torch.compile's, among the table's lines
-    commands.run("peers", "benchmarks.step", *words)
-    return commands.text("peers").splitlines()[1:11]
-
-
-@stage(210, by_default=False)
-def bench(s: Setting) -> Any:
-    """Operators beside their floors and their peers (benchmarks/bench_*.py); their results go to the logs."""
-    if not s.on_gpu:
-        return []  # on a CPU `make bench` keeps them
-    commands = Commands(s)
-    commands.environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
-    chosen = "not float32 and (not attention or wikipedia-64 or 512-64)"
-    words = ["-q", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", chosen, "--results", commands.logs]
-    names = ("distill", "layernorm", "attention", "gelu", "geglu", "rope", "cosine", "dropout", "mixture")
-    failed = []
-    # Side by side, since compiling the peers is what takes the time; to be timed they wait for each other. Both heads
-    # with their loss want the memory of all the others.
-    for beside in (("linear_distill",), names):
-        begun = {n: commands.start(f"bench-{n}", "pytest", f"benchmarks/bench_{n}.py", *words) for n in beside}
-        failed += [name for name, process in begun.items() if process.wait()]
-    commands.start("table", "benchmarks._harness", commands.logs).wait()
-    if failed:
-        raise RuntimeError(json.dumps({name: commands.text(f"bench-{name}")[-200:] for name in failed}))
-    return commands.text("table").splitlines()
-
-
-@contextlib.contextmanager
-def without_launches() -> Iterator[None]:
-    """Triton's interpreter does nothing inside."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    launch = InterpretedFunction.__getitem__
-    InterpretedFunction.__getitem__ = lambda self, grid: lambda *_, **__: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        InterpretedFunction.__getitem__ = launch  # type: ignore[method-assign]
-
-
-def work_through(names: Sequence[str], args: argparse.Namespace) -> None:
-    """The process of the stages: a record on stdout when a stage begins, and one when it ends."""
-    handed, sys.stdout = sys.stdout, sys.stderr
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    setting = Setting(args)
-
-    def hand_over(record: dict[str, Any]) -> None:
-        print(RECORD + json.dumps(record, default=str), file=handed, flush=True)
-
-    for name in names:
-        hand_over({"stage": name})
-        begin, record = time.monotonic(), {"stage": name, "ok": True}
-        try:
-            # In the interpreter they would take minutes, so where nobody looks at the results launches do nothing.
-            with without_launches() if args.rehearse and name != "correct" else contextlib.nullcontext():
-                record["found"] = STAGES[name].work(setting)
-            setting.sync()
-        except Exception as error:  # a stage may not end the others
-            trace = traceback.format_exc()[-3000:].replace(f"{ROOT}{os.sep}", "")
-            record |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:600]}", "trace": trace}
-        hand_over(record | {"seconds": round(time.monotonic() - begin, 1)})
-        if "CUDA error" in record.get("error", ""):
-            return  # the context is broken
-
-
-class Report:
-    """Lines and files of what the stages found."""
-
-    def __init__(self, out: Path, scratch: Path, *, rehearsed: bool) -> None:
-        for folder in (out, scratch):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.out, self.scratch, self.begin = out, scratch, time.monotonic()
-        self.path = results_file("first_light", out)
-        self.whole: dict[str, Any] = stamp() | {"rehearsed": rehearsed, "stages": {}}
-        if self.path.is_file():  # stages of before, by --only
-            self.whole["stages"] = json.loads(self.path.read_text())["stages"]
-        self.failed: list[str] = []
-        self.lock = threading.Lock()
-
-    def add(self, record: dict[str, Any]) -> None:
-        with self.lock:
-            self._add(record)
-
-    def _add(self, record: dict[str, Any]) -> None:
-        name, ok = record["stage"], record["ok"]
-        if not ok:
-            self.failed.append(name)
-        with (self.out / "stages.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.whole["stages"][name] = record
-        self.path.write_text(json.dumps(self.whole, indent=1) + "\n")
-        with tarfile.open(self.out / "logs.tgz", "w:gz") as archive:
-            for pattern in ("logs/*", "*/metrics.jsonl", "*/*/metrics.jsonl", "*/profile/table.json"):
-                for path in sorted(self.scratch.glob(pattern)):
-                    archive.add(path, path.relative_to(self.scratch))
-        said = json.dumps(record.get("found", record.get("error")))
-        passed = time.monotonic() - self.begin
-        print(f"[{passed:4.0f} s] {name} {'ok' if ok else 'FAILED'} {record.get('seconds')} s {said[:900]}", flush=True)
-
-
-def supervise(names: Sequence[str], command: Sequence[str], report: Report, *, patience: float) -> None:
-    """Has the stages worked through by processes of a command, as many as it takes, and reports each."""
-    left = list(names)
-    while left:
-        errors = (report.out / "errors.log").open("ab")
-        words = [*command, "--work", ",".join(left)]
-        # Without a buffer, in which a second line would lie unseen by select.
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=errors, cwd=ROOT, start_new_session=True, bufsize=0
-        )
-        assert process.stdout is not None
-        begun, readable, limit_s = None, [], START_S * patience
-        while left:
-            readable, _, _ = select.select([process.stdout], [], [], limit_s)
-            line = process.stdout.readline().decode() if readable else ""
-            if not line:  # it is late, or dead
-                break
-            record = json.loads(line.removeprefix(RECORD)) if line.startswith(RECORD) else {}
-            if "ok" in record:
-                report.add(record)
-                left.remove(record["stage"])
-                begun, limit_s = None, START_S * patience
-            elif record:
-                begun = record["stage"]
-                limit_s = STAGES[begun].limit_s * patience
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-        status = process.wait()
-        if left and (begun or not readable or status):
-            name, why = begun or left[0], f"no word in {limit_s:.0f} s" if not readable else f"status {status}"
-            report.add({"stage": name, "ok": False, "error": f"the process of the stages ended: {why}, see errors.log"})
-            left.remove(name)
-
-
-def main(module: str = "benchmarks.first_light") -> int:
-    """Exit status 1 where a stage failed. `module` is what a process of the stages is started by."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the results")
-    parser.add_argument("--scratch", type=Path, help="folder of runs and models; OUT/work")
-    parser.add_argument("--only", help="stages, separated by commas, of: " + " ".join(STAGES))
-    parser.add_argument("--shards", type=Path, help="prepared text; else the documentation of installed packages")
-    parser.add_argument("--glue", type=Path, help="folder of GLUE, for the stage learn")
-    parser.add_argument("--rehearse", action="store_true", help="at toy size on a CPU")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.out = args.out.resolve()
-    args.scratch = (args.scratch or args.out / "work").resolve()
-    asked = (args.work or args.only or ",".join(n for n, s in STAGES.items() if s.by_default or args.rehearse)).split(
-        ","
-    )
-    unknown = [name for name in asked if name not in STAGES]
-    if unknown:
-        parser.error(f"--only wants stages of {' '.join(STAGES)}, got {' '.join(unknown)}")
-    if args.work:
-        work_through(asked, args)
-        return 0
-    if args.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", module, str(args.out), "--scratch", str(args.scratch)]
-    for name, path in (("--shards", args.shards), ("--glue", args.glue)):
-        command += [name, str(path.resolve())] if path else []
-    command += ["--rehearse"] if args.rehearse else []
-    report = Report(args.out, args.scratch, rehearsed=args.rehearse)
-    rows: dict[str, list[str]] = {"": []}
-    for name in asked:
-        rows.setdefault(STAGES[name].beside, []).append(name)
-    work = partial(supervise, command=command, report=report, patience=3.0 if args.rehearse else 1.0)
-    work(rows.pop(""))
-    beside = [threading.Thread(target=work, args=(row,)) for row in rows.values()]
-    for thread in beside:
-        thread.start()
-    for thread in beside:
-        thread.join()
-    print(f"{len(asked) - len(report.failed)} of {len(asked)} stages ok; {report.path}")
-    return 1 if report.failed else 0
-
+"""In the order in which those that run alone do."""
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(STAGES, ModelSetting, "benchmarks.first_light", __doc__))
