@@ -15,15 +15,16 @@ Every provider has a process of its own: ours as the trainer sets one up, a peer
 turns, round by round, since what else the machine has to do, or the heat of its chip, comes and goes. On a GPU, where
 getting ready is what takes the time, they take their turns beside ours in four groups: those that are ready in
 seconds; Hugging Face as it is, which holds the logits in fp32 many times over; compiled layer by layer, each kind of
-layer once, with the losses; and compiled whole, which gets ready from the beginning on and may take minutes. With --apart the memory of every one is given back before the next one starts. A
-provider that fails, ours too, is a line of the table. With --results they are kept whenever a line is printed. On a
-CPU the trainer keeps the memory that it frees (ranks.keep_freed_memory); "memory kept" are the peers if they did the
-same, which says how much of our lead is the allocator's. torch.compile may not compile again once the rounds begin; it
-compiles for any batch and length, as it does of itself from the second shape on, and its loss without dropout is that
-of the function that it compiles. MFU counts real tokens, the teacher's forward included (metrics.py). Peak memory is
-all that a process holds: of the GPU's memory what is allocated, on a CPU what is resident, its libraries' included. On
-a GPU what is sustained, mJ/token and MHz (NVML) are of some seconds of updates without a pause: at the limit of its
-power a chip lowers its clock, and a round among those of slower providers finds it rested.
+layer once, with the losses; and compiled whole, which gets ready from the beginning on and may take minutes. With
+--apart the memory of every one is given back before the next one starts. A provider that fails, ours too, is a line of
+the table. With --results they are kept whenever a line is printed. On a CPU the trainer keeps the memory that it frees
+(ranks.keep_freed_memory); "memory kept" are the peers if they did the same, which says how much of our lead is the
+allocator's. torch.compile may not compile again once the rounds begin; it compiles for any batch and length, as it does
+of itself from the second shape on, and its loss without dropout is that of the function that it compiles. MFU counts
+real tokens, the teacher's forward included (metrics.py). Peak memory is all that a process holds: of the GPU's memory
+what is allocated, on a CPU what is resident, its libraries' included. On a GPU what is sustained, mJ/token and MHz
+(NVML) are of some seconds of updates without a pause: at the limit of its power a chip lowers its clock, and a round
+among those of slower providers finds it rested.
 """
 
 import argparse
@@ -301,8 +302,10 @@ class HuggingFace:
             t_hidden, t_logits = _outputs(self.teacher, ids, real)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
             s_hidden, s_logits = _outputs(self.student, ids, real)
-        rows = (s_logits, t_logits, s_hidden, t_hidden, labels)
-        return self._losses(*(x.flatten(0, 1) for x in rows), real)
+        s_logits, t_logits, s_hidden, t_hidden, labels = (
+            x.flatten(0, 1) for x in (s_logits, t_logits, s_hidden, t_hidden, labels)
+        )
+        return self._losses(s_logits, t_logits, s_hidden, t_hidden, labels, real)
 
     def _losses(
         self,

@@ -38,7 +38,7 @@ Shapes: N = rows (tokens), D = width, K = depth of a product, F = width of the f
 
 # What Gluon makes of its types pyright does not see.
 # pyright: reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalSubscript=false
 
 import functools
 from typing import Any
@@ -151,8 +151,7 @@ def _backward_kernel(
 ):  # fmt: skip
     strip = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
+    bias = None if bias_ptr is None else tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, strip_rows, ROWS):  # not a constant: it would be unrolled, and spill
         row = strip * strip_rows + begin + tl.arange(0, ROWS)
@@ -231,8 +230,9 @@ def _consume(
             for part in gl.static_range(2):
                 tma_load(slope_desc, [row, column + part * PART], slope_full.index(MINE), staging.index(part))
         columns = gl.arange(0, PART, gl.SliceLayout(0, LAYOUT))
-        if not BACKWARD:
-            biases = (gl.load(bias_ptr + column + columns), gl.load(bias_ptr + column + PART + columns))
+        biases = (
+            None if BACKWARD else (gl.load(bias_ptr + column + columns), gl.load(bias_ptr + column + PART + columns))
+        )
         mbarrier.wait(turn.index(MINE), (i // 2 & 1) ^ (1 - MINE))  # the first has its first turn without waiting
         product = gl.zeros((SIDE, SIDE), gl.float32, ACCUMULATOR)
         position = i * slices
