@@ -29,7 +29,8 @@ tar czf carry/data.tgz -C "$data" . && rm -rf "$data"
 if [ -n "${PREWARM:-}" ]; then
   rm -rf /tmp/fastdistil-triton && tree=$(mktemp -d)
   git archive HEAD | tar x -C "$tree" # without the C++ kernels, which are built for another torch
-  (cd "$tree" && export TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=. && "$PREWARM" -m benchmarks.prewarm &&
+  "$PREWARM" -m pip install -q --no-index --no-deps --target "$tree"/site carry/wheels/*.whl
+  (cd "$tree" && export TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=.:site && "$PREWARM" -m benchmarks.prewarm &&
     if [ -n "${TILES:-}" ]; then "$PREWARM" -m benchmarks.tiles --compile > /dev/null; fi)
   rm -rf "$tree"
   # What a launch needs of it is the machine code: a fifth.
