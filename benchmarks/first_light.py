@@ -268,7 +268,7 @@ BOUND = {"layer": 0.1}
 def layer_errors(s: ModelSetting) -> list[str]:
     """Of the logits and of all gradients together of two layers by functions.py, in bf16 with dropout, from the modules
     in fp32."""
-    from benchmarks.step import architecture
+    from benchmarks.workload import architecture
     from fastdistil.model.masked_lm import MaskedLM
 
     sizes: Any = architecture("distilbert", 2, s.D)

@@ -57,7 +57,7 @@ class Commands:
 
     def _prepare(self) -> None:
         from benchmarks import docstrings
-        from benchmarks.step import architecture
+        from benchmarks.workload import architecture
         from fastdistil.data.shards import read_meta
         from fastdistil.export import write_hugging_face_folder
         from fastdistil.model.masked_lm import MaskedLM

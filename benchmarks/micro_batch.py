@@ -23,11 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from benchmarks import step
 from benchmarks.no_gpu import Launch
+from benchmarks.workload import architectures, synthetic_batch
 from fastdistil.data.batches import MicroBatch
 from fastdistil.kernels import linear_distill
 from fastdistil.model.architecture import attended
+from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.run import profile, recipes
 from fastdistil.run.ranks import Ranks
 from fastdistil.training.engine import PlainEngine
@@ -215,8 +216,8 @@ def meta_trainer(*, size: str = "bert-base", tokens: int = 16384, length: int = 
         columns, dtype, torch.device("cuda"), total_memory=memory, **options
     )
     with device:
-        teacher, student = map(step.MaskedLM, step.architectures(size))
-    return trainer(device, teacher, student, step.synthetic_batch(tokens, length, 0), fp8=fp8)
+        teacher, student = map(MaskedLM, architectures(size))
+    return trainer(device, teacher, student, synthetic_batch(tokens, length, 0), fp8=fp8)
 
 
 CHUNK = linear_distill.default_chunk_tokens

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import micro_batch, step
+from benchmarks import micro_batch, workload
 from benchmarks.micro_batch import Event
 from benchmarks.no_gpu import pretend
 from fastdistil.model.architecture import attended, flops_per_token
@@ -137,7 +137,7 @@ def count(*, size: str, tokens: int, fp8: bool) -> list[Event]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=step.SIZES, default="bert-base")
+    parser.add_argument("--size", choices=workload.SIZES, default="bert-base")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--fp8", action="store_true", help="the teacher in FP8")
     parser.add_argument("--operators", action="store_true", help="a line for each operator and kernel")
@@ -158,7 +158,7 @@ def main() -> None:
     print(f"{'all, one stream, the host never late':<64}{total}")
     totals = micro_batch.totals(events)
     print(", ".join(f"{value:,.1f} {name}" for name, value in totals.items()))
-    flops = flops_per_token(*step.architectures(args.size), partial(attended, np.array([LENGTH]))).total
+    flops = flops_per_token(*workload.architectures(args.size), partial(attended, np.array([LENGTH]))).total
     for name, ms in total.ms._asdict().items():
         speed = args.tokens / ms * 1e3
         print(f"{name:<10}{ms:>6.1f} ms{speed:>12,.0f} tokens/s, MFU {speed * flops / PEAK_BF16:.1%}")

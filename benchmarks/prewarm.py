@@ -12,14 +12,14 @@ import time
 
 import triton
 
-from benchmarks import micro_batch, step
+from benchmarks import micro_batch, workload
 from benchmarks.no_gpu import pretend
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for an H100")
-    parser.add_argument("--size", choices=step.SIZES, default="bert-base")
+    parser.add_argument("--size", choices=workload.SIZES, default="bert-base")
     args = parser.parse_args()
     begin = time.monotonic()
     driver = pretend(args.arch)

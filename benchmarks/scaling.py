@@ -142,7 +142,7 @@ def worker(stage: str) -> None:
     """
     import torch
 
-    from benchmarks.step import synthetic_batch
+    from benchmarks.workload import synthetic_batch
     from fastdistil.data.batches import NO_LABEL
     from fastdistil.run.command import leave
     from fastdistil.run.config import Config

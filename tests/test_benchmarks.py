@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import _cli, _harness, _options, bench_attention, step
+from benchmarks import _cli, _harness, _options, bench_attention, hugging_face, workload
 from benchmarks.__main__ import OPERATORS
 from fastdistil.kernels.layout import sequence_layout
 from tests.support import launch
@@ -352,13 +352,13 @@ def test_the_definition_in_parts_is_the_definition(monkeypatch):
 @pytest.mark.parametrize("size", ["toy", "modernbert-toy"])
 def test_the_step_s_peers_have_our_models_and_their_own_heads(size):
     """Teacher and student in transformers: its logits are ours, and what Liger's losses multiply makes them."""
-    ids, layout = torch.randint(1000, step.VOCAB, (150,)), sequence_layout([150])
-    for model in step.models(size):
-        theirs = step._hugging_face(model).eval()
+    ids, layout = torch.randint(1000, workload.VOCAB, (150,)), sequence_layout([150])
+    for model in workload.models(size):
+        theirs = hugging_face._hugging_face(model).eval()
         with torch.no_grad():
             ours = model.eval()(ids, torch.arange(150), layout)
             found = theirs(input_ids=ids[None].to(theirs.device), output_hidden_states=True)
-            logits = theirs.get_output_embeddings()(step._transformed(theirs, found.hidden_states[-1]))
+            logits = theirs.get_output_embeddings()(hugging_face._transformed(theirs, found.hidden_states[-1]))
         torch.testing.assert_close(found.logits[0].cpu(), ours, rtol=0, atol=2e-5)
         torch.testing.assert_close(logits, found.logits)
 

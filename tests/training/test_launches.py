@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import step
 from benchmarks.no_gpu import SHARED_BYTES
+from benchmarks.workload import architectures
 from fastdistil.model.architecture import attended, flops_per_token
 from tests.support.precision import INTERPRETED
 
@@ -68,7 +68,7 @@ def test_a_micro_batch_launches_and_moves_no_more_than_this(launched, case):
 @pytest.mark.parametrize("of", SIZES)
 def test_all_products_are_counted(launched, of):
     """The recorder's against the cost model's, which knows no padding of the vocabulary."""
-    expected = TOKENS * flops_per_token(*step.architectures(SIZES[of]), lambda _window: 0).total
+    expected = TOKENS * flops_per_token(*architectures(SIZES[of]), lambda _window: 0).total
     for precision in ("bf16", "fp8"):
         assert launched[of][f"{precision} micro_batch"]["FLOP of products"] == pytest.approx(expected, rel=1e-3)
 
@@ -77,7 +77,7 @@ def test_all_products_are_counted(launched, of):
 def test_attention_is_counted_by_its_pairs(launched, of):
     """Both products of a forward of sequences of 512 tokens, which in a layer with a window are many fewer."""
     found = launched[of]["bf16 evaluate"]
-    models, lengths = step.architectures(SIZES[of]), np.array([512])
+    models, lengths = architectures(SIZES[of]), np.array([512])
     seen = [attended(lengths, model.window(layer)) for model in models for layer in range(model.num_layers)]
     expected = 4 * 768 * TOKENS * sum(seen)
     assert found["GFLOP"] * 1e9 - found["FLOP of products"] == pytest.approx(expected, rel=1e-6)
