@@ -120,8 +120,8 @@ def ceilings(s: ModelSetting) -> Any:
     flops, dy, back, dbias = 8.0 * N * D * D, s.normal(N, D), s.normal(D, 4 * D), torch.zeros(4 * D, device=s.device)
     add("ffn in + GELU", flops, lambda: linear_gelu_forward(x, w, b, False))
     add("ffn in + GELU, derivative kept", flops, lambda: linear_gelu_forward(x, w, b, True))
-    z = s.normal(N, 4 * D)
-    add("dX + GELU'", flops, lambda: gelu_backward_product(dy, back, z, dbias=dbias, accumulate=True))
+    slope = s.normal(N, 4 * D)
+    add("dX + GELU'", flops, lambda: gelu_backward_product(dy, back, slope, dbias=dbias, accumulate=True))
     return found
 
 

@@ -154,7 +154,7 @@ def serve(connection: Connection, name: str, args: argparse.Namespace) -> None:
         provider = PROVIDERS[name](args)
         loss = provider.evaluate()
         if DEVICE == "cuda":
-            torch.cuda.empty_cache()  # whole logits in fp32, which others want who get ready beside this one
+            torch.cuda.empty_cache()  # it took whole logits in fp32, and others get ready beside this one
         provider.run()  # compiles, allocates the moments
         commands = {"seconds": time_call, "energy": energy}
         with torch.compiler.set_stance("fail_on_recompile"):

@@ -142,8 +142,8 @@ def _student(resolved: Resolved, device: torch.device, device_bytes: int) -> Ite
     s, N, V = dtype.itemsize, resolved.token_budget, student.padded_vocab_size
     D, F, token = student.hidden_size, student.ffn_size, N * s
     # A layer keeps q, k and v, what was attended, and 4 D more: its input, both LayerNorms' sums and the first one's
-    # result, or of a pre-norm layer both sums and both results. Then GELU's input, with its gates, and output; in fp32
-    # the log-sum-exp of the attention, means and deviations.
+    # result, or of a pre-norm layer both sums and both results. Then GELU's input or its derivative there, with its
+    # gates, and its output; in fp32 the log-sum-exp of the attention, means and deviations.
     ffn = (2 + student.family.gated) * F
     layer = token * (8 * D + ffn) + 4 * N * (student.num_heads + 4)
     dropout_p, of_backward = student.attention_dropout, 0
