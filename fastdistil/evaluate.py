@@ -207,7 +207,7 @@ def score_embeddings(config: EvaluateConfig) -> None:
     for name in tables:
         of_table = [record for record in records if record["task"] == name]
         print(zero_shot.describe(name, of_table[0]["num_rows"], of_table[0]["split"]))
-        console.show(zero_shot.drawn(of_table))
+        console.show(zero_shot.drawn(of_table), *zero_shot.why_undefined(of_table))
     if config.out is not None:
         write_json(config.out, {"data": config.data, "reference": config.reference, "scores": records})
         print(f"{config.out}: {len(records)} score(s)")
@@ -227,11 +227,10 @@ def put_into_card(card: Path, records: list[dict[str, Any]], config: EvaluateCon
     for record in records:
         (name, value), *_ = record["metrics"].items()
         low, high = record["interval"]
-        kept = "not measured"
-        if "of_reference" in record:
-            kept = "{:.1f} % ({:.1f} to {:.1f})".format(record["of_reference"], *record["of_reference_interval"])
+        kept = "{} ({})".format(*zero_shot.share_of(record, " to ")) if "of_reference" in record else "not measured"
         what = f"{record['task']}, {name}, {record['num_rows']:,} rows"
         lines.append(f"| {what} | {value:.1f} ({low:.1f} to {high:.1f}) | {kept} |")
+    lines += (f"\n{why[0].upper()}{why[1:]}." for why in zero_shot.why_undefined(records))
     before, _, after = card.read_text(encoding="utf-8").partition(SECTION)
     rest = re.search("^## ", after, re.MULTILINE)
     kept_after = after[rest.start() :] if rest else ""

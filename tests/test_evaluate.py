@@ -355,6 +355,21 @@ def test_the_card_says_what_was_kept(folders, similar, tmp_path, caplog):
         assert f"{metric['value']:.1f} (" in text
 
 
+def test_a_share_of_a_reference_that_scores_nothing_is_undefined(folders, tmp_path, capsys):
+    """On four pairs: in the table and on the card, without a crash."""
+    file = tmp_path / "few.csv"
+    file.write_text("sentence1,sentence2,label\nw1,w1,1\nw2 w3,w4,0\nw5,w6 w7,0\nw8,w9,0\n")
+    other = make_encoder(tmp_path / "other", seed=1)
+    (other / "README.md").write_text("# other\n")
+    words = [str(other), "--reference", str(folders[0]), "--task", "pairs", "--data", str(file), "--card"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "scores.json")]) == 0
+    reason = "ndefined: the reference scores 0 or less, on all rows or on some drawn of them; try more rows"
+    text = (other / "README.md").read_text()
+    assert " | 100.0 % (undefined) |\n\nU" + reason + ".\n" in text
+    assert "u" + reason in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"][1]["of_reference_interval"] is None
+
+
 def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "rows.jsonl").write_text(

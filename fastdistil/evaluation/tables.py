@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from fastdistil.evaluation import plots
+from fastdistil.evaluation.zero_shot import UNDEFINED
 from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT
 from fastdistil.run.files import write_text
 
@@ -80,7 +81,7 @@ def _scores(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     by_model = scores.groupby("model")
     median, low, high = by_model.median(), by_model.min(), by_model.max()
     score = median.mean(axis=1, skipna=False)
-    kept = score / (score.at["teacher"] or math.nan)  # of nothing there is no share
+    kept = score / (score.at["teacher"] if score.at["teacher"] > 0 else math.nan)  # of nothing there is no share
     rows = []
     for model in _models(study):
         figures = zip(median.loc[model], low.loc[model], high.loc[model], strict=True)
@@ -102,7 +103,8 @@ def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
         yield f"## What is kept: {task}\n"
         yield (
             "Median over seeds; the 95 % intervals are the first seed's, by bootstrap over the rows of the task, "
-            "paired with the teacher. Tokens/s are medians of the runs.\n"
+            "paired with the teacher; undefined where the teacher scores 0 or less, on all of them or on some drawn. "
+            "Tokens/s are medians of the runs.\n"
         )
         rows = []
         for model in _models(study):
@@ -110,11 +112,14 @@ def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
             first, runs = own[1], [r for r in study["runs"].values() if r["variant"] == model]
             kept = pd.Series([found["of_reference"] for found in own.values() if "of_reference" in found], dtype=float)
             ends = kept.min(), kept.max()
+            of_teacher = _cell(
+                "{:.2f} %", kept.median(), " ({:.2f} to {:.2f})", *(ends if len(kept) > 1 else (math.nan,))
+            )
             cells = [
                 _cell("{:.2f}", scores.loc[model][task].median()),
-                _ends(first.get("interval")),
-                _cell("{:.2f} %", kept.median(), " ({:.2f} to {:.2f})", *(ends if len(kept) > 1 else (math.nan,))),
-                _ends(first.get("of_reference_interval")),
+                _ends(first, "interval"),
+                UNDEFINED if len(kept) > kept.count() else of_teacher,
+                _ends(first, "of_reference_interval"),
                 _cell("{:,.0f}", pd.Series([r["tokens"] for r in runs], dtype=float).median()),
                 _cell("{:,.0f}", pd.Series([r.get("tokens_per_s") for r in runs], dtype=float).median()),
             ]
@@ -122,8 +127,10 @@ def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
         yield _table(("", "score", "95 %", "of the teacher (seeds)", "95 % of that", "tokens", "tokens/s"), rows)
 
 
-def _ends(interval: list[float] | None) -> str:
-    return "-" if interval is None else "{:.2f} to {:.2f}".format(*interval)
+def _ends(share: dict[str, Any], interval: str) -> str:
+    if share.get(interval) is None:
+        return UNDEFINED if interval in share else "-"
+    return "{:.2f} to {:.2f}".format(*share[interval])
 
 
 def _ablation(study: dict[str, Any], scores: Frame) -> Iterable[str]:

@@ -8,6 +8,7 @@ Shapes: N rows, D width of an embedding.
 """
 
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -64,18 +65,8 @@ KINDS = {
     ),
     "few-shot": Kind(columns=(tasks.SENTENCE, ("text", "label")), num_texts=(1, 2), rows="examples"),
 }
-METRICS = (
-    "spearman",
-    "pearson",
-    "ap",
-    "best f1",
-    "best accuracy",
-    "mrr",
-    "recall@1",
-    "recall@10",
-    "accuracy",
-    "deviation",
-)
+UNDEFINED = "undefined"
+"""A share of a score of 0 or less, and its interval where the reference scores so little on rows that were drawn."""
 SPLITS = ("validation", "test", "train")
 """Where a score is taken: the first that there is, as of fine-tuning; where nothing is trained, train is fair, too."""
 NUM_RESAMPLES = 1000
@@ -114,17 +105,25 @@ class Score:
     statistic: Statistic
 
     def record(self, reference: "Score | None") -> dict[str, Any]:
-        """Everything x 100, for a table: the metrics, the score's interval, and its share of the reference's."""
+        """Everything x 100, for a table: the metrics, the score's interval, and its share of the reference's.
+
+        A share, or its interval, that is undefined is None.
+        """
         found: dict[str, Any] = {"metrics": {name: 100 * value for name, value in self.metrics.items()}}
         found["interval"] = [100 * end for end in self.interval()]
-        theirs = next(iter(reference.metrics.values())) if reference is not None else 0.0
-        if reference is not None and theirs > 0:  # of nothing there is no share
-            found["of_reference"] = 100 * next(iter(self.metrics.values())) / theirs
-            found["of_reference_interval"] = [100 * end for end in self.interval(reference)]
+        if reference is None:
+            return found
+        ours, theirs = (next(iter(score.metrics.values())) for score in (self, reference))
+        ends = self.interval(reference) if theirs > 0 else (math.nan, math.nan)
+        found["of_reference"] = 100 * ours / theirs if theirs > 0 else None  # of nothing there is no share
+        found["of_reference_interval"] = None if any(map(math.isnan, ends)) else [100 * end for end in ends]
         return found
 
     def interval(self, reference: "Score | None" = None) -> tuple[float, float]:
-        """95 % of the score or, beside a reference, of their ratio: the same rows are drawn for both."""
+        """95 % of the score or, beside a reference, of their ratio: the same rows are drawn for both.
+
+        NaN where the reference scores 0 or less on rows that were drawn: the ratio then has no bounds.
+        """
         from scipy import stats
 
         of_one = self.statistic
@@ -134,7 +133,8 @@ class Score:
             columns = (self.rows, reference.rows, self.labels)
 
             def statistic(ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray) -> float:
-                return of_one(ours, labels) / of_one(theirs, labels)
+                below = of_one(theirs, labels)
+                return of_one(ours, labels) / below if below > 0 else math.nan
 
         with warnings.catch_warnings():  # of a score that is the same whatever is drawn: the interval is a point
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -437,7 +437,24 @@ def drawn(records: list[dict[str, Any]]) -> "rich.table.Table":
         row = {"model": record["model"], score: number(value), "95 %": "–".join(map(number, record["interval"]))}
         row |= {name: number(value) for name, value in others}
         if any("of_reference" in other for other in records):
-            row["kept"] = number(record["of_reference"]) + " %" if "of_reference" in record else "-"
-            row["95 % of that"] = "–".join(map(number, record.get("of_reference_interval", ()))) or "-"
+            row["kept"], row["95 % of that"] = share_of(record, "–")
         rows.append(row)
     return console.table(tuple(rows[0]), (row.values() for row in rows))
+
+
+def share_of(record: dict[str, Any], to: str) -> tuple[str, str]:
+    """What a model has of the reference's score, and the ends of its interval; a dash for each without a reference."""
+    if "of_reference" not in record:
+        return "-", "-"
+    share, ends = record["of_reference"], record["of_reference_interval"]
+    return (
+        UNDEFINED if share is None else f"{share:.1f} %",
+        UNDEFINED if ends is None else to.join(map("{:.1f}".format, ends)),
+    )
+
+
+def why_undefined(records: list[dict[str, Any]]) -> list[str]:
+    """A line that says why some share, or its interval, is undefined; none where all are defined."""
+    if all(UNDEFINED not in share_of(record, "") for record in records):
+        return []
+    return [f"{UNDEFINED}: the reference scores 0 or less, on all rows or on some drawn of them; try more rows"]

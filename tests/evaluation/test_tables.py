@@ -92,6 +92,19 @@ def test_what_embeddings_keep_has_its_interval(tmp_path):
     assert cells(text, tables.TITLES["no-kd"], "What is kept: sts")[:4] == ["-"] * 4
 
 
+def test_a_share_of_nothing_is_undefined(tmp_path):
+    study = copy.deepcopy(STUDY)
+    study["tasks"] = {"sts": {"metrics": ["spearman"], "num_train": 0, "num_validation": 9}}
+    study["scores"] = {"teacher-1": {"sts": -0.1}, "distilbert-1": {"sts": -0.2}}
+    undefined = {"interval": [-40.0, 20.0], "of_reference": None, "of_reference_interval": None}
+    study["shares"] = {"distilbert-1": {"sts": undefined}}
+    tables.write(tmp_path, study)
+    text = (tmp_path / "study.md").read_text()
+    row = cells(text, tables.TITLES["distilbert"], "What is kept: sts")
+    assert row[:4] == ["-20.00", "-40.00 to 20.00", "undefined", "undefined"]
+    assert cells(text, tables.TITLES["distilbert"], "Scores")[-1] == "-"
+
+
 def test_the_ablation_pairs_models_of_one_seed(written):
     text = (written / "study.md").read_text()
     row = cells(text, tables.TITLES["no-kd"], "Ablation")

@@ -207,8 +207,28 @@ def test_the_share_of_a_reference_is_paired():
     low, high = record["of_reference_interval"]
     assert low < 100 * share < high
     assert high - low < 0.3 * (record["interval"][1] - record["interval"][0])
-    nothing = Score({"spearman": 0.0}, np.zeros(500), labels, zero_shot._spearman)
-    assert "of_reference" not in student.record(nothing)
+
+
+def test_a_share_of_little_is_undefined_and_the_reason_is_said():
+    """Of a reference that scores 0 or less on all rows, or on some that are drawn; by JSON, table and line."""
+    labels = np.array([1.0, 0, 0, 0])  # of four pairs: one draw in three has no paraphrase, and scores 0
+    good, poor = (zero_shot._pairs(cosine, labels) for cosine in (np.array([0.9, 0.1, 0.2, 0.3]), np.arange(4.0)))
+    score = {"task": "pairs", "model": "student"} | poor.record(good)
+    assert (score["of_reference"], score["of_reference_interval"]) == (25, None)
+    similar = zero_shot._similarity(np.arange(9.0), np.arange(9.0))
+    nothing = [zero_shot._similarity(rows, np.arange(9.0)) for rows in (np.zeros(9), -np.arange(9.0))]
+    none = [{"task": "sts", "model": "student"} | similar.record(reference) for reference in nothing]
+    assert [(n["of_reference"], n["of_reference_interval"]) for n in none] == [(None, None)] * 2
+    assert zero_shot.share_of(score, "–") == ("25.0 %", "undefined")
+    teacher = {"task": "sts", "model": "teacher"} | nothing[0].record(None)
+    cells = [[str(cell) for cell in column.cells] for column in zero_shot.drawn([teacher, none[0]]).columns]
+    assert cells[-2:] == [["-", "undefined"], ["-", "undefined"]]
+    assert [len(zero_shot.why_undefined(of)) for of in ([score], none, [teacher], [similar.record(similar)])] == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables
