@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -179,16 +179,16 @@ def load(
         texts = tuple(tasks.texts_of(rows, column, where) for column in found)
         if len(texts) == 1:
             return made_pairs(texts[0], where, max_examples, chosen)
-        return Table(tuple(column[:max_examples] for column in texts), np.array([]), chosen)
-    table = _labelled(kind, tables[chosen], columns, where, chosen)
+        return _retrievable(tuple(column[:max_examples] for column in texts), where, chosen)
+    table = _labelled(kind, tables[chosen], columns, where, chosen, max_examples)
     if kind == "few-shot" and chosen != "train" and "train" in tables:
         train = _labelled(kind, tables["train"], columns, f"{source}: train of {name}", "train")
-        return Table(*_first(table, max_examples), chosen, train)
-    return Table(*_first(table, max_examples), chosen)
-
-
-def _first(table: Table, number: int | None) -> tuple[tuple[list[str], ...], np.ndarray]:
-    return tuple(column[:number] for column in table.texts), table.labels[:number]
+        if unknown := sorted(set(table.labels) - set(train.labels)):
+            raise ValueError(
+                f"{where}: train has no examples of {', '.join(unknown[:5])}: leave those rows out, or add examples"
+            )
+        return replace(table, train=train)
+    return table
 
 
 def _tables(name: str, source: str) -> dict[str, Any]:
@@ -213,8 +213,12 @@ def is_table(source: str) -> bool:
     return source.startswith("hf:") or any(file.suffix in tasks.READERS for file in files)
 
 
-def _labelled(kind: str, rows: Any, columns: tuple[tuple[str, ...], ...], where: str, split: str) -> Table:
+def _labelled(
+    kind: str, rows: Any, columns: tuple[tuple[str, ...], ...], where: str, split: str, number: int | None = None
+) -> Table:
+    """The first `number` rows that have a label, whose labels alone are looked at."""
     texts, labels, names = tasks.labelled(rows, tasks.Task(columns=columns), where)
+    texts, labels = tuple(column[:number] for column in texts), labels[:number]
     if kind == "few-shot":
         return Table(texts, np.array(labels), split)
     of_class = {name: i for i, name in enumerate(names or ("False", "True"))}
@@ -237,7 +241,13 @@ def made_pairs(documents: Iterable[str], where: str, max_examples: int | None = 
     if len(pairs) < 2:
         raise ValueError(f"{where}: {len(pairs)} documents have a second sentence: wanted two or more to choose from")
     queries, texts = map(list, zip(*pairs, strict=True))
-    return Table((queries, texts), np.array([]), split)
+    return _retrievable((queries, texts), where, split)
+
+
+def _retrievable(texts: tuple[list[str], ...], where: str, split: str) -> Table:
+    if any(len(set(column)) < 2 for column in texts):
+        raise ValueError(f"{where}: every row has the same query or the same text: wanted two or more to choose from")
+    return Table(texts, np.array([]), split)
 
 
 # ----------------------------------------------------------------------------------------------------------- the models
@@ -251,7 +261,10 @@ class Encoder:
     """E.g. "mean + Normalize", and who said so."""
 
     def embed(self, texts: list[str], role: str = "") -> np.ndarray:
-        """(N, D) of N texts, each embedded once; as "query" or "document" with the folder's prompt for these."""
+        """(N, D) of N texts, each embedded once; as "query" or "document" with the folder's prompt for these.
+
+        Raises ValueError where one is not finite.
+        """
         encode = getattr(self.model, f"encode_{role}" if role else "encode")
         different = sorted(dict.fromkeys(texts), key=len)  # so that little is padded
         starts = range(0, len(different), SLICE)
@@ -260,7 +273,13 @@ class Encoder:
             for i in console.progress(starts, len(starts), f"embeddings of {Path(self.path).name}")
         ]
         rows = {text: i for i, text in enumerate(different)}
-        return np.concatenate(parts)[[rows[text] for text in texts]]
+        embeddings = np.concatenate(parts)
+        if broken := np.flatnonzero(~np.isfinite(embeddings).all(1)).tolist():
+            raise ValueError(
+                f"{self.path} makes embeddings that are not finite of {len(broken)} of {len(different)} texts, e.g. of "
+                f"{different[broken[0]][:40]!r}: give a model whose weights, and sums in their dtype, are finite"
+            )
+        return embeddings[[rows[text] for text in texts]]
 
 
 def load_encoder(path: str, pooling: Literal["mean", "cls"] | None, max_length: int | None, device: str) -> Encoder:

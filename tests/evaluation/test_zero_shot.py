@@ -268,13 +268,49 @@ def test_any_file_with_columns_of_any_name(tmp_path):
         ("sts", "a,b,3\nc,d,3", "every row has the score 3"),
         ("sts", "a,b,low\nc,d,high", "got the label 'low': wanted a number"),
         ("sts", "a,b,-1\nc,d,-1", "no labelled row"),
+        ("retrieval", "a,b,0", "the same query or the same text"),
+        ("retrieval", "a,b,0\na,c,0", "the same query or the same text"),
+        ("retrieval", "a,b,0\nc,b,0", "the same query or the same text"),
     ],
 )
 def test_labels_that_cannot_be_scored(tmp_path, kind, rows, message):
     file = tmp_path / "table.csv"
     file.write_text("sentence1,sentence2,label\n" + rows + "\n")
+    columns: Any = {"text_columns": ("sentence1", "sentence2")} if kind == "retrieval" else {}
     with pytest.raises(ValueError, match=message):
-        zero_shot.load(kind, "", str(file))
+        zero_shot.load(kind, "", str(file), **columns)
+
+
+def test_labels_are_looked_at_in_the_rows_that_are_scored(tmp_path):
+    """A file sorted by its labels: an average precision of 100 % of pairs that are all paraphrases says nothing."""
+    file = tmp_path / "table.csv"
+    file.write_text("sentence1,sentence2,label\na,b,1\nc,d,1\ne,f,0\n")
+    for kind, message in (("sts", "every row has the score 1"), ("pairs", "both of them, got 1")):
+        assert len(zero_shot.load(kind, "", str(file))) == 3
+        with pytest.raises(ValueError, match=message):
+            zero_shot.load(kind, "", str(file), max_examples=2)
+
+
+def test_few_shots_of_classes_without_examples_are_refused(tmp_path):
+    """They could only be wrong."""
+    (tmp_path / "train.csv").write_text("sentence,label\na,x\nb,y\n")
+    (tmp_path / "validation.csv").write_text("sentence,label\na,x\nb,z\n")
+    with pytest.raises(ValueError, match="train has no examples of z"):
+        zero_shot.load("few-shot", "", str(tmp_path))
+
+
+def test_embeddings_that_are_not_finite_are_refused(model, encoder, monkeypatch):
+    """They would be a score of nan; of one text among several, and it is named."""
+    real = encoder.model.encode
+
+    def overflowing(texts, **options):
+        found = real(texts, **options)
+        found[texts.index("w3 w4"), 5] = np.inf
+        return found
+
+    monkeypatch.setattr(encoder.model, "encode", overflowing)
+    with pytest.raises(ValueError, match=r"not finite of 1 of 2 texts, .* of 'w3 w4'"):
+        encoder.embed(["w3 w4", "w5", "w3 w4"])
 
 
 def test_pairs_are_made_of_documents():
