@@ -159,7 +159,11 @@ def main(args: list[str] | None = None) -> int:
     finetune.quiet()
     asked = {name: task for name, task in asked.items() if results is None or missing_seeds(config, name, results)}
     lengths = {name: sequence_length(config, task) for name, task in asked.items()}
-    data = {name: (squad.load if task.spans else tasks.load)(name, task, config.data) for name, task in asked.items()}
+    number = config.settings.max_train_examples
+    data = {
+        name: (squad.load if task.spans else tasks.load)(name, task, config.data).first(number)
+        for name, task in asked.items()
+    }
     if results is None:
         for name, found in data.items():
             print(f"{name}: {found.describe()}, {lengths[name]} tokens")
@@ -335,6 +339,9 @@ class Results:
             differing = [k for k in settings if old["settings"].get(k) != settings[k]]
             if old["model"] != config.model:
                 differing.append("model")
+            columns = [*config.text_columns, config.label_column]
+            if {"table"} & old["tasks"].keys() & set(config.task) and old["tasks"]["table"].get("columns") != columns:
+                differing.append("text-columns or --label-column")
             for task in old["tasks"].values():  # the numbers that are read again
                 math.fsum([task["median"], task["num_train"], *(s["score"] for s in task["seeds"].values())])
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
@@ -378,9 +385,11 @@ def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: in
     tokenizer = finetune.pretrained(transformers.AutoTokenizer, config.model)
     if task.spans or math.isfinite(finetune.longest_input(finetune.skeleton(config.model))):
         tokenizer.padding_side = "right"  # else as the model was trained: XLNet reads its last token as the summary
-    train = encode(tokenizer, data.train[: settings.max_train_examples], length)
+    train = encode(tokenizer, data.train, length)
     validation = encode(tokenizer, data.validation, length)
     about: dict[str, Any] = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}
+    if name == "table":
+        about["columns"] = task.columns[0]
     missing = missing_seeds(config, name, results)
     for seed in missing:
         # The encoder is fine-tuned anew with each seed, after its teacher where there is one.
