@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ import fastdistil
 from fastdistil.data import sources
 from fastdistil.data.readers import Options
 from fastdistil.evaluation import tasks, zero_shot
+from fastdistil.evaluation.results import make_room
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastdistil.evaluate")
 
+OF_EMBEDDINGS = ("card", "split", "pooling", "max_examples", "shots", "draws")
+"""Options that fine-tuning does not know."""
 SECTION = "## What it kept"
 """Of a model card."""
 
@@ -150,6 +153,8 @@ def main(args: list[str] | None = None) -> int:
     if config.by_embeddings:
         score_embeddings(config)
         return 0
+    if idle := [f.name for f in fields(config) if f.name in OF_EMBEDDINGS and getattr(config, f.name) != f.default]:
+        log.warning("without effect on what is fine-tuned: %s", ", ".join(f"--{n.replace('_', '-')}" for n in idle))
     asked = chosen_tasks(config)
     tasks.require_packages(asked.values())
     results = None if config.dry_run else Results(result_file(config), config)
@@ -192,8 +197,7 @@ def score_embeddings(config: EvaluateConfig) -> None:
         for name, found in tables.items():
             print(zero_shot.describe(name, len(found), found.split))
         return
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
+    make_room(config.out)
     # The reference comes first, since the others' shares are of its scores.
     records: list[dict[str, Any]] = []
     reference: dict[str, zero_shot.Score] = {}
@@ -215,7 +219,9 @@ def score_embeddings(config: EvaluateConfig) -> None:
     if config.out is not None:
         write_json(config.out, {"data": config.data, "reference": config.reference, "scores": records})
         print(f"{config.out}: {len(records)} score(s)")
-    for path in config.models if config.card else ():
+    for path in dict.fromkeys(config.models) if config.card else ():
+        if path == config.reference:
+            continue
         put_into_card(Path(path) / "README.md", [record for record in records if record["model"] == path], config)
     print(next_line(config))
 
@@ -332,6 +338,7 @@ class Results:
         self.path = path
         settings = asdict(config.settings) | {"data": config.data, "teacher": config.teacher}
         self.record: dict[str, Any] = {"model": config.model, "settings": settings, "tasks": {}}
+        make_room(path)
         if not path.is_file():
             return
         old = read_json(path, fix="give another --out")
@@ -360,7 +367,6 @@ class Results:
         kept = self.record["tasks"].setdefault(task, about | {"seeds": {}})
         kept["seeds"][str(seed)] = found
         kept["median"] = statistics.median(s["score"] for s in kept["seeds"].values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.record)
 
 

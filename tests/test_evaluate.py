@@ -407,6 +407,31 @@ def test_a_share_of_a_reference_that_scores_nothing_is_undefined(folders, tmp_pa
     assert json.loads((tmp_path / "scores.json").read_text())["scores"][1]["of_reference_interval"] is None
 
 
+def test_the_card_of_the_reference_is_left_alone(folders, similar, tmp_path):
+    models = [make_encoder(tmp_path / name, seed=1, initializer_range=0.3) for name in ("student", "teacher")]
+    for model in models:
+        (model / "README.md").write_text("# model\n")
+    words = [*map(str, models), "--reference", str(models[1]), "--task", "sts", "--data", str(similar), "--card"]
+    assert evaluate.main(words) == 0
+    assert ["100.0 % (" in (model / "README.md").read_text() for model in models] == [True, False]
+    assert (models[1] / "README.md").read_text() == "# model\n"
+
+
+@pytest.mark.parametrize("task", ["sst2", "few-shot:sst2"])
+def test_where_results_cannot_be_kept_nothing_is_done(folders, tmp_path, capsys, task):
+    words = [str(folders[0]), "--task", task, "--data", str(folders[1]), "--device", "cpu"]
+    assert evaluate.main([*words, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"--out {tmp_path} is a folder: give a file" in said
+    assert "learning rate" not in said
+
+
+def test_options_without_effect_are_named(folders, caplog):
+    words = ["--task", "sst2", "--data", str(folders[1]), "--dry-run", "--split", "test", "--max-examples", "9"]
+    assert evaluate.main([*words, str(folders[0])]) == 0
+    assert "without effect on what is fine-tuned: --split, --max-examples" in caplog.text
+
+
 def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "rows.jsonl").write_text(

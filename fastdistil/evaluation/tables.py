@@ -63,7 +63,10 @@ def scores_by_seed(study: dict[str, Any]) -> Frame:
         (_models(study), range(1, study["settings"]["seeds"] + 1)), names=("model", "seed")
     )
     found = [study["scores"].get(f"{model}-{seed}", {}) for model, seed in index]
-    return 100 * pd.DataFrame(found, index=index, columns=list(study["tasks"]), dtype=float)
+    scores = 100 * pd.DataFrame(found, index=index, columns=list(study["tasks"]), dtype=float)
+    alone = [task for task, about in study["tasks"].items() if not about["num_train"]]
+    scores.loc[["teacher"], alone] = scores.loc[["teacher"], alone].ffill()  # measured once: no seed changes it
+    return scores
 
 
 def _models(study: dict[str, Any]) -> list[str]:
@@ -135,9 +138,9 @@ def _ends(share: dict[str, Any], interval: str) -> str:
 
 def _ablation(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     """The paper's table 4: change of the score against the student with all terms."""
-    scores = scores.assign(score=scores.mean(axis=1))
+    scores = scores.assign(score=scores.mean(axis=1, skipna=False))  # means over different tasks are no change
     base = scores.loc[_models(study)[1]]
-    if base["score"].isna().all():
+    if base.isna().all(axis=None):
         return
     yield "## Ablation\n"
     yield (
@@ -212,7 +215,7 @@ def _plots(out: Path, study: dict[str, Any], scores: Frame) -> Iterable[str]:
         yield "![score against tokens](score-tokens.png)\n"
     if study["efficiency"]:
         teacher, student = (model["cpu"]["latency_ms"] for model in study["efficiency"]["models"])
-        overall = scores.mean(axis=1).dropna().groupby("model", sort=False)
+        overall = scores.mean(axis=1, skipna=False).dropna().groupby("model", sort=False)
         rows = [(TITLES[m], teacher if m == "teacher" else student, found.mean(), found.std()) for m, found in overall]
         title = "Score (± standard deviation over seeds) against latency"
         plots.save_png(plots.points(rows, "CPU latency at batch 1, ms", "score", title), out / "score-latency.png")
@@ -241,7 +244,7 @@ def _score_against_tokens(study: dict[str, Any]) -> dict[str, pd.Series]:
         found = {}
         for name, scores in study["scores"].items():
             of_model, _, update = name.partition("-at-")
-            if of_model == model:
+            if of_model == model and scores.keys() == study["tasks"].keys():
                 share = int(update) / run["updates"] if update else 1.0
                 found[share * run["tokens"] / 1e6] = 100 * pd.Series(scores).mean()
         if found:

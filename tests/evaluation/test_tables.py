@@ -124,6 +124,26 @@ def test_a_change_within_the_noise_is_said_to_be_so(tmp_path):
     assert row[1] == "no"
 
 
+def test_a_mean_is_over_all_tasks_or_is_not_there(tmp_path, monkeypatch):
+    """Fine-tuning and embeddings are a step each: one may be missing yet, and the teacher has one of the second."""
+    study = copy.deepcopy(STUDY)
+    study["tasks"]["b"]["num_train"] = 0  # by embeddings
+    del study["scores"]["teacher-2"]["b"], study["scores"]["teacher-3"]["b"]
+    del study["scores"]["no-kd-3"]["b"], study["scores"]["no-kd-1-at-5"]["b"]
+    drawn = []
+    real = tables.plots.points
+    monkeypatch.setattr(tables.plots, "points", lambda rows, *words: real(drawn.extend(rows) or drawn, *words))
+    tables.write(tmp_path, study)
+    teacher, first, second = ((middle, deviation) for _, _, middle, deviation in drawn)
+    assert teacher == pytest.approx((86.5, 1.8028), abs=1e-4)  # 85, 86, 88.5
+    assert first == pytest.approx((76.5, 1.3229), abs=1e-4)
+    assert second == pytest.approx((74.5, 0.7071), abs=1e-4)  # of two seeds
+    row = cells((tmp_path / "study.md").read_text(), tables.TITLES["no-kd"], "Ablation")
+    assert row[0].startswith("-1.25 ± ")  # -1.5 and -1.0
+    assert row[2] == "-2.00 ± 2.48"  # of the task that three seeds have
+    assert list(tables._score_against_tokens(study)[tables.TITLES["no-kd"]]) == [pytest.approx(74.0)]
+
+
 def test_the_pre_training_table_takes_the_last_validation(written):
     row = cells((written / "study.md").read_text(), tables.TITLES["no-kd"], "Pre-training")
     assert row[:3] == ["3", "1,000,000", "4.2000 (0.1000)"]
