@@ -225,8 +225,12 @@ def test_a_teacher_that_numbers_the_classes_otherwise_is_refused(folders, scored
     """Logits are compared class by class, whatever the classes are called; MNLI's come in two orders."""
     teacher = shutil.copytree(scored / "kept" / "sst2", tmp_path / "teacher")
     record = json.loads((teacher / "config.json").read_text())
-    for names, refused in ((["1", "0"], True), (["0", "1"], False), (["LABEL_0", "LABEL_1"], False)):
-        (teacher / "config.json").write_text(json.dumps(record | {"id2label": dict(enumerate(names))}))
+    for names, refused in (
+        ({0: "1", 1: "0"}, True),
+        ({1: "1", 0: "0"}, False),  # whatever their order in the file
+        ({0: "LABEL_0", 1: "LABEL_1"}, False),
+    ):
+        (teacher / "config.json").write_text(json.dumps(record | {"id2label": names}))
         words = ["--out", tmp_path / f"{names[0]}.json", "--teacher", teacher, "--seeds", 1, "--epochs", 1]
         assert run(*folders, *words) == (2 if refused else 0)
         assert ("numbers its classes 1, 0, the task 0, 1" in capsys.readouterr().err) == refused
