@@ -7,6 +7,7 @@ The models take turns round by round, so that a slow minute of the machine is ev
 ratios are to the first.
 """
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from fastdistil.evaluation.results import make_room
 from fastdistil.model.headers import weight_files
 from fastdistil.remote import hub
 from fastdistil.run import console, folder, options
@@ -72,6 +74,7 @@ def main(args: list[str] | None = None) -> int:
     """Exit status 0: measured. 2: a wrong command line or model."""
     config = options.parse(EfficiencyConfig, args, "efficiency")
     require("efficiency", "eval", "transformers")
+    make_room(config.out)
     found = measure(config)
     console.show(table(found), PUBLISHED)
     if config.out is not None:
@@ -135,7 +138,7 @@ def measure(config: EfficiencyConfig) -> dict[str, Any]:
         for record, alone, together in zip(records, latency, duration, strict=True):
             record[device] = {
                 "latency_ms": 1e3 * statistics.median(alone),
-                "latency_ms_p90": 1e3 * sorted(alone)[int(0.9 * (len(alone) - 1))],
+                "latency_ms_p90": 1e3 * sorted(alone)[math.ceil(0.9 * len(alone)) - 1],
                 "throughput_per_s": config.batch_size / statistics.median(together),
             } | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
     return {"length": length, "batch_size": config.batch_size, "models": records}

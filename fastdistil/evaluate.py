@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ import fastdistil
 from fastdistil.data import sources
 from fastdistil.data.readers import Options
 from fastdistil.evaluation import tasks, zero_shot
+from fastdistil.evaluation.results import make_room
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastdistil.evaluate")
 
+OF_EMBEDDINGS = ("card", "split", "pooling", "max_examples", "shots", "draws")
+"""Options that fine-tuning does not know."""
 SECTION = "## What it kept"
 """Of a model card."""
 
@@ -150,6 +153,8 @@ def main(args: list[str] | None = None) -> int:
     if config.by_embeddings:
         score_embeddings(config)
         return 0
+    if idle := [f.name for f in fields(config) if f.name in OF_EMBEDDINGS and getattr(config, f.name) != f.default]:
+        log.warning("without effect on what is fine-tuned: %s", ", ".join(f"--{n.replace('_', '-')}" for n in idle))
     asked = chosen_tasks(config)
     tasks.require_packages(asked.values())
     results = None if config.dry_run else Results(result_file(config), config)
@@ -159,7 +164,11 @@ def main(args: list[str] | None = None) -> int:
     finetune.quiet()
     asked = {name: task for name, task in asked.items() if results is None or missing_seeds(config, name, results)}
     lengths = {name: sequence_length(config, task) for name, task in asked.items()}
-    data = {name: (squad.load if task.spans else tasks.load)(name, task, config.data) for name, task in asked.items()}
+    number = config.settings.max_train_examples
+    data = {
+        name: (squad.load if task.spans else tasks.load)(name, task, config.data).first(number)
+        for name, task in asked.items()
+    }
     if results is None:
         for name, found in data.items():
             print(f"{name}: {found.describe()}, {lengths[name]} tokens")
@@ -188,8 +197,7 @@ def score_embeddings(config: EvaluateConfig) -> None:
         for name, found in tables.items():
             print(zero_shot.describe(name, len(found), found.split))
         return
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
+    make_room(config.out)
     # The reference comes first, since the others' shares are of its scores.
     records: list[dict[str, Any]] = []
     reference: dict[str, zero_shot.Score] = {}
@@ -207,11 +215,13 @@ def score_embeddings(config: EvaluateConfig) -> None:
     for name in tables:
         of_table = [record for record in records if record["task"] == name]
         print(zero_shot.describe(name, of_table[0]["num_rows"], of_table[0]["split"]))
-        console.show(zero_shot.drawn(of_table))
+        console.show(zero_shot.drawn(of_table), *zero_shot.why_undefined(of_table))
     if config.out is not None:
         write_json(config.out, {"data": config.data, "reference": config.reference, "scores": records})
         print(f"{config.out}: {len(records)} score(s)")
-    for path in config.models if config.card else ():
+    for path in dict.fromkeys(config.models) if config.card else ():
+        if path == config.reference:
+            continue
         put_into_card(Path(path) / "README.md", [record for record in records if record["model"] == path], config)
     print(next_line(config))
 
@@ -227,11 +237,10 @@ def put_into_card(card: Path, records: list[dict[str, Any]], config: EvaluateCon
     for record in records:
         (name, value), *_ = record["metrics"].items()
         low, high = record["interval"]
-        kept = "not measured"
-        if "of_reference" in record:
-            kept = "{:.1f} % ({:.1f} to {:.1f})".format(record["of_reference"], *record["of_reference_interval"])
+        kept = "{} ({})".format(*zero_shot.share_of(record, " to ")) if "of_reference" in record else "not measured"
         what = f"{record['task']}, {name}, {record['num_rows']:,} rows"
         lines.append(f"| {what} | {value:.1f} ({low:.1f} to {high:.1f}) | {kept} |")
+    lines += (f"\n{why[0].upper()}{why[1:]}." for why in zero_shot.why_undefined(records))
     before, _, after = card.read_text(encoding="utf-8").partition(SECTION)
     rest = re.search("^## ", after, re.MULTILINE)
     kept_after = after[rest.start() :] if rest else ""
@@ -329,6 +338,7 @@ class Results:
         self.path = path
         settings = asdict(config.settings) | {"data": config.data, "teacher": config.teacher}
         self.record: dict[str, Any] = {"model": config.model, "settings": settings, "tasks": {}}
+        make_room(path)
         if not path.is_file():
             return
         old = read_json(path, fix="give another --out")
@@ -336,6 +346,9 @@ class Results:
             differing = [k for k in settings if old["settings"].get(k) != settings[k]]
             if old["model"] != config.model:
                 differing.append("model")
+            columns = [*config.text_columns, config.label_column]
+            if {"table"} & old["tasks"].keys() & set(config.task) and old["tasks"]["table"].get("columns") != columns:
+                differing.append("text-columns or --label-column")
             for task in old["tasks"].values():  # the numbers that are read again
                 math.fsum([task["median"], task["num_train"], *(s["score"] for s in task["seeds"].values())])
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
@@ -354,7 +367,6 @@ class Results:
         kept = self.record["tasks"].setdefault(task, about | {"seeds": {}})
         kept["seeds"][str(seed)] = found
         kept["median"] = statistics.median(s["score"] for s in kept["seeds"].values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.record)
 
 
@@ -379,9 +391,11 @@ def evaluate(config: EvaluateConfig, name: str, data: tasks.TaskData, length: in
     tokenizer = finetune.pretrained(transformers.AutoTokenizer, config.model)
     if task.spans or math.isfinite(finetune.longest_input(finetune.skeleton(config.model))):
         tokenizer.padding_side = "right"  # else as the model was trained: XLNet reads its last token as the summary
-    train = encode(tokenizer, data.train[: settings.max_train_examples], length)
+    train = encode(tokenizer, data.train, length)
     validation = encode(tokenizer, data.validation, length)
     about: dict[str, Any] = {"metrics": list(task.metrics), "num_train": len(train), "num_validation": len(validation)}
+    if name == "table":
+        about["columns"] = task.columns[0]
     missing = missing_seeds(config, name, results)
     for seed in missing:
         # The encoder is fine-tuned anew with each seed, after its teacher where there is one.

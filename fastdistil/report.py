@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from fastdistil import __version__
-from fastdistil.evaluation.results import Score, kept, read_efficiency, read_scores, speed, understood
+from fastdistil.evaluation.results import Score, kept, of_both, read_efficiency, read_scores, speed, understood
 from fastdistil.model.architecture import Architecture, from_record
 from fastdistil.run import folder as run_folder
 from fastdistil.run import options
@@ -253,7 +253,12 @@ def _of_the_teacher(run: Run) -> str:
         whom = "the mixture of its teachers" if run.record.get("others") else "its teacher"
         share = f"agrees with {whom} on {100 * agreement:.1f} % of the tokens of held-out text"
         return f"The student {share}, with {size}{fast}."
-    return f"The student has {size}{fast}; what it keeps of its teacher is not measured."
+    return f"The student has {size}{fast}; what it keeps of its teacher is {_no_share(run)}."
+
+
+def _no_share(run: Run) -> str:
+    """Why it cannot be said what the student keeps."""
+    return "undefined, for its teacher scores 0 or less" if of_both(run.scores) else "not measured"
 
 
 def _of_the_training(run: Run, config: ReportConfig) -> str:
@@ -293,7 +298,10 @@ def figures(run: Run) -> list[tuple[str, str]]:
     if student and teacher:
         share = f"{100 * student.num_parameters / teacher.num_parameters:.0f} %"
         rows = [
-            (f"{found[0].share:.1f} %" if found else "–", "of the teacher kept" + ("" if found else ": not measured")),
+            (
+                f"{found[0].share:.1f} %" if found else "–",
+                "of the teacher kept" + ("" if found else f": {_no_share(run)}"),
+            ),
             (f"{faster:.1f} ×" if faster else "–", "as fast" + ("" if faster else ": not measured")),
             (share, "of its parameters"),
             *rows,
@@ -343,7 +351,7 @@ def missing(run: Run) -> list[tuple[str, list[str]]]:
 
     export = [] if Path(student).exists() else [call("export", run.folder, "--out", student)]
     found = []
-    if not kept(run.scores):
+    if not of_both(run.scores):
         asked: tuple[str, ...] = ("--task", "glue", "--data", "GLUE")
         models = {"evaluation.json": student, "evaluation-teacher.json": teacher}
         if run.record.get("pooling"):  # embeddings are scored in seconds, both models at once

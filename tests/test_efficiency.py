@@ -118,6 +118,17 @@ def test_efficiency_of_models_that_read_different_lengths(tmp_path, capsys):
         assert line == (f"error: --length {got} is more than the 32 tokens that {folders[1]} reads: give 32 or less\n")
 
 
+def test_figures_are_kept_in_a_new_folder_or_refused_before_they_are_measured(tmp_path, capsys, monkeypatch):
+    model = make_encoder(tmp_path / "model")
+    out = tmp_path / "new" / "folder" / "efficiency.json"
+    assert efficiency.main([str(model), "--rounds", "2", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())["models"][0]["cpu"]
+    assert figures["latency_ms_p90"] >= figures["latency_ms"]  # of two rounds it was the quicker one
+    monkeypatch.setattr(efficiency, "measure", lambda _: pytest.fail("measured"))
+    assert efficiency.main([str(model), "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path} is a folder: give a file" in capsys.readouterr().err
+
+
 def test_weights_as_pytorch_pickled_them(tmp_path, capsys):
     model = make_encoder(tmp_path / "model")
     from safetensors.torch import load_file

@@ -221,6 +221,32 @@ def test_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path, capsys):
     assert "another vocabulary" in capsys.readouterr().err
 
 
+def test_a_teacher_that_numbers_the_classes_otherwise_is_refused(folders, scored, tmp_path, capsys):
+    """Logits are compared class by class, whatever the classes are called; MNLI's come in two orders."""
+    teacher = shutil.copytree(scored / "kept" / "sst2", tmp_path / "teacher")
+    record = json.loads((teacher / "config.json").read_text())
+    for names, refused in (
+        ({0: "1", 1: "0"}, True),
+        ({1: "1", 0: "0"}, False),  # whatever their order in the file
+        ({0: "LABEL_0", 1: "LABEL_1"}, False),
+    ):
+        (teacher / "config.json").write_text(json.dumps(record | {"id2label": names}))
+        words = ["--out", tmp_path / f"{names[0]}.json", "--teacher", teacher, "--seeds", 1, "--epochs", 1]
+        assert run(*folders, *words) == (2 if refused else 0)
+        assert ("numbers its classes 1, 0, the task 0, 1" in capsys.readouterr().err) == refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_was_saved_in_16_bits_is_fine_tuned_in_32(folders, tmp_path, dtype):
+    import transformers
+
+    folder = shutil.copytree(folders[0], tmp_path / "model")
+    transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    data = tasks.load("sst2", tasks.TASKS["sst2"], str(folders[1]))
+    model = finetune.load_model(str(folder), data, Settings(), seed=1)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_an_infinite_rate_is_an_error_with_the_seed(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "loss_of", lambda logits, *_: logits.sum() * float("nan"))
     assert run(*folders, "--out", tmp_path / "r.json") == 1
@@ -237,6 +263,9 @@ def test_an_infinite_rate_is_an_error_with_the_seed(folders, tmp_path, capsys, m
         (["--label-column", "x"], "other tasks have their own"),
         (["--seeds", "0"], "--seeds must be 1 or more"),
         (["--lr", "2"], "--lr must be in (0, 1), got 2.0"),
+        (["--max-train-examples", "0"], "--max-train-examples must be 1 or more, got 0"),
+        (["--temperature", "0"], "--temperature must be above 0, got 0.0"),
+        (["--weight-decay", "-1"], "--weight-decay must be 0 or more, got -1.0"),
         (["--task", "cola"], "wanted the columns sentence, label"),
     ],
 )
@@ -261,6 +290,18 @@ def test_a_file_of_other_settings_is_not_mixed_into(folders, scored, tmp_path, c
         out.write_text(content)
         assert run(*folders, "--out", out) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_table_of_other_columns_is_not_taken_for_the_same(folders, tmp_path, capsys):
+    """It was: the scores of the first columns came again at once, as those of the second."""
+    for split, count in (("train", 24), ("validation", 8)):
+        rows = "".join(f"w{i % 9},w{i % 7},{i % 2},{i // 2 % 2}\n" for i in range(count))
+        (tmp_path / f"{split}.csv").write_text("a,b,first,second\n" + rows)
+    words = [str(folders[0]), "--task", "table", "--data", str(tmp_path), "--seeds", "1", *QUICK, "--epochs", "1"]
+    words += ["--out", str(tmp_path / "r.json")]
+    for columns, status in ((("a", "first"), 0), (("a", "first"), 0), (("b", "first"), 2), (("a", "second"), 2)):
+        assert evaluate.main([*words, "--text-columns", columns[0], "--label-column", columns[1]]) == status
+        assert ("results of another --text-columns or --label-column" in capsys.readouterr().err) == bool(status)
 
 
 def test_glue_is_what_the_folder_holds(folders, tmp_path, capsys):
@@ -353,6 +394,46 @@ def test_the_card_says_what_was_kept(folders, similar, tmp_path, caplog):
         metric = found["metrics"][0]
         assert (found["task"]["name"], metric["type"], found["dataset"]["split"]) == ("sts", "spearman", "train")
         assert f"{metric['value']:.1f} (" in text
+
+
+def test_a_share_of_a_reference_that_scores_nothing_is_undefined(folders, tmp_path, capsys):
+    """On four pairs: in the table and on the card, without a crash."""
+    file = tmp_path / "few.csv"
+    file.write_text("sentence1,sentence2,label\nw1,w1,1\nw2 w3,w4,0\nw5,w6 w7,0\nw8,w9,0\n")
+    other = make_encoder(tmp_path / "other", seed=1)
+    (other / "README.md").write_text("# other\n")
+    words = [str(other), "--reference", str(folders[0]), "--task", "pairs", "--data", str(file), "--card"]
+    assert evaluate.main([*words, "--out", str(tmp_path / "scores.json")]) == 0
+    reason = "ndefined: the reference scores 0 or less, on all rows or on some drawn of them; try more rows"
+    text = (other / "README.md").read_text()
+    assert " | 100.0 % (undefined) |\n\nU" + reason + ".\n" in text
+    assert "u" + reason in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"][1]["of_reference_interval"] is None
+
+
+def test_the_card_of_the_reference_is_left_alone(folders, similar, tmp_path):
+    models = [make_encoder(tmp_path / name, seed=1, initializer_range=0.3) for name in ("student", "teacher")]
+    for model in models:
+        (model / "README.md").write_text("# model\n")
+    words = [*map(str, models), "--reference", str(models[1]), "--task", "sts", "--data", str(similar), "--card"]
+    assert evaluate.main(words) == 0
+    assert ["100.0 % (" in (model / "README.md").read_text() for model in models] == [True, False]
+    assert (models[1] / "README.md").read_text() == "# model\n"
+
+
+@pytest.mark.parametrize("task", ["sst2", "few-shot:sst2"])
+def test_where_results_cannot_be_kept_nothing_is_done(folders, tmp_path, capsys, task):
+    words = [str(folders[0]), "--task", task, "--data", str(folders[1]), "--device", "cpu"]
+    assert evaluate.main([*words, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"--out {tmp_path} is a folder: give a file" in said
+    assert "learning rate" not in said
+
+
+def test_options_without_effect_are_named(folders, caplog):
+    words = ["--task", "sst2", "--data", str(folders[1]), "--dry-run", "--split", "test", "--max-examples", "9"]
+    assert evaluate.main([*words, str(folders[0])]) == 0
+    assert "without effect on what is fine-tuned: --split, --max-examples" in caplog.text
 
 
 def test_retrieval_reads_documents_of_any_kind(folders, similar, tmp_path, capsys):

@@ -228,6 +228,18 @@ def test_the_verdict_by_embeddings(tmp_path):
     assert "not measured" not in page.words
 
 
+def test_a_share_of_a_teacher_that_scores_nothing_is_undefined(tmp_path):
+    run = make_student(tmp_path)
+    write_embeddings(run / "evaluation.json", "student", of_reference=None, of_reference_interval=None)
+    record = json.loads((run / "evaluation.json").read_text())
+    record["scores"][0]["metrics"] = {"spearman": -8.0}
+    (run / "evaluation.json").write_text(json.dumps(record))
+    page = Page(make_page(tmp_path, run))
+    assert "what it keeps of its teacher is undefined, for its teacher scores 0 or less" in page.words
+    assert page.rows["sts, spearman"] == ["-8.0", "76.0", "–"]
+    assert "Not measured: what it keeps" not in page.words
+
+
 def test_the_verdict_after_fine_tuning(tmp_path):
     """The teacher's results are known by the model that they name, in the run's folder or in the teacher's own."""
     run = make_student(tmp_path)

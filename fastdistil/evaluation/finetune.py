@@ -168,10 +168,10 @@ def load_model(path: str, data: tasks.TaskData, settings: Settings, *, seed: int
 
     torch.manual_seed(seed)
     config = configuration(path)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"dtype": torch.float32}  # not as it was saved: 16 bits round updates away
     if settings.dropout is not None:
         rates = [k for k, v in config.to_dict().items() if "dropout" in k and isinstance(v, float)]
-        changes = dict.fromkeys(rates, settings.dropout)
+        changes |= dict.fromkeys(rates, settings.dropout)
     if data.task.spans:
         return pretrained(transformers.AutoModelForQuestionAnswering, path, **changes)
     names = dict(enumerate(data.label_names or ("score",)))
@@ -201,6 +201,14 @@ def task_teacher(
         raise ValueError(
             f"--teacher {path} has {config.num_labels} classes, the task {len(data.label_names)}: "
             "give a model of this task"
+        )
+    # Logits are compared class by class. In config.json class 10 may stand before class 2.
+    named = [name for _, name in sorted(config.id2label.items())]
+    theirs, ours = ([str(name).casefold() for name in names] for names in (named, data.label_names))
+    if fine_tuned and theirs != ours and sorted(theirs) == sorted(ours):
+        raise ValueError(
+            f"--teacher {path} numbers its classes {', '.join(theirs)}, the task {', '.join(ours)}: "
+            "give a model that was fine-tuned on these files (evaluate --save)"
         )
     teacher = load_model(path, data, settings, seed=seed)
     if not fine_tuned:

@@ -28,7 +28,7 @@ class Score(NamedTuple):
     @property
     def share(self) -> float | None:
         """What of its teacher's score the student has, in %."""
-        return 100 * self.student / self.teacher if self.teacher else None
+        return 100 * self.student / self.teacher if self.teacher is not None and self.teacher > 0 else None
 
 
 class Kept(NamedTuple):
@@ -39,6 +39,14 @@ class Kept(NamedTuple):
     of: str
     """These tasks."""
     interval: tuple[float, float] | None
+
+
+def make_room(out: Path | None) -> None:
+    """Make the folder of a file of results before there are any. Raises ValueError or OSError where it cannot be."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give a file, e.g. {out / 'results.json'}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def understood(path: Path, reader: Callable[[dict[str, Any]], T]) -> T:
@@ -82,7 +90,7 @@ def _evaluation(found: dict[str, Any]) -> list[Score] | tuple[str, dict[str, flo
     for row in (row for row in rows if row["model"] in models):
         metric, value = first[row["model"], row["task"]]
         _, theirs = first.get((reference, row["task"]), (metric, None))
-        low, high = row.get("of_reference_interval", (math.nan, math.nan))
+        low, high = row.get("of_reference_interval") or (math.nan, math.nan)
         name = Path(row["model"]).name if len(models) > 1 else ""
         ends = (low, high) if low <= high else None
         scores.append(Score(f"{row['task']}, {metric}", 1.0 * value, theirs, "by embeddings alone", name, ends))
@@ -90,15 +98,20 @@ def _evaluation(found: dict[str, Any]) -> list[Score] | tuple[str, dict[str, flo
 
 
 def kept(scores: list[Score]) -> list[Kept]:
-    """By embeddings and after fine-tuning, each where both models have scores."""
+    """By embeddings and after fine-tuning, each where both models have scores, and the teacher's are above 0."""
     found = []
     for how in dict.fromkeys(score.how for score in scores):
-        both = [s for s in scores if s.how == how and s.teacher and not s.model]
-        if both:
-            share = 100 * sum(s.student for s in both) / sum(s.teacher or 0.0 for s in both)
+        both = [s for s in of_both(scores) if s.how == how]
+        if (theirs := sum(s.teacher or 0.0 for s in both)) > 0:
+            share = 100 * sum(s.student for s in both) / theirs
             tasks = both[0].task if len(both) == 1 else f"mean of {', '.join(s.task for s in both)}"
             found.append(Kept(share, f"{tasks}; {how}", both[0].interval if len(both) == 1 else None))
     return found
+
+
+def of_both(scores: list[Score]) -> list[Score]:
+    """Those of the run's student that its teacher has, too."""
+    return [score for score in scores if score.teacher is not None and not score.model]
 
 
 def read_efficiency(found: dict[str, Any]) -> dict[str, Any]:

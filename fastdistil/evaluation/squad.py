@@ -50,7 +50,7 @@ def load(name: str, task: tasks.Task, source: str) -> tasks.TaskData:
     where they should be.
     """
     if source.startswith("hf:"):
-        tables = tasks.hub_tables(source)
+        tables = tasks.hub_tables(source, to_train=True)
         found = {split: [_of_row(row, source) for row in rows] for split, rows in tables.items()}
     else:
         files = tasks.split_files(name, source)
@@ -78,7 +78,7 @@ def _read(path: Path) -> list[Question]:
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not SQuAD's JSON (data, paragraphs, qas): {error!r}") from error
 
 
@@ -86,7 +86,7 @@ def _of_row(row: dict[str, Any], where: Path | str) -> Question:
     try:
         given = row["answers"]
         return _question(row["question"], row["context"], list(zip(given["text"], given["answer_start"], strict=True)))
-    except (KeyError, TypeError, ValueError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where}: wanted question, context and answers (text, answer_start), got {', '.join(row)} ({error!r})"
         ) from error

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from fastdistil.evaluation import plots
+from fastdistil.evaluation.zero_shot import UNDEFINED
 from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT
 from fastdistil.run.files import write_text
 
@@ -62,7 +63,10 @@ def scores_by_seed(study: dict[str, Any]) -> Frame:
         (_models(study), range(1, study["settings"]["seeds"] + 1)), names=("model", "seed")
     )
     found = [study["scores"].get(f"{model}-{seed}", {}) for model, seed in index]
-    return 100 * pd.DataFrame(found, index=index, columns=list(study["tasks"]), dtype=float)
+    scores = 100 * pd.DataFrame(found, index=index, columns=list(study["tasks"]), dtype=float)
+    alone = [task for task, about in study["tasks"].items() if not about["num_train"]]
+    scores.loc[["teacher"], alone] = scores.loc[["teacher"], alone].ffill()  # measured once: no seed changes it
+    return scores
 
 
 def _models(study: dict[str, Any]) -> list[str]:
@@ -80,7 +84,7 @@ def _scores(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     by_model = scores.groupby("model")
     median, low, high = by_model.median(), by_model.min(), by_model.max()
     score = median.mean(axis=1, skipna=False)
-    kept = score / (score.at["teacher"] or math.nan)  # of nothing there is no share
+    kept = score / (score.at["teacher"] if score.at["teacher"] > 0 else math.nan)  # of nothing there is no share
     rows = []
     for model in _models(study):
         figures = zip(median.loc[model], low.loc[model], high.loc[model], strict=True)
@@ -102,7 +106,8 @@ def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
         yield f"## What is kept: {task}\n"
         yield (
             "Median over seeds; the 95 % intervals are the first seed's, by bootstrap over the rows of the task, "
-            "paired with the teacher. Tokens/s are medians of the runs.\n"
+            "paired with the teacher; undefined where the teacher scores 0 or less, on all of them or on some drawn. "
+            "Tokens/s are medians of the runs.\n"
         )
         rows = []
         for model in _models(study):
@@ -110,11 +115,14 @@ def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
             first, runs = own[1], [r for r in study["runs"].values() if r["variant"] == model]
             kept = pd.Series([found["of_reference"] for found in own.values() if "of_reference" in found], dtype=float)
             ends = kept.min(), kept.max()
+            of_teacher = _cell(
+                "{:.2f} %", kept.median(), " ({:.2f} to {:.2f})", *(ends if len(kept) > 1 else (math.nan,))
+            )
             cells = [
                 _cell("{:.2f}", scores.loc[model][task].median()),
-                _ends(first.get("interval")),
-                _cell("{:.2f} %", kept.median(), " ({:.2f} to {:.2f})", *(ends if len(kept) > 1 else (math.nan,))),
-                _ends(first.get("of_reference_interval")),
+                _ends(first, "interval"),
+                UNDEFINED if len(kept) > kept.count() else of_teacher,
+                _ends(first, "of_reference_interval"),
                 _cell("{:,.0f}", pd.Series([r["tokens"] for r in runs], dtype=float).median()),
                 _cell("{:,.0f}", pd.Series([r.get("tokens_per_s") for r in runs], dtype=float).median()),
             ]
@@ -122,15 +130,17 @@ def _embeddings(study: dict[str, Any], scores: Frame) -> Iterable[str]:
         yield _table(("", "score", "95 %", "of the teacher (seeds)", "95 % of that", "tokens", "tokens/s"), rows)
 
 
-def _ends(interval: list[float] | None) -> str:
-    return "-" if interval is None else "{:.2f} to {:.2f}".format(*interval)
+def _ends(share: dict[str, Any], interval: str) -> str:
+    if share.get(interval) is None:
+        return UNDEFINED if interval in share else "-"
+    return "{:.2f} to {:.2f}".format(*share[interval])
 
 
 def _ablation(study: dict[str, Any], scores: Frame) -> Iterable[str]:
     """The paper's table 4: change of the score against the student with all terms."""
-    scores = scores.assign(score=scores.mean(axis=1))
+    scores = scores.assign(score=scores.mean(axis=1, skipna=False))  # means over different tasks are no change
     base = scores.loc[_models(study)[1]]
-    if base["score"].isna().all():
+    if base.isna().all(axis=None):
         return
     yield "## Ablation\n"
     yield (
@@ -205,7 +215,7 @@ def _plots(out: Path, study: dict[str, Any], scores: Frame) -> Iterable[str]:
         yield "![score against tokens](score-tokens.png)\n"
     if study["efficiency"]:
         teacher, student = (model["cpu"]["latency_ms"] for model in study["efficiency"]["models"])
-        overall = scores.mean(axis=1).dropna().groupby("model", sort=False)
+        overall = scores.mean(axis=1, skipna=False).dropna().groupby("model", sort=False)
         rows = [(TITLES[m], teacher if m == "teacher" else student, found.mean(), found.std()) for m, found in overall]
         title = "Score (± standard deviation over seeds) against latency"
         plots.save_png(plots.points(rows, "CPU latency at batch 1, ms", "score", title), out / "score-latency.png")
@@ -234,7 +244,7 @@ def _score_against_tokens(study: dict[str, Any]) -> dict[str, pd.Series]:
         found = {}
         for name, scores in study["scores"].items():
             of_model, _, update = name.partition("-at-")
-            if of_model == model:
+            if of_model == model and scores.keys() == study["tasks"].keys():
                 share = int(update) / run["updates"] if update else 1.0
                 found[share * run["tokens"] / 1e6] = 100 * pd.Series(scores).mean()
         if found:

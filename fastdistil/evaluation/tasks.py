@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,11 @@ class Settings:
             ("epochs", self.epochs >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
             ("max_length", self.max_length is None or self.max_length >= 8, "8 or more"),
+            ("max_train_examples", self.max_train_examples is None or self.max_train_examples > 0, "1 or more"),
             ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
             ("kd", 0 <= self.kd <= 1, "in [0, 1]"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("lr", self.lr is None or 0 < self.lr < 1, "in (0, 1)"),
             ("dropout", self.dropout is None or 0 <= self.dropout < 1, "in [0, 1)"),
         ):
@@ -170,6 +173,16 @@ class TaskData:
     label_names: tuple[str, ...] = ()
     """Of the classes, by their number; empty for a regression and for SQuAD."""
 
+    def first(self, number: int | None) -> "TaskData":
+        """The same with the first so many training examples. Raises ValueError where these are of one class."""
+        data = replace(self, train=self.train[:number])
+        if self.label_names and len(set(data.train.labels)) < 2:
+            raise ValueError(
+                f"--max-train-examples {number}: the first are all of the class "
+                f"{self.label_names[int(data.train.labels[0])]}: give more, or a file that is not sorted by class"
+            )
+        return data
+
     def describe(self) -> str:
         """How many examples and classes there are, for a person."""
         names = f", {len(self.label_names)} classes ({', '.join(self.label_names[:5])})" if self.label_names else ""
@@ -189,7 +202,7 @@ def load(name: str, task: Task, source: str) -> TaskData:
     split, or on the test split where there is no other. Raises ValueError where files, columns or labels are missing.
     """
     if source.startswith("hf:"):
-        tables = hub_tables(source)
+        tables = hub_tables(source, to_train=True)
     else:
         tables = {split: rows_of(paths) for split, paths in split_files(name, source).items()}
     held_out = "validation" if "validation" in tables else "test"
@@ -217,6 +230,13 @@ def load(name: str, task: Task, source: str) -> TaskData:
         fractions = [
             label for label in classes if not math.isnan(_as_number(label)) and not label.lstrip("-").isdigit()
         ]
+        # F1 is that of class 1. Of words the alphabet would decide which that is.
+        known = [classes] if names else [("0", "1"), ("False", "True")]
+        if "f1" in task.metrics and (len(classes) != 2 or classes not in known):
+            raise ValueError(
+                f"{source}: {name} is scored by F1, of the label 1 beside 0, got the labels {', '.join(classes[:5])}: "
+                "call them 0 and 1; --task table takes any, scored by accuracy"
+            )
         if len(fractions) > MOST_FRACTIONS:
             raise ValueError(
                 f"{source}: {name} has {len(classes)} labels like {', '.join(fractions[:3])}, which are numbers, not "
@@ -323,14 +343,22 @@ def _names_without_header(path: Path) -> list[str] | None:
     return list(COLA_COLUMNS) if len(cells) == len(COLA_COLUMNS) and cells[1] in ("0", "1") else None
 
 
-def hub_tables(source: str) -> dict[str, Any]:
-    """{split: dataset} of a name on the hub."""
+def hub_tables(source: str, *, to_train: bool = False) -> dict[str, Any]:
+    """{split: dataset} of a name on the hub.
+
+    Raises ValueError where it has no split of a known name or, to train, lacks training examples or others.
+    """
     import datasets
 
     _, path, *rest = source.split(":")
     config = rest[0] if rest else None
     names = datasets.get_dataset_split_names(path, config_name=config)
     wanted = [name for name in names if name in ("train", "validation", "validation_matched", "test")]
+    if not wanted or (to_train and ("train" not in wanted or len(wanted) < 2)):
+        least = "train and validation (or test)" if to_train else "train, validation or test"
+        raise ValueError(
+            f"{source} has the splits {', '.join(names)}: wanted {least}; give files, called so, in a folder"
+        )
     return {name.removesuffix("_matched"): datasets.load_dataset(path, config, split=name) for name in wanted}
 
 

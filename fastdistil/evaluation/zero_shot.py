@@ -8,10 +8,11 @@ Shapes: N rows, D width of an embedding.
 """
 
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,18 +65,8 @@ KINDS = {
     ),
     "few-shot": Kind(columns=(tasks.SENTENCE, ("text", "label")), num_texts=(1, 2), rows="examples"),
 }
-METRICS = (
-    "spearman",
-    "pearson",
-    "ap",
-    "best f1",
-    "best accuracy",
-    "mrr",
-    "recall@1",
-    "recall@10",
-    "accuracy",
-    "deviation",
-)
+UNDEFINED = "undefined"
+"""A share of a score of 0 or less, and its interval where the reference scores so little on rows that were drawn."""
 SPLITS = ("validation", "test", "train")
 """Where a score is taken: the first that there is, as of fine-tuning; where nothing is trained, train is fair, too."""
 NUM_RESAMPLES = 1000
@@ -114,17 +105,25 @@ class Score:
     statistic: Statistic
 
     def record(self, reference: "Score | None") -> dict[str, Any]:
-        """Everything x 100, for a table: the metrics, the score's interval, and its share of the reference's."""
+        """Everything x 100, for a table: the metrics, the score's interval, and its share of the reference's.
+
+        A share, or its interval, that is undefined is None.
+        """
         found: dict[str, Any] = {"metrics": {name: 100 * value for name, value in self.metrics.items()}}
         found["interval"] = [100 * end for end in self.interval()]
-        theirs = next(iter(reference.metrics.values())) if reference is not None else 0.0
-        if reference is not None and theirs > 0:  # of nothing there is no share
-            found["of_reference"] = 100 * next(iter(self.metrics.values())) / theirs
-            found["of_reference_interval"] = [100 * end for end in self.interval(reference)]
+        if reference is None:
+            return found
+        ours, theirs = (next(iter(score.metrics.values())) for score in (self, reference))
+        ends = self.interval(reference) if theirs > 0 else (math.nan, math.nan)
+        found["of_reference"] = 100 * ours / theirs if theirs > 0 else None  # of nothing there is no share
+        found["of_reference_interval"] = None if any(map(math.isnan, ends)) else [100 * end for end in ends]
         return found
 
     def interval(self, reference: "Score | None" = None) -> tuple[float, float]:
-        """95 % of the score or, beside a reference, of their ratio: the same rows are drawn for both."""
+        """95 % of the score or, beside a reference, of their ratio: the same rows are drawn for both.
+
+        NaN where the reference scores 0 or less on rows that were drawn: the ratio then has no bounds.
+        """
         from scipy import stats
 
         of_one = self.statistic
@@ -134,7 +133,8 @@ class Score:
             columns = (self.rows, reference.rows, self.labels)
 
             def statistic(ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray) -> float:
-                return of_one(ours, labels) / of_one(theirs, labels)
+                below = of_one(theirs, labels)
+                return of_one(ours, labels) / below if below > 0 else math.nan
 
         with warnings.catch_warnings():  # of a score that is the same whatever is drawn: the interval is a point
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -179,16 +179,16 @@ def load(
         texts = tuple(tasks.texts_of(rows, column, where) for column in found)
         if len(texts) == 1:
             return made_pairs(texts[0], where, max_examples, chosen)
-        return Table(tuple(column[:max_examples] for column in texts), np.array([]), chosen)
-    table = _labelled(kind, tables[chosen], columns, where, chosen)
+        return _retrievable(tuple(column[:max_examples] for column in texts), where, chosen)
+    table = _labelled(kind, tables[chosen], columns, where, chosen, max_examples)
     if kind == "few-shot" and chosen != "train" and "train" in tables:
         train = _labelled(kind, tables["train"], columns, f"{source}: train of {name}", "train")
-        return Table(*_first(table, max_examples), chosen, train)
-    return Table(*_first(table, max_examples), chosen)
-
-
-def _first(table: Table, number: int | None) -> tuple[tuple[list[str], ...], np.ndarray]:
-    return tuple(column[:number] for column in table.texts), table.labels[:number]
+        if unknown := sorted(set(table.labels) - set(train.labels)):
+            raise ValueError(
+                f"{where}: train has no examples of {', '.join(unknown[:5])}: leave those rows out, or add examples"
+            )
+        return replace(table, train=train)
+    return table
 
 
 def _tables(name: str, source: str) -> dict[str, Any]:
@@ -213,8 +213,12 @@ def is_table(source: str) -> bool:
     return source.startswith("hf:") or any(file.suffix in tasks.READERS for file in files)
 
 
-def _labelled(kind: str, rows: Any, columns: tuple[tuple[str, ...], ...], where: str, split: str) -> Table:
+def _labelled(
+    kind: str, rows: Any, columns: tuple[tuple[str, ...], ...], where: str, split: str, number: int | None = None
+) -> Table:
+    """The first `number` rows that have a label, whose labels alone are looked at."""
     texts, labels, names = tasks.labelled(rows, tasks.Task(columns=columns), where)
+    texts, labels = tuple(column[:number] for column in texts), labels[:number]
     if kind == "few-shot":
         return Table(texts, np.array(labels), split)
     of_class = {name: i for i, name in enumerate(names or ("False", "True"))}
@@ -237,7 +241,13 @@ def made_pairs(documents: Iterable[str], where: str, max_examples: int | None = 
     if len(pairs) < 2:
         raise ValueError(f"{where}: {len(pairs)} documents have a second sentence: wanted two or more to choose from")
     queries, texts = map(list, zip(*pairs, strict=True))
-    return Table((queries, texts), np.array([]), split)
+    return _retrievable((queries, texts), where, split)
+
+
+def _retrievable(texts: tuple[list[str], ...], where: str, split: str) -> Table:
+    if any(len(set(column)) < 2 for column in texts):
+        raise ValueError(f"{where}: every row has the same query or the same text: wanted two or more to choose from")
+    return Table(texts, np.array([]), split)
 
 
 # ----------------------------------------------------------------------------------------------------------- the models
@@ -251,7 +261,10 @@ class Encoder:
     """E.g. "mean + Normalize", and who said so."""
 
     def embed(self, texts: list[str], role: str = "") -> np.ndarray:
-        """(N, D) of N texts, each embedded once; as "query" or "document" with the folder's prompt for these."""
+        """(N, D) of N texts, each embedded once; as "query" or "document" with the folder's prompt for these.
+
+        Raises ValueError where one is not finite.
+        """
         encode = getattr(self.model, f"encode_{role}" if role else "encode")
         different = sorted(dict.fromkeys(texts), key=len)  # so that little is padded
         starts = range(0, len(different), SLICE)
@@ -260,7 +273,13 @@ class Encoder:
             for i in console.progress(starts, len(starts), f"embeddings of {Path(self.path).name}")
         ]
         rows = {text: i for i, text in enumerate(different)}
-        return np.concatenate(parts)[[rows[text] for text in texts]]
+        embeddings = np.concatenate(parts)
+        if broken := np.flatnonzero(~np.isfinite(embeddings).all(1)).tolist():
+            raise ValueError(
+                f"{self.path} makes embeddings that are not finite of {len(broken)} of {len(different)} texts, e.g. of "
+                f"{different[broken[0]][:40]!r}: give a model whose weights, and sums in their dtype, are finite"
+            )
+        return embeddings[[rows[text] for text in texts]]
 
 
 def load_encoder(path: str, pooling: Literal["mean", "cls"] | None, max_length: int | None, device: str) -> Encoder:
@@ -437,7 +456,24 @@ def drawn(records: list[dict[str, Any]]) -> "rich.table.Table":
         row = {"model": record["model"], score: number(value), "95 %": "–".join(map(number, record["interval"]))}
         row |= {name: number(value) for name, value in others}
         if any("of_reference" in other for other in records):
-            row["kept"] = number(record["of_reference"]) + " %" if "of_reference" in record else "-"
-            row["95 % of that"] = "–".join(map(number, record.get("of_reference_interval", ()))) or "-"
+            row["kept"], row["95 % of that"] = share_of(record, "–")
         rows.append(row)
     return console.table(tuple(rows[0]), (row.values() for row in rows))
+
+
+def share_of(record: dict[str, Any], to: str) -> tuple[str, str]:
+    """What a model has of the reference's score, and the ends of its interval; a dash for each without a reference."""
+    if "of_reference" not in record:
+        return "-", "-"
+    share, ends = record["of_reference"], record["of_reference_interval"]
+    return (
+        UNDEFINED if share is None else f"{share:.1f} %",
+        UNDEFINED if ends is None else to.join(map("{:.1f}".format, ends)),
+    )
+
+
+def why_undefined(records: list[dict[str, Any]]) -> list[str]:
+    """A line that says why some share, or its interval, is undefined; none where all are defined."""
+    if all(UNDEFINED not in share_of(record, "") for record in records):
+        return []
+    return [f"{UNDEFINED}: the reference scores 0 or less, on all rows or on some drawn of them; try more rows"]

@@ -73,6 +73,10 @@ def wrong_start(path: Path) -> None:
         (lambda path: path.write_text('{"version": "1.1"}'), "is not SQuAD's JSON"),
         (lambda path: path.write_text("{"), "is not SQuAD's JSON"),
         (lambda path: path.write_text('{"data": [{"paragraphs": [{"context": "x", "qas": [{}]}]}]}'), "KeyError"),
+        (
+            lambda path: official(path, [{"question": "When?", "answers": [{"text": None, "answer_start": 3}]}]),
+            "AttributeError",
+        ),
         (wrong_start, "'1921' is not at character 3"),
         (lambda path: official(path, [WHO]), "no question of train has an answer"),
     ],

@@ -92,6 +92,19 @@ def test_what_embeddings_keep_has_its_interval(tmp_path):
     assert cells(text, tables.TITLES["no-kd"], "What is kept: sts")[:4] == ["-"] * 4
 
 
+def test_a_share_of_nothing_is_undefined(tmp_path):
+    study = copy.deepcopy(STUDY)
+    study["tasks"] = {"sts": {"metrics": ["spearman"], "num_train": 0, "num_validation": 9}}
+    study["scores"] = {"teacher-1": {"sts": -0.1}, "distilbert-1": {"sts": -0.2}}
+    undefined = {"interval": [-40.0, 20.0], "of_reference": None, "of_reference_interval": None}
+    study["shares"] = {"distilbert-1": {"sts": undefined}}
+    tables.write(tmp_path, study)
+    text = (tmp_path / "study.md").read_text()
+    row = cells(text, tables.TITLES["distilbert"], "What is kept: sts")
+    assert row[:4] == ["-20.00", "-40.00 to 20.00", "undefined", "undefined"]
+    assert cells(text, tables.TITLES["distilbert"], "Scores")[-1] == "-"
+
+
 def test_the_ablation_pairs_models_of_one_seed(written):
     text = (written / "study.md").read_text()
     row = cells(text, tables.TITLES["no-kd"], "Ablation")
@@ -109,6 +122,26 @@ def test_a_change_within_the_noise_is_said_to_be_so(tmp_path):
     tables.write(tmp_path, study)
     row = cells((tmp_path / "study.md").read_text(), tables.TITLES["no-kd"], "Ablation")
     assert row[1] == "no"
+
+
+def test_a_mean_is_over_all_tasks_or_is_not_there(tmp_path, monkeypatch):
+    """Fine-tuning and embeddings are a step each: one may be missing yet, and the teacher has one of the second."""
+    study = copy.deepcopy(STUDY)
+    study["tasks"]["b"]["num_train"] = 0  # by embeddings
+    del study["scores"]["teacher-2"]["b"], study["scores"]["teacher-3"]["b"]
+    del study["scores"]["no-kd-3"]["b"], study["scores"]["no-kd-1-at-5"]["b"]
+    drawn = []
+    real = tables.plots.points
+    monkeypatch.setattr(tables.plots, "points", lambda rows, *words: real(drawn.extend(rows) or drawn, *words))
+    tables.write(tmp_path, study)
+    teacher, first, second = ((middle, deviation) for _, _, middle, deviation in drawn)
+    assert teacher == pytest.approx((86.5, 1.8028), abs=1e-4)  # 85, 86, 88.5
+    assert first == pytest.approx((76.5, 1.3229), abs=1e-4)
+    assert second == pytest.approx((74.5, 0.7071), abs=1e-4)  # of two seeds
+    row = cells((tmp_path / "study.md").read_text(), tables.TITLES["no-kd"], "Ablation")
+    assert row[0].startswith("-1.25 ± ")  # -1.5 and -1.0
+    assert row[2] == "-2.00 ± 2.48"  # of the task that three seeds have
+    assert list(tables._score_against_tokens(study)[tables.TITLES["no-kd"]]) == [pytest.approx(74.0)]
 
 
 def test_the_pre_training_table_takes_the_last_validation(written):

@@ -157,6 +157,38 @@ def test_labels_are_the_same_from_whatever_column(tmp_path, train, validation, n
     assert data.validation.texts == ([f"t{i}" for i in kept],)
 
 
+@pytest.mark.parametrize("labels", ["012", ["equivalent", "not_equivalent"]], ids=["three", "words"])
+def test_f1_wants_to_know_the_class_that_it_is_of(tmp_path, labels):
+    """Three end in scikit-learn after the training; of words it would be that of the last in the alphabet."""
+    rows = "sentence1,sentence2,label\n" + "".join(f"a{i},b,{label}\n" for i, label in enumerate(labels))
+    folder = write(tmp_path / "mrpc", train_csv=rows, dev_csv=rows)
+    with pytest.raises(ValueError, match="scored by F1, of the label 1 beside 0, got the labels"):
+        tasks.load("mrpc", tasks.TASKS["mrpc"], folder)
+
+
+def test_the_first_examples_of_a_sorted_file_are_of_one_class(tmp_path):
+    data = tasks.load("table", TABLE, make_table(tmp_path, ["a"] * 4 + ["b"] * 4, ["a", "b"]))
+    assert data.first(None).train.labels == data.train.labels
+    assert data.first(5).train.labels == [0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="--max-train-examples 4: the first are all of the class a"):
+        data.first(4)
+
+
+@pytest.mark.parametrize("splits", [["validation", "test"], ["train"], ["dev", "all"]])
+def test_a_name_on_the_hub_without_the_splits(monkeypatch, splits):
+    import datasets
+
+    from fastdistil.evaluation import squad
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: splits)
+    for load, name in ((tasks.load, "sst2"), (squad.load, "squad")):
+        with pytest.raises(ValueError, match=r"hf:x has the splits .*: wanted train and validation"):
+            load(name, tasks.TASKS[name], "hf:x")
+    if "dev" in splits:
+        with pytest.raises(ValueError, match="wanted train, validation or test"):
+            tasks.hub_tables("hf:x")
+
+
 def test_a_missing_label_in_row_20000_is_one_row_less(tmp_path, caplog):
     caplog.set_level("INFO", logger="fastdistil.evaluate")
     labels = [str(i % 2) for i in range(25_000)]

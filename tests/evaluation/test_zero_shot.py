@@ -207,8 +207,28 @@ def test_the_share_of_a_reference_is_paired():
     low, high = record["of_reference_interval"]
     assert low < 100 * share < high
     assert high - low < 0.3 * (record["interval"][1] - record["interval"][0])
-    nothing = Score({"spearman": 0.0}, np.zeros(500), labels, zero_shot._spearman)
-    assert "of_reference" not in student.record(nothing)
+
+
+def test_a_share_of_little_is_undefined_and_the_reason_is_said():
+    """Of a reference that scores 0 or less on all rows, or on some that are drawn; by JSON, table and line."""
+    labels = np.array([1.0, 0, 0, 0])  # of four pairs: one draw in three has no paraphrase, and scores 0
+    good, poor = (zero_shot._pairs(cosine, labels) for cosine in (np.array([0.9, 0.1, 0.2, 0.3]), np.arange(4.0)))
+    score = {"task": "pairs", "model": "student"} | poor.record(good)
+    assert (score["of_reference"], score["of_reference_interval"]) == (25, None)
+    similar = zero_shot._similarity(np.arange(9.0), np.arange(9.0))
+    nothing = [zero_shot._similarity(rows, np.arange(9.0)) for rows in (np.zeros(9), -np.arange(9.0))]
+    none = [{"task": "sts", "model": "student"} | similar.record(reference) for reference in nothing]
+    assert [(n["of_reference"], n["of_reference_interval"]) for n in none] == [(None, None)] * 2
+    assert zero_shot.share_of(score, "–") == ("25.0 %", "undefined")
+    teacher = {"task": "sts", "model": "teacher"} | nothing[0].record(None)
+    cells = [[str(cell) for cell in column.cells] for column in zero_shot.drawn([teacher, none[0]]).columns]
+    assert cells[-2:] == [["-", "undefined"], ["-", "undefined"]]
+    assert [len(zero_shot.why_undefined(of)) for of in ([score], none, [teacher], [similar.record(similar)])] == [
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables
@@ -248,13 +268,49 @@ def test_any_file_with_columns_of_any_name(tmp_path):
         ("sts", "a,b,3\nc,d,3", "every row has the score 3"),
         ("sts", "a,b,low\nc,d,high", "got the label 'low': wanted a number"),
         ("sts", "a,b,-1\nc,d,-1", "no labelled row"),
+        ("retrieval", "a,b,0", "the same query or the same text"),
+        ("retrieval", "a,b,0\na,c,0", "the same query or the same text"),
+        ("retrieval", "a,b,0\nc,b,0", "the same query or the same text"),
     ],
 )
 def test_labels_that_cannot_be_scored(tmp_path, kind, rows, message):
     file = tmp_path / "table.csv"
     file.write_text("sentence1,sentence2,label\n" + rows + "\n")
+    columns: Any = {"text_columns": ("sentence1", "sentence2")} if kind == "retrieval" else {}
     with pytest.raises(ValueError, match=message):
-        zero_shot.load(kind, "", str(file))
+        zero_shot.load(kind, "", str(file), **columns)
+
+
+def test_labels_are_looked_at_in_the_rows_that_are_scored(tmp_path):
+    """A file sorted by its labels: an average precision of 100 % of pairs that are all paraphrases says nothing."""
+    file = tmp_path / "table.csv"
+    file.write_text("sentence1,sentence2,label\na,b,1\nc,d,1\ne,f,0\n")
+    for kind, message in (("sts", "every row has the score 1"), ("pairs", "both of them, got 1")):
+        assert len(zero_shot.load(kind, "", str(file))) == 3
+        with pytest.raises(ValueError, match=message):
+            zero_shot.load(kind, "", str(file), max_examples=2)
+
+
+def test_few_shots_of_classes_without_examples_are_refused(tmp_path):
+    """They could only be wrong."""
+    (tmp_path / "train.csv").write_text("sentence,label\na,x\nb,y\n")
+    (tmp_path / "validation.csv").write_text("sentence,label\na,x\nb,z\n")
+    with pytest.raises(ValueError, match="train has no examples of z"):
+        zero_shot.load("few-shot", "", str(tmp_path))
+
+
+def test_embeddings_that_are_not_finite_are_refused(model, encoder, monkeypatch):
+    """They would be a score of nan; of one text among several, and it is named."""
+    real = encoder.model.encode
+
+    def overflowing(texts, **options):
+        found = real(texts, **options)
+        found[texts.index("w3 w4"), 5] = np.inf
+        return found
+
+    monkeypatch.setattr(encoder.model, "encode", overflowing)
+    with pytest.raises(ValueError, match=r"not finite of 1 of 2 texts, .* of 'w3 w4'"):
+        encoder.embed(["w3 w4", "w5", "w3 w4"])
 
 
 def test_pairs_are_made_of_documents():
