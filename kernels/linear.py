@@ -103,7 +103,7 @@ def add_column_sum(total_F: Tensor, x_NF: Tensor, accumulate: bool) -> None:
         N, width = x_NF.shape
         rows, blocks = STRIP_TILE["ROWS"], triton.cdiv(width, STRIP_TILE["COLUMNS"])
         strips = min(max(STRIPS[0], STRIP_PROGRAMS // blocks), STRIPS[1])
-        strip_rows = triton.cdiv(triton.cdiv(N, strips), rows) * rows
+        strip_rows = triton.cdiv(max(1, triton.cdiv(N, strips)), rows) * rows  # of no rows there is no strip
         grid = (blocks, triton.cdiv(N, strip_rows))
         partial = x_NF.new_empty((grid[1], 1, width), dtype=torch.float32)
         _strip_sums_kernel[grid](x_NF, partial, N, width, x_NF.stride(0), strip_rows, **STRIP_TILE, **LAUNCH_OPTIONS)

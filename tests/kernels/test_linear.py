@@ -112,9 +112,9 @@ def test_a_product_added_to_a_residual(shape, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [(1, 8), (15, 300), (1300, 24), (2049, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (15, 300), (1300, 24), (2049, 257)], ids=str)
 def test_sums_of_columns_in_strips(shape, dtype):
-    """Fewer rows than a strip, whole and cut strips; rows that lie in wider ones, as a gradient of three parts may."""
+    """No rows, less than a strip, whole and cut strips; rows in wider ones, as a gradient of three parts may lie."""
     gen = torch.Generator().manual_seed(2)
     wide = torch.randn((shape[0], shape[1] + 5), generator=gen).to(DEVICE, dtype)
     for x in (wide, wide[:, : shape[1]]):
