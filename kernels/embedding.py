@@ -9,8 +9,8 @@ dy the rows that have one index are added up to the gradient of its table (`add_
 fp32 arithmetic, one rounding. Saved: ids, tables, mean and rstd. The backward looks the rows up again: that reads what
 reading their sum would, and spares the forward its store.
 
-Memory: the forward reads (N, D) of each table and writes it once, the backward reads it once more, for dout, and writes
-it once. Sums over rows as in LayerNorm.
+Memory: the forward reads (N, D) once for each table and writes it once; the backward reads dout besides, and writes dy.
+Sums over rows as in LayerNorm.
 
 Shapes: N = rows (tokens), D = width, V = vocabulary, P = positions.
 """
