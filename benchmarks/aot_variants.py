@@ -12,6 +12,7 @@ from fastdistil.kernels import (
     cosine,
     distill,
     dropout,
+    embedding,
     fp8_rows,
     geglu,
     gelu,
@@ -211,8 +212,8 @@ def _layernorm_variant(
     kernels = {
         (False, False): layernorm._forward_kernel,
         (False, True): layernorm._backward_kernel,
-        (True, False): layernorm._embedding_forward_kernel,
-        (True, True): layernorm._embedding_backward_kernel,
+        (True, False): embedding._embedding_forward_kernel,
+        (True, True): embedding._embedding_backward_kernel,
     }
     return Variant(
         name=("embedding layernorm" if embeddings else "prenorm layernorm" if prenorm else "layernorm")

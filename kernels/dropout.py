@@ -67,6 +67,15 @@ def keep_reference(seed: Tensor, stream: int, dropout_p: float, heads: Tensor, r
     return (product & 0xFFFFFFFF) >= threshold(dropout_p)
 
 
+def dropout_reference(x_ND: Tensor, seed: Tensor | None, stream: int, dropout_p: float) -> Tensor:
+    """The definition, in the dtype of x."""
+    if seed is None or dropout_p == 0:
+        return x_ND
+    rows, columns = (torch.arange(n, device=x_ND.device) for n in x_ND.shape)
+    kept = keep_reference(seed, stream, dropout_p, torch.zeros_like(rows[:1]), rows, columns)
+    return torch.where(kept[0], x_ND / (1 - dropout_p), 0.0)
+
+
 @triton.jit
 def keys(seed, stream, side: tl.constexpr, head, index):
     """uint32 keys of a block of row or column indices; `seed` is the value, not the pointer."""

@@ -19,9 +19,6 @@ gradient dsum arrives beside dout,
 
 and out is made of y as it was rounded to be stored. Saved: y, mean and rstd, not x and residual.
 
-The embeddings' LayerNorm looks its rows up itself, y = word[ids] + position[position_ids] + type, of which the last two
-may be missing, and dropout follows it. Saved: ids, tables, mean and rstd.
-
 Memory: the forward reads (N, D) twice and writes it once, the backward three times and twice (without dropout once, dx
 being dresidual). The pre-norm forward reads (N, D) twice and writes it twice, its backward as above with dsum for the
 residual. Every program sums dweight, dbias and dx of its rows into rows of its own, and one reduction adds the programs
@@ -39,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._backend import LAUNCH_OPTIONS, TRITON_DEVICES, add_column_sums, check_dtype, check_parameter, tl, triton
-from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, keep, keep_reference, keys, threshold
+from .dropout import COLUMN_SIDE, ROW_SIDE, check_dropout, dropout, dropout_reference, keep, keys, threshold
 from .linear import add_column_sum
 
 MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
@@ -47,7 +44,6 @@ MAX_WIDTH = 4096  # with 8,192 the backward spilled at 16 warps
 # forward took 0.82 of the time with half of them (benchmarks/tiles.py, an H100 SXM, width 768 without dropout).
 ROWS_PER_PROGRAM = 32
 FORWARD_ROWS_PER_PROGRAM = 16  # a multiple of every tile's
-EMBEDDING_STREAM = tl.constexpr(0)  # the first place of dropout in a model
 MAX_PROGRAMS = 1024  # beyond, programs take more rows: the partial sums stay below 6 MB at width 768
 
 
@@ -81,42 +77,13 @@ def add_layernorm_reference(
 ) -> tuple[Tensor, Tensor]:
     """(residual + dropout(x), its LayerNorm): the definition, as above."""
     x, weight = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x_ND, weight_D))
-    x = _dropout_reference(x, seed, stream, dropout_p)
+    x = dropout_reference(x, seed, stream, dropout_p)
     y = x if residual_ND is None else x + residual_ND
     return y, F.layer_norm(y, y.shape[1:], weight, None if bias_D is None else bias_D.to(weight.dtype), eps)
 
 
-def embedding_reference(
-    ids_N: Tensor,
-    position_ids_N: Tensor | None,
-    word_VD: Tensor,
-    position_PD: Tensor | None,
-    type_D: Tensor | None,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    *,
-    eps: float = 1e-12,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """dropout(LayerNorm(word[ids] + position[position_ids] + type)) as `dropout_add_layernorm_reference` has it."""
-    embedded = word_VD.to(torch.promote_types(word_VD.dtype, torch.float32))[ids_N]
-    embedded = embedded if position_PD is None else embedded + position_PD[position_ids_N]
-    embedded = embedded if type_D is None else embedded + type_D
-    out = dropout_add_layernorm_reference(embedded, None, weight_D, bias_D, eps=eps)
-    return _dropout_reference(out, seed, EMBEDDING_STREAM.value, dropout_p)
-
-
-def _dropout_reference(x: Tensor, seed: Tensor | None, stream: int, dropout_p: float) -> Tensor:
-    if seed is None or dropout_p == 0:
-        return x
-    rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
-    kept = keep_reference(seed, stream, dropout_p, torch.zeros_like(rows[:1]), rows, columns)
-    return torch.where(kept[0], x / (1 - dropout_p), 0.0)
-
-
 @triton.jit
-def _first_keys(seed_ptr, stream, column):
+def first_keys(seed_ptr, stream, column):
     """(seed, keys of the columns, room for those of 32 rows), which nobody looks at without dropout."""
     seed, column_key = 0, column
     if seed_ptr is not None:
@@ -126,7 +93,7 @@ def _first_keys(seed_ptr, stream, column):
 
 
 @triton.jit
-def _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS: tl.constexpr):
+def next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS: tl.constexpr):
     """(ROWS rows from `begin` of a program's on, their keys, the keys of the 32 rows that they are among)."""
     first = tl.program_id(0).to(tl.int64) * rows_per_program + begin
     row = first + tl.arange(0, ROWS)
@@ -141,7 +108,7 @@ def _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS: 
 
 
 @triton.jit
-def _drop(x, live, seed_ptr, row_key, column_key, threshold, scale):
+def drop(x, live, seed_ptr, row_key, column_key, threshold, scale):
     """(dropout(x), mask of what is kept): without a seed nothing is dropped."""
     kept = live
     if seed_ptr is not None:
@@ -155,32 +122,17 @@ def _sum_of(x_ptr, residual_ptr, at, live, seed_ptr, row_key, column_key, thresh
     """(residual + dropout(x) in fp32, mask of what is kept); without x, the residual is that sum already."""
     if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-        y, kept = _drop(x, live, seed_ptr, row_key, column_key, threshold, scale)
+        y, kept = drop(x, live, seed_ptr, row_key, column_key, threshold, scale)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
     else:
         y = tl.load(residual_ptr + at, mask=live, other=0.0).to(tl.float32)
-        _, kept = _drop(y, live, seed_ptr, row_key, column_key, threshold, scale)
+        _, kept = drop(y, live, seed_ptr, row_key, column_key, threshold, scale)
     return y, kept
 
 
 @triton.jit
-def _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D):
-    """word[ids] + position[position_ids] + type in fp32."""
-    word = tl.load(ids_ptr + row, mask=row < N, other=0).to(tl.int64)
-    position = word  # which nobody looks up without a table
-    if position_ids_ptr is not None:
-        position = tl.load(position_ids_ptr + row, mask=row < N, other=0).to(tl.int64)
-    y = tl.load(word_ptr + word[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
-    if position_ptr is not None:
-        y += tl.load(position_ptr + position[:, None] * D + column[None, :], mask=live, other=0.0).to(tl.float32)
-    if type_ptr is not None:
-        y += tl.load(type_ptr + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
-    return y
-
-
-@triton.jit
-def _normalise(y, weight, bias, in_row, D, eps):
+def normalise(y, weight, bias, in_row, D, eps):
     """(out, mean, rstd) of a block of rows."""
     mean = tl.sum(y, axis=1) / D
     # Two passes over registers: the difference of mean square and squared mean would cancel.
@@ -193,7 +145,7 @@ def _normalise(y, weight, bias, in_row, D, eps):
 
 
 @triton.jit
-def _bias(bias_ptr, column, in_row):
+def load_bias(bias_ptr, column, in_row):
     """(BLOCK_D,) fp32, or None where there is none."""
     bias = None
     if bias_ptr is not None:
@@ -202,7 +154,7 @@ def _bias(bias_ptr, column, in_row):
 
 
 @triton.jit
-def _normalise_backward(dout, y, mean, rstd, weight, live, D):
+def normalise_backward(dout, y, mean, rstd, weight, live, D):
     """(dy, xhat) of a block of rows."""
     xhat = tl.where(live, (y - mean[:, None]) * rstd[:, None], 0.0)
     g = dout * weight[None, :]
@@ -212,10 +164,10 @@ def _normalise_backward(dout, y, mean, rstd, weight, live, D):
 
 
 # Arguments that say nothing of alignment make no compilation of their own; D does, for wide loads.
-_RUNTIME = ("N", "stream", "threshold", "rows_per_program")
+RUNTIME = ("N", "stream", "threshold", "rows_per_program")
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME)
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr,  # (N, D) contiguous, the second or None; (D,), the second or
     sum_ptr, out_ptr, mean_ptr, rstd_ptr,                 # None; () or None; (N, D) or None, (N, D), (N,) fp32 twice
@@ -225,10 +177,10 @@ def _forward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    bias = _bias(bias_ptr, column, in_row)
-    seed, column_key, row_keys = _first_keys(seed_ptr, stream, column)
+    bias = load_bias(bias_ptr, column, in_row)
+    seed, column_key, row_keys = first_keys(seed_ptr, stream, column)
     for begin in range(0, rows_per_program, ROWS):
-        row, row_key, row_keys = _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS)
+        row, row_key, row_keys = next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
         y, _ = _sum_of(x_ptr, residual_ptr, at, live, seed_ptr, row_key, column_key, threshold, scale)
@@ -236,13 +188,13 @@ def _forward_kernel(
             rounded = y.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + at, rounded, mask=live)
             y = rounded.to(tl.float32)  # as the backward finds it
-        out, mean, rstd = _normalise(y, weight, bias, in_row, D, eps)
+        out, mean, rstd = normalise(y, weight, bias, in_row, D, eps)
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
         tl.store(mean_ptr + row, mean, mask=row < N)
         tl.store(rstd_ptr + row, rstd, mask=row < N)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME)
 def _backward_kernel(
     dout_ptr, dsum_ptr, x_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
     dy_ptr, dx_ptr, partial_ptr,  # (N, D); (N, D) or None; (programs, SUMS, D) fp32: dweight, dbias, sum of dx
@@ -253,19 +205,19 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK_D)
     in_row = column < D
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed, column_key, row_keys = _first_keys(seed_ptr, stream, column)
+    seed, column_key, row_keys = first_keys(seed_ptr, stream, column)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     dx_sum = tl.zeros((BLOCK_D,), tl.float32)
     for begin in range(0, rows_per_program, ROWS):
-        row, row_key, row_keys = _next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS)
+        row, row_key, row_keys = next_rows(seed_ptr, seed, stream, row_keys, rows_per_program, begin, ROWS)
         live = (row < N)[:, None] & in_row[None, :]
         at = row[:, None] * D + column[None, :]
         y, kept = _sum_of(x_ptr, residual_ptr, at, live, seed_ptr, row_key, column_key, threshold, scale)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
         dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
+        dy, xhat = normalise_backward(dout, y, mean, rstd, weight, live, D)
         dweight += tl.sum(dout * xhat, axis=0)
         if SUMS > 1:
             dbias += tl.sum(dout, axis=0)
@@ -285,64 +237,6 @@ def _backward_kernel(
         tl.store(partial_ptr + 2 * D, dx_sum, mask=in_row)
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
-def _embedding_forward_kernel(
-    ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr,  # (N,) integers twice; (V, D), (P, D), (D,)
-    weight_ptr, bias_ptr, seed_ptr,  # (D,) twice, (); None may be seed, bias, type and what is of positions
-    out_ptr, mean_ptr, rstd_ptr,                                  # (N, D), (N,) fp32 twice
-    N, D, eps, threshold, scale, rows_per_program,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, BLOCK_D)
-    in_row = column < D
-    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    bias = _bias(bias_ptr, column, in_row)
-    seed, column_key, row_keys = _first_keys(seed_ptr, EMBEDDING_STREAM, column)
-    for begin in range(0, rows_per_program, ROWS):
-        row, row_key, row_keys = _next_rows(seed_ptr, seed, EMBEDDING_STREAM, row_keys, rows_per_program, begin, ROWS)
-        live = (row < N)[:, None] & in_row[None, :]
-        y = _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D)
-        out, mean, rstd = _normalise(y, weight, bias, in_row, D, eps)
-        out, _ = _drop(out, live, seed_ptr, row_key, column_key, threshold, scale)
-        tl.store(out_ptr + row[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
-        tl.store(mean_ptr + row, mean, mask=row < N)
-        tl.store(rstd_ptr + row, rstd, mask=row < N)
-
-
-@triton.jit(do_not_specialize=_RUNTIME)
-def _embedding_backward_kernel(
-    dout_ptr, ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dy_ptr, partial_ptr,  # (N, D); (programs, SUMS, D) fp32: dweight, dbias
-    N, D, threshold, scale, rows_per_program,
-    SUMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_D)
-    in_row = column < D
-    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    seed, column_key, row_keys = _first_keys(seed_ptr, EMBEDDING_STREAM, column)
-    dweight = tl.zeros((BLOCK_D,), tl.float32)
-    dbias = tl.zeros((BLOCK_D,), tl.float32)
-    for begin in range(0, rows_per_program, ROWS):
-        row, row_key, row_keys = _next_rows(seed_ptr, seed, EMBEDDING_STREAM, row_keys, rows_per_program, begin, ROWS)
-        live = (row < N)[:, None] & in_row[None, :]
-        at = row[:, None] * D + column[None, :]
-        y = _embedded(ids_ptr, position_ids_ptr, word_ptr, position_ptr, type_ptr, row, column, live, N, D)
-        mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
-        dout = tl.load(dout_ptr + at, mask=live, other=0.0).to(tl.float32)
-        dout, _ = _drop(dout, live, seed_ptr, row_key, column_key, threshold, scale)
-        dy, xhat = _normalise_backward(dout, y, mean, rstd, weight, live, D)
-        dweight += tl.sum(dout * xhat, axis=0)
-        if SUMS > 1:
-            dbias += tl.sum(dout, axis=0)
-        tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=live)
-    partial_ptr += program * SUMS * D + column
-    tl.store(partial_ptr, dweight, mask=in_row)
-    if SUMS > 1:
-        tl.store(partial_ptr + D, dbias, mask=in_row)
-
-
 def tile(width: int, itemsize: int) -> dict[str, int]:
     """Kernel settings for a width: 4 KiB of x in a block of rows, 16 elements of bf16 a thread.
 
@@ -360,14 +254,36 @@ def forward_tile(width: int, itemsize: int, *, dropout: bool) -> dict[str, int]:
     return settings | {"ROWS": max(1, settings["ROWS"] // 2)} if dropout else settings
 
 
-def _launch_forward(kernel, x: Tensor, seed: Tensor | None, *arguments) -> None:
-    settings = forward_tile(x.shape[1], x.element_size(), dropout=seed is not None)
-    _launch(kernel, x.shape[0], FORWARD_ROWS_PER_PROGRAM, settings, *arguments)
+def launch_forward(
+    kernel, out: Tensor, seed: Tensor | None, pointers: tuple[Tensor | None, ...], numbers: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """(mean, rstd), each (N,) fp32, of a kernel that fills out (N, D), row by row.
+
+    It takes `pointers`, out, mean, rstd, N, D, `numbers`, the rows of a program and its tile.
+    """
+    N, D = out.shape
+    mean = out.new_empty(N, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    settings = forward_tile(D, out.element_size(), dropout=seed is not None)
+    _launch(kernel, N, FORWARD_ROWS_PER_PROGRAM, settings, *pointers, out, mean, rstd, N, D, *numbers)
+    return mean, rstd
 
 
-def _launch_backward(kernel, x: Tensor, num_sums: int, *arguments) -> None:
-    settings = {"SUMS": num_sums} | tile(x.shape[1], x.element_size())
-    _launch(kernel, x.shape[0], _rows_per_program(x.shape[0], settings["ROWS"]), settings, *arguments)
+def launch_backward(
+    kernel, dy: Tensor, pointers: tuple[Tensor | None, ...], numbers: tuple[float, ...],
+    sums: Sequence[Tensor | None], accumulate: bool,
+) -> None:  # fmt: skip
+    """Fills what of `pointers` a kernel writes, among them dy (N, D), and what is in `sums`, (D,) each.
+
+    It takes `pointers`, partial sums, N, D, `numbers`, the rows of a program and its tile. Every program leaves its
+    sums over rows in rows of its own, of which those of `sums` are made here, or added to them.
+    """
+    N, D = dy.shape
+    settings = tile(D, dy.element_size())
+    rows = _rows_per_program(N, settings["ROWS"])
+    partial = dy.new_empty((triton.cdiv(N, rows), len(sums), D), dtype=torch.float32)
+    _launch(kernel, N, rows, {"SUMS": len(sums)} | settings, *pointers, partial, N, D, *numbers)
+    add_column_sums(partial, sums, accumulate)
 
 
 def _launch(kernel, num_rows: int, rows_per_program: int, settings: dict[str, int], *arguments) -> None:
@@ -382,12 +298,6 @@ def _rows_per_program(num_rows: int, rows: int) -> int:
     return triton.cdiv(wanted, rows) * rows
 
 
-def _partial_sums(x: Tensor, num_sums: int) -> Tensor:
-    """Where the programs of a backward over x leave their sums of columns: (programs, num_sums, D) fp32."""
-    rows = _rows_per_program(x.shape[0], tile(x.shape[1], x.element_size())["ROWS"])
-    return x.new_empty((triton.cdiv(x.shape[0], rows), num_sums, x.shape[1]), dtype=torch.float32)
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
@@ -399,7 +309,7 @@ def forward(
     seed = seed if dropout_p > 0 else None
     if x.device.type not in TRITON_DEVICES:
         y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
-        return _normalise_cpu(y if residual is None else residual + y, weight, bias, eps)
+        return normalise_cpu(y if residual is None else residual + y, weight, bias, eps)
     out, mean, rstd = _forward_rows(x, residual, None, weight, bias, eps, seed, stream, dropout_p)
     return out, (x, mean, rstd) if residual is None else (x, mean, rstd, residual)
 
@@ -427,13 +337,9 @@ def _forward_rows(
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(out, mean, rstd). `into` is where the sum goes, if anybody wants it."""
-    N, D = x.shape
-    out, mean = torch.empty_like(x), x.new_empty(N, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    _launch_forward(
-        _forward_kernel, x, seed, x, residual, weight, bias, seed, into, out, mean, rstd,
-        N, D, eps, stream, threshold(dropout_p), 1 / (1 - dropout_p),
-    )  # fmt: skip
+    out, pointers = torch.empty_like(x), (x, residual, weight, bias, seed, into)
+    numbers = (eps, stream, threshold(dropout_p), 1 / (1 - dropout_p))
+    mean, rstd = launch_forward(_forward_kernel, out, seed, pointers, numbers)
     return out, mean, rstd
 
 
@@ -449,7 +355,7 @@ def backward(
     """
     seed = seed if dropout_p > 0 else None
     if dout.device.type not in TRITON_DEVICES:
-        dy = _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
+        dy = normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
         dx = dropout(dy, seed, stream=stream, dropout_p=dropout_p)
         if dx_sum is not None:
             add_column_sum(dx_sum, dx, accumulate)
@@ -471,7 +377,7 @@ def add_backward(
     """
     seed = seed if dropout_p > 0 else None
     if dout.device.type not in TRITON_DEVICES:
-        dy = _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
+        dy = normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
         dy = dy if dsum is None else dy.add_(dsum)
         return dy, dropout(dy, seed, stream=stream, dropout_p=dropout_p)
     total, mean, rstd = saved
@@ -487,66 +393,14 @@ def _backward_rows(
     """(dresidual, dx). Without x the residual is the sum already. `sums`: dweight, dbias and dx_sum."""
     if sums[1] is None and sums[2] is None:  # layers without biases; with one it is all three, in one compilation
         sums = sums[:1]
-    dy, partial = torch.empty_like(dout), _partial_sums(dout, len(sums))
-    dx = None if seed is None else torch.empty_like(dout)
-    _launch_backward(
-        _backward_kernel, dout, len(sums), dout, dsum, x, residual, weight, mean, rstd, seed, dy, dx, partial,
-        *dout.shape, stream, threshold(dropout_p), 1 / (1 - dropout_p),
-    )  # fmt: skip
-    add_column_sums(partial, sums, accumulate)
+    dy, dx = torch.empty_like(dout), None if seed is None else torch.empty_like(dout)
+    pointers = (dout, dsum, x, residual, weight, mean, rstd, seed, dy, dx)
+    numbers = (stream, threshold(dropout_p), 1 / (1 - dropout_p))
+    launch_backward(_backward_kernel, dy, pointers, numbers, sums, accumulate)
     return dy, dy if dx is None else dx
 
 
-def embedding_forward(
-    ids: Tensor, position_ids: Tensor | None, word_VD: Tensor, position_PD: Tensor | None, type_D: Tensor | None,
-    weight: Tensor, bias: Tensor | None, eps: float, seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
-    """(dropout(LayerNorm(word[ids] + position[position_ids] + type)) (N, D), what `embedding_backward` needs).
-
-    ids and position_ids are (N,) int32 or int64, all else of one dtype and contiguous; a model without a table of
-    positions has no position_ids either. No checks, no gradient. The backward looks the rows up again: that reads what
-    reading their sum would, and spares the forward its store.
-    """
-    seed = seed if dropout_p > 0 else None
-    if word_VD.device.type not in TRITON_DEVICES:
-        embedded = F.embedding(ids, word_VD)
-        if position_ids is not None and position_PD is not None:
-            embedded += F.embedding(position_ids, position_PD)
-        if type_D is not None:
-            embedded += type_D
-        out, saved = _normalise_cpu(embedded, weight, bias, eps)
-        return dropout(out, seed, stream=EMBEDDING_STREAM.value, dropout_p=dropout_p), saved
-    N, D = ids.shape[0], word_VD.shape[1]
-    out, mean = word_VD.new_empty(N, D), word_VD.new_empty(N, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    _launch_forward(
-        _embedding_forward_kernel, out, seed, ids, position_ids, word_VD, position_PD, type_D, weight, bias, seed,
-        out, mean, rstd, N, D, eps, threshold(dropout_p), 1 / (1 - dropout_p),
-    )  # fmt: skip
-    return out, (ids, position_ids, word_VD, position_PD, type_D, mean, rstd)
-
-
-def embedding_backward(
-    dout: Tensor, saved: tuple[Any, ...], weight: Tensor, seed: Tensor | None, dropout_p: float, *,
-    dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
-) -> Tensor:  # fmt: skip
-    """Gradient (N, D) of the sum of embeddings; dweight, dbias and `accumulate` as in `backward`."""
-    seed = seed if dropout_p > 0 else None
-    if dout.device.type not in TRITON_DEVICES:
-        dout = dropout(dout, seed, stream=EMBEDDING_STREAM.value, dropout_p=dropout_p)
-        return _normalise_cpu_backward(dout, saved, weight, dweight, dbias, accumulate)
-    *tables, mean, rstd = saved
-    sums = (dweight,) if dbias is None else (dweight, dbias)
-    dy, partial = torch.empty_like(dout), _partial_sums(dout, len(sums))
-    _launch_backward(
-        _embedding_backward_kernel, dout, len(sums), dout, *tables, weight, mean, rstd, seed,
-        dy, partial, *dout.shape, threshold(dropout_p), 1 / (1 - dropout_p),
-    )  # fmt: skip
-    add_column_sums(partial, sums, accumulate)
-    return dy
-
-
-def _normalise_cpu(y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+def normalise_cpu(y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """PyTorch's own, which keeps the sum: at 4,096 x 768 adding it up again cost more.
 
     Parameters in fp32 make it keep mean and rstd in fp32, too, and be no slower for it.
@@ -556,7 +410,7 @@ def _normalise_cpu(y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
     return out, (y, mean, rstd)
 
 
-def _normalise_cpu_backward(
+def normalise_cpu_backward(
     dout: Tensor, saved: tuple[Tensor, ...], weight: Tensor,
     dweight: Tensor | None, dbias: Tensor | None, accumulate: bool,
 ) -> Tensor:  # fmt: skip
@@ -698,11 +552,9 @@ def dropout_add_layernorm(
     Raises:
         ValueError: on shapes, dtypes or dropout that do not fit.
     """
-    _check_residual("dropout_add_layernorm", x_ND, residual_ND)
     check_dropout("dropout_add_layernorm", x_ND, seed, stream, dropout_p)
-    if seed is None or dropout_p == 0:
-        seed, dropout_p = None, 0.0
-    return _layernorm(x_ND, residual_ND, weight_D, bias_D, eps, seed, stream, dropout_p)
+    rows = _fitting("dropout_add_layernorm", x_ND, residual_ND, weight_D, bias_D)
+    return _layernorm(*rows, eps, seed if dropout_p > 0 else None, stream, dropout_p).view(x_ND.shape)
 
 
 def add_layernorm(
@@ -720,62 +572,49 @@ def add_layernorm(
 
     Arguments and errors as in `dropout_add_layernorm`; eps is ModernBERT's.
     """
-    _check_residual("add_layernorm", x_ND, residual_ND)
     check_dropout("add_layernorm", x_ND, seed, stream, dropout_p)
-    _check_width("add_layernorm", x_ND)
-    x, residual = x_ND.flatten(0, -2), residual_ND.flatten(0, -2)
-    _check_parameters("add_layernorm", x, weight_D, bias_D)
-    if seed is None or dropout_p == 0:
-        seed, dropout_p = None, 0.0
+    x, residual, weight, bias = _fitting("add_layernorm", x_ND, residual_ND, weight_D, bias_D)
+    seed = seed if dropout_p > 0 else None
     if x.device.type not in TRITON_DEVICES:
         total = residual + dropout(x, seed, stream=stream, dropout_p=dropout_p)
-        out = F.layer_norm(total, total.shape[1:], weight_D, bias_D, eps)
+        out = F.layer_norm(total, total.shape[1:], weight, bias, eps)
     else:
-        bias = None if bias_D is None else bias_D.contiguous()
-        total, out, _, _ = add_layernorm_forward(
-            x.contiguous(), residual.contiguous(), weight_D.contiguous(), bias, eps, seed, stream, dropout_p
-        )
+        total, out, _, _ = add_layernorm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)
     return total.view(x_ND.shape), out.view(x_ND.shape)
 
 
 def layernorm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor | None, *, eps: float = 1e-12) -> Tensor:
     """LayerNorm(x), by the same kernels; arguments and errors as there."""
-    return _layernorm(x_ND, None, weight_D, bias_D, eps, None, 0, 0.0)
+    rows = _fitting("layernorm", x_ND, None, weight_D, bias_D)
+    return _layernorm(*rows, eps, None, 0, 0.0).view(x_ND.shape)
 
 
 def _layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
     seed: Tensor | None, stream: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    _check_width("layernorm", x)
-    if x.ndim > 2:
-        rows = None if residual is None else residual.flatten(0, -2)
-        return _layernorm(x.flatten(0, -2), rows, weight, bias, eps, seed, stream, dropout_p).view(x.shape)
-    _check_parameters("layernorm", x, weight, bias)
     if x.device.type not in TRITON_DEVICES:
         # On the CPU PyTorch's own is the faster one: at 4,096 x 768 adding the sum again cost more than keeping it.
         y = dropout(x, seed, stream=stream, dropout_p=dropout_p)
         return F.layer_norm(y if residual is None else residual + y, x.shape[1:], weight, bias, eps)
-    x, weight = x.contiguous(), weight.contiguous()
-    residual, bias = (None if t is None else t.contiguous() for t in (residual, bias))
     return layernorm_forward(x, residual, weight, bias, eps, seed, stream, dropout_p)[0]
 
 
-def _check_residual(operator: str, x: Tensor, residual: Tensor) -> None:
-    if residual.shape != x.shape or residual.dtype != x.dtype:
+def _fitting(
+    operator: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Any, Tensor, Tensor | None]:
+    """x and residual as (N, D), weight and bias; contiguous. Raises ValueError unless they fit each other."""
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"{operator} wants a residual like x, {tuple(x.shape)} {x.dtype}, got {tuple(residual.shape)} "
             f"{residual.dtype}"
         )
-
-
-def _check_width(operator: str, x: Tensor) -> None:
     if x.ndim < 2 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{operator} wants (N, D) or (B, L, D) with D of 1 to {MAX_WIDTH}, got {tuple(x.shape)}")
-
-
-def _check_parameters(operator: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_dtype(operator, x)
+    x, residual = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
     check_parameter(operator, "weight", weight, x)
     if bias is not None:
         check_parameter(operator, "bias", bias, x)
+    residual, bias = (None if t is None else t.contiguous() for t in (residual, bias))
+    return x.contiguous(), residual, weight.contiguous(), bias

@@ -56,7 +56,7 @@ BUDGETS = {
     "evaluation": (2747, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (3700, ("kernels", "../csrc")),
 }
-MOST_FILES = {"kernels": 16}  # in a folder of the product, else 13: an operator a file
+MOST_FILES = {"kernels": 17}  # in a folder of the product, else 13: an operator a file
 LONGEST_FUNCTION = 60
 LONGEST_LINE = 120
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from fastdistil.kernels import attention, gelu, layernorm, linear
+from fastdistil.kernels import attention, embedding, gelu, layernorm, linear
 from fastdistil.kernels.dropout import dropout
 from fastdistil.model.architecture import Architecture
 from fastdistil.model.encoder import Encoder, LayerNorm, Linear, LinearGelu
@@ -185,7 +185,7 @@ class _Embeddings(Function):
     @staticmethod
     def forward(ctx: Any, encoder: Any, ids: Tensor, positions: Tensor, seed: Tensor | None, *_: Tensor) -> Tensor:
         norm, types = encoder.embedding_norm, encoder.token_type_embeddings
-        out_ND, saved = layernorm.embedding_forward(
+        out_ND, saved = embedding.forward(
             ids,
             positions,
             operand(encoder.word_embeddings.weight),
@@ -209,7 +209,7 @@ class _Embeddings(Function):
         *saved, ids, positions, seed = ctx.saved_tensors
         norm = encoder.embedding_norm
         (dweight, dbias), accumulate = destination(norm.weight, norm.bias)
-        dsum_ND = layernorm.embedding_backward(
+        dsum_ND = embedding.backward(
             dout[0].contiguous(),
             tuple(saved),
             operand(norm.weight),

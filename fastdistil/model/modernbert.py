@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from fastdistil.kernels import attention, geglu, layernorm, linear, rope
+from fastdistil.kernels import attention, embedding, geglu, layernorm, linear, rope
 from fastdistil.kernels.dropout import dropout
 from fastdistil.model.architecture import INITIALIZER_RANGE, Architecture
 from fastdistil.model.encoder import Encoder, LayerNorm, Linear
@@ -238,7 +238,7 @@ class _Embeddings(Function):
     def forward(ctx: Any, encoder: Any, ids: Tensor, seed: Tensor | None, *_: Tensor) -> Tensor:
         norm = encoder.embedding_norm
         words = operand(encoder.word_embeddings.weight)
-        out_ND, saved = layernorm.embedding_forward(
+        out_ND, saved = embedding.forward(
             ids, None, words, None, None, operand(norm.weight), None, norm.eps, seed, encoder.dropout_p
         )
         ctx.encoder = encoder
@@ -252,7 +252,7 @@ class _Embeddings(Function):
         norm, words = ctx.encoder.embedding_norm, ctx.encoder.word_embeddings
         *saved, ids, seed = ctx.saved_tensors
         (dweight,), accumulate = destination(norm.weight)
-        dword_ND = layernorm.embedding_backward(
+        dword_ND = embedding.backward(
             dout[0].contiguous(),
             tuple(saved),
             operand(norm.weight),

@@ -16,9 +16,9 @@ from fastdistil.kernels.layernorm import (
     add_layernorm_reference,
     dropout_add_layernorm,
     dropout_add_layernorm_reference,
-    embedding_reference,
     layernorm,
 )
+from tests.support.norms import assert_as_right, destinations, each_destination, judged
 from tests.support.precision import (
     DEVICE,
     DTYPES,
@@ -74,20 +74,6 @@ def eager(x_ND, residual_ND, weight_D, bias_D, *, eps=1e-12, **options):
     """What a PyTorch user would write, every step in the dtype of the input."""
     y = summed(x_ND, residual_ND, **options)
     return F.layer_norm(y, y.shape[1:], weight_D, bias_D, eps)
-
-
-def judged(operator, **options):
-    """Output and, by a loss whose value is 0, every gradient: a sum over all outputs may be right by chance.
-
-    A bias that is not among the leaves is None.
-    """
-
-    def loss(dout_ND: Tensor, **leaves: Tensor):
-        out = operator(**{"bias_D": None} | leaves, **options)
-        total = (out.double() * dout_ND).sum()
-        return total - total.detach(), out
-
-    return loss
 
 
 def eager_pair(x_ND, residual_ND, weight_D, bias_D, *, eps=1e-5, **options):
@@ -212,25 +198,6 @@ def test_without_a_residual(dtype):
         assert (mine[name] - exact).abs().max() <= allowed, name
 
 
-def assert_as_right(truth, mine, theirs, dtype):
-    """No worse than twice the public operators' error, and one rounding of the largest value."""
-    assert mine.keys() == truth.keys()
-    for name, exact in truth.items():
-        my_error, their_error = ((r[name].double() - exact).abs().max().item() for r in (mine, theirs))
-        allowed = SLACK * their_error + torch.finfo(dtype).eps * exact.abs().max().item()
-        assert my_error <= allowed, f"{name}: error {my_error:.2e}, the public operator's {their_error:.2e}"
-
-
-def destinations(names, width, dtype, accumulate) -> dict[str, Tensor]:
-    """Where sums go: full of NaN if they are to be overwritten, else of a number that has to stay in them."""
-    return {name: torch.full((width,), 0.5 if accumulate else torch.nan, dtype=dtype, device=DEVICE) for name in names}
-
-
-each_destination = pytest.mark.parametrize(
-    ("sums", "accumulate"), [(torch.float32, True), (None, False)], ids=["added to fp32", "in the dtype"]
-)
-
-
 def without_residual(x_ND, weight_D, bias_D, *, dropout_p=0.0, seed=None, stream=0):
     return layernorm(dropout(x_ND, seed, stream=stream, dropout_p=dropout_p), weight_D, bias_D)
 
@@ -319,72 +286,6 @@ def test_pre_norm_functions_without_autograd(shape, dtype, sums, accumulate, opt
     assert_as_right(truth, mine, theirs, dtype)
 
 
-def make_embeddings(num_rows, width, dtype, without) -> dict[str, Any]:
-    gen = torch.Generator().manual_seed(0)
-    sizes = {"word_VD": (20, width), "position_PD": (9, width), "type_D": (width,)}
-    sizes |= {"weight_D": (width,), "bias_D": (width,)}
-    leaves: dict[str, Any] = {
-        name: torch.randn(size, generator=gen).to(DEVICE, dtype).requires_grad_() for name, size in sizes.items()
-    }
-    leaves["dout_ND"] = torch.randn((num_rows, width), generator=gen).to(DEVICE, dtype)
-    for name, high, kind in (("ids_N", 20, torch.int32), ("position_ids_N", 9, torch.int64)):
-        leaves[name] = torch.randint(high, (num_rows,), generator=gen).to(DEVICE, kind)
-    return leaves | dict.fromkeys(without)
-
-
-def embedding(ids_N, position_ids_N, word_VD, position_PD, type_D, weight_D, bias_D, *, dropout_p=0.0, seed=None):
-    """As a model puts it together from the public operators."""
-    embedded = F.embedding(ids_N, word_VD)
-    if position_PD is not None:
-        embedded = embedded + F.embedding(position_ids_N, position_PD)
-    out = layernorm(embedded if type_D is None else embedded + type_D, weight_D, bias_D)
-    return dropout(out, seed, stream=0, dropout_p=dropout_p)
-
-
-MODERNBERT = ["position_ids_N", "position_PD", "type_D", "bias_D"]
-"""What its embeddings have not."""
-
-
-@pytest.mark.parametrize("without", [[], ["type_D"], MODERNBERT], ids=["types", "no types", "words alone"])
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": SEED}], ids=OPTIONS)
-@each_destination
-@each_dtype
-@pytest.mark.parametrize("shape", [(3, 17), (67, 96)], ids=str)
-def test_embeddings(shape, dtype, sums, accumulate, options, without):
-    """Sums of rows of tables, against the operators' gradients, and the same elements dropped."""
-    num_rows, width = shape
-    leaves = make_embeddings(num_rows, width, dtype, without)
-    given: dict[str, Any] = {name: None if leaf is None else leaf.detach() for name, leaf in leaves.items()}
-    dout, weight = given.pop("dout_ND"), given["weight_D"]
-    order = ("ids_N", "position_ids_N", "word_VD", "position_PD", "type_D", "weight_D", "bias_D")
-    tables: list[Any] = [given[name] for name in order]
-    seed, dropout_p = options.get("seed"), options.get("dropout_p", 0.0)
-
-    out, saved = module.embedding_forward(*tables, eps=1e-12, seed=seed, dropout_p=dropout_p)
-    into: dict[str, Any] = destinations(("dweight", "dbias"), width, sums or dtype, accumulate)
-    into |= {"dbias": None} if "bias_D" in without else {}
-    dembedded = module.embedding_backward(dout, saved, weight, seed, dropout_p, **into, accumulate=accumulate)
-    of = {"dweight_D": into["dweight"], "dbias_D": into["dbias"]}
-    mine = {"value 1": out} | {name: total - 0.5 * accumulate for name, total in of.items() if total is not None}
-    for name, ids in (("word_VD", "ids_N"), ("position_PD", "position_ids_N")):
-        if name in without:
-            continue
-        total = torch.zeros(given[name].shape, dtype=torch.float64, device=DEVICE)
-        mine[f"d{name}"] = total.index_add_(0, given[ids], dembedded.double())
-    if "type_D" not in without:
-        mine["dtype_D"] = dembedded.double().sum(0)
-
-    absent = {name: leaves.pop(name) for name in without}
-    truth, theirs = (
-        results(judged(functools.partial(operator, **absent, **options)), tensors)
-        for operator, tensors in ((embedding_reference, fp64(leaves)), (embedding, leaves))
-    )
-    assert torch.equal(out == 0, theirs["value 1"] == 0)
-    for found in (truth, theirs):
-        del found["value 0"]
-    assert_as_right(truth, mine, theirs, dtype)
-
-
 def test_more_rows_than_programs(monkeypatch):
     """Beyond MAX_PROGRAMS a program takes more rows, also where they do not divide."""
     for num_rows in (1, 130, 10**6 + 1):
@@ -442,6 +343,15 @@ def test_the_mask_is_that_of_the_definition():
     kept = keep_reference(SEED, 5, 0.3, rows[:1] * 0, rows, columns)[0]
     assert torch.equal(gradient != 0, kept)
     assert torch.equal(of_pair != 0, kept)
+
+
+def test_nothing_is_dropped_without_a_seed():
+    leaves = make_pair((9, 130))
+    got, wanted = (results(judged_pair(add_layernorm, dropout_p=p), leaves) for p in (0.3, 0.0))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    del leaves["dsum_ND"]
+    got, wanted = (results(judged(ops_layernorm, dropout_p=p), leaves) for p in (0.3, 0.0))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_backward_is_deterministic():
