@@ -7,8 +7,8 @@
 #     sh carry/run.sh OUT [--only kernels,step]
 #
 # Triton's cache, which saves some 30 s of compiling: with PREWARM=PYTHON3.12, an environment with the GPU machine's own versions of
-# Python and Triton, kernels are compiled here, without a GPU, and carried along; with TILES=1 also those of the stage tiles, which takes
-# some minutes. Keep carry/ out of git (.git/info/exclude).
+# Python and Triton, kernels are compiled here, without a GPU, and carried along; with TILES= also all of the stage tiles, which takes
+# some minutes (TILES=attention those that --only attention chooses). Keep carry/ out of git (.git/info/exclude).
 set -eu
 python=$1 tokenizer=$2
 shift 2
@@ -31,7 +31,7 @@ if [ -n "${PREWARM:-}" ]; then
   git archive HEAD | tar x -C "$tree" # without the C++ kernels, which are built for another torch
   "$PREWARM" -m pip install -q --no-index --no-deps --target "$tree"/site carry/wheels/*.whl
   (cd "$tree" && export TRITON_CACHE_DIR=/tmp/fastdistil-triton PYTHONPATH=.:site && "$PREWARM" -m benchmarks.prewarm &&
-    if [ -n "${TILES:-}" ]; then "$PREWARM" -m benchmarks.tiles --compile > /dev/null; fi)
+    "$PREWARM" -m benchmarks.tiles --compile --only "${TILES-product with GELU}" > /dev/null)
   rm -rf "$tree"
   # What a launch needs of it is the machine code: a fifth.
   find /tmp/fastdistil-triton -type f ! -name '*.cubin' ! -name '*.json' ! -name '*.so' -delete

@@ -376,6 +376,14 @@ def attention_speeds(s: ModelSetting) -> dict[str, Any]:
     return found
 
 
+@stage(40)
+def variants(s: ModelSetting) -> Any:
+    """What holds up the product with GELU, and a wider tile of it (gelu_variants.py)."""
+    from benchmarks import gelu_variants
+
+    return gelu_variants.measure(partial(s.ms, recorded=True), s.device, s.N)
+
+
 @stage(60)
 def tiles(s: ModelSetting) -> Any:
     """The four fastest blocks of each kernel, and the one in use; all of them are in OUT/tiles.json (tiles.py)."""
@@ -518,7 +526,7 @@ def profile(s: ModelSetting) -> Any:
 
 
 STAGES = (
-    *(env, ceilings, correct, kernels, tiles, chunks, step, fp8, profile),
+    *(env, ceilings, correct, kernels, variants, tiles, chunks, step, fp8, profile),
     *(program, embed, zero, tests, learn, peers, bench),
 )
 """In the order in which those that run alone do."""

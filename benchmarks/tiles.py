@@ -4,19 +4,19 @@
     python -m benchmarks.tiles --compile                without a GPU: whether they compile, into Triton's cache
 
 Shapes are BERT-base's, and of attention also MiniLM's and that of ModernBERT's local layers, 16,384 tokens in sequences
-of 512. Of a backward in two kernels,
-one is varied at a time.
+of 512. Of a backward in two kernels, one is varied at a time. The product with GELU is varied by gelu_variants.py.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
+from benchmarks import gelu_variants
 from fastdistil.kernels import attention, attention_tiles, distill, layernorm
 from fastdistil.kernels.attention_tiles import Tile
 from fastdistil.kernels.layout import sequence_layout
@@ -42,6 +42,8 @@ def variants(device: torch.device) -> Iterator[Variant]:
     yield from _attention(device, 64, window=64)
     yield from _layernorm(device)
     yield from _rows(device)
+    for use, form, _, call in gelu_variants.uses(device, N):
+        yield Variant(f"product with GELU {use}", form, form == gelu_variants.IN_USE, nullcontext, call)
 
 
 FORWARD = [(128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4), (128, 32, 4), (64, 32, 4)]

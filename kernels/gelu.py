@@ -263,9 +263,10 @@ def _consume(
                 _store(x, out_desc, buffer, row, at)
             else:
                 z = x + biases[part].to(gl.float32)[None, :]
+                value = gelu(z).to(gl.bfloat16)  # before the barriers of a store, behind which `_tail` is made again
                 if KEEP:
                     _store_next(gelu_derivative(z), slope_desc, staging, 2 * part, row, at)
-                _store_next(gelu(z), out_desc, staging, 2 * part + 1 if KEEP else part, row, at)
+                _store_next(value, out_desc, staging, 2 * part + 1 if KEEP else part, row, at)
     tma.store_wait(0)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import _cli, _harness, _options, bench_attention, hugging_face, workload
+from benchmarks import _cli, _harness, _options, bench_attention, gelu_variants, hugging_face, workload
 from benchmarks.__main__ import OPERATORS
 from fastdistil.kernels.layout import sequence_layout
 from tests.support import launch
@@ -333,6 +333,25 @@ def test_a_kernel_in_triton_on_a_machine_without_a_gpu(tmp_path):
     (mine,) = (line for line in lines if line[:2] == ["mine:gelu", "mine.kernel"])
     assert int(mine[2]) > 0
     assert mine[4:6] == ["0", "0"]  # spills, stack
+
+
+def test_variants_of_the_product_with_gelu_compile():
+    """They change lines of a kernel that changes, too."""
+    done = launch.run("benchmarks.tiles", "--compile", "--only", "product with GELU")
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert [line[-1] for line in lines] == ["compiled"] * 11
+    assert sum("*" in line for line in lines) == 3
+    assert sum(line[2] == "192" for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "source"), [("-a\n+b", "a\nc\n"), ("-a\n+b\n-c\n+d", "c\na\n"), ("-a\n-c\n+b", "x\na\nc\n")]
+)
+def test_a_variant_changes_lines_that_stand_there_once(changes, source):
+    assert "b\n" in gelu_variants.changed(source, changes)
+    for wrong in (source + source, source.replace("a", "aa")):
+        with pytest.raises(ValueError, match=r"to be changed once, stands there [02] times"):
+            gelu_variants.changed(wrong, changes)
 
 
 def test_the_definition_in_parts_is_the_definition(monkeypatch):
