@@ -25,7 +25,7 @@ from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.remote.mirror import Mirror
 from fastdistil.run import console, folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, folder_of, require_space
-from fastdistil.run.command import StopRequest, started_at
+from fastdistil.run.command import Failed, StopRequest, started_at
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
@@ -131,6 +131,8 @@ class Job:
     """What data, teacher and forward took here since the last line of the log."""
     saving_s: float = 0.0
     """For how long checkpoints held the run up."""
+    not_saved: BaseException | None = None
+    """On rank 0, why a checkpoint could not be written, where the run ends for that: at once, with another one."""
 
     @property
     def config(self) -> Config:
@@ -144,10 +146,11 @@ class Job:
         return seconds if seconds < math.inf else LIFE_S
 
     def is_asked_to_stop(self) -> bool:
-        """Whether this rank is, by a signal or, rank 0, by --max-hours."""
-        if self.ranks.is_main and self.update < self.corpus.num_updates:
+        """Whether this rank is, by a signal or, rank 0, by --max-hours or a checkpoint that could not be written."""
+        if self.saver is not None and self.update < self.corpus.num_updates:
             self.deadline.ask(self.stop, self.saver)
-        return self.stop.asked
+            self.not_saved = None if self.stop.asked else self.saver.failure()
+        return self.stop.asked or self.not_saved is not None
 
     def status(self, state: str, **about: Any) -> None:
         """Replace status.json, on rank 0."""
@@ -415,6 +418,8 @@ def finish(job: Job, failure: str | None, seconds: float) -> str | None:
         job.saving_s += time.perf_counter() - begin
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
+        if job.not_saved is not None:
+            raise Failed(f"{job.not_saved}. That of update {job.update} could be written, so that nothing is lost")
     lacks = wait_for_mirror(job) if job.config.mirror else None
     if lacks and not failure and job.update == job.corpus.num_updates:
         failure = f"the run is finished, and whole in {job.config.out}, but {lacks}: --resume auto sends it again"
