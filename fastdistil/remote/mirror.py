@@ -31,6 +31,7 @@ RECORDS = ("config.json", "metrics.jsonl", "status.json", "console.log")
 """What is there beside tokenizer and checkpoints, as far as the run has it."""
 _BLOCK = 2**24
 _CHECKPOINT = re.compile(r"update-(\d{8,})")
+_FILE = re.compile(r"\w+\.\w+")  # of a checkpoint: it leads to no other folder
 
 
 class _Waiting(NamedTuple):
@@ -335,6 +336,8 @@ def _copy(store: _Store, name: str, manifest: bytes, part: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error!r})"
     for file, digest in wanted.items():
+        if not _FILE.fullmatch(file):
+            return f"its manifest names {file!r}, which is no file of a checkpoint"
         try:
             store.system.get_file(store.path(folder.CHECKPOINTS, name, file), str(part / file))
         except FileNotFoundError:
