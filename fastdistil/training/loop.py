@@ -48,7 +48,7 @@ LIFE_S = 30.0
 """An update or a validation that takes longer says how far it is; where --log.every is a time, it is that one."""
 SAVE_S = 30.0
 """What a checkpoint is taken to last until one was written, for --max-hours; a tenth of these where that is less."""
-UPLOAD_S = 10.0
+UPLOAD_S = 1.0
 """So often ranks that wait for an upload hear that it goes on."""
 MOST_OPEN = 1000
 """Updates between two lines at most, where their interval is a time: each keeps its sums on the device until then."""
@@ -451,6 +451,8 @@ def wait_for_mirror(job: Job) -> str | None:
             mirror.try_again()
         while any(job.ranks.any(mirror is not None and mirror.is_uploading(UPLOAD_S))):
             job.watchdog.restart()  # it may take longer than a collective
+            if job.ranks.link is not None:
+                job.ranks.link.ask_later()
     if mirror is not None:
         log.info("the run waited %.1f s for the last upload to its mirror", time.perf_counter() - begin)
     return mirror.failure if mirror is not None else None
