@@ -283,7 +283,8 @@ def newest(run: Path) -> Path | None:
         reason = verify(checkpoint)
         if reason is None:
             return checkpoint
-        log.warning("passing over %s: %s", checkpoint, reason)
+        again = "going on with the run makes it again; with a finished one, once it is removed"
+        log.warning("passing over %s: %s (%s)", checkpoint, reason, again)
     if candidates:
         raise ValueError(
             f"none of the {len(candidates)} checkpoints in {run / FOLDER} can be used (reasons above): restore one, or "

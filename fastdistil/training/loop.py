@@ -82,20 +82,21 @@ class Due:
 class Deadline:
     """When a run with --max-hours stops by itself: so early that another update and the checkpoint end in time.
 
-    It counts from the start of the process, or of torchrun, which may have started the ranks anew. Rank 0 asks it.
+    It counts from the start of the process, or of torchrun, which may have started the ranks anew; whatever somebody
+    sets the clock to meanwhile. Rank 0 asks it.
     """
 
     def __init__(self, max_hours: float | None) -> None:
         self.max_hours = max_hours
-        self.at = started_at() + 3600 * max_hours if max_hours else math.inf
+        self.at = time.monotonic() - (time.time() - started_at()) + 3600 * max_hours if max_hours else math.inf
         self.save_s = min(SAVE_S, 360 * max_hours) if max_hours else 0.0
-        self.longest_s, self.since = 0.0, time.time()
+        self.longest_s, self.since = 0.0, time.monotonic()
 
-    def ask(self, stop: StopRequest, saver: Saver | None) -> None:
+    def ask(self, stop: StopRequest, saver: Saver) -> None:
         """Ask for the end where it is time; once between two updates."""
-        now = time.time()
+        now = time.monotonic()
         self.longest_s, self.since = max(self.longest_s, now - self.since), now
-        self.save_s = saver.seconds if saver is not None and saver.seconds else self.save_s
+        self.save_s = saver.seconds or self.save_s
         if now + self.longest_s + self.save_s >= self.at and not stop.asked:
             log.info(f"--max-hours {self.max_hours:g}: stopping, {max(0.0, self.at - now):.0f} s before they are over")
             stop.ask(f"--max-hours {self.max_hours:g}")
