@@ -163,8 +163,8 @@ class Mirror:
             waiting.close()
         self.failure = None
         if num_bytes:
-            where = self.store.url
-            log.info("mirror: %s is in %s, %.1f MB in %.1f s", waiting.name, where, num_bytes / 1e6, _since(begin))
+            where, seconds = self.store.url, time.monotonic() - begin
+            log.info("mirror: %s is in %s, %.1f MB in %.1f s", waiting.name, where, num_bytes / 1e6, seconds)
         try:
             self._remove_old(waiting.name)
         except Exception as error:  # what was just written is safe, and the run needs no more
@@ -220,10 +220,6 @@ class Mirror:
         except Exception as error:
             log.error("mirror: %s does not say how the run has ended: %s", self.store.url, error)
         self.thread.shutdown()
-
-
-def _since(begin: float) -> float:
-    return time.monotonic() - begin
 
 
 def bring(parse: Callable[[], Config], here: Launched) -> Config:

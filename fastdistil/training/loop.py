@@ -150,6 +150,8 @@ class Job:
         """Whether this rank is, by a signal or, rank 0, by --max-hours or a checkpoint that could not be written."""
         if self.saver is not None and self.update < self.corpus.num_updates:
             self.deadline.ask(self.stop, self.saver)
+            if not self.stop.asked and self.ranks.is_asked_by_teacher():
+                self.stop.ask("a teacher rank was asked to")
             self.not_saved = None if self.stop.asked else self.saver.failure()
         return self.stop.asked or self.not_saved is not None
 

@@ -104,17 +104,18 @@ def test_a_signal_to_torchrun_with_data_workers(root, tmp_path, every_process):
     assert rest.count("SIGTERM: stopping after this update") == 1
 
 
-def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path):
-    """Under a launcher that starts ranks anew which failed: these have not."""
-    run = tmp_path / "run"
-    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=10_000)
-    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=2, restarts=1))
+@pytest.mark.parametrize("teacher_ranks", [0, 1])
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path, teacher_ranks):
+    """Under a launcher that starts ranks anew which failed: these have not. The last one may serve a teacher."""
+    run, ranks = tmp_path / "run", 2 + teacher_ranks
+    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=10_000, teacher__ranks=teacher_ranks)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=ranks, restarts=1))
     begin = time.monotonic()
-    os.kill(workers_of(run)[1], signal.SIGTERM)
+    os.kill(workers_of(run)[ranks - 1], signal.SIGTERM)
     rest = launch.rest_of(process)
     assert time.monotonic() - begin < 15  # torchrun kills after 30
     assert process.returncode == 1
-    was_stopped(run, by="another rank was asked to")
+    was_stopped(run, by="a teacher rank was asked to" if teacher_ranks else "another rank was asked to")
     assert "resuming" not in rest
 
 
