@@ -128,6 +128,7 @@ class Mirror:
         self.newest: Path | None = None
         self.failure: str | None = None
         self.has_begun = False
+        self.seconds = 0.0  # that the last upload took
 
     def send(self, checkpoint: Path) -> None:
         """Begin to upload a whole checkpoint, after the one that is under way; one that waits gives way to it."""
@@ -163,8 +164,8 @@ class Mirror:
             waiting.close()
         self.failure = None
         if num_bytes:
-            where, seconds = self.store.url, time.monotonic() - begin
-            log.info("mirror: %s is in %s, %.1f MB in %.1f s", waiting.name, where, num_bytes / 1e6, seconds)
+            where, self.seconds = self.store.url, time.monotonic() - begin
+            log.info("mirror: %s is in %s, %.1f MB in %.1f s", waiting.name, where, num_bytes / 1e6, self.seconds)
         try:
             self._remove_old(waiting.name)
         except Exception as error:  # what was just written is safe, and the run needs no more

@@ -80,7 +80,7 @@ class Due:
 
 
 class Deadline:
-    """When a run with --max-hours stops by itself: so early that another update and the checkpoint end in time.
+    """When a run with --max-hours stops by itself: so early that an update, the checkpoint and its upload end in time.
 
     It counts from the start of the process, or of torchrun, which may have started the ranks anew; whatever somebody
     sets the clock to meanwhile. Rank 0 asks it.
@@ -92,12 +92,13 @@ class Deadline:
         self.save_s = min(SAVE_S, 360 * max_hours) if max_hours else 0.0
         self.longest_s, self.since = 0.0, time.monotonic()
 
-    def ask(self, stop: StopRequest, saver: Saver) -> None:
+    def ask(self, stop: StopRequest, saver: Saver, mirror: Mirror | None) -> None:
         """Ask for the end where it is time; once between two updates."""
         now = time.monotonic()
         self.longest_s, self.since = max(self.longest_s, now - self.since), now
         self.save_s = saver.seconds or self.save_s
-        if now + self.longest_s + self.save_s >= self.at and not stop.asked:
+        upload_s = mirror.seconds if mirror is not None else 0.0
+        if now + self.longest_s + self.save_s + upload_s >= self.at and not stop.asked:
             log.info(f"--max-hours {self.max_hours:g}: stopping, {max(0.0, self.at - now):.0f} s before they are over")
             stop.ask(f"--max-hours {self.max_hours:g}")
 
@@ -149,7 +150,7 @@ class Job:
     def is_asked_to_stop(self) -> bool:
         """Whether this rank is, by a signal or, rank 0, by --max-hours or a checkpoint that could not be written."""
         if self.saver is not None and self.update < self.corpus.num_updates:
-            self.deadline.ask(self.stop, self.saver)
+            self.deadline.ask(self.stop, self.saver, self.mirror)
             if not self.stop.asked and self.ranks.is_asked_by_teacher():
                 self.stop.ask("a teacher rank was asked to")
             self.not_saved = None if self.stop.asked else self.saver.failure()

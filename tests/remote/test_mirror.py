@@ -205,6 +205,7 @@ def test_a_slow_store_holds_nothing_up_and_gets_the_newest(run):
     free.set()
     assert not to.is_uploading(60)
     assert to.failure is None
+    assert to.seconds > 0
     assert [p.name for p in (run.parent / "store" / "checkpoints").iterdir()] == ["update-00000020"]
     assert brought(run) == ["update-00000020"]
 

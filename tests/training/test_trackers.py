@@ -200,13 +200,14 @@ def test_the_end_leaves_time_for_an_update_and_the_checkpoint(monkeypatch):
     monkeypatch.setattr(loop, "started_at", lambda: 5e9 - 100)
     deadline, stop, saver = loop.Deadline(1.0), StopRequest(), SimpleNamespace(seconds=0.0)
     clock[0] += 1e6  # somebody sets it
-    for at, seconds, is_asked in ((1000, 0, False), (1100, 0, False), (4350, 40, False), (4365, 40, True)):
-        now[0], saver.seconds = float(at), float(seconds)
-        deadline.since = max(deadline.since, at - 100.0)  # the longest update took 100 s, a checkpoint takes 40
-        deadline.ask(stop, saver)  # type: ignore[arg-type]
+    mirror = SimpleNamespace(seconds=0.0)
+    for at, seconds, is_asked in ((1000, 0, False), (1100, 0, False), (4330, 40, False), (4345, 40, True)):
+        now[0], saver.seconds, mirror.seconds = float(at), float(seconds), seconds / 2
+        deadline.since = max(deadline.since, at - 100.0)  # an update took 100 s, a checkpoint takes 40, its upload 20
+        deadline.ask(stop, saver, mirror)  # type: ignore[arg-type]
         assert stop.asked == is_asked, at
     assert stop.reason == "--max-hours 1"
     never = loop.Deadline(None)
     now[0] = 1e12
-    never.ask(other := StopRequest(), saver)  # type: ignore[arg-type]
+    never.ask(other := StopRequest(), saver, None)  # type: ignore[arg-type]
     assert not other.asked
