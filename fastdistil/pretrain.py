@@ -76,7 +76,7 @@ def run(resolved: Resolved, here: Launched) -> int:
 
     # A rank that is set aside for a teacher answers its students until they have all stopped.
     if ranks.link and isinstance(teacher, Teacher):
-        with StopRequest():  # its students hear of it, too
+        with StopRequest(ranks.ask_students_to_stop):
             serve(
                 teacher,
                 ranks.link,

@@ -37,7 +37,7 @@ class ReplayConfig:
     update: int
     """Which one, counted from 1, as in metrics.jsonl."""
     checkpoint: int | None = None
-    """Take the weights of the checkpoint of this update. None: the newest."""
+    """Take the weights of the checkpoint of this update. None: the one before --update, or the newest."""
     shards: tuple[str, ...] | None = None
     """Where the text is now, as --data.shards of the run. None: where the run found it."""
     teacher: Path | None = None
@@ -94,7 +94,8 @@ def replay(asked: ReplayConfig, config: Config) -> int:
     folder.check(config, models.digests)
     teacher, student = models.teacher, models.student
     assert not isinstance(teacher, RemoteTeacher)  # no ranks are set aside
-    weights, state = checkpoint.load_weights(asked.run, asked.checkpoint)
+    before = asked.update - 1 if folder.has_checkpoint(asked.run, asked.update - 1) else None
+    weights, state = checkpoint.load_weights(asked.run, before if asked.checkpoint is None else asked.checkpoint)
     student.load_state_dict(weights)
     objective = Objective(student, config.loss, resolved.pooling).to(ranks.device).train()
     flat = FlatParameters(student, resolved.dtype(ranks.device))

@@ -52,7 +52,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (10340, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
+    "core": (10369, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
     "evaluation": (2747, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (3700, ("kernels", "../csrc")),
 }

@@ -31,6 +31,7 @@ RECORDS = ("config.json", "metrics.jsonl", "status.json", "console.log")
 """What is there beside tokenizer and checkpoints, as far as the run has it."""
 _BLOCK = 2**24
 _CHECKPOINT = re.compile(r"update-(\d{8,})")
+_FILE = re.compile(r"\w+\.\w+")  # of a checkpoint: it leads to no other folder
 
 
 class _Waiting(NamedTuple):
@@ -127,6 +128,7 @@ class Mirror:
         self.newest: Path | None = None
         self.failure: str | None = None
         self.has_begun = False
+        self.seconds = 0.0  # that the last upload took
 
     def send(self, checkpoint: Path) -> None:
         """Begin to upload a whole checkpoint, after the one that is under way; one that waits gives way to it."""
@@ -162,8 +164,8 @@ class Mirror:
             waiting.close()
         self.failure = None
         if num_bytes:
-            where = self.store.url
-            log.info("mirror: %s is in %s, %.1f MB in %.1f s", waiting.name, where, num_bytes / 1e6, _since(begin))
+            where, self.seconds = self.store.url, time.monotonic() - begin
+            log.info("mirror: %s is in %s, %.1f MB in %.1f s", waiting.name, where, num_bytes / 1e6, self.seconds)
         try:
             self._remove_old(waiting.name)
         except Exception as error:  # what was just written is safe, and the run needs no more
@@ -219,10 +221,6 @@ class Mirror:
         except Exception as error:
             log.error("mirror: %s does not say how the run has ended: %s", self.store.url, error)
         self.thread.shutdown()
-
-
-def _since(begin: float) -> float:
-    return time.monotonic() - begin
 
 
 def bring(parse: Callable[[], Config], here: Launched) -> Config:
@@ -335,6 +333,8 @@ def _copy(store: _Store, name: str, manifest: bytes, part: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error!r})"
     for file, digest in wanted.items():
+        if not _FILE.fullmatch(file):
+            return f"its manifest names {file!r}, which is no file of a checkpoint"
         try:
             store.system.get_file(store.path(folder.CHECKPOINTS, name, file), str(part / file))
         except FileNotFoundError:

@@ -12,6 +12,7 @@ It holds full tensors, whatever the number of ranks or the ZeRO stage, and no pi
 others get tensors over the process group, so one disk decides.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -164,9 +165,11 @@ def _remove_old(run: Path, update: int, keep: int) -> None:
 class Saver:
     """Saves in a thread of its own: the run goes on while the disk works. Rank 0 only.
 
+    What is being written when the process ends is finished first, whatever ends it but a signal.
+
     Args:
         keep: how many checkpoints stay.
-        go_on: where one cannot be written, say so and go on; otherwise the next call raises CheckpointError.
+        go_on: whether the run is to outlive one that cannot be written.
         then: is given the folder of each one that is whole, in that thread.
     """
 
@@ -174,15 +177,27 @@ class Saver:
         self.run, self.keep, self.go_on, self.then = run, keep, go_on, then
         self.thread, self.open = ThreadPoolExecutor(1), None
         self.seconds = 0.0  # that the last one took to write
+        atexit.register(self.thread.shutdown)  # a rank that has lost another one leaves without waiting for threads
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Begin to write what `save` would, after the one before is done; neither argument may change any more."""
-        self._finish()
+        """Begin to write what `save` would, after the one before is done; neither argument may change any more.
+
+        The one before may have failed, which is logged: this one has more, and the disk may have room again.
+        """
+        try:
+            if self.open is not None:
+                self.open.result()
+        except CheckpointError as error:
+            log.error("%s without this checkpoint: %s", "going on" if self.go_on else "saving once more", error)
         self.open = self.thread.submit(self._save, tensors, state)
 
     def is_writing(self) -> bool:
         """Whether another `save` would have to wait."""
         return self.open is not None and not self.open.done()
+
+    def failure(self) -> BaseException | None:
+        """Why the last one could not be written, where the run is to end for that."""
+        return self.open.exception() if self.open is not None and self.open.done() and not self.go_on else None
 
     def _save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         begin = time.perf_counter()
@@ -192,21 +207,10 @@ class Saver:
         if self.then is not None:
             self.then(checkpoint)
 
-    def _finish(self) -> None:
-        try:
-            if self.open is not None:
-                self.open.result()
-        except CheckpointError as error:
-            if not self.go_on:
-                raise
-            log.error("going on without this checkpoint: %s", error)
-        finally:
-            self.open = None
-
     def close(self) -> None:
         """Wait for the last one, which must succeed: nothing comes after it. Raises CheckpointError."""
-        self.go_on = False
-        self._finish()
+        if self.open is not None:
+            self.open.result()
         self.thread.shutdown()
 
 
@@ -279,7 +283,8 @@ def newest(run: Path) -> Path | None:
         reason = verify(checkpoint)
         if reason is None:
             return checkpoint
-        log.warning("passing over %s: %s", checkpoint, reason)
+        again = "going on with the run makes it again; with a finished one, once it is removed"
+        log.warning("passing over %s: %s (%s)", checkpoint, reason, again)
     if candidates:
         raise ValueError(
             f"none of the {len(candidates)} checkpoints in {run / FOLDER} can be used (reasons above): restore one, or "

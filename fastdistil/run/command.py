@@ -332,10 +332,13 @@ class StopRequest:
     What comes within REPEATS_S is the same request: a scheduler signals every process of a job, and torchrun passes its
     own signal on. A later one ends the process. Outside the main thread, where Python lets nobody handle signals, it is
     never set. A hang-up that is ignored (nohup) stays ignored.
+
+    Args:
+        then: is called once, when a signal has asked.
     """
 
-    def __init__(self) -> None:
-        self.asked, self.reason, self.asked_at = False, "", float("inf")
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        self.asked, self.reason, self.asked_at, self.then = False, "", float("inf"), then
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -358,6 +361,7 @@ class StopRequest:
             self.asked = True  # before anything is called, where the second of two signals would come in between
             self.ask(signal.Signals(number).name)
             log.info("%s: stopping after this update; send it again after %g s to stop at once", self.reason, REPEATS_S)
+            self.then()
         elif time.monotonic() - self.asked_at > REPEATS_S:
             asks_python = self.before[signal.Signals(number)] is signal.default_int_handler  # a notebook stays alive
             signal.signal(number, signal.default_int_handler if asks_python else signal.SIG_DFL)

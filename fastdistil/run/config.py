@@ -484,8 +484,8 @@ class LogConfig(_Section):
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
     """How many of the latest checkpoints stay on disk."""
     failed_save: Literal["end", "go-on"] = "end"
-    """Where a checkpoint, metrics or status cannot be written: end the run, or say so and try again at the next one.
-    The last checkpoint must succeed."""
+    """Where a checkpoint, metrics or status cannot be written: end the run (with another checkpoint of where it is, if
+    that can be written), or say so and try again at the next one. The last checkpoint must succeed."""
     to: tuple[Literal["auto", "none", "tensorboard", "wandb", "mlflow", "trackio"], ...] = ("auto",)
     """Where the run can be watched beside metrics.jsonl: any of these, each by its own package and its own settings.
     auto: TensorBoard, where that is installed. One that fails does not stop the run."""

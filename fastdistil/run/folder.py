@@ -68,7 +68,10 @@ def holds_run(run: Path) -> bool:
         raise ValueError(f"--out {run} is a file: give a folder")
     if (run / "config.json").is_file():
         return True
-    if run.is_dir() and any(p.name not in (LOCK, STACKS, console.KEPT) for p in run.iterdir()):
+    # What a job leaves that ended before config.json was written; the tokenizer only where its lock shows whose it is.
+    names = {p.name for p in run.iterdir() if p.suffix != ".part"} if run.is_dir() else set()
+    left = {LOCK, STACKS, STATUS, CHECKPOINTS, console.KEPT} | ({"tokenizer"} if LOCK in names else set())
+    if names - left or has_checkpoint(run):
         raise ValueError(f"--out {run} is not empty and holds no run: give a new folder")
     return False
 

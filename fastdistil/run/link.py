@@ -22,6 +22,7 @@ class TeacherLink:
     """
 
     STOP: Question = (-1, 0)
+    LATER: Question = (-2, 0)
 
     def __init__(
         self, store: Any, rank: int, num_students: int, num_teachers: int, *, backend: str, timeout: timedelta
@@ -54,6 +55,10 @@ class TeacherLink:
             self.open.remove(works)
 
         return wait
+
+    def ask_later(self) -> None:
+        """A student: what it asks next may come after more than the timeout. Every student says so equally often."""
+        self.host.send([torch.tensor(self.LATER)], self.teacher, 0).wait()
 
     def stop(self) -> None:
         """A student: no more questions."""

@@ -20,6 +20,7 @@ its floor is what this device would take instead.
 
 import atexit
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -113,6 +114,15 @@ class _Recorder:
         return sums, other
 
 
+@contextmanager
+def _said() -> Iterator[None]:
+    """What cannot be written inside is said, and no more: the run is worth more than its profile."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        log.error("profile: going on without it: %s", error)
+
+
 class Profile:
     """Profiles the updates of `window`, numbered from 0, and writes `folder`.
 
@@ -167,11 +177,19 @@ class Profile:
         if self.profiler is None or not n:
             log.warning("profile: this run made none of the updates to profile: there is no trace and no table")
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.profiler.export_chrome_trace(str(self.folder / "trace.json"))
+        with _said():
+            self._write(self.folder, self.profiler, n)
+        for litter in self.folder.glob("trace.json.*"):  # Kineto's half of a trace, which keeps a full disk full
+            os.truncate(litter, 0)  # it has the file open
+            litter.unlink()
+
+    def _write(self, folder: Path, profiler: profile, n: int) -> None:
+        """Trace and table of `n` updates."""
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))  # which raises nothing on a full disk
         seconds, other = self.recorder.seconds()
         # not by the profiler's own events(), which takes 15 times longer and minutes for a large update
-        trace = read_json(self.folder / "trace.json")["traceEvents"]
+        trace = read_json(folder / "trace.json", fix="the disk may be full")["traceEvents"]
         if self.on_cuda:
             seconds["communication"] = nccl_seconds(trace)
         else:
@@ -183,15 +201,13 @@ class Profile:
                 other += waited
         rows = table({k: v / n for k, v in seconds.items()}, other / n, self.floors())
         record = {"updates": n, "seconds_an_update": seconds[UPDATE] / n, "parts": rows}
-        write_json(self.folder / "table.json", record)
+        write_json(folder / "table.json", record)
         for line in console.lines(drawn(seconds[UPDATE] / n, rows)):
             log.info("profile: %s", line)
         if self.on_cuda:
             log.info("profile: teacher and communication may overlap the rest, on streams of their own")
         memory = "memory.pickle" if self.has_snapshot else "no update before it whose memory could be noted"
-        log.info(
-            "profile: %s/trace.json, table.json, %s", self.folder, memory if self.on_cuda else "memory in the trace"
-        )
+        log.info("profile: %s/trace.json, table.json, %s", folder, memory if self.on_cuda else "memory in the trace")
 
     @contextmanager
     def _memory_history(self) -> Iterator[None]:
@@ -203,9 +219,10 @@ class Profile:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
         try:
             yield
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            self.has_snapshot = True
+            with _said():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+                self.has_snapshot = True
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
 

@@ -174,6 +174,15 @@ class Ranks:
         asking.join(ANSWERS_S)
         return said[-1]
 
+    def ask_students_to_stop(self) -> None:
+        """A rank that is set aside for a teacher: it has no part in the exchange by which students hear of a signal."""
+        with contextlib.suppress(Exception):  # the store has gone
+            self.store.set("stop", "")
+
+    def is_asked_by_teacher(self) -> bool:
+        """Whether a rank that is set aside has had a signal; rank 0 asks, in a message where there are some."""
+        return self.link is not None and self.store.check(["stop"])
+
     def leave(self) -> None:
         """Tell the teacher ranks that this student has no more questions, and leave the process group."""
         if self.link is not None:

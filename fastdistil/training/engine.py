@@ -121,10 +121,7 @@ def _skip_unless_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     for state in optimizer.state.values():
-        if isinstance(state["step"], Tensor):
-            state["step"].fill_(step)
-        else:
-            state["step"] = step
+        state["step"].fill_(step)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,6 +6,7 @@ enough. A number that was not measured says so.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,8 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     config, student = resolved.config, resolved.student
     device, device_bytes, device_name = _device(resolved)
     dtype, world_size = resolved.dtype(device), resolved.world_size + config.teacher.ranks
-    yield "ranks", f"{world_size} x {device_name}, {_name(dtype)}"
+    each = " x 2" if config.teacher.device == "second" else ""
+    yield "ranks", f"{world_size}{each} x {device_name}, {_name(dtype)}"
     yield from _models(resolved)
     yield from (("note", note) for note in resolved.notes)
 
@@ -90,7 +92,10 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     num_updates, tokens_per_update, about = _length(resolved, corpus.plan)
     num_tokens = num_updates * tokens_per_update
     count, budget = resolved.micro_batches_per_update, resolved.token_budget
-    yield "an update", f"{count:,} micro-batches of {budget:,} tokens, {resolved.micro_batches_per_rank:,} a rank"
+    num_places = resolved.micro_batches_per_rank * resolved.world_size
+    empty = f", {num_places - count:,} of {num_places:,} places empty" if num_places > count else ""
+    shape = f"{count:,} micro-batches of {budget:,} tokens, {resolved.micro_batches_per_rank:,} a rank{empty}"
+    yield "an update", shape
     yield "updates", f"{about}{num_updates:,}"
     yield "tokens", f"{about}{num_tokens / 1e9:,.3f} billion, padding not counted"
 
@@ -107,9 +112,22 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     peak, source = (H100_FLOPS, "H100, dense bf16, data sheet") if no_gpu else peak_flops(device, dtype)
     if peak:
         share, share_source = _utilisation(device_name, dtype)
-        hours = num_tokens * flops.total / (share * peak * resolved.world_size) / 3600
+        tokens_a_rank = num_tokens / count * resolved.micro_batches_per_rank  # of the rank that has no place empty
+        hours = tokens_a_rank * _busiest(resolved, corpus) / (share * peak) / 3600
         at = f"{share:.0%} ({share_source}) of {peak / 1e12:,.4g} TFLOP/s a rank ({source})"
         yield "hours", f"{hours:,.3g} of arithmetic, at {at}"
+
+
+def _busiest(resolved: Resolved, corpus: Corpus) -> float:
+    """FLOPs of the device that has most to do, for a token of each rank that trains: all wait for it.
+
+    That is a student's, or that of a teacher with a device of its own, whose head stays with its students.
+    """
+    asked, total = resolved.config.teacher, resolved.flops_per_token(corpus.attended).total
+    if not asked.ranks and asked.device != "second":
+        return total
+    teacher = resolved.flops_per_token(corpus.attended, with_heads=False).teacher
+    return max(total - teacher, teacher * math.ceil(resolved.world_size / (asked.ranks or resolved.world_size)))
 
 
 def _messages(resolved: Resolved, dtype: torch.dtype) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from fastdistil.model.masked_lm import MaskedLM
 from fastdistil.remote.mirror import Mirror
 from fastdistil.run import console, folder
 from fastdistil.run.checkpoint import Checkpoint, Saver, folder_of, require_space
-from fastdistil.run.command import StopRequest, started_at
+from fastdistil.run.command import Failed, StopRequest, started_at
 from fastdistil.run.config import Config, Interval, to_json, updates_and_seconds
 from fastdistil.run.folder import Watchdog
 from fastdistil.run.metrics import COUNTS, Journal, MetricsWriter, counted, peak_flops
@@ -48,7 +48,7 @@ LIFE_S = 30.0
 """An update or a validation that takes longer says how far it is; where --log.every is a time, it is that one."""
 SAVE_S = 30.0
 """What a checkpoint is taken to last until one was written, for --max-hours; a tenth of these where that is less."""
-UPLOAD_S = 10.0
+UPLOAD_S = 1.0
 """So often ranks that wait for an upload hear that it goes on."""
 MOST_OPEN = 1000
 """Updates between two lines at most, where their interval is a time: each keeps its sums on the device until then."""
@@ -80,23 +80,25 @@ class Due:
 
 
 class Deadline:
-    """When a run with --max-hours stops by itself: so early that another update and the checkpoint end in time.
+    """When a run with --max-hours stops by itself: so early that an update, the checkpoint and its upload end in time.
 
-    It counts from the start of the process, or of torchrun, which may have started the ranks anew. Rank 0 asks it.
+    It counts from the start of the process, or of torchrun, which may have started the ranks anew; whatever somebody
+    sets the clock to meanwhile. Rank 0 asks it.
     """
 
     def __init__(self, max_hours: float | None) -> None:
         self.max_hours = max_hours
-        self.at = started_at() + 3600 * max_hours if max_hours else math.inf
+        self.at = time.monotonic() - (time.time() - started_at()) + 3600 * max_hours if max_hours else math.inf
         self.save_s = min(SAVE_S, 360 * max_hours) if max_hours else 0.0
-        self.longest_s, self.since = 0.0, time.time()
+        self.longest_s, self.since = 0.0, time.monotonic()
 
-    def ask(self, stop: StopRequest, saver: Saver | None) -> None:
+    def ask(self, stop: StopRequest, saver: Saver, mirror: Mirror | None) -> None:
         """Ask for the end where it is time; once between two updates."""
-        now = time.time()
+        now = time.monotonic()
         self.longest_s, self.since = max(self.longest_s, now - self.since), now
-        self.save_s = saver.seconds if saver is not None and saver.seconds else self.save_s
-        if now + self.longest_s + self.save_s >= self.at and not stop.asked:
+        self.save_s = saver.seconds or self.save_s
+        upload_s = mirror.seconds if mirror is not None else 0.0
+        if now + self.longest_s + self.save_s + upload_s >= self.at and not stop.asked:
             log.info(f"--max-hours {self.max_hours:g}: stopping, {max(0.0, self.at - now):.0f} s before they are over")
             stop.ask(f"--max-hours {self.max_hours:g}")
 
@@ -131,6 +133,8 @@ class Job:
     """What data, teacher and forward took here since the last line of the log."""
     saving_s: float = 0.0
     """For how long checkpoints held the run up."""
+    not_saved: BaseException | None = None
+    """On rank 0, why a checkpoint could not be written, where the run ends for that: at once, with another one."""
 
     @property
     def config(self) -> Config:
@@ -144,10 +148,13 @@ class Job:
         return seconds if seconds < math.inf else LIFE_S
 
     def is_asked_to_stop(self) -> bool:
-        """Whether this rank is, by a signal or, rank 0, by --max-hours."""
-        if self.ranks.is_main and self.update < self.corpus.num_updates:
-            self.deadline.ask(self.stop, self.saver)
-        return self.stop.asked
+        """Whether this rank is, by a signal or, rank 0, by --max-hours or a checkpoint that could not be written."""
+        if self.saver is not None and self.update < self.corpus.num_updates:
+            self.deadline.ask(self.stop, self.saver, self.mirror)
+            if not self.stop.asked and self.ranks.is_asked_by_teacher():
+                self.stop.ask("a teacher rank was asked to")
+            self.not_saved = None if self.stop.asked else self.saver.failure()
+        return self.stop.asked or self.not_saved is not None
 
     def status(self, state: str, **about: Any) -> None:
         """Replace status.json, on rank 0."""
@@ -415,6 +422,8 @@ def finish(job: Job, failure: str | None, seconds: float) -> str | None:
         job.saving_s += time.perf_counter() - begin
         seconds += time.perf_counter() - begin
         log.info(f"saving held the run up for {job.saving_s:.2f} s, {job.saving_s / seconds:.2%} of its time")
+        if job.not_saved is not None:
+            raise Failed(f"{job.not_saved}. That of update {job.update} could be written, so that nothing is lost")
     lacks = wait_for_mirror(job) if job.config.mirror else None
     if lacks and not failure and job.update == job.corpus.num_updates:
         failure = f"the run is finished, and whole in {job.config.out}, but {lacks}: --resume auto sends it again"
@@ -446,6 +455,8 @@ def wait_for_mirror(job: Job) -> str | None:
             mirror.try_again()
         while any(job.ranks.any(mirror is not None and mirror.is_uploading(UPLOAD_S))):
             job.watchdog.restart()  # it may take longer than a collective
+            if job.ranks.link is not None:
+                job.ranks.link.ask_later()
     if mirror is not None:
         log.info("the run waited %.1f s for the last upload to its mirror", time.perf_counter() - begin)
     return mirror.failure if mirror is not None else None

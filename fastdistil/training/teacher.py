@@ -173,6 +173,7 @@ def serve(teacher: Teacher, link: TeacherLink, batches_from: Callable[[int, Spli
             question = link.next_question(student)
             if question == link.STOP:
                 asking.remove(student)
+            if question in (link.STOP, link.LATER):
                 continue
             split, number = question
             expected, batches = following.get((student, split), (None, iter(())))

@@ -1,5 +1,6 @@
 """The copy of a run on an object store: whole or absent whatever fails, and never in the way of the run."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -167,6 +168,13 @@ def test_what_is_damaged_there_is_passed_over(run, caplog):
     with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be used"):
         brought(run)
     for manifest in checkpoints.glob("*/manifest.json"):
+        names = {"../../../planted": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+        manifest.write_text(json.dumps({"set": "", "files": names}))
+        (manifest.parents[2].with_name("planted")).write_text("x")
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be used"):
+        brought(run)
+    assert "names '../../../planted', which is no file of a checkpoint" in caplog.text
+    for manifest in checkpoints.glob("*/manifest.json"):
         manifest.write_text("[]")
     with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* can be used"):
         brought(run)
@@ -197,6 +205,7 @@ def test_a_slow_store_holds_nothing_up_and_gets_the_newest(run):
     free.set()
     assert not to.is_uploading(60)
     assert to.failure is None
+    assert to.seconds > 0
     assert [p.name for p in (run.parent / "store" / "checkpoints").iterdir()] == ["update-00000020"]
     assert brought(run) == ["update-00000020"]
 
@@ -236,6 +245,27 @@ def test_a_machine_that_is_behind_gets_what_is_newer(run, tmp_path):
     mine = replace(config, out=behind)
     assert bring(mine) == (mine, 2)
     assert checkpoint.newest(behind) == behind / "checkpoints" / "update-00000010"
+
+
+@pytest.mark.parametrize("at", ["weights.safetensors", "config.json"])
+def test_brought_in_part_and_then_whole(run, tmp_path, monkeypatch, at):
+    """The machine is preempted while it copies; the same command begins again."""
+    config = Config(out=tmp_path / "new", mirror=f"faulty://{tmp_path}/store", resume="auto")
+    assert sent(mirror_of(run), save(run, 5)) is None
+
+    class Preempted(BaseException):
+        pass
+
+    def preempted(*_: object, **__: object) -> None:
+        raise Preempted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror, "_fetch_records" if at == "config.json" else "write_bytes", preempted)
+        with pytest.raises(Preempted):
+            bring(config)
+    assert list((config.out / "checkpoints").iterdir())
+    assert bring(config) == (config, 2)
+    assert checkpoint.newest(config.out) == checkpoint.folder_of(config.out, 5)
 
 
 @pytest.mark.parametrize(

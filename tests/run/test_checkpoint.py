@@ -66,6 +66,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, name, damage, c
     newest = checkpoint.newest(tmp_path)
     assert newest == checkpoint.folder_of(tmp_path, 5)
     assert "update-00000010" in caplog.text
+    assert "makes it again; with a finished one, once it is removed" in caplog.text
     assert name in caplog.text or (name, damage) == ("manifest.json", "flip")  # then of what differs
     with pytest.raises(ValueError, match="cannot be used"):
         checkpoint.load_weights(tmp_path, 10)

@@ -343,9 +343,9 @@ def test_the_saver_works_behind_the_run_and_says_what_failed(tmp_path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", full)
             saver.save(tensors(15), {"update": 15})
-            if go_on:
-                saver.save(tensors(15), {"update": 15})
-                assert "going on without this checkpoint" in caplog.text
+            saver.save(tensors(15), {"update": 15})  # tried again, whatever becomes of the run
+            assert f"{'going on' if go_on else 'saving once more'} without this checkpoint" in caplog.text
             with pytest.raises(checkpoint.CheckpointError, match="no space"):
                 saver.close()  # the last one is never given up
+            assert go_on == (saver.failure() is None)
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 10)

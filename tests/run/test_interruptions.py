@@ -104,17 +104,18 @@ def test_a_signal_to_torchrun_with_data_workers(root, tmp_path, every_process):
     assert rest.count("SIGTERM: stopping after this update") == 1
 
 
-def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path):
-    """Under a launcher that starts ranks anew which failed: these have not."""
-    run = tmp_path / "run"
-    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=10_000)
-    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=2, restarts=1))
+@pytest.mark.parametrize("teacher_ranks", [0, 1])
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(root, tmp_path, teacher_ranks):
+    """Under a launcher that starts ranks anew which failed: these have not. The last one may serve a teacher."""
+    run, ranks = tmp_path / "run", 2 + teacher_ranks
+    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=10_000, teacher__ranks=teacher_ranks)
+    process = launch.start_until("update 3/", launch.command("fastdistil.pretrain", *options, ranks=ranks, restarts=1))
     begin = time.monotonic()
-    os.kill(workers_of(run)[1], signal.SIGTERM)
+    os.kill(workers_of(run)[ranks - 1], signal.SIGTERM)
     rest = launch.rest_of(process)
     assert time.monotonic() - begin < 15  # torchrun kills after 30
     assert process.returncode == 1
-    was_stopped(run, by="another rank was asked to")
+    was_stopped(run, by="a teacher rank was asked to" if teacher_ranks else "another rank was asked to")
     assert "resuming" not in rest
 
 
@@ -238,6 +239,37 @@ def test_no_rank_goes_before_the_last_checkpoint_is_written(root, tmp_path):
     assert "closing signal" not in launch.rest_of(process).partition("stopped after update 6")[0]
     assert status(run)["state"] == "stopped"
     assert checkpoint.newest(run) == checkpoint.folder_of(run, 6)
+
+
+def test_a_rank_that_is_killed_takes_no_checkpoint_with_it(root, tmp_path):
+    """The other one loses it while it writes: what it has learnt so far is finished before it goes."""
+    run = tmp_path / "run"
+    options = long_arguments(root, run, **PLAIN)
+    process = launch.start_until("planted: half of", launch.command(FAULTY, "save", 0, 10, *options, ranks=2))
+    os.kill(workers_of(run)[1], signal.SIGKILL)
+    launch.read_until("error: the run failed: rank 0", process)
+    assert checkpoint.newest(run) == checkpoint.folder_of(run, 5)
+    (run / "go").touch()
+    launch.rest_of(process)
+    assert process.returncode != 0
+    assert status(run)["state"] == "failed"
+    assert checkpoint.newest(run) == checkpoint.folder_of(run, 10)
+
+
+def test_a_disk_that_was_full_costs_no_work(root, tmp_path):
+    """A checkpoint that cannot be written ends the run at once, not when the next is due, with one of where it is."""
+    run = tmp_path / "run"
+    options = long_arguments(root, run, **PLAIN, log__checkpoint_every=40)
+    done = forked.run(FAULTY, "full", 0, 40, *options, ranks=2, ok=False)
+    found, newest = status(run), checkpoint.newest(run)
+    assert newest is not None
+    assert newest.name in [f"update-{update:08d}" for update in range(41, 60)]
+    assert "saving once more without this checkpoint: cannot write" in done.stdout + done.stderr
+    assert found["state"] == "failed"
+    assert "No space left on device" in found["reason"]
+    ending = f"That of update {int(newest.name[-8:])} could be written, so that nothing is lost"
+    assert found["reason"].endswith(ending)
+    assert ending in done.stdout + done.stderr
 
 
 def test_a_second_signal_during_a_save_leaves_the_checkpoint_before(root, tmp_path):

@@ -1,7 +1,10 @@
 """--profile: a trace, a table whose parts are the step, and no number changed."""
 
+import errno
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +139,25 @@ def test_a_window_that_is_past_says_so(tmp_path, caplog, monkeypatch):
     profiled.close()
     assert "none of the updates" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_costs_the_profile_and_not_the_run(tmp_path, caplog, monkeypatch):
+    def full(path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    def half(_profiler: object, path: str) -> None:
+        Path(f"{path}.tmp").write_text("{")
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", max_entries=0: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", full)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", half)  # as Kineto there
+    profiled = profile.Profile(range(1, 3), tmp_path, torch.device("cpu"), dict)
+    profiled.on_cuda = True
+    updates(profiled, Clock(monkeypatch), range(4))
+    assert caplog.text.count("profile: going on without it") == 2
+    assert "memory.pickle" in caplog.text
+    assert "trace.json does not exist: the disk may be full" in caplog.text
+    assert not list(tmp_path.iterdir())  # the disk has its room again
 
 
 @pytest.mark.parametrize(("num_updates", "written"), [(1, False), (2, True)])

@@ -120,6 +120,33 @@ def test_hours_are_measured_or_said_to_be_assumed(config, monkeypatch, tmp_path)
     assert hours[1] == pytest.approx(2 * hours[0], rel=0.01)
 
 
+def test_hours_are_those_of_the_device_that_all_wait_for(config):
+    """Places that stay empty and teachers that many students ask cost what they cost."""
+    size = c.BatchConfig(size=1024, unit="tokens", token_budget=256)  # 4 micro-batches an update
+    text = replace(config, batch=size, optim=c.OptimConfig(duration=10**9, unit="updates"))
+
+    def hours(num_ranks: int, **teacher: object) -> tuple[float, dict[str, str]]:
+        asked = replace(text, world_size=num_ranks, teacher=replace(config.teacher, **teacher))
+        said = rows(asked, world_size=num_ranks)
+        return float(said["hours"].split()[0]), said
+
+    resolved = resolve(replace(text, world_size=4), world_size=4)
+    attended = inputs.load_corpus(resolved, rank=0, world_size=1).attended
+    total = resolved.flops_per_token(attended).total
+    teacher = resolved.flops_per_token(attended, with_heads=False).teacher
+    four, said = hours(4)
+    assert said["an update"] == "4 micro-batches of 256 tokens, 1 a rank"
+    three, said = hours(3)
+    assert said["an update"] == "4 micro-batches of 256 tokens, 2 a rank, 2 of 6 places empty"
+    assert three == pytest.approx(2 * four, rel=0.01)
+    of_one, said = hours(5, ranks=1)  # four students ask one teacher
+    assert said["ranks"].startswith("5 x H100")
+    assert of_one / four == pytest.approx(max(4 * teacher, total - teacher) / total, rel=0.01)
+    apart, said = hours(4, device="second")
+    assert said["ranks"].startswith("4 x 2 x H100")
+    assert apart / four == pytest.approx(max(teacher, total - teacher) / total, rel=0.01)
+
+
 def test_what_cannot_fit_is_refused(config):
     huge = c.BatchConfig(size=10**10, unit="tokens", token_budget=64 * 10**7)
     with pytest.raises(ValueError, match=r"a rank of this run needs .* use --batch.token-budget \d+ or less"):

@@ -443,6 +443,22 @@ class TestRunFolder:
         with pytest.raises(ValueError, match="is not empty and holds no run"):
             resolve(config(root), world_size=1)
 
+    def test_one_that_ended_before_it_had_a_configuration(self, root):
+        """Killed, or on a full disk: the same command begins again, and what is somebody else's stays refused."""
+        run = root / "run"
+        for name in ("tokenizer", "stacks", "checkpoints/update-00000005.part"):
+            (run / name).mkdir(parents=True)
+        (run / "config.json.part").write_text("{")
+        with pytest.raises(ValueError, match="is not empty and holds no run"):  # a tokenizer of the user's
+            resolve(config(root), world_size=1)
+        for name in (".lock", "status.json", "console.log"):
+            (run / name).write_text("")
+        resolve(config(root), world_size=1)
+        (run / "checkpoints/update-00000005").mkdir()
+        (run / "checkpoints/update-00000005/manifest.json").write_text("{}")
+        with pytest.raises(ValueError, match="is not empty and holds no run"):  # its configuration was lost
+            resolve(config(root), world_size=1)
+
     def test_another_run(self, root):
         self.start(root, config(root))
         with pytest.raises(ValueError, match="already holds a run: use --resume auto"):

@@ -5,6 +5,7 @@ No race, and nobody left waiting.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -252,14 +253,16 @@ def test_memory_is_not_given_away_while_the_student_reads(folder, monkeypatch, r
 # --- ranks of their own
 
 
-def linked(num_students: int, num_teachers: int, work: Callable[[Ranks, TeacherLink], Any]) -> list[Any]:
+def linked(
+    num_students: int, num_teachers: int, work: Callable[[Ranks, TeacherLink], Any], *, timeout_s: float = 30
+) -> list[Any]:
     """What `work(ranks, link)` returns or raises on each rank, each a thread with a TeacherLink of its own."""
     store, size = HashStore(), num_students + num_teachers
     results: list[Any] = [None] * size
 
     def one(rank: int) -> None:
         try:
-            timeout = timedelta(seconds=30)
+            timeout = timedelta(seconds=timeout_s)
             link = TeacherLink(store, rank, num_students, num_teachers, backend="gloo", timeout=timeout)
             results[rank] = work(Ranks(rank, num_students, CPU, link=link), link)
         except Exception as error:
@@ -307,6 +310,22 @@ def test_teacher_ranks_answer_what_a_teacher_of_ones_own_would(folder, num_teach
         assert all(equal(a, teacher(b)) for a, b in zip(got, wanted, strict=True))
     assert results[2:] == [None] * num_teachers
     assert sorted(made) == [(s, *c) for s in (0, 1) for c in ((0, 1), (1, 0), (1, 0))]
+
+
+def test_a_teacher_waits_longer_than_the_timeout_for_students_that_say_so(folder):
+    """As while the last upload to a mirror goes on."""
+
+    def work(ranks: Ranks, link: TeacherLink) -> str:
+        if ranks.is_teacher:
+            serve(make_teacher(folder, CPU), link, lambda *_: iter(()))
+            return "served to the end"
+        for _ in range(3):
+            time.sleep(1.5)
+            link.ask_later()
+        ranks.leave()
+        return "left"
+
+    assert linked(2, 1, work, timeout_s=3) == ["left", "left", "served to the end"]
 
 
 def test_a_student_that_dies_ends_its_teacher(folder):

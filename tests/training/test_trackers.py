@@ -194,17 +194,20 @@ def test_a_run_ends_itself_in_time_and_goes_on(root, tmp_path):
 
 
 def test_the_end_leaves_time_for_an_update_and_the_checkpoint(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(loop.time, "time", lambda: now[0])
-    monkeypatch.setattr(loop, "started_at", lambda: 900.0)
+    now, clock = [1000.0], [5e9]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.time, "time", lambda: clock[0])
+    monkeypatch.setattr(loop, "started_at", lambda: 5e9 - 100)
     deadline, stop, saver = loop.Deadline(1.0), StopRequest(), SimpleNamespace(seconds=0.0)
-    for at, seconds, is_asked in ((1000, 0, False), (1100, 0, False), (4350, 40, False), (4365, 40, True)):
-        now[0], saver.seconds = float(at), float(seconds)
-        deadline.since = max(deadline.since, at - 100.0)  # the longest update took 100 s, a checkpoint takes 40
-        deadline.ask(stop, saver)  # type: ignore[arg-type]
+    clock[0] += 1e6  # somebody sets it
+    mirror = SimpleNamespace(seconds=0.0)
+    for at, seconds, is_asked in ((1000, 0, False), (1100, 0, False), (4330, 40, False), (4345, 40, True)):
+        now[0], saver.seconds, mirror.seconds = float(at), float(seconds), seconds / 2
+        deadline.since = max(deadline.since, at - 100.0)  # an update took 100 s, a checkpoint takes 40, its upload 20
+        deadline.ask(stop, saver, mirror)  # type: ignore[arg-type]
         assert stop.asked == is_asked, at
     assert stop.reason == "--max-hours 1"
     never = loop.Deadline(None)
     now[0] = 1e12
-    never.ask(other := StopRequest(), None)
+    never.ask(other := StopRequest(), saver, None)  # type: ignore[arg-type]
     assert not other.asked

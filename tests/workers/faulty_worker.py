@@ -2,10 +2,11 @@
 
 hang: it never ends.  stop: SIGSTOP to itself.  leave: exit status 0.  fail: an exception.  kill: SIGKILL, once.
 slow: 0.3 s more before every forward.  clock: its clock runs a million times as fast.
-save: the checkpoint of UPDATE stays half written until there is a file RUN/go.
+save: the checkpoint of UPDATE stays half written until there is a file RUN/go.  full: it finds the disk full.
 "planted" is printed when it happens.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -78,6 +79,18 @@ def hold_save() -> None:
     checkpoint.save_file = half
 
 
+def fill_disk() -> None:
+    write = checkpoint._write
+
+    def full(folder: Path, tensors, state) -> None:
+        if state["update"] == UPDATE:
+            print(f"planted: {KIND}", flush=True)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        write(folder, tensors, state)
+
+    checkpoint._write = full
+
+
 if launched().rank == RANK:
     if KIND == "slow":
         slow_down()
@@ -85,6 +98,8 @@ if launched().rank == RANK:
         loop.time = FastClock()
     elif KIND == "save":
         hold_save()
+    elif KIND == "full":
+        fill_disk()
     else:
         for kind in (engine.PlainEngine, engine.DeepSpeedEngine):
             spoil_step(kind)
