@@ -27,7 +27,7 @@ from fastdistil.evaluation import tasks, zero_shot
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave
-from fastdistil.run.files import read_json, write_json, write_text
+from fastdistil.run.files import make_room, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -174,7 +174,9 @@ def main(args: list[str] | None = None) -> int:
 def next_line(config: EvaluateConfig) -> str:
     """How to see what the model costs, beside the one that it is compared with."""
     beside = config.reference or config.teacher
-    return f"next: {console.command_line('efficiency', *filter(None, (beside,)), *config.models)}"
+    in_run = config.out is not None and folder.is_run(config.out.parent)  # where the report looks for both
+    kept = ("--out", config.out.with_name("efficiency.json")) if config.out is not None and in_run else ()
+    return f"next: {console.command_line('efficiency', *filter(None, (beside,)), *config.models, *kept)}"
 
 
 def score_embeddings(config: EvaluateConfig) -> None:
@@ -189,7 +191,7 @@ def score_embeddings(config: EvaluateConfig) -> None:
             print(zero_shot.describe(name, len(found), found.split))
         return
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(config.out)
     # The reference comes first, since the others' shares are of its scores.
     records: list[dict[str, Any]] = []
     reference: dict[str, zero_shot.Score] = {}
@@ -327,6 +329,7 @@ class Results:
 
     def __init__(self, path: Path, config: EvaluateConfig) -> None:
         self.path = path
+        make_room(path)
         settings = asdict(config.settings) | {"data": config.data, "teacher": config.teacher}
         self.record: dict[str, Any] = {"model": config.model, "settings": settings, "tasks": {}}
         if not path.is_file():
@@ -354,7 +357,6 @@ class Results:
         kept = self.record["tasks"].setdefault(task, about | {"seeds": {}})
         kept["seeds"][str(seed)] = found
         kept["median"] = statistics.median(s["score"] for s in kept["seeds"].values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.record)
 
 

@@ -118,6 +118,26 @@ def test_efficiency_of_models_that_read_different_lengths(tmp_path, capsys):
         assert line == (f"error: --length {got} is more than the 32 tokens that {folders[1]} reads: give 32 or less\n")
 
 
+def test_figures_of_a_run_are_kept_where_the_report_looks(tmp_path, capsys, monkeypatch):
+    """A folder that is still to be made is no reason to lose what took a minute to measure."""
+    model, run = str(make_encoder(tmp_path / "bert")), tmp_path / "run"
+    quick = [model, "--rounds", "1", "--batch-size", "2"]
+    out = tmp_path / "new/deep/out.json"
+    assert efficiency.main([*quick, "--out", str(out)]) == 0
+    assert out.is_file()
+    assert "next:" not in capsys.readouterr().out  # there is no second model
+    run.mkdir()
+    (run / "status.json").write_text("{}")
+    kept = ["--out", str(run / "evaluation.json")]
+    asked = evaluate.EvaluateConfig(models=(model,), task=("sts",), data=str(tmp_path), out=Path(kept[1]))
+    assert evaluate.next_line(asked) == f"next: python -m fastdistil.efficiency {model} --out {run}/efficiency.json"
+    assert efficiency.main([*quick, "--out", str(run / "efficiency.json")]) == 0
+    assert f"next: python -m fastdistil.report {run}\n" in capsys.readouterr().out
+    monkeypatch.setattr(efficiency, "measure", lambda _: pytest.fail("measured for nothing"))
+    assert efficiency.main([*quick, "--out", str(run)]) == 2
+    assert capsys.readouterr().err == f"error: {run} is a folder: name a file\n"
+
+
 def test_weights_as_pytorch_pickled_them(tmp_path, capsys):
     model = make_encoder(tmp_path / "model")
     from safetensors.torch import load_file

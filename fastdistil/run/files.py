@@ -83,6 +83,13 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
         raise
 
 
+def make_room(path: Path) -> None:
+    """Make the folder of a file that is written after long work. Raises ValueError where a folder has its name."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in UTF-8."""
     write_bytes(path, text.encode())
