@@ -457,13 +457,13 @@ def _warn_of_loss(meta: "Meta", num_unknown: int, sources: list[Source]) -> None
 
 def _cause_of_loss(totals: dict[str, Any], sources: list[Source]) -> str:
     """Why most of the sequences that were left out were, and what to do."""
+    if not totals["dropped_unknown"] + totals["dropped_short"]:
+        return "the documents are blank, or there is none"
     if totals["dropped_unknown"] > totals["dropped_short"]:
         return f"most are half or more unknown: {OTHER_TOKENIZER}"
     if any(file.documents == "line" for source in sources for file in source.files):
         return "most are shorter: join lines to longer documents with --documents paragraph or file"
-    if totals["dropped_short"]:
-        return "most are shorter: the documents are, or what is left of longer ones at --max-length"
-    return "the documents are blank, or there is none"
+    return "most are shorter: the documents are, or what is left of longer ones at --max-length"
 
 
 @command

@@ -271,6 +271,13 @@ def test_other_texts_in_the_same_folder_are_refused(root, student):
         distil(root, student.path.parent, TEXTS[1:])
 
 
+def test_nothing_is_put_into_the_teachers_folder(root):
+    before = sorted((root / "teacher").iterdir())
+    with pytest.raises(ValueError, match="teacher is a model: give a new folder"):
+        distil(root, root / "teacher")
+    assert sorted((root / "teacher").iterdir()) == before
+
+
 def test_it_does_not_work_as_one_of_several(root, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one of several: use `torchrun"):

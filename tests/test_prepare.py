@@ -596,6 +596,7 @@ def test_nothing_to_keep(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     log = prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", ok=False)
     assert "no sequence of 5 or more tokens" in log
+    assert ("the documents are blank, or there is none" in log) == (not text.strip())
     source, out = tmp_path / "a.txt", tmp_path / "other"
     log = prepare(source, "--tokenizer", MINILM, "--out", out, "--cut", "length", ok=False)
     assert "no sequence of 12 or more tokens" in log
