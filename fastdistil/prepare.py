@@ -146,18 +146,16 @@ def prepare(config: PrepareConfig) -> None:
         progress = _open_folder(config, preparation)
         if progress is None:
             LOG.info(f"{config.out} is prepared already with these arguments")
-            LOG.info(_next(config, spec))
             return
         _provide_tokenizer(config, sources, spec, progress)
         shards, texts, counts = _write_shards(config, sources, progress)
         _finish(config, sources, preparation, shards, texts, counts)
-        LOG.info(_next(config, spec))
 
 
-def _next(config: PrepareConfig, spec: tokenizer.Spec) -> str:
+def _next(config: PrepareConfig) -> str:
     """The pretraining that these shards are probably meant for: by the model that the tokenizer is of, or without one.
     A name on the hub stands for its folder."""
-    words = ["mlm"]
+    words, spec = ["mlm"], tokenizer.parse_spec(config.tokenizer, cased=config.cased)
     model = hub.folder_of("--tokenizer", spec, hub.TOKENIZER) if isinstance(spec, str) else spec
     if isinstance(model, Path) and (model / "config.json").is_file():
         words = [_recipe(model), "--teacher.path", str(spec)]
@@ -479,6 +477,7 @@ def main(args: list[str] | None = None) -> int:
         free = shutil.disk_usage(config.out).free
         advice = f"{config.out} has {free:,} bytes free: make room, and the same command goes on"
         raise OSError(f"{error}\n{advice}") from None
+    LOG.info(_next(config))
     return 0
 
 
