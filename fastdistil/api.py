@@ -148,6 +148,8 @@ def _distil(
     given: dict[str, Any],
     for_prepare: dict[str, Any],
 ) -> Distilled:
+    if (found := folder.kind(out)) is not None:  # the teacher's own, say: nothing is put beside its files
+        raise ValueError(f"out {out} is {found.title}: give a new folder")
     for_prepare = {"tokenizer": teacher, **for_prepare, "out": out / "shards"}
     given = {
         "teacher": {"path": teacher} if teacher is not None else {},

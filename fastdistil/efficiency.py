@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from fastdistil.evaluation.results import make_room
 from fastdistil.model.headers import weight_files
 from fastdistil.remote import hub
 from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave, require
-from fastdistil.run.files import write_json
+from fastdistil.run.files import make_room, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +79,9 @@ def main(args: list[str] | None = None) -> int:
     if config.out is not None:
         write_json(config.out, found)
         print(f"{config.out}: {len(found['models'])} model(s)")
-    if len(config.models) == 2:
+    if config.out is not None and folder.is_run(config.out.parent):
+        print(f"next: {console.command_line('report', config.out.parent)}")
+    elif len(config.models) == 2:
         reference, model = config.models
         print(f"next: {console.command_line('evaluate', model, '--reference', reference)} --task sts --data PAIRS")
     return 0

@@ -24,11 +24,10 @@ import fastdistil
 from fastdistil.data import sources
 from fastdistil.data.readers import Options
 from fastdistil.evaluation import tasks, zero_shot
-from fastdistil.evaluation.results import make_room
 from fastdistil.evaluation.tasks import Settings
 from fastdistil.run import console, folder, options
 from fastdistil.run.command import command, leave
-from fastdistil.run.files import read_json, write_json, write_text
+from fastdistil.run.files import make_room, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,7 +182,9 @@ def main(args: list[str] | None = None) -> int:
 def next_line(config: EvaluateConfig) -> str:
     """How to see what the model costs, beside the one that it is compared with."""
     beside = config.reference or config.teacher
-    return f"next: {console.command_line('efficiency', *filter(None, (beside,)), *config.models)}"
+    in_run = config.out is not None and folder.is_run(config.out.parent)  # where the report looks for both
+    kept = ("--out", config.out.with_name("efficiency.json")) if config.out is not None and in_run else ()
+    return f"next: {console.command_line('efficiency', *filter(None, (beside,)), *config.models, *kept)}"
 
 
 def score_embeddings(config: EvaluateConfig) -> None:
@@ -336,9 +337,9 @@ class Results:
 
     def __init__(self, path: Path, config: EvaluateConfig) -> None:
         self.path = path
+        make_room(path)
         settings = asdict(config.settings) | {"data": config.data, "teacher": config.teacher}
         self.record: dict[str, Any] = {"model": config.model, "settings": settings, "tasks": {}}
-        make_room(path)
         if not path.is_file():
             return
         old = read_json(path, fix="give another --out")

@@ -146,18 +146,16 @@ def prepare(config: PrepareConfig) -> None:
         progress = _open_folder(config, preparation)
         if progress is None:
             LOG.info(f"{config.out} is prepared already with these arguments")
-            LOG.info(_next(config, spec))
             return
         _provide_tokenizer(config, sources, spec, progress)
         shards, texts, counts = _write_shards(config, sources, progress)
         _finish(config, sources, preparation, shards, texts, counts)
-        LOG.info(_next(config, spec))
 
 
-def _next(config: PrepareConfig, spec: tokenizer.Spec) -> str:
+def _next(config: PrepareConfig) -> str:
     """The pretraining that these shards are probably meant for: by the model that the tokenizer is of, or without one.
     A name on the hub stands for its folder."""
-    words = ["mlm"]
+    words, spec = ["mlm"], tokenizer.parse_spec(config.tokenizer, cased=config.cased)
     model = hub.folder_of("--tokenizer", spec, hub.TOKENIZER) if isinstance(spec, str) else spec
     if isinstance(model, Path) and (model / "config.json").is_file():
         words = [_recipe(model), "--teacher.path", str(spec)]
@@ -457,13 +455,13 @@ def _warn_of_loss(meta: "Meta", num_unknown: int, sources: list[Source]) -> None
 
 def _cause_of_loss(totals: dict[str, Any], sources: list[Source]) -> str:
     """Why most of the sequences that were left out were, and what to do."""
+    if not totals["dropped_unknown"] + totals["dropped_short"]:
+        return "the documents are blank, or there is none"
     if totals["dropped_unknown"] > totals["dropped_short"]:
         return f"most are half or more unknown: {OTHER_TOKENIZER}"
     if any(file.documents == "line" for source in sources for file in source.files):
         return "most are shorter: join lines to longer documents with --documents paragraph or file"
-    if totals["dropped_short"]:
-        return "most are shorter: the documents are, or what is left of longer ones at --max-length"
-    return "the documents are blank, or there is none"
+    return "most are shorter: the documents are, or what is left of longer ones at --max-length"
 
 
 @command
@@ -479,6 +477,7 @@ def main(args: list[str] | None = None) -> int:
         free = shutil.disk_usage(config.out).free
         advice = f"{config.out} has {free:,} bytes free: make room, and the same command goes on"
         raise OSError(f"{error}\n{advice}") from None
+    LOG.info(_next(config))
     return 0
 
 

@@ -28,7 +28,7 @@ from fastdistil.run import folder as run_folder
 from fastdistil.run import options
 from fastdistil.run.command import command, leave, require
 from fastdistil.run.config import LOSS_TERMS, MASKED_AGREEMENT, flatten
-from fastdistil.run.files import read_json, read_json_lines, write_text
+from fastdistil.run.files import make_room, read_json, read_json_lines, write_text
 
 LOSSES = {
     "loss": "loss, all terms weighted",
@@ -135,6 +135,7 @@ def main(args: list[str] | None = None) -> int:
     """Exit status 0: the page is there. 2: a wrong command line or run; an older page is left as it was."""
     config = options.parse(ReportConfig, args, "report")
     require("the report", "eval", "jinja2")
+    make_room(config.out)
     runs = [read(*pair) for pair in zip(names(config.runs), config.runs, strict=True)]
     text = page(runs, config)
     write_text(config.out, text)
@@ -147,6 +148,7 @@ def main(args: list[str] | None = None) -> int:
             print(f"{run.name}: not measured: {' and '.join(what for what, _ in lacks)}")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     print(f"{config.out}: {count}, {len(text.encode()) / 1000:,.0f} kB; opens in any browser, without a network")
+    print(f"next: {shlex.join(['python', '-m', 'webbrowser', config.out.resolve().as_uri()])}")
     return 0
 
 

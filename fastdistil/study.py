@@ -126,6 +126,8 @@ def main(args: list[str] | None = None) -> int:
         raise Failed(f"{error}; the same command goes on") from None
     finally:
         has_tables = study.write()
+    runs = [study.out / "runs" / f"{variant}-1" for variant in study.config.variants]
+    print(f"next: {console.command_line('report', *runs, '--out', study.out / 'report.html')}")
     return 0 if has_tables else 1
 
 

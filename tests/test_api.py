@@ -271,6 +271,19 @@ def test_other_texts_in_the_same_folder_are_refused(root, student):
         distil(root, student.path.parent, TEXTS[1:])
 
 
+def test_no_command_is_named_that_the_call_goes_on_to_do_itself(root, student, caplog):
+    assert distil(root, student.run.parent).path == student.path
+    assert "is prepared already" in caplog.text
+    assert "next: python -m fastdistil.pretrain" not in caplog.text
+
+
+def test_nothing_is_put_into_the_teachers_folder(root):
+    before = sorted((root / "teacher").iterdir())
+    with pytest.raises(ValueError, match="teacher is a model: give a new folder"):
+        distil(root, root / "teacher")
+    assert sorted((root / "teacher").iterdir()) == before
+
+
 def test_it_does_not_work_as_one_of_several(root, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one of several: use `torchrun"):

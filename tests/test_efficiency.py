@@ -118,15 +118,31 @@ def test_efficiency_of_models_that_read_different_lengths(tmp_path, capsys):
         assert line == (f"error: --length {got} is more than the 32 tokens that {folders[1]} reads: give 32 or less\n")
 
 
-def test_figures_are_kept_in_a_new_folder_or_refused_before_they_are_measured(tmp_path, capsys, monkeypatch):
-    model = make_encoder(tmp_path / "model")
-    out = tmp_path / "new" / "folder" / "efficiency.json"
-    assert efficiency.main([str(model), "--rounds", "2", "--out", str(out)]) == 0
+def test_the_90th_percentile_of_two_rounds_is_the_slower_one(tmp_path):
+    out = tmp_path / "efficiency.json"
+    assert efficiency.main([str(make_encoder(tmp_path / "model")), "--rounds", "2", "--out", str(out)]) == 0
     figures = json.loads(out.read_text())["models"][0]["cpu"]
-    assert figures["latency_ms_p90"] >= figures["latency_ms"]  # of two rounds it was the quicker one
-    monkeypatch.setattr(efficiency, "measure", lambda _: pytest.fail("measured"))
-    assert efficiency.main([str(model), "--out", str(tmp_path)]) == 2
-    assert f"--out {tmp_path} is a folder: give a file" in capsys.readouterr().err
+    assert figures["latency_ms_p90"] >= figures["latency_ms"]
+
+
+def test_figures_of_a_run_are_kept_where_the_report_looks(tmp_path, capsys, monkeypatch):
+    """A folder that is still to be made is no reason to lose what took a minute to measure."""
+    model, run = str(make_encoder(tmp_path / "bert")), tmp_path / "run"
+    quick = [model, "--rounds", "1", "--batch-size", "2"]
+    out = tmp_path / "new/deep/out.json"
+    assert efficiency.main([*quick, "--out", str(out)]) == 0
+    assert out.is_file()
+    assert "next:" not in capsys.readouterr().out  # there is no second model
+    run.mkdir()
+    (run / "status.json").write_text("{}")
+    kept = ["--out", str(run / "evaluation.json")]
+    asked = evaluate.EvaluateConfig(models=(model,), task=("sts",), data=str(tmp_path), out=Path(kept[1]))
+    assert evaluate.next_line(asked) == f"next: python -m fastdistil.efficiency {model} --out {run}/efficiency.json"
+    assert efficiency.main([*quick, "--out", str(run / "efficiency.json")]) == 0
+    assert f"next: python -m fastdistil.report {run}\n" in capsys.readouterr().out
+    monkeypatch.setattr(efficiency, "measure", lambda _: pytest.fail("measured for nothing"))
+    assert efficiency.main([*quick, "--out", str(run)]) == 2
+    assert capsys.readouterr().err == f"error: --out {run} is a folder: give a file in it\n"
 
 
 def test_weights_as_pytorch_pickled_them(tmp_path, capsys):

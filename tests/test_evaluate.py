@@ -469,10 +469,11 @@ def test_a_dry_run_says_what_would_be_scored(similar, capsys):
         (["--task", "few-shot", "--draws", "1"], "--draws must be 2 or more, got 1"),
         (["--task", "sts", "--split", "test"], "no split test of sts"),
         (["--task", "sst2", "--reference", "x"], "by embeddings alone"),
-        (["--task", "pairs"], "holds no table"),
+        (["--task", "pairs"], "its folders are asked for as pairs:mrpc|sst2|sts"),
+        (["--task", "sts", "--out", "FOLDER"], "is a folder: give a file in it"),
     ],
 )
 def test_mistakes_of_tasks_by_embeddings(folders, similar, capsys, words, message):
-    given = [str(folders[0]), "--data", str(similar), *words]
+    given = [str(folders[0]), "--data", str(similar), *(str(similar) if word == "FOLDER" else word for word in words)]
     assert evaluate.main(given) == 2
     assert message in " ".join(capsys.readouterr().err.split())

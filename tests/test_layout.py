@@ -52,8 +52,8 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # Lines of code, as `lines_of_code` counts them. A feature that breaks a budget raises it in the commit that says why.
 BUDGETS = {
-    "core": (10369, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
-    "evaluation": (2747, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
+    "core": (10399, ("data", "model", "training", "run", "remote", "prepare.py", "pretrain.py", "export.py")),
+    "evaluation": (2750, ("evaluation", "evaluate.py", "efficiency.py", "report.py", "study.py")),
     "kernels": (3700, ("kernels", "../csrc")),
 }
 MOST_FILES = {"kernels": 17}  # in a folder of the product, else 13: an operator a file

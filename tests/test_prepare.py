@@ -547,8 +547,9 @@ def test_texts_are_cut_as_the_model_of_the_tokenizer_reads_them(tmp_path):
 def test_what_comes_next_is_the_recipe_of_the_model(tmp_path, model, words):
     if model is not None:
         (tmp_path / "config.json").write_text(json.dumps(model))
+    shutil.copy(MINILM / "vocab.txt", tmp_path)
     config = PrepareConfig(sources=("texts",), tokenizer=str(tmp_path), out=tmp_path / "shards")
-    assert f"pretrain {words.replace('MODEL', str(tmp_path))}" in next_command(config, tmp_path)
+    assert f"pretrain {words.replace('MODEL', str(tmp_path))}" in next_command(config)
 
 
 def test_two_at_once_into_one_folder(corpus, tmp_path):
@@ -596,6 +597,7 @@ def test_nothing_to_keep(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     log = prepare(tmp_path, "--tokenizer", MINILM, "--out", tmp_path / "out", ok=False)
     assert "no sequence of 5 or more tokens" in log
+    assert ("the documents are blank, or there is none" in log) == (not text.strip())
     source, out = tmp_path / "a.txt", tmp_path / "other"
     log = prepare(source, "--tokenizer", MINILM, "--out", out, "--cut", "length", ok=False)
     assert "no sequence of 12 or more tokens" in log

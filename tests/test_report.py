@@ -101,6 +101,14 @@ def test_what_a_run_counts_itself_comes_before_what_its_lines_add_up_to(tmp_path
     assert [knots[name][-1] for name in ("update", "tokens", "seconds")] == [20, 25_000, 80]
 
 
+def test_the_page_lies_in_a_new_folder_and_how_to_open_it_is_said(tmp_path, capsys):
+    out = tmp_path / "for others" / "report.html"
+    assert report.main([str(make_run(tmp_path / "run")), "--out", str(out)]) == 0
+    assert out.is_file()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"next: python -m webbrowser {tmp_path.resolve().as_uri()}/for%20others/report.html"
+
+
 def test_one_page_without_any_request(tmp_path):
     text = make_page(tmp_path, make_run(tmp_path / "one"))
     page = Page(text)

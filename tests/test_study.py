@@ -133,6 +133,13 @@ def test_variants_see_the_same_text_with_other_losses(finished):
     assert (ours["loss"]["kd"], other["loss"]["kd"], other["teacher"]["path"]) == (5.0, 0.0, None)
 
 
+def test_it_ends_with_the_report_on_a_run_of_each_variant(finished, capsys):
+    out, words = finished
+    assert study.main(words) == 0
+    runs = f"{out}/runs/distilbert-1 {out}/runs/no-teacher-1"
+    assert capsys.readouterr().out.endswith(f"next: python -m fastdistil.report {runs} --out {out}/report.html\n")
+
+
 def test_a_second_start_does_nothing_again(finished):
     out, words = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix != ".png"}

@@ -41,14 +41,6 @@ class Kept(NamedTuple):
     interval: tuple[float, float] | None
 
 
-def make_room(out: Path | None) -> None:
-    """Make the folder of a file of results before there are any. Raises ValueError or OSError where it cannot be."""
-    if out is not None and out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give a file, e.g. {out / 'results.json'}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-
-
 def understood(path: Path, reader: Callable[[dict[str, Any]], T]) -> T:
     """`reader` of the JSON in a file. Raises ValueError, which names it, where that is something else."""
     try:

@@ -202,7 +202,9 @@ def _tables(name: str, source: str) -> dict[str, Any]:
     if not files and len({f.suffix for f in others}) == 1:
         files = {"all": others}
     if not files:
-        raise ValueError(f"{folder} holds no table: wanted files of one format of {' '.join(tasks.READERS)}")
+        inside = sorted(f.name for f in folder.iterdir() if f.is_dir())
+        fix = f"; its folders are asked for as {name.partition(':')[0]}:{'|'.join(inside)}" if inside else ""
+        raise ValueError(f"{folder} holds no table: wanted files of one format of {' '.join(tasks.READERS)}{fix}")
     return {split: tasks.rows_of(paths) for split, paths in files.items()}
 
 

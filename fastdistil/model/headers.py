@@ -248,7 +248,8 @@ def match(folder: Path, architecture: Architecture, found: Mapping[str, TensorIn
         others |= {name for name in keys if not name.startswith(family.prefix)}
     wanted = {name for theirs in names.values() for name in theirs}
     part = keys.keys() - others
-    refuse_other_keys(f"{folder} does not hold this model", wanted, part if wanted <= part else keys.keys())
+    fix = "save it without them, by save_pretrained of transformers" if wanted <= part else "download or save it again"
+    refuse_other_keys(f"{folder} does not hold this model", wanted, part if wanted <= part else keys.keys(), fix)
     for ours, theirs in names.items():
         shape = architecture.shape(ours)
         for name in theirs:
@@ -278,8 +279,8 @@ def _no_head_message(folder: Path) -> str:
     )
 
 
-def refuse_other_keys(what: str, wanted: Iterable[str], found: Iterable[str]) -> None:
-    """Raises ValueError, naming some, where keys are missing or left over."""
+def refuse_other_keys(what: str, wanted: Iterable[str], found: Iterable[str], fix: str = "") -> None:
+    """Raises ValueError, naming some, where keys are missing or left over; `fix` says what to do about it."""
     missing, unexpected = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
     if missing or unexpected:
         parts = [
@@ -287,4 +288,4 @@ def refuse_other_keys(what: str, wanted: Iterable[str], found: Iterable[str]) ->
             for kind, names in (("missing", missing), ("unexpected", unexpected))
             if names
         ]
-        raise ValueError(f"{what}: {' and '.join(parts)}")
+        raise ValueError(f"{what}: {' and '.join(parts)}{f': {fix}' if fix else ''}")

@@ -83,6 +83,15 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
         raise
 
 
+def make_room(out: Path | None) -> None:
+    """Make the folder of a file that is written after long work, if there is to be one. Raises ValueError or OSError
+    where it cannot be."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give a file in it")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in UTF-8."""
     write_bytes(path, text.encode())

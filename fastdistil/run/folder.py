@@ -66,6 +66,8 @@ def holds_run(run: Path) -> bool:
     """Whether there is a run. Raises ValueError where there is something else."""
     if run.exists() and not run.is_dir():
         raise ValueError(f"--out {run} is a file: give a folder")
+    if (found := kind(run)) is not None and found.for_run:
+        raise ValueError(f"--out {run} is {found.title}: give a new folder")
     if (run / "config.json").is_file():
         return True
     # What a job leaves that ended before config.json was written; the tokenizer only where its lock shows whose it is.
@@ -230,6 +232,12 @@ KINDS = (
 def kind(path: Path) -> Kind | None:
     """The first of KINDS that a folder is, by the names in it; None for any other, and where there is no folder."""
     return next((k for k in KINDS if all(any(path.glob(mark)) for mark in k.marks)), None) if path.is_dir() else None
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is that of a run."""
+    found = kind(path)
+    return found is not None and found.title == "a run"
 
 
 def require_model(path: Path) -> None:

@@ -36,6 +36,8 @@ H100_FLOPS = 989e12  # of the GPU meant where there is none; dense bf16, data sh
 UTILISATION = 0.5  # assumed where there is no measurement
 EXACT_SEQUENCES = 2**21  # read in all epochs together; the orders of more take seconds an epoch
 STEP_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout only
+FEW_UPDATES = 20
+"""Of whole epochs: fewer, and the warm-up of 5 % is a single update, whose rate is 0, of the paper's 4,000 texts."""
 BYTES_A_PARAMETER = 32
 """AdamW reads weight, gradient and both moments and writes all but the gradient, clipping reads the gradient: fp32."""
 
@@ -91,13 +93,15 @@ def _rows(resolved: Resolved) -> Iterator[tuple[str, str]]:
     yield "FLOPs a token", f"{flops.total / 1e6:,.1f} million: {parts}"
     num_updates, tokens_per_update, about = _length(resolved, corpus.plan)
     num_tokens = num_updates * tokens_per_update
+    yield from (("warning", warning) for warning in _warnings(resolved, corpus.plan, num_updates))
     count, budget = resolved.micro_batches_per_update, resolved.token_budget
     num_places = resolved.micro_batches_per_rank * resolved.world_size
     empty = f", {num_places - count:,} of {num_places:,} places empty" if num_places > count else ""
     shape = f"{count:,} micro-batches of {budget:,} tokens, {resolved.micro_batches_per_rank:,} a rank{empty}"
     yield "an update", shape
     yield "updates", f"{about}{num_updates:,}"
-    yield "tokens", f"{about}{num_tokens / 1e9:,.3f} billion, padding not counted"
+    in_words = f"{num_tokens:,.0f}" if num_tokens < 1e7 else f"{num_tokens / 1e9:,.3f} billion"
+    yield "tokens", f"{about}{in_words}, padding not counted"
 
     # What it takes: memory, disk, messages, time.
     need = memory.require(resolved, device=device, device_bytes=device_bytes)
@@ -168,14 +172,28 @@ def say(resolved: Resolved, corpus: Corpus, ranks: Ranks, engine: str) -> None:
         f"{corpus.num_updates:,} updates of {count} micro-batches of {plan.token_budget:,} tokens; "
         f"the first: {sequences:,} sequences, {first.num_tokens / (count * plan.token_budget):.1%} real tokens"
     )
-    if count > plan.micro_batches_through(0):
-        log.warning("an update is longer than the whole text: lower --batch.size, or prepare more")
+    for warning in _warnings(resolved, plan, corpus.num_updates):
+        log.warning(warning)
     idle = -count % ranks.world_size
     if idle:
         log.warning(
             f"{ranks.world_size} ranks do not divide {count} micro-batches: {idle} of {count + idle} places in an "
             f"update stay empty; {count + idle} micro-batches (--batch.size, --batch.token-budget) would fill them"
         )
+
+
+def _warnings(resolved: Resolved, plan: Plan, num_updates: int) -> Iterator[str]:
+    """What a run of little text should be told before it is paid for."""
+    batch, optim = resolved.config.batch, resolved.config.optim
+    if resolved.micro_batches_per_update > plan.micro_batches_through(0):
+        yield "an update is longer than the whole text: lower --batch.size, or prepare more"
+    if num_updates == 1 and optim.warmup:
+        few = "one update trains nothing, since it is all warm-up, whose first rate is 0"
+    elif num_updates < FEW_UPDATES and optim.unit == "epochs":
+        few = f"{num_updates} updates are few"
+    else:
+        return
+    yield f"{few}: lower --batch.size {batch.size} {batch.unit}, raise --optim.duration, or prepare more text"
 
 
 def _attention_backends(resolved: Resolved, device: torch.device) -> Iterator[str]:

@@ -108,11 +108,6 @@ def load_corpus(resolved: Resolved, *, rank: int, world_size: int) -> Corpus:
     config, data = resolved.config, resolved.config.data
     parts = [Shards(t.folder, verify=data.verify, verify_part=(rank, world_size)) for t in data.texts]
     held_out = _held_out(resolved, parts) if data.validation is None else [0] * len(parts)
-    for part, count in zip(parts, held_out, strict=True):
-        if len(part) <= count:
-            raise ValueError(
-                f"{part.folder} holds {len(part)} sequence(s), too few to train on and validate with: prepare more text"
-            )
     # The sequences of all folders, one folder after the other; those held out end each folder.
     firsts = np.cumsum([0, *map(len, parts)]).tolist()
     trained = [part.lengths[: len(part) - count] for part, count in zip(parts, held_out, strict=True)]

@@ -13,6 +13,7 @@ from fastdistil.data import tokenizer
 from fastdistil.data.shards import Meta
 from fastdistil.model import families, headers
 from fastdistil.model.architecture import OF_WINDOWS, Architecture, read_architecture
+from fastdistil.run import folder
 from fastdistil.run.config import Config, StudentConfig
 
 
@@ -31,6 +32,7 @@ def read_model(
     """
     what = f"{option} {path}"
     try:
+        folder.require_model(path)
         model = read_architecture(path)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from None

@@ -174,6 +174,7 @@ def resolve(config: Config, *, world_size: int, by_torchrun: bool = True) -> Res
     _check_inputs_are_here(config)
     metas = tuple(read_meta(text.folder) for text in config.data.texts)
     _check_one_tokenizer(config, metas)
+    _check_two_sequences(config, metas)
     meta = together(metas)
     _check_own_tokenizer(config.data.texts[0].folder / "tokenizer", meta)
     notes: list[str] = []
@@ -459,8 +460,9 @@ def _pooling(config: Config, meta: Meta, notes: list[str]) -> sentence.Pooling |
         if not wanted:
             return None
         raise ValueError(
-            f"{' and '.join(wanted)} read the embeddings of --teacher.path {path}, which does not say how they are "
-            "made of its hidden states (no modules.json): give --teacher.pooling mean or cls, as its authors do"
+            f"{' and '.join(wanted)} read{'s' * (len(wanted) == 1)} the embeddings of --teacher.path {path}, which "
+            "does not say how they are made of its hidden states (no modules.json): give --teacher.pooling mean or "
+            "cls, as its authors do"
         )
     longest = found.max_length if found else None
     if longest is not None and meta.max_length > longest:
@@ -487,6 +489,16 @@ def _check_one_tokenizer(config: Config, metas: tuple[Meta, ...]) -> None:
             raise ValueError(
                 f"{option} {path} was made with tokenizer {other.tokenizer_sha256[:12]}, --data.shards {first} with "
                 f"{meta.tokenizer_sha256[:12]}: prepare both with one tokenizer"
+            )
+
+
+def _check_two_sequences(config: Config, metas: tuple[Meta, ...]) -> None:
+    """One is held out where no validation text is given."""
+    for text, meta in zip(config.data.texts, metas, strict=True):
+        if config.data.validation is None and meta.num_sequences < 2:
+            raise ValueError(
+                f"{text.folder} holds {meta.num_sequences} sequence(s), too few to train on and validate with: "
+                "prepare more text"
             )
 
 

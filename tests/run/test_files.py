@@ -164,6 +164,13 @@ def test_a_write_that_fails_leaves_the_old_contents(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+def test_room_is_made_for_a_file_and_not_in_the_place_of_a_folder(tmp_path):
+    files.make_room(tmp_path / "new/deep/file.json")
+    assert (tmp_path / "new/deep").is_dir()
+    with pytest.raises(ValueError, match="deep is a folder: give a file in it"):
+        files.make_room(tmp_path / "new/deep")
+
+
 def test_hashes_and_syncs(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"x" * 1_000_000)

@@ -372,7 +372,7 @@ def test_what_is_refused_before_torch_is_imported(root, encoder, tmp_path):
     }
     hidden: dict[str, Any] = {"loss__hidden": 1, "loss__embedding": 0}
     mistakes: dict[str, tuple[Path, dict[str, Any]]] = {
-        f"--loss.embedding read the embeddings of --teacher.path {silent}, which does not say how": (silent, {}),
+        f"--loss.embedding reads the embeddings of --teacher.path {silent}, which does not say how": (silent, {}),
         "a tokenizer with hash": (other, {}),
         "use --student.projection, --loss.hidden 0, or the teacher's width": (encoder, narrow | hidden),
         "--masking.fraction 0 leaves nothing to predict, and --loss.mlm 1,": (encoder, {"loss__mlm": 1}),

@@ -77,6 +77,25 @@ def test_updates_and_tokens_are_those_of_the_run(config):
     assert said["student"].startswith(f"{resolved.student.num_parameters:,} parameters (2 layers")
 
 
+@pytest.mark.parametrize(
+    ("batch", "optim", "said"),
+    [
+        ({"size": 10**5}, {"duration": 1}, "one update trains nothing, since it is all warm-up, whose first rate is 0"),
+        ({"size": 10**5}, {"duration": 1, "warmup": 0.0}, "1 updates are few: lower --batch.size 100000 sequences"),
+        ({"size": 10**5}, {"duration": 1, "unit": "updates"}, "one update trains nothing"),
+        ({"size": 10**5}, {"duration": 2, "unit": "updates"}, None),  # as asked for
+        ({"size": 8}, {"duration": 10}, None),
+    ],
+)
+def test_too_little_text_is_said_before_the_run_and_in_it(config, caplog, batch, optim, said):
+    config = replace(config, batch=replace(config.batch, **batch), optim=replace(config.optim, **optim))
+    resolved = resolve(config, world_size=1)
+    warnings = [value for name, value in forecast._rows(resolved) if name == "warning"]
+    assert any((said or "updates") in warning for warning in warnings) == bool(said)
+    corpus = inputs.load_corpus(resolved, rank=0, world_size=1)
+    assert list(forecast._warnings(resolved, corpus.plan, corpus.num_updates)) == warnings
+
+
 def test_what_layers_see_and_which_they_were(config, modern):
     taught = replace(config, teacher=c.TeacherConfig(path=modern / "teacher"))
     said = dict(forecast._models(resolve(taught, world_size=1)))

@@ -46,6 +46,19 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({k: v for k, v in (record | changes).items() if v is not None}))
 
 
+def test_one_sequence_cannot_be_trained_on_and_held_out(root):
+    few = {"num_sequences": 1, "num_tokens": 12}
+    shard = json.loads((root / "shards/meta.json").read_text())["shards"][0]
+    edit(root / "shards/meta.json", shards=[shard | few], **few)
+    with pytest.raises(ValueError, match=r"holds 1 sequence\(s\), too few to train on and validate with"):
+        resolve(config(root), world_size=1)
+
+
+def test_a_folder_of_ours_that_is_no_model_is_called_what_it_is(root):
+    with pytest.raises(ValueError, match=r"--teacher.path: .*shards is a folder of shards, wanted a model"):
+        resolve(config(root, teacher={"path": root / "shards"}), world_size=1)
+
+
 def test_a_good_configuration_is_resolved(root):
     r = resolve(config(root), world_size=2)
     assert r.student == replace(
@@ -458,6 +471,11 @@ class TestRunFolder:
         (run / "checkpoints/update-00000005/manifest.json").write_text("{}")
         with pytest.raises(ValueError, match="is not empty and holds no run"):  # its configuration was lost
             resolve(config(root), world_size=1)
+
+    @pytest.mark.parametrize(("folder", "kind"), [("teacher", "a model"), ("shards", "a folder of shards")])
+    def test_what_a_run_is_made_of(self, root, folder, kind):
+        with pytest.raises(ValueError, match=rf"--out .*/{folder} is {kind}: give a new folder$"):
+            resolve(config(root, out=root / folder), world_size=1)
 
     def test_another_run(self, root):
         self.start(root, config(root))
