@@ -69,7 +69,7 @@ _HOMES = {
 _MODULES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
-INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command goes on from there"
+INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command does the rest"
 
 
 def __getattr__(name: str) -> object:

@@ -43,17 +43,21 @@ def surroundings():
         (log.level, list(log.handlers)),
         torch.get_num_threads(),
         faulthandler.is_enabled(),
-        sorted(t.name for t in threading.enumerate() if "tqdm" not in t.name),
         sys.modules["__main__"],
-    )
+    ), {t for t in threading.enumerate() if "tqdm" not in t.name}
 
 
 def is_as(before):
-    """Whether the process is as it was; a thread that was told to end takes a moment."""
+    """Whether the process is as it was, but for threads that have ended; one that was told to takes a moment."""
+
+    def now():
+        others, running = surroundings()
+        return others == before[0] and running <= before[1]
+
     until = time.monotonic() + 10
-    while surroundings() != before and time.monotonic() < until:
+    while not now() and time.monotonic() < until:
         time.sleep(0.05)
-    return surroundings() == before
+    return now()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tests.support.launch import options
 
 MOMENTS = {0.15: signal.SIGTERM, 2.0: signal.SIGINT}
 MORE = (0.1, 0.2, 0.5, 0.8, 1.0, 1.5, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
-LINE = "interrupted by {}: what was finished is kept, and the same command goes on from there"
+LINE = "interrupted by {}: what was finished is kept, and the same command does the rest"
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def test_an_interrupt_says_how_to_go_on(corpus, tmp_path):
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
     assert process.returncode == 130
-    assert log.endswith("interrupted by SIGINT: what was finished is kept, and the same command goes on from there\n")
+    assert log.endswith("interrupted by SIGINT: what was finished is kept, and the same command does the rest\n")
     assert not list((tmp_path / "out").glob("*.part"))
     assert "Traceback" not in log
 

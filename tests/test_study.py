@@ -198,7 +198,7 @@ def test_an_interrupted_study_says_so_and_has_its_tables(folders, tmp_path, caps
     monkeypatch.setattr(study.Study, "run", interrupt)
     monkeypatch.setattr(study.Study, "_check_tasks", lambda _: None)
     assert study.main(command(folders, tmp_path / "study")) == 130
-    interrupted = "interrupted by SIGINT: what was finished is kept, and the same command goes on from there\n"
+    interrupted = "interrupted by SIGINT: what was finished is kept, and the same command does the rest\n"
     assert capsys.readouterr().err == interrupted
     assert (tmp_path / "study" / "study.md").is_file()
 

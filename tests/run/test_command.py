@@ -185,7 +185,7 @@ def signalled(number, *, then=None, during=None):
     return main
 
 
-INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command goes on from there\n"
+INTERRUPTED = "interrupted by {}: what was finished is kept, and the same command does the rest\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
