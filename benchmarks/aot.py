@@ -11,11 +11,13 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -112,7 +114,15 @@ def compile_all(pairs: Iterable[tuple[Variant, int]]) -> Iterator[tuple[Variant,
     As many at a time as there are cores: half is done by ptxas and nvdisasm.
     """
     pairs = list(pairs)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    parse, parsing = triton.JITFunction.parse, threading.Lock()
+
+    def parse_alone(function: triton.JITFunction) -> Any:
+        """CPython 3.11 counts the depth of all threads' syntax trees together, now and then a SystemError (its issue
+        106905)."""
+        with parsing:
+            return parse(function)
+
+    with mock.patch.object(triton.JITFunction, "parse", parse_alone), ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = pool.map(lambda pair: compile_variant(*pair), pairs)
         yield from zip((variant for variant, _ in pairs), reports, strict=True)
 

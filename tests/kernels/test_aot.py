@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
 from benchmarks import aot, aot_variants
 from tests.support.precision import INTERPRETED
@@ -79,3 +81,21 @@ def test_kernels_compile_where_an_argument_is_one():
     """Triton makes an integer argument of 1 a Python constant, which has not a tensor's methods."""
     for variant, report in aot.compile_all((variant, 90) for variant in aot_variants.specialised_variants()):
         assert report.num_spills == 0, variant.name
+
+
+def test_syntax_trees_are_made_one_at_a_time(monkeypatch, tmp_path):
+    """CPython 3.11 cannot make two in two threads, nearly always (its issue 106905)."""
+    parse, inside, most = triton.JITFunction.parse, [], []
+
+    def watched(function):
+        inside.append(function)
+        most.append(len(inside))
+        time.sleep(0.01)  # in which the other threads come
+        inside.pop()
+        return parse(function)
+
+    monkeypatch.setattr(triton.JITFunction, "parse", watched)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what was compiled before is not parsed
+    variants = (v for v in aot_variants.variants() if v.name.startswith("gelu"))
+    assert len(list(aot.compile_all((variant, 90) for variant in variants))) > 1
+    assert max(most) == 1
