@@ -470,6 +470,7 @@ def test_a_dry_run_says_what_would_be_scored(similar, capsys):
         (["--task", "sts", "--split", "test"], "no split test of sts"),
         (["--task", "sst2", "--reference", "x"], "by embeddings alone"),
         (["--task", "pairs"], "its folders are asked for as pairs:mrpc|sst2|sts"),
+        (["--task", "pairs:MRPC"], "its folders are asked for as pairs:mrpc|sst2|sts"),
         (["--task", "sts", "--out", "FOLDER"], "is a folder: give a file in it"),
     ],
 )

@@ -166,7 +166,7 @@ def load(
 
     Raises ValueError where files, splits, columns or labels are missing.
     """
-    tables = _tables(name, source)
+    tables = _tables(kind, name, source)
     chosen = split or next((s for s in SPLITS if s in tables), next(iter(tables)))
     if chosen not in tables:
         raise ValueError(f"{source}: there is no split {chosen} of {name}: give one of {' '.join(tables)}")
@@ -191,7 +191,7 @@ def load(
     return table
 
 
-def _tables(name: str, source: str) -> dict[str, Any]:
+def _tables(kind: str, name: str, source: str) -> dict[str, Any]:
     """{split: dataset}; a file, or files that are not called after a split, are the split `all`."""
     if source.startswith("hf:"):
         return tasks.hub_tables(source)
@@ -203,7 +203,7 @@ def _tables(name: str, source: str) -> dict[str, Any]:
         files = {"all": others}
     if not files:
         inside = sorted(f.name for f in folder.iterdir() if f.is_dir())
-        fix = f"; its folders are asked for as {name.partition(':')[0]}:{'|'.join(inside)}" if inside else ""
+        fix = f"; its folders are asked for as {kind}:{'|'.join(inside)}" if inside else ""
         raise ValueError(f"{folder} holds no table: wanted files of one format of {' '.join(tasks.READERS)}{fix}")
     return {split: tasks.rows_of(paths) for split, paths in files.items()}
 
