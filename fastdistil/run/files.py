@@ -84,8 +84,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = False) -> None:
 
 
 def make_room(out: Path | None) -> None:
-    """Make the folder of a file that is written after long work, if there is to be one. Raises ValueError or OSError
-    where it cannot be."""
+    """Make the folder of a file that is written after long work; None: no file. Raises ValueError or OSError."""
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out} is a folder: give a file in it")
     if out is not None:

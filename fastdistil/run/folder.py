@@ -237,7 +237,7 @@ def kind(path: Path) -> Kind | None:
 def is_run(path: Path) -> bool:
     """Whether the folder is that of a run."""
     found = kind(path)
-    return found is not None and found.title == "a run"
+    return found is not None and not found.for_run
 
 
 def require_model(path: Path) -> None:

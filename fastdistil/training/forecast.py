@@ -37,7 +37,7 @@ UTILISATION = 0.5  # assumed where there is no measurement
 EXACT_SEQUENCES = 2**21  # read in all epochs together; the orders of more take seconds an epoch
 STEP_RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a checkout only
 FEW_UPDATES = 20
-"""Of whole epochs: fewer, and the warm-up of 5 % is a single update, whose rate is 0, of the paper's 4,000 texts."""
+"""Up to so many, a warm-up of 5 % is one update, whose rate is 0. Said where the length of the text decides."""
 BYTES_A_PARAMETER = 32
 """AdamW reads weight, gradient and both moments and writes all but the gradient, clipping reads the gradient: fp32."""
 
